@@ -1,0 +1,96 @@
+"""Sizes that were left to us: `auto` values become numbers that suit the device, and each choice is said."""
+
+import dataclasses
+import shutil
+from pathlib import Path
+
+from est_cli.config import AUTO_MAX_STEPS, TrainConfig
+from est_cli.subnet.flops import training_flops
+from est_cli.subnet.memory import checkpoint_bytes
+
+CPU_STEP_FLOPS = 4e11
+"""About four seconds of two CPU cores."""
+CPU_SEQ_LEN = 256
+CPU_TOKENS = 2048
+CUDA_TOKENS = 16384
+LARGE_CHECKPOINT_BYTES = 4e9
+EVALUATIONS = 10
+
+
+@dataclasses.dataclass(frozen=True)
+class Device:
+    """Where a run takes place, as far as sizes depend on it."""
+
+    kind: str
+    """cpu or cuda"""
+    processes: int = 1
+
+
+def has_gpu() -> bool:
+    """Whether this machine shows an NVIDIA GPU, found without importing torch."""
+    return any(Path("/dev").glob("nvidia[0-9]*")) or shutil.which("nvidia-smi") is not None
+
+
+def expected_device(config: TrainConfig) -> Device:
+    """The device that this machine would train on, judged without torch."""
+    kind = config.trainer.device
+    if kind == "auto":
+        kind = "cuda" if has_gpu() else "cpu"
+    devices = config.trainer.devices
+    return Device(kind, 1 if devices == "auto" else devices)
+
+
+def choose(config: TrainConfig, device: Device) -> tuple[TrainConfig, list[str]]:
+    """`config` with numbers in the place of every `auto`, and one line for each choice worth saying."""
+    model, data, trainer = config.model, config.data, config.trainer
+    cpu = device.kind == "cpu"
+    chosen: dict[str, object] = {}
+
+    def pick(section: str, key: str, value: object) -> object:
+        given = getattr(getattr(config, section), key)
+        if given != "auto":
+            return given
+        chosen[f"{section}.{key}"] = value
+        return value
+
+    seq_len = pick("data", "seq_len", min(model.max_seq_len, CPU_SEQ_LEN) if cpu else model.max_seq_len)
+    per_token = training_flops(model, seq_len, 1).total
+    tokens = min(CPU_TOKENS, CPU_STEP_FLOPS / per_token) if cpu else CUDA_TOKENS
+    batch_size = pick("trainer", "batch_size", max(1, int(tokens // seq_len)))
+    grad_accum = pick("trainer", "grad_accum", 1)
+    max_steps = pick("trainer", "max_steps", AUTO_MAX_STEPS)
+    processes = device.processes if trainer.strategy == "ddp" else 1
+    step_tokens = batch_size * grad_accum * processes * seq_len
+    weights, full = checkpoint_bytes(model)
+    eval_every = pick("trainer", "eval_every", max(1, max_steps // EVALUATIONS))
+    # A forward pass is a third of a step, and stage 1 steps can cost a quarter: 6 batches are at most 8 of them.
+    pick("trainer", "eval_tokens", max(seq_len, 6 * step_tokens if cpu else max(6 * step_tokens, 1 << 20)))
+    pick("trainer", "checkpoint_every", eval_every if full <= LARGE_CHECKPOINT_BYTES else 0)
+    fits = "full" if full <= LARGE_CHECKPOINT_BYTES else "weights" if weights <= LARGE_CHECKPOINT_BYTES else "none"
+    pick("trainer", "save_final", fits)
+    pick("trainer", "precision", "fp32" if cpu else "bf16")
+    pick("trainer", "device", device.kind)
+    pick("trainer", "compile", False)
+    chosen["trainer.devices"] = processes
+
+    numbers = dict(chosen)
+    trainer = dataclasses.replace(trainer, **_section(numbers, "trainer"))
+    data = dataclasses.replace(data, **_section(numbers, "data"))
+    resolved = dataclasses.replace(config, trainer=trainer, data=data)
+    return resolved, _sentences(chosen, resolved, full)
+
+
+def _section(chosen: dict[str, object], name: str) -> dict[str, object]:
+    return {key.split(".")[1]: value for key, value in chosen.items() if key.startswith(f"{name}.")}
+
+
+def _sentences(chosen: dict[str, object], config: TrainConfig, full_bytes: int) -> list[str]:
+    said = ("data.seq_len", "trainer.batch_size", "trainer.max_steps", "trainer.eval_tokens", "trainer.precision")
+    sizes = ", ".join(f"{key}={chosen[key]}" for key in said if key in chosen)
+    lines = [f"chosen for {config.trainer.device}: {sizes}"] if sizes else []
+    if "trainer.save_final" in chosen and config.trainer.save_final != "full":
+        lines.append(
+            f"the final checkpoint would hold {full_bytes / 1e9:.1f} GB: trainer.save_final="
+            f"{config.trainer.save_final} was chosen; trainer.save_final=full or weights writes it"
+        )
+    return lines

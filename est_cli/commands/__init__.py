@@ -1,0 +1,1 @@
+"""One small file a command: compose, validate, call."""

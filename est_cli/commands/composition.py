@@ -1,0 +1,141 @@
+"""Composes the Hydra configuration, and turns what Hydra says about mistakes into our one kind of message."""
+
+import argparse
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from hydra._internal.config_search_path_impl import ConfigSearchPathImpl
+from hydra._internal.hydra import Hydra
+from hydra._internal.utils import create_automatic_config_search_path
+from hydra.core.config_search_path import SearchPathQuery
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.core.plugins import Plugins
+from hydra.errors import HydraException
+from hydra.types import RunMode
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from est_cli.errors import UserError, nearest
+
+
+def conf_dir() -> Path:
+    """The Hydra tree: inside the installed package, or beside it in a checkout."""
+    package = Path(__file__).resolve().parents[1]
+    inside = package / "conf"
+    return inside if inside.is_dir() else package.parent / "conf"
+
+
+class Composer:
+    """Composes one command's configuration; `with` it, since Hydra keeps a global."""
+
+    def __init__(self, config_name: str, arguments: argparse.Namespace):
+        self.config_name = arguments.config_name or config_name
+        self.arguments = arguments
+
+    def __enter__(self) -> "Composer":
+        GlobalHydra.instance().clear()
+        Plugins.instance()
+        self.hydra = Hydra.create_main_hydra2("est", self._search_path())
+        self.loader = self.hydra.config_loader
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        GlobalHydra.instance().clear()
+
+    def compose(self) -> DictConfig:
+        """The composed config, `hydra` node included. Raises UserError naming every bad override."""
+        try:
+            return self._compose(self.arguments.overrides)
+        except (HydraException, OmegaConfBaseException, ValueError) as error:
+            problems = list(self._problems(self.arguments.overrides))
+            raise UserError(*(problems or [_first_line(error)])) from error
+
+    def _compose(self, overrides: list[str]) -> DictConfig:
+        return self.hydra.compose_config(
+            self.config_name, overrides, run_mode=RunMode.RUN, with_log_configuration=False
+        )
+
+    def _search_path(self) -> ConfigSearchPathImpl:
+        search_path = create_automatic_config_search_path(None, None, str(conf_dir()))
+        own = self.arguments.config_dir
+        if own is not None:
+            if not os.path.isdir(own):
+                raise UserError(f"--config-dir={own}: is not a folder")
+            search_path.prepend("command-line", f"file://{os.path.abspath(own)}", SearchPathQuery(provider="schema"))
+        return search_path
+
+    def _problems(self, overrides: list[str]) -> Iterator[str]:
+        """One line for each override that cannot be what was meant."""
+        parsed, groups_that_compose = [], []
+        for text in overrides:
+            try:
+                parsed.append(OverridesParser.create().parse_override(text))
+            except HydraException:
+                yield f"{text}: cannot be read; write KEY=VALUE, and quote VALUE where it has spaces, commas or brackets"
+        groups = self.loader.list_groups("")
+        for override in parsed:
+            problem = self._group_problem(override, groups)
+            if problem:
+                yield problem
+            elif override.key_or_group in groups:
+                groups_that_compose.append(override.input_line)
+        known = self._known_keys(groups_that_compose)
+        for override in parsed:
+            key = override.key_or_group
+            if known and key not in groups and "/" not in key and not override.is_add() and key not in known:
+                yield f"{key}: there is no such key{nearest_key(key, [*groups, *known])}"
+
+    def _group_problem(self, override: Override, groups: list[str]) -> str | None:
+        group, value = override.key_or_group, override.value()
+        if group not in groups or not isinstance(value, str):
+            return None
+        options = self.loader.get_group_options(group)
+        if value in options:
+            return None
+        return f"{group}={value}: must be one of {', '.join(options)}{nearest(value, options)}"
+
+    def _known_keys(self, overrides: list[str]) -> list[str]:
+        try:
+            return list(_dotted_keys(self._compose(overrides)))
+        except (HydraException, OmegaConfBaseException):
+            return []
+
+
+def nearest_key(key: str, known: list[str]) -> str:
+    """The nearest dotted key: first among those of the same section, then by the whole name."""
+    section, _, leaf = key.rpartition(".")
+    siblings = {k.rpartition(".")[2]: k for k in known if section and k.rpartition(".")[0] == section}
+    hint = nearest(leaf, siblings)
+    if hint:
+        return re.sub(r"'(.*)'", lambda match: f"'{siblings[match[1]]}'", hint)
+    return nearest(key, known)
+
+
+def plain(config: DictConfig) -> dict[str, Any]:
+    """The resolved config as plain dicts and lists, without Hydra's own node."""
+    node = OmegaConf.masked_copy(config, [key for key in config if key != "hydra"])
+    try:
+        return OmegaConf.to_container(node, resolve=True, throw_on_missing=True)
+    except OmegaConfBaseException as error:
+        raise UserError(_first_line(error)) from error
+
+
+def _dotted_keys(node: Any, prefix: str = "") -> Iterator[str]:
+    for key in node:
+        path = f"{prefix}{key}"
+        yield path
+        child = node._get_node(key)
+        if isinstance(child, DictConfig) and not child._is_none() and not child._is_interpolation():
+            yield from _dotted_keys(child, f"{path}.")
+        elif isinstance(child, ListConfig) and not child._is_none():
+            yield from (f"{path}.{index}" for index in range(len(child)))
+
+
+def _first_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__

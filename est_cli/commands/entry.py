@@ -1,0 +1,96 @@
+"""The outermost entry point of every command: flags, composition, exit codes."""
+
+import argparse
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+import hydra
+from hydra._internal.utils import get_args_parser
+from omegaconf import DictConfig, OmegaConf
+
+from est_cli.commands.composition import Composer, conf_dir, plain
+from est_cli.errors import UserError
+
+DONE, FAILED, BAD_INPUT, STOPPED = 0, 1, 2, 75
+
+
+def run_id() -> str:
+    """The job's id where a scheduler gives one, so that a requeued job finds its run; else a fresh one."""
+    environment = os.environ
+    if job := environment.get("SLURM_ARRAY_JOB_ID"):
+        return f"{job}_{environment.get('SLURM_ARRAY_TASK_ID', '0')}"
+    if job := environment.get("SLURM_JOB_ID"):
+        return job
+    if (job := environment.get("TORCHELASTIC_RUN_ID", "none")) != "none":
+        return job
+    return f"{time.strftime('%Y%m%d-%H%M%S')}-{os.urandom(2).hex()}"
+
+
+OmegaConf.register_new_resolver("est.run_id", run_id, use_cache=True, replace=True)
+
+
+def read_arguments() -> argparse.Namespace:
+    """Hydra's flags and the overrides of the command line."""
+    return get_args_parser().parse_args()
+
+
+def read_only(config_name: str, call: Callable[[dict[str, Any]], int | None]) -> NoReturn:
+    """A command that makes no run directory: compose, then `call(plain config)`."""
+    arguments = read_arguments()
+
+    def task(config: DictConfig) -> None:
+        call(plain(config))
+
+    if needs_hydra(arguments):
+        hand_to_hydra(config_name, task)
+    exit_with(lambda: call(compose(config_name, arguments)[0]))
+
+
+def compose(config_name: str, arguments: Any) -> tuple[dict[str, Any], DictConfig]:
+    """The plain config, and Hydra's own node. Raises UserError."""
+    with Composer(config_name, arguments) as composer:
+        config = composer.compose()
+        return plain(config), config.hydra
+
+
+def exit_with(call: Callable[[], int | None]) -> NoReturn:
+    """Run a command and leave with the contract's exit code."""
+    try:
+        code = call() or DONE
+    except UserError as error:
+        print_problems(error)
+        code = BAD_INPUT
+    except KeyboardInterrupt:
+        code = 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = DONE
+    except Exception:
+        traceback.print_exc()
+        code = FAILED
+    sys.stdout.flush()
+    sys.exit(code)
+
+
+def print_problems(error: UserError) -> None:
+    """One message on standard error, a line a problem."""
+    print("\n".join(f"error: {problem}" for problem in error.problems), file=sys.stderr)
+
+
+def needs_hydra(arguments: Any) -> bool:
+    """Whether a flag asks for what Hydra does itself: help, --cfg, --info, sweeps."""
+    flags = ("help", "hydra_help", "cfg", "info", "multirun", "shell_completion", "resolve")
+    return any(getattr(arguments, flag) for flag in flags)
+
+
+def hand_to_hydra(config_name: str, task: Callable[[DictConfig], Any]) -> NoReturn:
+    exit_with(lambda: run_hydra(config_name, task))
+
+
+def run_hydra(config_name: str, task: Callable[[DictConfig], Any]) -> None:
+    """Hydra's own main: it makes the run directory and calls `task` with the composed config."""
+    hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name=config_name)(task)()

@@ -1,0 +1,167 @@
+"""est-plan: what a run would cost, without torch."""
+
+import json
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from est_cli import auto
+from est_cli.commands.entry import read_only
+from est_cli.config import TrainConfig, read_train_config
+from est_cli.errors import UserError
+from est_cli.schema import read
+from est_cli.subnet.boundaries import scale_boundaries, with_boundaries
+from est_cli.subnet.flops import config_ledger
+from est_cli.subnet.memory import count_parameters, training_bytes
+from est_cli.subnet.plan import effective_rates, subnetwork
+from est_cli.subnet.sampler import sample, strategy_named
+from est_cli.subnet.schedule import stage_at
+from est_cli.tracking.units import format_bytes, format_count, format_flops, format_percent
+
+
+def main() -> None:
+    read_only("plan", run)
+
+
+def run(plain: dict[str, Any]) -> None:
+    """Print the plan of the composed config; raises UserError for bad input."""
+    problems: list[str] = []
+    step = read(int | None, plain.pop("step"), "step", problems)
+    target = read(float | None, plain.pop("target_saved_blocks"), "target_saved_blocks", problems)
+    try:
+        config = read_train_config(plain)
+    except UserError as error:
+        raise UserError(*problems, *error.problems) from None
+    if problems:
+        raise UserError(*problems)
+    config, notes = auto.choose(config, auto.expected_device(config))
+    console = Console()
+    if target is not None:
+        _solve(config, target, console)
+    elif step is not None:
+        _print_step(config, step, console)
+    elif config.format == "json":
+        print(json.dumps(describe(config)))
+    else:
+        _print_plan(config, notes, console)
+
+
+def describe(config: TrainConfig) -> dict[str, Any]:
+    """The contract's JSON of est-plan."""
+    ledger, steps = config_ledger(config), config.trainer.max_steps
+    return {
+        "params": count_parameters(config.model).total,
+        "steps": steps,
+        "saved": ledger.saved(steps),
+        "saved_blocks": ledger.saved_blocks(steps),
+        "memory_bytes": memory_bytes(config),
+        "stages": [
+            {
+                "stage": stage.number,
+                "first_step": stage.first_step,
+                "last_step": stage.last_step,
+                "rates": vars(stage.rates),
+                "effective_rates": vars(effective_rates(config.model, config.sampling, stage.rates)),
+                "tokens": stage.steps * config.tokens_per_step,
+                "flops_per_step": cost.total,
+                "saved": 1.0 - cost.total / ledger.full.total,
+                "saved_blocks": 1.0 - cost.blocks / ledger.full.blocks,
+            }
+            for stage, cost in zip(ledger.stages, ledger.per_step, strict=True)
+        ],
+    }
+
+
+def memory_bytes(config: TrainConfig) -> int:
+    """Estimated peak of one process."""
+    trainer = config.trainer
+    models = [subnetwork(config.model, config.sampling, stage.rates).model for stage in config.stages]
+    return training_bytes(
+        config.model,
+        models,
+        trainer.batch_size,
+        config.data.seq_len,
+        bf16=trainer.precision == "bf16",
+        recompute=trainer.recompute == "block",
+        cpu=trainer.device == "cpu",
+    )
+
+
+def _print_plan(config: TrainConfig, notes: list[str], console: Console) -> None:
+    facts = describe(config)
+    table = Table(
+        title=f"{config.name}: {format_count(facts['params'])} parameters, {facts['steps']} steps of "
+        f"{config.tokens_per_step} tokens"
+    )
+    table.add_column("stage")
+    for column in ("steps", "tokens", "heads", "mlp", "layers", "FLOPs/step", "saved", "saved, blocks"):
+        table.add_column(column, justify="right")
+    for stage in facts["stages"]:
+        table.add_row(
+            str(stage["stage"]),
+            f"{stage['first_step']}-{stage['last_step']}",
+            format_count(stage["tokens"]),
+            *(_rate(stage["rates"][d], stage["effective_rates"][d]) for d in ("heads", "mlp", "layers")),
+            format_flops(stage["flops_per_step"]),
+            format_percent(stage["saved"]),
+            format_percent(stage["saved_blocks"]),
+        )
+    console.print(table)
+    total = config_ledger(config).spent(facts["steps"]).total
+    console.print(
+        f"FLOPs {format_flops(total)}; saved {facts['saved']:.2%} of the whole model's, "
+        f"{facts['saved_blocks']:.2%} of the blocks' (the paper's accounting)"
+    )
+    console.print(
+        f"memory, estimated: {format_bytes(facts['memory_bytes'])} on {config.trainer.device} "
+        f"({config.trainer.precision}, {config.trainer.batch_size} sequences of {config.data.seq_len})"
+    )
+    for note in notes:
+        console.print(note, style="dim")
+
+
+def _rate(requested: float, effective: float) -> str:
+    """The rate, and what it really keeps where rounding to whole units changed it."""
+    return f"{requested:g}" if abs(requested - effective) < 5e-4 else f"{requested:g} → {effective:.3g}"
+
+
+def _print_step(config: TrainConfig, step: int, console: Console) -> None:
+    """The sampled indices of one step, as the run uses them."""
+    if not 0 <= step < config.trainer.max_steps:
+        raise UserError(
+            f"step={step}: must be an integer in [0, {config.trainer.max_steps - 1}] "
+            f"(trainer.max_steps={config.trainer.max_steps})"
+        )
+    stage = stage_at(config.stages, step)
+    plan = sample(config.seed, step, stage, config.model, config.sampling, strategy_named(config.sampling.strategy))
+    if config.format == "json":
+        print(json.dumps({"step": step, "stage": stage.number, **plan.as_dict()}))
+        return
+    console.print(f"step {step}, stage {stage.number}: layers {_ranges(plan.layers)}")
+    table = Table("layer", "heads", "key/value heads", "neurons")
+    for layer, *units in zip(plan.layers.tolist(), plan.heads, plan.kv_heads, plan.neurons, strict=True):
+        table.add_row(str(layer), *map(_ranges, units))
+    console.print(table)
+
+
+def _ranges(indices: np.ndarray) -> str:
+    """Sorted indices with runs joined: 0-3 7 9-10."""
+    runs = np.split(indices, np.flatnonzero(np.diff(indices) != 1) + 1)
+    return " ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
+
+
+def _solve(config: TrainConfig, target: float, console: Console) -> None:
+    boundaries = scale_boundaries(config, target)
+    facts = describe(with_boundaries(config, boundaries))
+    overrides = [f"{key}={value}" for key, value in boundaries.items()]
+    if config.format == "json":
+        print(json.dumps({"overrides": overrides, **facts}))
+        return
+    console.print(" ".join(overrides), soft_wrap=True)
+    console.print(
+        f"saves {facts['saved_blocks']:.2%} of the blocks' FLOPs (the paper's accounting), "
+        f"{facts['saved']:.2%} of the whole model's",
+        style="dim",
+    )

@@ -1,0 +1,113 @@
+"""The folder of a run: what is in it decides whether a run starts, continues or is refused."""
+
+import json
+import shlex
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from est_cli.config import TrainConfig, as_plain
+from est_cli.errors import UserError
+
+CONFIG, METRICS, SUMMARY, ERROR = "config.yaml", "metrics.jsonl", "summary.json", "error.txt"
+
+HARMLESS = (
+    "format",
+    "logger",
+    "checkpoint",
+    "run_id",
+    "trainer.log_every",
+    "trainer.eval_every",
+    "trainer.eval_tokens",
+    "trainer.checkpoint_every",
+    "trainer.save_final",
+    "trainer.peak_flops",
+    "trainer.threads",
+    "data.cache_dir",
+)
+"""Keys, and whole sections, that may change when a run continues: they do not reach its weights."""
+
+
+@dataclass(frozen=True)
+class RunDirectory:
+    path: Path
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    def check(self, config: TrainConfig) -> list[str]:
+        """Whether a run of this config may start or continue here; returns what to say of changed keys.
+
+        Raises UserError for a finished run, for one of another config, and for a folder of something else.
+        """
+        if not self.path.exists() or not any(self.path.iterdir()):
+            return []
+        if not (self.path / CONFIG).exists():
+            raise UserError(f"hydra.run.dir={self.path}: holds other files and no run; name another folder")
+        if self.summary().get("status") == "done":
+            raise UserError(
+                f"run_id={config.run_id}: this run is finished ({self.path}); name another run_id, or "
+                "leave it out for a fresh one"
+            )
+        changed = list(differences(self.config(), as_plain(config)))
+        matter = [line for key, line in changed if not _harmless(key)]
+        if matter:
+            raise UserError(
+                f"run_id={config.run_id}: the unfinished run in {self.path} has another config; give the same "
+                "values, or another run_id",
+                *matter,
+            )
+        return [f"continues with a changed {line}" for _, line in changed if _key(line) != "run_id"]
+
+    def write_config(self, config: TrainConfig) -> None:
+        text = yaml.safe_dump(as_plain(config), sort_keys=False)
+        (self.path / CONFIG).write_text(text)
+
+    def config(self) -> dict[str, Any]:
+        return yaml.safe_load((self.path / CONFIG).read_text())
+
+    def summary(self) -> dict[str, Any]:
+        """summary.json, or an empty dict where there is none."""
+        path = self.path / SUMMARY
+        return json.loads(path.read_text()) if path.exists() else {}
+
+    def write_summary(self, summary: dict[str, Any]) -> None:
+        temporary = self.path / f".{SUMMARY}"
+        temporary.write_text(json.dumps(summary, indent=1) + "\n")
+        temporary.rename(self.path / SUMMARY)
+
+
+def continue_command(overrides: list[str], config: TrainConfig, run_dir: Path) -> str:
+    """The exact command line that goes on with a stopped run."""
+    kept = [override for override in overrides if not override.startswith("run_id=")]
+    by_folder = any(override.startswith("hydra.run.dir=") for override in kept)
+    kept += [] if by_folder else [f"run_id={config.run_id}"]
+    return shlex.join([*program(), *kept])
+
+
+def program() -> list[str]:
+    """How this process was called: the installed command, or python -m."""
+    name = Path(sys.argv[0])
+    return ["python", "-m", "est_cli"] if name.name == "__main__.py" else [name.name]
+
+
+def differences(old: Any, new: Any, path: str = "") -> Iterator[tuple[str, str]]:
+    """Key and line of every value that differs between two plain configs."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in {**old, **new}:
+            yield from differences(old.get(key), new.get(key), f"{path}.{key}" if path else key)
+    elif old != new:
+        yield path, f"{path}: was {old}, is {new}"
+
+
+def _harmless(key: str) -> bool:
+    return any(key == allowed or key.startswith(f"{allowed}.") for allowed in HARMLESS)
+
+
+def _key(line: str) -> str:
+    return line.partition(":")[0]

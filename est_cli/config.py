@@ -1,0 +1,370 @@
+"""Plain configuration → frozen dataclasses. Imports no torch.
+
+`read_train_config` collects every problem before it raises one `UserError`. `auto` values are chosen by
+`est_cli.auto` afterwards, so that a `TrainConfig` in a run directory holds numbers only.
+"""
+
+import dataclasses
+import importlib
+import inspect
+import typing
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+from est_cli.errors import UserError, nearest
+from est_cli.schema import AtLeast, Within, read
+from est_cli.subnet.schedule import NAMED_SCHEDULES, Rate, Rates, Stage, StageSpec, build_stages
+
+Count = Annotated[int, AtLeast(1)]
+Natural = Annotated[int, AtLeast(0)]
+Positive = Annotated[float, Within(0, open_low=True)]
+NotNegative = Annotated[float, AtLeast(0)]
+Fraction = Annotated[float, Within(0, 1)]
+Auto = Literal["auto"]
+
+AUTO_MAX_STEPS = 1000
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The architecture. GPT-2 and Llama are settings of it; a packed subnetwork is one with smaller counts."""
+
+    n_layers: Count
+    n_heads: Count
+    n_kv_heads: Count
+    d_model: Count
+    d_ff: Count
+    vocab_size: Count
+    max_seq_len: Count
+    norm: Literal["layernorm", "rmsnorm"]
+    position: Literal["learned", "rope"]
+    mlp: Literal["gelu", "swiglu"]
+    bias: bool
+    tie_embeddings: bool
+    norm_eps: Positive = 1e-5
+    rope_theta: Positive = 10000.0
+    init: Literal["gpt2", "tinyllama"] = "gpt2"
+    """Initialisation; see est_cli/model/initialisation.py."""
+    head_dim: Count | None = None
+    """Width of one head; null means d_model / n_heads."""
+
+    @property
+    def gated(self) -> bool:
+        """SwiGLU: gate and up projections share their neurons."""
+        return self.mlp == "swiglu"
+
+
+@dataclass(frozen=True)
+class SourceConfig:
+    """One source of a mixture."""
+
+    path: str
+    weight: Positive
+    name: str | None = None
+    split: str = "train"
+    revision: str | None = None
+    column: str = "text"
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    kind: Literal["stdlib", "text", "hf"]
+    seq_len: Count | Auto = "auto"
+    """Tokens of one training sequence."""
+    val_fraction: Annotated[float, Within(0, 0.5, open_low=True)] = 0.05
+    """Share of the documents (by bytes) that validation gets, where the source has no split of its own."""
+    path: str | tuple[str, ...] | None = None
+    """text: a file, folder or glob. hf: a hub name, or local files."""
+    cache_dir: str | None = None
+    """Where token files are kept; null means the user's cache directory."""
+    name: str | None = None
+    """hf: the subset (configuration) of the dataset."""
+    split: str = "train"
+    val_split: str | None = None
+    """hf: a split of its own for validation; null takes val_fraction of the documents."""
+    revision: str | None = None
+    column: str = "text"
+    sources: tuple[SourceConfig, ...] = ()
+    """hf: a mixture instead of path; weights are shares of the tokens."""
+
+
+@dataclass(frozen=True)
+class TokenizerConfig:
+    kind: Literal["sentencepiece", "byte", "hf"]
+    vocab_size: Count | Auto = "auto"
+    """sentencepiece without a path: pieces to train; auto means min(model.vocab_size, 4096)."""
+    path: str | None = None
+    """A SentencePiece model, or (hf) a tokenizer.json or its folder."""
+    train_bytes: Count = 20_000_000
+    """sentencepiece without a path: at most this much text of the training split trains the pieces."""
+
+
+@dataclass(frozen=True)
+class SamplingConfig:
+    """Granularity. The three rates are what the scheduler's stages refer to."""
+
+    heads: Rate = 0.5
+    mlp: Rate = 0.5
+    layers: Rate = 0.5
+    mlp_block: Count = 1
+    """Neurons that are sampled together, contiguous; must divide model.d_ff."""
+    gqa: Literal["group", "query"] = "group"
+    """group: key/value groups with all their query heads; query: query heads of every group."""
+    strategy: str = "random"
+    """random (the paper), prefix (nested), or the dotted path of your own function."""
+    resample_every: Count = 1
+    """Optimizer steps that share one plan."""
+    rescale_layers: bool = False
+    """Multiply the residual branches of kept layers by N_L/|I_L| (the paper does not say)."""
+
+
+@dataclass(frozen=True)
+class SchedulerConfig:
+    stages: tuple[StageSpec, ...]
+    names: tuple[str, ...] = ()
+    """The config key of each boundary, for messages."""
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    kind: Literal["adamw"] = "adamw"
+    lr: Positive = 6e-4
+    weight_decay: NotNegative = 0.1
+    """On matrices and embeddings only."""
+    betas: tuple[Fraction, Fraction] = (0.9, 0.95)
+    eps: Positive = 1e-8
+    grad_clip: Positive | None = 1.0
+    """Largest global gradient norm; null never clips."""
+    warmup: Natural | Fraction = 0.02
+    """Steps (int) or fraction of the run (float) of linear warmup."""
+    decay: Literal["cosine", "linear", "none"] = "cosine"
+    decay_steps: Count | Annotated[float, Within(0, 1, open_low=True)] | None = None
+    """Step at which the decay has reached min_lr_ratio, as a step or a fraction; null means max_steps."""
+    min_lr_ratio: Fraction = 0.1
+    unsampled: Literal["zero_grad", "freeze"] = "zero_grad"
+    """Unsampled rows take a step with gradient 0, or stand still with their moments and step counts."""
+
+
+@dataclass(frozen=True)
+class TrainerConfig:
+    max_steps: Count | Auto = "auto"
+    batch_size: Count | Auto = "auto"
+    """Sequences of one micro-batch on one device."""
+    grad_accum: Count | Auto = "auto"
+    """Micro-batches of one optimizer step."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    strategy: Literal["single", "ddp"] = "single"
+    devices: Count | Auto = "auto"
+    """ddp: processes to start when torchrun did not."""
+    compile: bool | Auto = "auto"
+    recompute: Literal["none", "block"] = "none"
+    """block: recompute activations of each block in the backward pass."""
+    log_every: Count = 1
+    eval_every: Natural | Auto = "auto"
+    """Steps between evaluations of the full model; 0 evaluates at the end only."""
+    eval_tokens: Count | Auto = "auto"
+    checkpoint_every: Natural | Auto = "auto"
+    """Steps between checkpoints; 0 writes only the final one."""
+    save_final: Literal["auto", "weights", "full", "none"] = "auto"
+    peak_flops: Positive | None = None
+    """Peak FLOP/s of one device, for perf/mfu; null looks it up."""
+    threads: Count | None = None
+    """CPU threads; null leaves torch's choice."""
+
+
+@dataclass(frozen=True)
+class LoggerConfig:
+    kind: Literal["wandb", "none"] = "wandb"
+    mode: Literal["offline", "online", "disabled"] = "offline"
+    project: str = "est"
+    entity: str | None = None
+    group: str | None = None
+    tags: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    keep: Count = 2
+    """Newest checkpoints that stay."""
+    keep_best: bool = False
+    """Also keep the one with the lowest validation loss."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Everything that decides a run."""
+
+    model: ModelConfig
+    data: DataConfig
+    tokenizer: TokenizerConfig
+    scheduler: SchedulerConfig
+    sampling: SamplingConfig
+    optimizer: OptimizerConfig
+    trainer: TrainerConfig
+    logger: LoggerConfig
+    checkpoint: CheckpointConfig
+    seed: Annotated[int, Within(0, 2**63 - 1)] = 0
+    kernels: Literal["auto", "torch", "triton", "masked"] = "auto"
+    name: str = "est"
+    run_id: str | None = None
+    format: Literal["text", "json"] = "text"
+
+    @property
+    def sequences_per_step(self) -> int:
+        """Global batch: sequences of one optimizer step, over all devices."""
+        return self.trainer.batch_size * self.trainer.grad_accum * self.trainer.devices
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.sequences_per_step * self.data.seq_len
+
+    @property
+    def stages(self) -> tuple[Stage, ...]:
+        return build_stages(self.scheduler.stages, self.trainer.max_steps, self.scheduler.names)
+
+
+def read_train_config(plain: Mapping[str, Any]) -> TrainConfig:
+    """The typed config of a resolved, plain one.
+
+    Raises UserError with every problem: unknown and missing keys, values out of range, and sizes that do not
+    go together.
+    """
+    problems: list[str] = []
+    plain = dict(plain)
+    sections = [f.name for f in dataclasses.fields(TrainConfig)]
+    scheduler = plain.get("scheduler")
+    read_sections: dict[str, Any] = {}
+    for name, kind in typing.get_type_hints(TrainConfig, include_extras=True).items():
+        if name not in plain:
+            if dataclasses.is_dataclass(kind):
+                problems.append(f"{name}: is missing")
+        elif name != "scheduler":
+            read_sections[name] = read(kind, plain[name], name, problems)
+    problems += [f"{key}: there is no such key{nearest(str(key), sections)}" for key in plain if key not in sections]
+    sampling = read_sections.get("sampling")
+    if sampling is not None and isinstance(scheduler, Mapping):
+        rates = Rates(sampling.heads, sampling.mlp, sampling.layers)
+        read_sections["scheduler"] = read_scheduler(scheduler, rates, problems)
+    elif not isinstance(scheduler, Mapping):
+        problems.append("scheduler: must be a mapping with stages")
+    _check_together(read_sections, problems)
+    if problems:
+        raise UserError(*problems)
+    model = read_sections["model"]
+    read_sections["model"] = dataclasses.replace(model, head_dim=model.head_dim or model.d_model // model.n_heads)
+    return TrainConfig(**read_sections)
+
+
+def read_scheduler(plain: Mapping[str, Any], rates: Rates, problems: list[str]) -> SchedulerConfig | None:
+    """The explicit stages of a scheduler section.
+
+    `stages` is the list itself, or the name of a schedule (or the dotted path of a person's own function)
+    that makes it: called as `function(rates, **the other keys)`.
+    """
+    options = {key: value for key, value in plain.items() if key != "stages"}
+    stages = plain.get("stages")
+    if isinstance(stages, str):
+        stages = _call_schedule(stages, rates, options, problems)
+        if stages is None:
+            return None
+        stages = [dataclasses.asdict(s) if isinstance(s, StageSpec) else s for s in stages]
+    before = len(problems)
+    specs = read(tuple[StageSpec, ...], stages, "scheduler.stages", problems)
+    if len(problems) > before:
+        return None
+    keys = [f"stage{i + 1}_end" for i in range(len(specs))]
+    names = tuple(f"scheduler.{key}" if key in options else f"scheduler.stages[{i}].end" for i, key in enumerate(keys))
+    return SchedulerConfig(specs, names)
+
+
+def _call_schedule(name: str, rates: Rates, options: dict, problems: list[str]) -> list | None:
+    try:
+        schedule = named_function(name, NAMED_SCHEDULES, "scheduler.stages")
+        inspect.signature(schedule).bind(rates, **options)
+        return list(schedule(rates, **options))
+    except UserError as error:
+        problems += error.problems
+    except (TypeError, ValueError) as error:
+        problems.append(f"scheduler.stages={name}: {error}")
+    return None
+
+
+def named_function(name: str, known: Mapping[str, Callable], key: str) -> Callable:
+    """An entry of `known`, or what a dotted path imports. Raises UserError."""
+    if name in known:
+        return known[name]
+    module, _, attribute = name.rpartition(".")
+    if not module:
+        allowed = ", ".join(known)
+        raise UserError(
+            f"{key}={name}: must be one of {allowed}, or the dotted path of a function{nearest(name, known)}"
+        )
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise UserError(f"{key}={name}: cannot be imported: {error}") from error
+
+
+def _check_together(sections: Mapping[str, Any], problems: list[str]) -> None:
+    """Values that are fine alone and do not go together."""
+    model, data, sampling = sections.get("model"), sections.get("data"), sections.get("sampling")
+    scheduler, trainer, tokenizer = sections.get("scheduler"), sections.get("trainer"), sections.get("tokenizer")
+    if model is not None:
+        problems += _model_problems(model)
+    if model is not None and data is not None and data.seq_len != "auto" and data.seq_len > model.max_seq_len:
+        problems.append(f"data.seq_len={data.seq_len}: must be at most model.max_seq_len={model.max_seq_len}")
+    if (
+        model is not None
+        and tokenizer is not None
+        and tokenizer.vocab_size != "auto"
+        and tokenizer.vocab_size > model.vocab_size
+    ):
+        problems.append(
+            f"tokenizer.vocab_size={tokenizer.vocab_size}: must be at most model.vocab_size={model.vocab_size}"
+        )
+    if model is not None and sampling is not None and model.d_ff % sampling.mlp_block:
+        problems.append(f"sampling.mlp_block={sampling.mlp_block}: must divide model.d_ff={model.d_ff}")
+    if data is not None and data.kind != "stdlib" and data.path is None and not data.sources:
+        problems.append(
+            "data.path: is missing; must be a file, folder or glob"
+            + (", or a dataset's name" if data.kind == "hf" else "")
+        )
+    if tokenizer is not None and tokenizer.kind == "hf" and tokenizer.path is None:
+        problems.append("tokenizer.path: is missing; must be a tokenizer.json or its folder")
+    if scheduler is not None and trainer is not None:
+        try:
+            build_stages(scheduler.stages, max_steps_of(trainer), scheduler.names)
+        except ValueError as error:
+            problems.append(str(error))
+
+
+def _model_problems(model: ModelConfig) -> list[str]:
+    problems = []
+    if model.head_dim is None and model.d_model % model.n_heads:
+        problems.append(f"model.n_heads={model.n_heads}: must divide model.d_model={model.d_model}")
+    elif model.position == "rope" and (model.head_dim or model.d_model // model.n_heads) % 2:
+        problems.append(
+            f"model.n_heads={model.n_heads}: rotary positions need heads of an even width, "
+            f"got {model.head_dim or model.d_model // model.n_heads}"
+        )
+    if model.n_heads % model.n_kv_heads:
+        problems.append(f"model.n_kv_heads={model.n_kv_heads}: must divide model.n_heads={model.n_heads}")
+    elif model.position == "learned" and model.n_kv_heads != model.n_heads:
+        problems.append(
+            f"model.n_kv_heads={model.n_kv_heads}: GPT-2 style (model.position=learned) has no "
+            f"grouped-query attention; must equal model.n_heads={model.n_heads}"
+        )
+    return problems
+
+
+def max_steps_of(trainer: TrainerConfig) -> int:
+    return AUTO_MAX_STEPS if trainer.max_steps == "auto" else trainer.max_steps
+
+
+def as_plain(config: Any) -> Any:
+    """Nested plain dicts and lists of a config dataclass, for YAML, JSON and W&B."""
+    if dataclasses.is_dataclass(config):
+        return {f.name: as_plain(getattr(config, f.name)) for f in dataclasses.fields(config)}
+    return [as_plain(item) for item in config] if isinstance(config, tuple) else config

@@ -1,0 +1,18 @@
+"""The one exception for users' mistakes, and the nearest match that its messages offer."""
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+class UserError(ValueError):
+    """Bad input. The outermost entry point prints `problems`, one a line, and exits with code 2."""
+
+    def __init__(self, *problems: str):
+        super().__init__("\n".join(problems))
+        self.problems = problems
+
+
+def nearest(word: str, allowed: Iterable[str]) -> str:
+    """`; did you mean 'x'?` for the entry of `allowed` closest to `word`, or an empty string."""
+    matches = get_close_matches(word, list(allowed), n=1, cutoff=0.5)
+    return f"; did you mean '{matches[0]}'?" if matches else ""

@@ -1,0 +1,229 @@
+"""One decoder for the full model and for its packed subnetworks; GPT-2 and Llama are settings of it.
+
+B batch, T tokens, D d_model, H query heads, K key/value heads, E head_dim, F d_ff, V vocab_size
+
+Weights are neuron-major, so that what one head or neuron owns is contiguous:
+
+attention.qkv.weight  [(H + 2K)·E, D]   query, then key, then value heads
+attention.out.weight  [H·E, D]          row-major by input: head h contributes value_h · rows of h
+mlp.up.weight         [F, D]            SwiGLU: [2F, D], gate then up
+mlp.down.weight       [F, D]            neuron f contributes activation_f · row f
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from est_cli.config import ModelConfig
+from est_cli.kernels.linear_cross_entropy import linear_cross_entropy
+from est_cli.subnet.plan import Subnetwork
+from est_cli.subnet.rows import RowKind
+
+ROW_KINDS: dict[str, RowKind] = {
+    "attention.qkv.weight": "qkv",
+    "attention.qkv.bias": "qkv",
+    "attention.out.weight": "heads",
+    "mlp.up.weight": "up",
+    "mlp.up.bias": "up",
+    "mlp.down.weight": "neurons",
+}
+"""Parameters of a block whose rows are sampled; all others belong to the layer as a whole."""
+
+
+@dataclass(frozen=True)
+class BlockMask:
+    """Literal 0/1 masks of one layer, rescale included: what `kernels=masked` multiplies by.
+
+    heads [H], neurons [F]; `layer` is 0 for a skipped layer.
+    """
+
+    heads: Tensor
+    neurons: Tensor
+    layer: float
+
+
+class Linear(nn.Module):
+    """x Wᵀ + b with W [out, in]; left uninitialised."""
+
+    def __init__(self, n_in: int, n_out: int, bias: bool, device=None, dtype=None):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(n_out, n_in, device=device, dtype=dtype))
+        self.bias = nn.Parameter(torch.empty(n_out, device=device, dtype=dtype)) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight, self.bias)
+
+
+class ResidualOutput(nn.Module):
+    """residual + layer_scale · (scale · x W + b) with W [in, D]: the output projection of a branch."""
+
+    def __init__(self, n_in: int, n_out: int, bias: bool, device=None, dtype=None):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(n_in, n_out, device=device, dtype=dtype))
+        self.bias = nn.Parameter(torch.empty(n_out, device=device, dtype=dtype)) if bias else None
+
+    def forward(self, x: Tensor, residual: Tensor, scale: float, layer_scale: float) -> Tensor:
+        if scale == layer_scale == 1.0:
+            return residual + F.linear(x, self.weight.t(), self.bias)
+        # Dividing the bias, D numbers, lets the scale ride on the residual addition instead of a pass of its own.
+        bias = None if self.bias is None else self.bias / scale
+        return torch.add(residual, F.linear(x, self.weight.t(), bias), alpha=scale * layer_scale)
+
+
+class Attention(nn.Module):
+    def __init__(self, model: ModelConfig, device=None, dtype=None):
+        super().__init__()
+        self.n_heads, self.n_kv_heads, self.head_dim = model.n_heads, model.n_kv_heads, model.head_dim
+        all_heads = model.n_heads + 2 * model.n_kv_heads
+        self.qkv = Linear(model.d_model, all_heads * model.head_dim, model.bias, device, dtype)
+        self.out = ResidualOutput(model.n_heads * model.head_dim, model.d_model, model.bias, device, dtype)
+
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor] | None, mask: Tensor | None) -> Tensor:
+        """[B, T, D] → the heads' values [B, T, H·E], before the output projection."""
+        batch, length, _ = x.shape
+        heads = self.qkv(x).view(batch, length, -1, self.head_dim)
+        queries_and_keys, value = heads.split([self.n_heads + self.n_kv_heads, self.n_kv_heads], dim=2)
+        if rope is not None:
+            queries_and_keys = rotate(queries_and_keys, *rope)
+        query, key = queries_and_keys.split([self.n_heads, self.n_kv_heads], dim=2)
+        values = F.scaled_dot_product_attention(
+            query.transpose(1, 2),
+            key.transpose(1, 2),
+            value.transpose(1, 2),
+            is_causal=True,
+            enable_gqa=self.n_heads != self.n_kv_heads,
+        ).transpose(1, 2)
+        if mask is not None:
+            values = values * mask[:, None]
+        return values.reshape(batch, length, -1)
+
+
+class MLP(nn.Module):
+    def __init__(self, model: ModelConfig, device=None, dtype=None):
+        super().__init__()
+        self.gated = model.gated
+        self.up = Linear(model.d_model, (2 if model.gated else 1) * model.d_ff, model.bias, device, dtype)
+        self.down = ResidualOutput(model.d_ff, model.d_model, model.bias, device, dtype)
+
+    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        """[B, T, D] → the neurons' activations [B, T, F], before the output projection."""
+        if self.gated:
+            gate, up = self.up(x).chunk(2, dim=-1)
+            activations = F.silu(gate) * up
+        else:
+            activations = F.gelu(self.up(x), approximate="tanh")
+        return activations if mask is None else activations * mask
+
+
+class Block(nn.Module):
+    """Pre-norm attention and MLP, each added to the residual stream with its rescale."""
+
+    def __init__(self, shape: Subnetwork, device=None, dtype=None):
+        super().__init__()
+        self.head_scale, self.mlp_scale, self.layer_scale = shape.head_scale, shape.mlp_scale, shape.layer_scale
+        self.norm1 = _norm(shape.model, device, dtype)
+        self.attention = Attention(shape.model, device, dtype)
+        self.norm2 = _norm(shape.model, device, dtype)
+        self.mlp = MLP(shape.model, device, dtype)
+
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor] | None, mask: BlockMask | None = None) -> Tensor:
+        layer_scale = self.layer_scale if mask is None else mask.layer
+        values = self.attention(self.norm1(x), rope, None if mask is None else mask.heads)
+        x = self.attention.out(values, x, self.head_scale, layer_scale)
+        activations = self.mlp(self.norm2(x), None if mask is None else mask.neurons)
+        return self.mlp.down(activations, x, self.mlp_scale, layer_scale)
+
+
+class Transformer(nn.Module):
+    """A decoder-only language model of the given shape, left uninitialised.
+
+    `shape` is a `Subnetwork`, or a `ModelConfig` for the full model.
+    """
+
+    def __init__(self, shape: Subnetwork | ModelConfig, device=None, dtype=None, recompute: bool = False):
+        super().__init__()
+        shape = Subnetwork(shape) if isinstance(shape, ModelConfig) else shape
+        model = self.config = shape.model
+        self.recompute = recompute
+        self.embedding = _table(model.vocab_size, model.d_model, device, dtype)
+        self.positions = (
+            _table(model.max_seq_len, model.d_model, device, dtype) if model.position == "learned" else None
+        )
+        self.blocks = nn.ModuleList(Block(shape, device, dtype) for _ in range(model.n_layers))
+        self.norm = _norm(model, device, dtype)
+        self.head = None if model.tie_embeddings else _table(model.vocab_size, model.d_model, device, dtype)
+        self._rope: tuple[Tensor, Tensor] | None = None
+
+    @property
+    def head_weight(self) -> Tensor:
+        """[V, D]: the embedding where the head is tied."""
+        return self.embedding if self.head is None else self.head
+
+    def hidden(self, inputs: Tensor, masks: list[BlockMask] | None = None) -> Tensor:
+        """Token ids [B, T] → normalised final states [B, T, D]."""
+        x = F.embedding(inputs, self.embedding)
+        if self.positions is not None:
+            x = x + self.positions[: inputs.shape[1]]
+        rope = self._rope_tables(x)
+        for index, block in enumerate(self.blocks):
+            mask = None if masks is None else masks[index]
+            if self.recompute and torch.is_grad_enabled():
+                x = checkpoint(block, x, rope, mask, use_reentrant=False)
+            else:
+                x = block(x, rope, mask)
+        return self.norm(x)
+
+    def logits(self, inputs: Tensor) -> Tensor:
+        """Token ids [B, T] → [B, T, V]."""
+        return F.linear(self.hidden(inputs), self.head_weight)
+
+    def forward(self, inputs: Tensor, targets: Tensor, masks: list[BlockMask] | None = None) -> Tensor:
+        """Mean cross-entropy, in nats, of `targets` [B, T] given `inputs` [B, T]."""
+        hidden = self.hidden(inputs, masks)
+        return linear_cross_entropy(hidden.flatten(0, 1), self.head_weight, targets.flatten())
+
+    def _rope_tables(self, x: Tensor) -> tuple[Tensor, Tensor] | None:
+        if self.config.position != "rope":
+            return None
+        length = x.shape[1]
+        if self._rope is None or len(self._rope[0]) < length or self._rope[0].device != x.device:
+            self._rope = rope_tables(self.config, length, x.device, x.dtype)
+        cosine, sine = self._rope
+        return cosine[:length], sine[:length]
+
+
+def rope_tables(model: ModelConfig, length: int, device, dtype) -> tuple[Tensor, Tensor]:
+    """Cosine and sine [T, 1, E/2] of rotary position embedding (Su et al., 2021)."""
+    exponents = torch.arange(0, model.head_dim, 2, device=device, dtype=torch.float32) / model.head_dim
+    angles = torch.outer(torch.arange(length, device=device, dtype=torch.float32), model.rope_theta**-exponents)[
+        :, None
+    ]
+    return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def rotate(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
+    """Rotary embedding of [B, T, heads, E] in the half-rotation form of Llama's published weights."""
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat((first * cosine - second * sine, second * cosine + first * sine), dim=-1)
+
+
+def row_kind(name: str) -> RowKind | None:
+    """The row kind of a parameter by its full name, or None where it is not sampled by rows."""
+    return ROW_KINDS.get(name.split(".", 2)[2]) if name.startswith("blocks.") else None
+
+
+def layer_of(name: str) -> int | None:
+    """The layer that a parameter belongs to by its full name, or None."""
+    return int(name.split(".")[1]) if name.startswith("blocks.") else None
+
+
+def _norm(model: ModelConfig, device, dtype) -> nn.Module:
+    kind = nn.LayerNorm if model.norm == "layernorm" else nn.RMSNorm
+    return kind(model.d_model, eps=model.norm_eps, device=device, dtype=dtype)
+
+
+def _table(rows: int, width: int, device, dtype) -> nn.Parameter:
+    return nn.Parameter(torch.empty(rows, width, device=device, dtype=dtype))

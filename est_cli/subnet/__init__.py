@@ -1,0 +1,1 @@
+"""What is sampled, when, and what it costs: pure functions on numpy, without torch."""

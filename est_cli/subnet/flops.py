@@ -1,0 +1,87 @@
+"""Matrix-multiplication FLOPs of training, 2 per multiply-add.
+
+Forward, and twice that backward (each product has two gradients). Attention scores are counted in full, not
+halved for causality; the LM head is included; recomputation and the optimizer are not. The formula knows a
+dense model only: a subnetwork costs what its small model costs.
+"""
+
+from dataclasses import dataclass
+
+from est_cli.config import ModelConfig, TrainConfig
+from est_cli.subnet.plan import subnetwork
+from est_cli.subnet.schedule import Stage, stage_at
+
+
+@dataclass(frozen=True)
+class Flops:
+    """FLOPs of the transformer blocks and of the LM head."""
+
+    blocks: int
+    head: int
+
+    @property
+    def total(self) -> int:
+        return self.blocks + self.head
+
+
+def training_flops(model: ModelConfig, seq_len: int, tokens: int) -> Flops:
+    """Forward and backward of `tokens` tokens in sequences of `seq_len`."""
+    query, key_value = model.n_heads * model.head_dim, model.n_kv_heads * model.head_dim
+    projections = model.d_model * (query + 2 * key_value) + query * model.d_model
+    scores = 2 * seq_len * query  # queries with keys, and weights with values
+    mlp = (3 if model.gated else 2) * model.d_model * model.d_ff
+    forward_and_backward = 3 * 2 * tokens
+    return Flops(
+        blocks=forward_and_backward * model.n_layers * (projections + scores + mlp),
+        head=forward_and_backward * model.d_model * model.vocab_size,
+    )
+
+
+@dataclass(frozen=True)
+class Ledger:
+    """What a run has spent after any step: a pure function of the schedule."""
+
+    stages: tuple[Stage, ...]
+    per_step: tuple[Flops, ...]
+    """Cost of one optimizer step in each stage."""
+    full: Flops
+    """Cost of one optimizer step of the full model."""
+
+    def spent(self, steps: int) -> Flops:
+        """FLOPs of the first `steps` optimizer steps."""
+        blocks = head = 0
+        for stage, cost in zip(self.stages, self.per_step, strict=True):
+            done = max(0, min(steps, stage.end) - stage.first_step)
+            blocks, head = blocks + done * cost.blocks, head + done * cost.head
+        return Flops(blocks, head)
+
+    def saved(self, steps: int) -> float:
+        """Share of the whole model's FLOPs, LM head included, that `steps` steps did not spend."""
+        return 1.0 - self.spent(steps).total / (steps * self.full.total)
+
+    def saved_blocks(self, steps: int) -> float:
+        """The same on the transformer blocks alone: the paper's accounting."""
+        return 1.0 - self.spent(steps).blocks / (steps * self.full.blocks)
+
+    def stage_saved(self, number: int) -> float:
+        """Share of the whole model's FLOPs that one step of this stage does not spend."""
+        return 1.0 - self.per_step[number - 1].total / self.full.total
+
+    def record(self, step: int) -> dict[str, float | int]:
+        """The `flops/*` metrics of optimizer step `step`."""
+        steps = step + 1
+        return {
+            "flops/step": self.per_step[stage_at(self.stages, step).number - 1].total,
+            "flops/total": self.spent(steps).total,
+            "flops/full_total": steps * self.full.total,
+            "flops/saved": self.saved(steps),
+            "flops/saved_blocks": self.saved_blocks(steps),
+        }
+
+
+def config_ledger(config: TrainConfig) -> Ledger:
+    """The ledger of a run, from its config (with numbers, no `auto`) alone."""
+    stages, seq_len, tokens = config.stages, config.data.seq_len, config.tokens_per_step
+    models = [subnetwork(config.model, config.sampling, stage.rates).model for stage in stages]
+    costs = tuple(training_flops(model, seq_len, tokens) for model in models)
+    return Ledger(stages, costs, training_flops(config.model, seq_len, tokens))

@@ -1,0 +1,84 @@
+"""Parameters, and the memory that a training step needs at its peak: an estimate, for planning.
+
+The estimate adds what is known exactly (masters, moments, slots, gradients) to what is modelled (activations
+kept for the backward pass, the chunk of logits) and, on a CPU, what a process holds before it trains.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from est_cli.config import ModelConfig
+
+CPU_PROCESS_BYTES = 420e6
+"""Resident memory of the interpreter with torch and the tracking libraries loaded, measured on Linux x86-64."""
+CPU_LOGITS_ELEMENTS = 8 << 20
+CUDA_LOGITS_ELEMENTS = 256 << 20
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """Counts of a model's parameters."""
+
+    blocks: int
+    embeddings: int
+    """Token and position embeddings, and the head where it is not tied."""
+    norm: int
+
+    @property
+    def total(self) -> int:
+        return self.blocks + self.embeddings + self.norm
+
+
+def count_parameters(model: ModelConfig) -> Parameters:
+    """Every parameter of the model that `est_cli.model.transformer.Transformer` builds."""
+    query = model.n_heads * model.head_dim
+    qkv = query + 2 * model.n_kv_heads * model.head_dim
+    up = (2 if model.gated else 1) * model.d_ff
+    norm = model.d_model * (2 if model.norm == "layernorm" else 1)
+    matrices = model.d_model * (qkv + query + up + model.d_ff)
+    biases = (qkv + up + 2 * model.d_model) if model.bias else 0
+    tables = model.vocab_size * (1 if model.tie_embeddings else 2)
+    tables += model.max_seq_len if model.position == "learned" else 0
+    return Parameters(model.n_layers * (matrices + biases + 2 * norm), tables * model.d_model, norm)
+
+
+def checkpoint_bytes(model: ModelConfig) -> tuple[int, int]:
+    """Size of a checkpoint: weights alone, and with the optimizer's two moments."""
+    weights = 4 * count_parameters(model).total
+    return weights, 3 * weights
+
+
+def training_bytes(
+    full: ModelConfig,
+    stages: Sequence[ModelConfig],
+    batch_size: int,
+    seq_len: int,
+    bf16: bool,
+    recompute: bool,
+    cpu: bool,
+) -> int:
+    """Peak of the costliest stage: bytes on the device, or resident bytes of the process on a CPU."""
+    masters_and_moments = 12 * count_parameters(full).total
+    peak = max(_stage_bytes(full, small, batch_size * seq_len, bf16, recompute, cpu) for small in stages)
+    return int(masters_and_moments + peak + (CPU_PROCESS_BYTES if cpu else 0))
+
+
+def _stage_bytes(full: ModelConfig, small: ModelConfig, tokens: int, bf16: bool, recompute: bool, cpu: bool) -> float:
+    parameters = count_parameters(small)
+    if bf16:
+        slots_and_gradients = (2 + 4) * parameters.total
+    else:
+        packed = 0 if small == full else parameters.blocks
+        slots_and_gradients = 4 * (packed + parameters.total)
+    head_gradient = 4 * full.vocab_size * full.d_model
+    logits = 3 * 4 * min(tokens * full.vocab_size, CPU_LOGITS_ELEMENTS if cpu else CUDA_LOGITS_ELEMENTS)
+    activations = tokens * (2 if bf16 else 4) * _activation_elements(small, recompute)
+    return slots_and_gradients + head_gradient + max(logits, 0) + activations
+
+
+def _activation_elements(model: ModelConfig, recompute: bool) -> float:
+    """Numbers a token keeps for the backward pass."""
+    width, query, key_value = model.d_model, model.n_heads * model.head_dim, model.n_kv_heads * model.head_dim
+    block = 4 * width + 2 * (query + 2 * key_value) + 2 * query + (4 if model.gated else 2) * model.d_ff
+    layers = model.n_layers
+    return (layers * width + block if recompute else layers * block) + 4 * width

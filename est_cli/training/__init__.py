@@ -1,0 +1,1 @@
+"""The packed subnetwork, its optimizer, checkpoints, processes, and the loop."""

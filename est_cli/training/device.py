@@ -1,0 +1,72 @@
+"""What the device is: its peak rate and how much memory the run has used."""
+
+from pathlib import Path
+
+import torch
+
+from est_cli.auto import Device
+from est_cli.config import TrainerConfig
+from est_cli.errors import UserError
+from est_cli.training.distributed import launched_ranks
+
+PEAK_BF16_FLOPS = {
+    # Dense bf16 tensor-core rates of NVIDIA's datasheets, FLOP/s. The name is matched as a part of CUDA's.
+    "H200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100": 989e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "RTX 4090": 165e12,
+    "RTX 3090": 71e12,
+    "A10G": 70e12,
+    "T4": 65e12,
+}
+
+_STATUS = Path("/proc/self/status")
+_RESET = Path("/proc/self/clear_refs")
+
+
+def available_device(trainer: TrainerConfig) -> Device:
+    """The device that `trainer` asks for. Raises UserError where torch sees no such device."""
+    has_cuda = torch.cuda.is_available()
+    if trainer.device == "cuda" and not has_cuda:
+        raise UserError("trainer.device=cuda: torch sees no GPU here; allowed: auto, cpu")
+    kind = "cuda" if has_cuda and trainer.device != "cpu" else "cpu"
+    if launched_ranks() > 1:
+        return Device(kind, launched_ranks())
+    present = torch.cuda.device_count() if kind == "cuda" else 1
+    devices = present if trainer.devices == "auto" else trainer.devices
+    if kind == "cuda" and devices > present:
+        raise UserError(f"trainer.devices={devices}: this machine has {present}")
+    return Device(kind, devices)
+
+
+def peak_flops(device: torch.device, given: float | None) -> float | None:
+    """Peak FLOP/s for perf/mfu: what the user gave, or the table's for a known GPU, else None."""
+    if given is not None or device.type != "cuda":
+        return given
+    name = torch.cuda.get_device_name(device)
+    return next((peak for part, peak in PEAK_BF16_FLOPS.items() if part in name), None)
+
+
+def reset_peak_memory(device: torch.device) -> None:
+    """Start measuring the peak from here on."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    elif _RESET.exists():
+        try:
+            _RESET.write_text("5")
+        except OSError:
+            return  # a sandbox may forbid it: the peak then includes what came before
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Most bytes held since the reset: allocated on a GPU, resident in the process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if _STATUS.exists():
+        line = next(line for line in _STATUS.read_text().splitlines() if line.startswith("VmHWM"))
+        return int(line.split()[1]) * 1024
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -1,0 +1,178 @@
+"""The training loop: rates → plan → packed subnetwork → gradients → optimizer on the sampled rows → log."""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from est_cli.config import TrainConfig, as_plain
+from est_cli.data.batches import training_windows, validation_windows
+from est_cli.model.initialisation import initialise
+from est_cli.model.transformer import Transformer
+from est_cli.subnet.flops import config_ledger
+from est_cli.subnet.plan import subnetwork
+from est_cli.subnet.sampler import sample, strategy_named
+from est_cli.subnet.schedule import Stage, stage_at
+from est_cli.training.checkpoint import Checkpoint, Checkpoints
+from est_cli.training.device import peak_flops, peak_memory_bytes, reset_peak_memory
+from est_cli.training.distributed import World
+from est_cli.training.optimizer import SampledAdamW, learning_rate
+from est_cli.training.subnetwork import DTYPES, MaskedSubnetwork, PackedSubnetwork
+from est_cli.training.validation import validation_loss
+
+
+class Observer(Protocol):
+    """What the loop tells of itself, on rank 0."""
+
+    def log(self, record: dict[str, float | int | None]) -> None: ...
+
+    def say(self, message: str) -> None: ...
+
+
+class Tokens(Protocol):
+    """Token ids of a prepared corpus, [n] each."""
+
+    train: np.ndarray
+    val: np.ndarray
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended."""
+
+    status: Literal["done", "stopped"]
+    steps: int
+    val_loss: float | None
+    train_s: float
+    peak_memory_bytes: int
+
+
+class Training:
+    """A run's state, master weights and moments on the device, and one method a phase."""
+
+    def __init__(self, config: TrainConfig, tokens: Tokens, world: World, observers: Sequence[Observer]):
+        self.config, self.tokens, self.world, self.observers = config, tokens, world, observers
+        self.stages = config.stages
+        self.ledger = config_ledger(config)
+        self.dtype = DTYPES[config.trainer.precision]
+        self.strategy = strategy_named(config.sampling.strategy)
+        self.peak_flops = peak_flops(world.device, config.trainer.peak_flops)
+        model = initialise(Transformer(config.model, recompute=config.trainer.recompute == "block"), config.seed)
+        self.model = model.to(world.device)
+        self.optimizer = SampledAdamW(self.model, config.optimizer)
+        self.step = 0
+        self.train_s = 0.0
+        self.val_loss: float | None = None
+
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Go on after the last step of `checkpoint`."""
+        checkpoint.load_model(self.model)
+        checkpoint.load_optimizer(self.optimizer)
+        self.step = checkpoint.step
+        self.train_s, self.val_loss = checkpoint.state["train_s"], checkpoint.state["val_loss"]
+
+    def run(self, checkpoints: Checkpoints, stopping: Callable[[], bool]) -> Outcome:
+        """Train to the end, or until `stopping` asks; either way the last step has a checkpoint."""
+        trainer = self.config.trainer
+        reset_peak_memory(self.world.device)
+        stopped = False
+        while self.step < trainer.max_steps and not stopped:
+            stage = stage_at(self.stages, self.step)
+            subnet = self._build(stage)
+            while self.step < stage.end and not stopped:
+                self._train_step(stage, subnet)
+                stopped = self.world.any(stopping()) and self.step < trainer.max_steps
+                if not stopped and _due(self.step, trainer.checkpoint_every) and self.step < trainer.max_steps:
+                    self._save(checkpoints, "full")
+            del subnet
+        self._save(checkpoints, "full" if stopped else trainer.save_final)
+        status = "stopped" if stopped else "done"
+        return Outcome(status, self.step, self.val_loss, self.train_s, peak_memory_bytes(self.world.device))
+
+    def _build(self, stage: Stage) -> PackedSubnetwork | MaskedSubnetwork:
+        shape = subnetwork(self.config.model, self.config.sampling, stage.rates)
+        kind = MaskedSubnetwork if self.config.kernels == "masked" else PackedSubnetwork
+        return kind(self.model, shape, self.dtype)
+
+    def _train_step(self, stage: Stage, subnet: PackedSubnetwork | MaskedSubnetwork) -> None:
+        config, step, started = self.config, self.step, time.perf_counter()
+        plan = sample(config.seed, step, stage, config.model, config.sampling, self.strategy)
+        subnet.load(plan)
+        loss = torch.zeros((), device=self.world.device)
+        for inputs, targets in self._micro_batches(step):
+            micro_loss = subnet.loss(inputs, targets) / config.trainer.grad_accum
+            micro_loss.backward()
+            loss += micro_loss.detach()
+        updates = subnet.updates()
+        self.world.average_([loss, *(update.gradient for update in updates)])
+        lr = learning_rate(config.optimizer, step, config.trainer.max_steps)
+        norm = self.optimizer.step(updates, lr)
+        self.step += 1
+        logged = _due(self.step, config.trainer.log_every) or step == 0 or self.step == config.trainer.max_steps
+        train_loss, grad_norm = (loss.item(), norm.item()) if logged else (None, None)
+        step_s = time.perf_counter() - started
+        self.train_s += step_s
+        evaluated = self.step == config.trainer.max_steps or _due(self.step, config.trainer.eval_every)
+        if evaluated:
+            self.val_loss = self.validate()
+        if logged or evaluated:
+            self._log(
+                {
+                    "step": step,
+                    "tokens": self.step * config.tokens_per_step,
+                    "stage": stage.number,
+                    "train/loss": loss.item() if train_loss is None else train_loss,
+                    "train/lr": lr,
+                    "train/grad_norm": norm.item() if grad_norm is None else grad_norm,
+                    "val/loss": self.val_loss if evaluated else None,
+                    "subnet/heads": plan.heads.shape[1] / config.model.n_heads,
+                    "subnet/mlp": plan.neurons.shape[1] / config.model.d_ff,
+                    "subnet/layers": len(plan.layers) / config.model.n_layers,
+                    **self.ledger.record(step),
+                    **self._speed(stage, step_s),
+                }
+            )
+
+    def _micro_batches(self, step: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """This rank's share of the step's sequences: inputs and targets [B, T] each."""
+        config, size = self.config, self.config.trainer.batch_size
+        for micro in range(config.trainer.grad_accum):
+            first = step * config.sequences_per_step + (micro * self.world.size + self.world.rank) * size
+            windows = training_windows(self.tokens.train, config.data.seq_len, config.seed, first, size)
+            batch = torch.from_numpy(windows).to(self.world.device, non_blocking=True)
+            yield batch[:, :-1], batch[:, 1:]
+
+    def validate(self) -> float:
+        """Loss of the full model on the first eval_tokens of the validation split."""
+        trainer = self.config.trainer
+        windows = validation_windows(self.tokens.val, self.config.data.seq_len, trainer.eval_tokens)
+        return validation_loss(self.model, windows, trainer.batch_size, self.dtype, self.world)
+
+    def _speed(self, stage: Stage, step_s: float) -> dict[str, float | None]:
+        peak = self.peak_flops and self.peak_flops * self.world.size
+        return {
+            "perf/step_s": step_s,
+            "perf/tokens_per_s": self.config.tokens_per_step / step_s,
+            "perf/mfu": self.ledger.per_step[stage.number - 1].total / step_s / peak if peak else None,
+        }
+
+    def _log(self, record: dict[str, Any]) -> None:
+        if self.world.is_main:
+            for observer in self.observers:
+                observer.log(record)
+
+    def _save(self, checkpoints: Checkpoints, contents: str) -> None:
+        if contents == "none" or not self.world.is_main:
+            return
+        facts = {"config": as_plain(self.config), "train_s": self.train_s, "val_loss": self.val_loss}
+        path = checkpoints.save(self.step, self.model, self.optimizer if contents == "full" else None, facts)
+        for observer in self.observers:
+            observer.say(f"checkpoint written: {path}")
+
+
+def _due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0

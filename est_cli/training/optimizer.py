@@ -1,0 +1,81 @@
+"""The optimizer of the master weights: AdamW that knows which rows a step has trained."""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from est_cli.config import OptimizerConfig
+from est_cli.kernels.adamw import Hyperparameters, step_all_rows, step_sampled_rows
+from est_cli.model.transformer import Transformer
+from est_cli.subnet.schedule import boundary_step
+from est_cli.training.subnetwork import Update, as_rows
+
+
+def learning_rate(config: OptimizerConfig, step: int, max_steps: int) -> float:
+    """The rate of optimizer step `step`: linear warmup, then decay to min_lr_ratio; no reset between stages."""
+    warmup = boundary_step(config.warmup, max_steps)
+    if step < warmup:
+        return config.lr * (step + 1) / warmup
+    if config.decay == "none":
+        return config.lr
+    end = boundary_step(config.decay_steps, max_steps)
+    progress = min(1.0, (step - warmup) / max(1, end - warmup))
+    shape = 1.0 - progress if config.decay == "linear" else 0.5 * (1.0 + np.cos(np.pi * progress))
+    return float(config.lr * (config.min_lr_ratio + (1.0 - config.min_lr_ratio) * shape))
+
+
+class SampledAdamW:
+    """AdamW on the master, given the gradients of sampled rows.
+
+    unsampled=zero_grad  every row takes every step, with gradient 0 where it was not sampled
+    unsampled=freeze     only sampled rows, their moments and their step counts move
+
+    Weight decay is for matrices and embeddings only.
+    """
+
+    def __init__(self, model: Transformer, config: OptimizerConfig):
+        self.config, self.model = config, model.config
+        self.parameters = {name: parameter.data for name, parameter in model.named_parameters()}
+        self.moments = {name: torch.zeros_like(p) for name, p in self.parameters.items()}
+        self.squares = {name: torch.zeros_like(p) for name, p in self.parameters.items()}
+        self.counts = {
+            name: np.zeros(len(as_rows(name, p, self.model)), np.int64) for name, p in self.parameters.items()
+        }
+
+    @torch.no_grad()
+    def step(self, updates: list[Update], lr: float) -> Tensor:
+        """Clip by the global norm and move; returns the norm before clipping, a scalar tensor."""
+        norm = torch.nn.utils.get_total_norm([update.gradient for update in updates])
+        clip = None if self.config.grad_clip is None else (self.config.grad_clip / (norm + 1e-6)).clamp(max=1.0)
+        by_name = {update.name: update for update in updates}
+        for name, parameter in self.parameters.items():
+            self._move(name, parameter, by_name.get(name), lr, clip)
+        return norm
+
+    def _move(self, name: str, parameter: Tensor, update: Update | None, lr: float, clip: Tensor | None) -> None:
+        freeze = self.config.unsampled == "freeze"
+        if update is None and freeze:
+            return
+        rows = update.rows if update else None
+        counts = self.counts[name]
+        moving = slice(None) if rows is None or not freeze else rows.host
+        counts[moving] += 1
+        matrices = [as_rows(name, t, self.model) for t in (parameter, self.moments[name], self.squares[name])]
+        gradient = None if update is None else update.gradient.reshape(-1, matrices[0].shape[1])
+        hyper = self._hyperparameters(parameter, lr)
+        if freeze:
+            step_sampled_rows(*matrices, gradient, rows, hyper, clip, counts[moving])
+        else:
+            step_all_rows(*matrices, gradient, rows, hyper, clip, int(counts[0]))
+
+    def _hyperparameters(self, parameter: Tensor, lr: float) -> Hyperparameters:
+        decay = self.config.weight_decay if parameter.dim() >= 2 else 0.0
+        return Hyperparameters(lr, *self.config.betas, self.config.eps, decay)
+
+    def state(self) -> dict[str, Tensor]:
+        """Every tensor that the optimizer carries between steps, by name."""
+        return {
+            **{f"moments.{name}": t for name, t in self.moments.items()},
+            **{f"squares.{name}": t for name, t in self.squares.items()},
+            **{f"counts.{name}": torch.from_numpy(c) for name, c in self.counts.items()},
+        }

@@ -1,0 +1,192 @@
+"""A stage's subnetwork: the sampled rows packed into a small dense model, and its gradients on the way back.
+
+Sizes depend on the stage and indices on the step, so a stage allocates its slots once and every step only
+fills them. In fp32, tensors that are not sampled share storage with the master, and with every count full the
+subnetwork is the master itself. In bf16 every slot is a bf16 copy, and a hook adds each slot's gradient to an
+fp32 accumulator.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from est_cli.config import ModelConfig
+from est_cli.kernels.adamw import Rows
+from est_cli.kernels.pack import gather_rows
+from est_cli.model.transformer import BlockMask, Transformer, layer_of, row_kind
+from est_cli.subnet.plan import Plan, Subnetwork
+from est_cli.subnet.rows import n_rows, sampled_rows
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Update:
+    """What one optimizer step does to one master parameter: the gradient of its sampled rows."""
+
+    name: str
+    rows: Rows | None
+    gradient: Tensor
+
+
+class PackedSubnetwork:
+    """Pack, dense small model, unpack."""
+
+    def __init__(self, master: Transformer, shape: Subnetwork, dtype: torch.dtype):
+        self.master = dict(master.named_parameters())
+        self.full, self.small = master.config, shape.model
+        self.casts = dtype != next(iter(self.master.values())).dtype
+        self.is_master = self.small == self.full and not self.casts
+        if self.is_master:
+            self.module = master
+        else:
+            self.module = Transformer(shape, device="meta", dtype=dtype, recompute=master.recompute)
+            self._allocate(dtype)
+        self.parameters = dict(self.module.named_parameters())
+        self.rows: dict[str, Rows] = {}
+        self.names: dict[str, str] = {name: name for name in self.parameters}
+        self.accumulators: dict[str, Tensor] = {}
+        if self.casts:
+            self._accumulate_in_fp32()
+
+    def load(self, plan: Plan) -> None:
+        """Fill the slots with the rows of `plan`, and drop the gradients of the step before."""
+        for name, parameter in self.parameters.items():
+            parameter.grad = None
+            self.names[name] = _in_master(name, plan)
+        self._started: set[str] = set()
+        if self.is_master:
+            return
+        self.rows = self._rows_of(plan)
+        self._share_or_copy()
+        sampled = list(self.rows)
+        gather_rows(
+            [self._matrix(self.names[name]) for name in sampled],
+            [self.rows[name].device for name in sampled],
+            [self.parameters[name].data.view(len(self.rows[name].host), -1) for name in sampled],
+        )
+
+    def loss(self, inputs: Tensor, targets: Tensor) -> Tensor:
+        """Mean cross-entropy of one micro-batch [B, T]; differentiable."""
+        return self.module(inputs, targets)
+
+    def updates(self) -> list[Update]:
+        """The accumulated gradients, in the master's parameter order."""
+        return [Update(self.names[name], self.rows.get(name), self._gradient(name)) for name in self.parameters]
+
+    def _gradient(self, name: str) -> Tensor:
+        return self.accumulators[name] if self.casts else self.parameters[name].grad
+
+    def _is_sampled(self, name: str) -> bool:
+        kind = row_kind(name)
+        return kind is not None and n_rows(kind, self.small) != n_rows(kind, self.full)
+
+    def _allocate(self, dtype: torch.dtype) -> None:
+        """Give every parameter a slot of its own, or the master's storage where it can share."""
+        for name, parameter in list(self.module.named_parameters()):
+            source = self.master[name]
+            shares = not self.casts and not self._is_sampled(name)
+            data = source.data if shares else torch.empty(parameter.shape, dtype=dtype, device=source.device)
+            owner, _, leaf = name.rpartition(".")
+            setattr(self.module.get_submodule(owner), leaf, nn.Parameter(data))
+
+    def _accumulate_in_fp32(self) -> None:
+        for name, parameter in self.parameters.items():
+            accumulator = torch.zeros(parameter.shape, dtype=torch.float32, device=parameter.device)
+            self.accumulators[name] = accumulator
+            parameter.register_post_accumulate_grad_hook(lambda slot, name=name: self._accumulate(name, slot))
+
+    def _accumulate(self, name: str, slot: nn.Parameter) -> None:
+        if name in self._started:
+            self.accumulators[name].add_(slot.grad)
+        else:
+            self.accumulators[name].copy_(slot.grad)
+            self._started.add(name)
+        slot.grad = None
+
+    def _share_or_copy(self) -> None:
+        """Tensors that are not sampled by rows: point at the master's storage, or cast it."""
+        for name, parameter in self.parameters.items():
+            if name in self.rows:
+                continue
+            source = self.master[self.names[name]].data
+            if self.casts:
+                parameter.data.copy_(source)
+            elif parameter.data_ptr() != source.data_ptr():
+                parameter.data = source
+
+    def _rows_of(self, plan: Plan) -> dict[str, Rows]:
+        """Sampled rows of every packed parameter; the indices travel to the device in one copy."""
+        names = [name for name in self.parameters if self._is_sampled(name)]
+        if not names:
+            return {}
+        hosts = [sampled_rows(row_kind(name), self.full, plan, layer_of(name)) for name in names]
+        device = next(iter(self.master.values())).device
+        indices = torch.from_numpy(np.concatenate(hosts)).to(device, non_blocking=True)
+        return {
+            name: Rows(host, index)
+            for name, host, index in zip(names, hosts, indices.split([len(h) for h in hosts]), strict=True)
+        }
+
+    def _matrix(self, name: str) -> Tensor:
+        return as_rows(name, self.master[name].data, self.full)
+
+
+class MaskedSubnetwork:
+    """The full model with literal 0/1 masks: what masking alone costs. Same plans, same updates."""
+
+    def __init__(self, master: Transformer, shape: Subnetwork, dtype: torch.dtype):
+        self.full = PackedSubnetwork(master, Subnetwork(master.config), dtype)
+        self.shape, self.config = shape, master.config
+        self.masks: list[BlockMask] = []
+
+    def load(self, plan: Plan) -> None:
+        every = np.arange(self.config.n_layers)
+        self.full.load(Plan(every, *(np.empty((len(every), 0), int),) * 3))
+        self.plan = plan
+        self.masks = [self._mask(layer) for layer in every.tolist()]
+
+    def loss(self, inputs: Tensor, targets: Tensor) -> Tensor:
+        return self.full.module(inputs, targets, self.masks)
+
+    def updates(self) -> list[Update]:
+        positions = {layer: position for position, layer in enumerate(self.plan.layers.tolist())}
+        updates = []
+        for update in self.full.updates():
+            layer, kind = layer_of(update.name), row_kind(update.name)
+            if layer is not None and layer not in positions:
+                continue
+            if kind is not None and n_rows(kind, self.config) != n_rows(kind, self.shape.model):
+                host = sampled_rows(kind, self.config, self.plan, positions[layer])
+                rows = Rows(host, torch.from_numpy(host).to(update.gradient.device))
+                gradient = as_rows(update.name, update.gradient, self.config)[rows.device]
+                update = Update(update.name, rows, gradient)
+            updates.append(update)
+        return updates
+
+    def _mask(self, layer: int) -> BlockMask:
+        config, parameter = self.config, next(iter(self.full.parameters.values()))
+        heads = torch.zeros(config.n_heads, device=parameter.device, dtype=parameter.dtype)
+        neurons = torch.zeros(config.d_ff, device=parameter.device, dtype=parameter.dtype)
+        kept = np.flatnonzero(self.plan.layers == layer)
+        if not len(kept):
+            return BlockMask(heads, neurons, 0.0)
+        heads[torch.from_numpy(self.plan.heads[kept[0]])] = self.shape.head_scale
+        neurons[torch.from_numpy(self.plan.neurons[kept[0]])] = self.shape.mlp_scale
+        return BlockMask(heads, neurons, self.shape.layer_scale)
+
+
+def as_rows(name: str, tensor: Tensor, model: ModelConfig) -> Tensor:
+    """A parameter, or its moment, as the matrix [R, C] of its rows; one row where it is not sampled by rows."""
+    kind = row_kind(name)
+    return tensor.view(1 if kind is None else n_rows(kind, model), -1)
+
+
+def _in_master(name: str, plan: Plan) -> str:
+    """The master's name of a packed parameter: layers are renumbered by the plan."""
+    position = layer_of(name)
+    if position is None:
+        return name
+    return f"blocks.{plan.layers[position]}.{name.split('.', 2)[2]}"

@@ -1,0 +1,29 @@
+"""Validation loss: always the full model, with no rescale."""
+
+import numpy as np
+import torch
+
+from est_cli.model.transformer import Transformer
+from est_cli.subnet.plan import Plan, Subnetwork
+from est_cli.training.distributed import World
+from est_cli.training.subnetwork import PackedSubnetwork
+
+
+@torch.no_grad()
+def validation_loss(
+    model: Transformer, windows: np.ndarray, batch_size: int, dtype: torch.dtype, world: World
+) -> float:
+    """Mean cross-entropy in nats of the full model, in the run's precision.
+
+    windows [n, T + 1] of token ids; ranks share the windows.
+    """
+    every = np.arange(model.config.n_layers)
+    subnetwork = PackedSubnetwork(model, Subnetwork(model.config), dtype)
+    if not subnetwork.is_master:
+        subnetwork.load(Plan(every, *(np.empty((len(every), 0), int),) * 3))
+    total = torch.zeros((), dtype=torch.float64, device=world.device)
+    for start in range(world.rank * batch_size, len(windows), batch_size * world.size):
+        batch = torch.from_numpy(windows[start : start + batch_size]).to(world.device)
+        total += subnetwork.module(batch[:, :-1], batch[:, 1:]).double() * len(batch)
+    world.sum_([total])
+    return total.item() / len(windows)

@@ -1,0 +1,333 @@
+"""Evolving Subnetwork Training written a second time, from DESIGN.md section 1 alone.
+
+Plain loops over layers, heads and neurons; no fused projections, no packing, no masks on weights, nothing from est_cli.
+Slow on purpose: it is what the product's fast paths are compared against. All of it runs in the parameters' dtype,
+which the tests choose to be float64.
+
+Shapes: B batch, T tokens, V vocabulary, D model, L layers, H query heads, K key/value heads, E head_dim, F neurons.
+"""
+
+import math
+from collections import defaultdict
+from dataclasses import dataclass
+from types import EllipsisType
+
+import torch
+from torch import Tensor
+
+Row = int | EllipsisType
+"""What moves together under `freeze`: an index on the leading axis (head, neuron), or `...` for a whole tensor."""
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """The full model. `bias` is about the linear projections; a LayerNorm always has one, an RMSNorm never."""
+
+    n_layers: int
+    n_heads: int
+    n_kv_heads: int
+    head_dim: int
+    d_model: int
+    d_ff: int
+    vocab_size: int
+    max_seq_len: int
+    norm: str
+    position: str
+    mlp: str
+    bias: bool
+    tied: bool
+    norm_eps: float = 1e-5
+    rope_theta: float = 10000.0
+
+    def __post_init__(self) -> None:
+        assert self.norm in ("layernorm", "rmsnorm"), self.norm
+        assert self.position in ("learned", "rope"), self.position
+        assert self.mlp in ("gelu", "swiglu"), self.mlp
+        assert self.n_heads % self.n_kv_heads == 0, "every key/value head serves equally many query heads"
+        assert self.position == "learned" or self.head_dim % 2 == 0, "rotary positions turn pairs"
+
+    @property
+    def heads_per_kv_head(self) -> int:
+        return self.n_heads // self.n_kv_heads
+
+
+@dataclass
+class ReferencePlan:
+    """What one optimizer step keeps: indices into the full model, ascending. Dict keys are layer indices."""
+
+    layers: list[int]
+    heads: dict[int, list[int]]
+    kv_heads: dict[int, list[int]]
+    neurons: dict[int, list[int]]
+
+
+def full_plan(sizes: Sizes) -> ReferencePlan:
+    """The plan that keeps everything."""
+    layers = list(range(sizes.n_layers))
+    return ReferencePlan(
+        layers=layers,
+        heads={layer: list(range(sizes.n_heads)) for layer in layers},
+        kv_heads={layer: list(range(sizes.n_kv_heads)) for layer in layers},
+        neurons={layer: list(range(sizes.d_ff)) for layer in layers},
+    )
+
+
+def shapes(sizes: Sizes) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every parameter of the full model, in the reference's own layout (see the module's legend)."""
+    D, H, K, E, F = sizes.d_model, sizes.n_heads, sizes.n_kv_heads, sizes.head_dim, sizes.d_ff
+    found: dict[str, tuple[int, ...]] = {"embedding": (sizes.vocab_size, D)}
+    if sizes.position == "learned":
+        found["positions"] = (sizes.max_seq_len, D)
+    for layer in range(sizes.n_layers):
+        into = {"q": H, "k": K, "v": K}
+        for name, heads in into.items():
+            found[f"{layer}.{name}.weight"] = (heads, E, D)
+        found[f"{layer}.o.weight"] = (H, E, D)
+        hidden = ("up", "gate") if sizes.mlp == "swiglu" else ("up",)
+        for name in (*hidden, "down"):
+            found[f"{layer}.{name}.weight"] = (F, D)
+        if sizes.bias:
+            for name, heads in into.items():
+                found[f"{layer}.{name}.bias"] = (heads, E)
+            for name in hidden:
+                found[f"{layer}.{name}.bias"] = (F,)
+            found[f"{layer}.o.bias"] = found[f"{layer}.down.bias"] = (D,)
+    for norm in (*(f"{layer}.norm{i}" for layer in range(sizes.n_layers) for i in (1, 2)), "final_norm"):
+        found[f"{norm}.weight"] = (D,)
+        if sizes.norm == "layernorm":
+            found[f"{norm}.bias"] = (D,)
+    if not sizes.tied:
+        found["head"] = (sizes.vocab_size, D)
+    return found
+
+
+def _norm(sizes: Sizes, parameters: dict[str, Tensor], name: str, x: Tensor) -> Tensor:
+    """LayerNorm or RMSNorm over the last axis. x [B, T, D] -> [B, T, D]."""
+    if sizes.norm == "layernorm":
+        x = x - x.mean(dim=-1, keepdim=True)
+    x = x / torch.sqrt((x * x).mean(dim=-1, keepdim=True) + sizes.norm_eps) * parameters[f"{name}.weight"]
+    return x + parameters[f"{name}.bias"] if sizes.norm == "layernorm" else x
+
+
+def _rotate(sizes: Sizes, x: Tensor) -> Tensor:
+    """RoPE in Hugging Face's half-rotation form: feature j turns with feature j + E/2. x [B, T, E] -> [B, T, E].
+
+    The angles are always float64, so that they are as exact as the dtype of x allows.
+    """
+    half = sizes.head_dim // 2
+    frequencies = [sizes.rope_theta ** (-2.0 * j / sizes.head_dim) for j in range(half)]
+    angles = [[t * frequency for frequency in frequencies] for t in range(x.shape[1])]
+    angles = torch.tensor(angles, dtype=torch.float64)
+    cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
+    first, second = x[..., :half], x[..., half:]
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+
+
+def _project(sizes: Sizes, parameters: dict[str, Tensor], name: str, index: int, x: Tensor) -> Tensor:
+    """One head (or one neuron) of a linear layer. x [B, T, D] -> [B, T, E] (or [B, T])."""
+    out = x @ parameters[f"{name}.weight"][index].transpose(0, -1)
+    return out + parameters[f"{name}.bias"][index] if sizes.bias else out
+
+
+def attention(sizes: Sizes, parameters: dict[str, Tensor], layer: int, heads: list[int], x: Tensor) -> Tensor:
+    """(H / kept) * sum over the kept heads of head_i W_O,i, before the output bias. x [B, T, D] -> [B, T, D]."""
+    T = x.shape[1]
+    future = torch.ones(T, T, dtype=torch.bool).triu(diagonal=1)
+    total = torch.zeros_like(x)
+    for head in heads:
+        kv_head = head // sizes.heads_per_kv_head
+        query = _project(sizes, parameters, f"{layer}.q", head, x)
+        key = _project(sizes, parameters, f"{layer}.k", kv_head, x)
+        value = _project(sizes, parameters, f"{layer}.v", kv_head, x)
+        if sizes.position == "rope":
+            query, key = _rotate(sizes, query), _rotate(sizes, key)
+        scores = (query @ key.transpose(1, 2)) / math.sqrt(sizes.head_dim)
+        scores = scores.masked_fill(future, -math.inf)
+        weights = torch.exp(scores - scores.amax(dim=-1, keepdim=True).detach())
+        weights = weights / weights.sum(dim=-1, keepdim=True)
+        total = total + (weights @ value) @ parameters[f"{layer}.o.weight"][head]
+    return (sizes.n_heads / len(heads)) * total
+
+
+def mlp(sizes: Sizes, parameters: dict[str, Tensor], layer: int, neurons: list[int], x: Tensor) -> Tensor:
+    """(F / kept) * sum over the kept neurons of activation_f W2[f], before the output bias. x [B, T, D] -> same."""
+    total = torch.zeros_like(x)
+    for neuron in neurons:
+        up = _project(sizes, parameters, f"{layer}.up", neuron, x)
+        if sizes.mlp == "swiglu":
+            gate = _project(sizes, parameters, f"{layer}.gate", neuron, x)
+            activation = gate * torch.sigmoid(gate) * up
+        else:
+            activation = 0.5 * up * (1.0 + torch.tanh(math.sqrt(2.0 / math.pi) * (up + 0.044715 * up**3)))
+        total = total + activation[..., None] * parameters[f"{layer}.down.weight"][neuron]
+    return (sizes.d_ff / len(neurons)) * total
+
+
+def _check(sizes: Sizes, parameters: dict[str, Tensor], plan: ReferencePlan) -> None:
+    """A wrong adapter must fail here, not show up as a small difference or, worse, as none."""
+    found = {name: tuple(tensor.shape) for name, tensor in parameters.items()}
+    assert found == shapes(sizes), f"not the parameters of {sizes}: {set(found.items()) ^ set(shapes(sizes).items())}"
+    everything = full_plan(sizes)
+
+    def subset(kept: list[int], of: list[int]) -> bool:
+        return len(kept) > 0 and list(kept) == [unit for unit in of if unit in set(kept)]
+
+    assert subset(plan.layers, everything.layers), plan.layers
+    for layer in plan.layers:
+        assert subset(plan.heads[layer], everything.heads[layer]), (layer, plan.heads[layer])
+        assert subset(plan.neurons[layer], everything.neurons[layer]), (layer, plan.neurons[layer])
+        served = sorted({head // sizes.heads_per_kv_head for head in plan.heads[layer]})
+        assert list(plan.kv_heads[layer]) == served, (layer, plan.kv_heads[layer], served)
+
+
+def logits(
+    sizes: Sizes, parameters: dict[str, Tensor], plan: ReferencePlan, inputs: Tensor, rescale_layers: bool = False
+) -> Tensor:
+    """The subnetwork's output. inputs [B, T] -> [B, T, V]."""
+    _check(sizes, parameters, plan)
+    x = parameters["embedding"][inputs]
+    if sizes.position == "learned":
+        x = x + parameters["positions"][: inputs.shape[1]]
+    branch_scale = sizes.n_layers / len(plan.layers) if rescale_layers else 1.0
+    for layer in range(sizes.n_layers):
+        if layer not in plan.layers:
+            continue
+        branch = attention(sizes, parameters, layer, plan.heads[layer], _norm(sizes, parameters, f"{layer}.norm1", x))
+        if sizes.bias:
+            branch = branch + parameters[f"{layer}.o.bias"]
+        x = x + branch_scale * branch
+        branch = mlp(sizes, parameters, layer, plan.neurons[layer], _norm(sizes, parameters, f"{layer}.norm2", x))
+        if sizes.bias:
+            branch = branch + parameters[f"{layer}.down.bias"]
+        x = x + branch_scale * branch
+    head = parameters["embedding"] if sizes.tied else parameters["head"]
+    return _norm(sizes, parameters, "final_norm", x) @ head.T
+
+
+def loss(
+    sizes: Sizes,
+    parameters: dict[str, Tensor],
+    plan: ReferencePlan,
+    inputs: Tensor,
+    targets: Tensor,
+    rescale_layers: bool,
+) -> Tensor:
+    """Mean cross-entropy in nats of the subnetwork. inputs, targets [B, T] -> scalar; differentiable."""
+    out = logits(sizes, parameters, plan, inputs, rescale_layers)
+    right = out.gather(-1, targets[..., None])[..., 0]
+    return (torch.logsumexp(out, dim=-1) - right).mean()
+
+
+def loss_and_gradients(
+    sizes: Sizes,
+    parameters: dict[str, Tensor],
+    plan: ReferencePlan,
+    inputs: Tensor,
+    targets: Tensor,
+    rescale_layers: bool,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """`loss`, and its gradient for every parameter: zeros for what the plan leaves out. Touches no `.grad`."""
+    leaves = {name: tensor.detach().clone().requires_grad_() for name, tensor in parameters.items()}
+    value = loss(sizes, leaves, plan, inputs, targets, rescale_layers)
+    found = torch.autograd.grad(value, list(leaves.values()), allow_unused=True)
+    gradients = {
+        name: torch.zeros_like(leaf) if gradient is None else gradient
+        for (name, leaf), gradient in zip(leaves.items(), found, strict=True)
+    }
+    return value.detach(), gradients
+
+
+def clip(gradients: dict[str, Tensor], max_norm: float) -> Tensor:
+    """Scale gradients to a global 2-norm of at most max_norm, as torch.nn.utils.clip_grad_norm_ does.
+
+    Replaces the values of the dict and returns the norm before clipping.
+    """
+    squares = [(gradient * gradient).sum() for gradient in gradients.values()]
+    norm = torch.stack(squares).sum().sqrt()
+    coefficient = min(1.0, max_norm / (norm.item() + 1e-6))
+    for name in gradients:
+        gradients[name] = gradients[name] * coefficient
+    return norm
+
+
+def _split(name: str) -> tuple[int | None, str]:
+    """'3.q.weight' -> (3, 'q.weight'); 'final_norm.weight' -> (None, 'final_norm.weight')."""
+    first, _, rest = name.partition(".")
+    return (int(first), rest) if first.isdigit() else (None, name)
+
+
+def sampled_rows(name: str, plan: ReferencePlan) -> list[Row]:
+    """The rows of a parameter that belong to the plan's subnetwork; [...] where the tensor belongs to it whole."""
+    layer, part = _split(name)
+    if layer is None:
+        return [...]
+    if layer not in plan.layers:
+        return []
+    if part in ("q.weight", "q.bias", "o.weight"):
+        return list(plan.heads[layer])
+    if part in ("k.weight", "k.bias", "v.weight", "v.bias"):
+        return list(plan.kv_heads[layer])
+    if part in ("up.weight", "up.bias", "gate.weight", "gate.bias", "down.weight"):
+        return list(plan.neurons[layer])
+    assert part in ("o.bias", "down.bias") or part.startswith(("norm1.", "norm2.")), name
+    return [...]
+
+
+class ReferenceAdamW:
+    """torch.optim.AdamW's arithmetic, row after row, with what happens to unsampled rows written out.
+
+    `zero_grad`: every row takes a step, an unsampled one with gradient 0 (it decays and drifts on its momentum).
+    `freeze`: only the plan's rows move; each row counts its own steps, and that count corrects its bias.
+
+    Updates `parameters` in place. `lr` may be assigned between steps. `first`, `second` (the moments, shaped like the
+    parameters) and `steps` (by name and row) are the state.
+    """
+
+    def __init__(
+        self,
+        parameters: dict[str, Tensor],
+        lr: float,
+        betas: tuple[float, float],
+        eps: float,
+        weight_decay: float,
+        decayed: set[str],
+        unsampled: str,
+    ) -> None:
+        assert unsampled in ("zero_grad", "freeze"), unsampled
+        assert decayed <= set(parameters), decayed - set(parameters)
+        self.parameters = parameters
+        self.lr, self.betas, self.eps, self.weight_decay = lr, betas, eps, weight_decay
+        self.decayed = decayed
+        self.unsampled = unsampled
+        self.first = {name: torch.zeros_like(tensor) for name, tensor in parameters.items()}
+        self.second = {name: torch.zeros_like(tensor) for name, tensor in parameters.items()}
+        self.steps: dict[tuple[str, Row], int] = defaultdict(int)
+
+    @torch.no_grad()
+    def step(self, gradients: dict[str, Tensor], plan: ReferencePlan, sizes: Sizes) -> None:
+        """One update. gradients: one tensor per parameter, shaped like it, and zero in every unsampled row."""
+        assert set(gradients) == set(self.parameters), set(gradients) ^ set(self.parameters)
+        everything = full_plan(sizes)
+        for name, gradient in gradients.items():
+            assert gradient.shape == self.parameters[name].shape, name
+            sampled = sampled_rows(name, plan)
+            for row in sampled_rows(name, everything):
+                if row not in sampled:
+                    assert not gradient[row].any(), f"{name}[{row}] is not sampled but has a gradient"
+                    if self.unsampled == "freeze":
+                        continue
+                self._step_row(name, row, gradient[row])
+
+    def _step_row(self, name: str, row: Row, gradient: Tensor) -> None:
+        """Indexing with `row` gives a view, so the in-place operations below write into the tensors themselves."""
+        beta1, beta2 = self.betas
+        weight, first, second = self.parameters[name][row], self.first[name][row], self.second[name][row]
+        self.steps[name, row] += 1
+        count = self.steps[name, row]
+        if name in self.decayed:
+            weight.mul_(1.0 - self.lr * self.weight_decay)
+        first.mul_(beta1).add_((1.0 - beta1) * gradient)
+        second.mul_(beta2).add_((1.0 - beta2) * gradient * gradient)
+        unbiased_first = first / (1.0 - beta1**count)
+        unbiased_second = second / (1.0 - beta2**count)
+        weight.sub_(self.lr * unbiased_first / (unbiased_second.sqrt() + self.eps))
