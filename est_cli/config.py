@@ -5,14 +5,15 @@
 """
 
 import dataclasses
-import importlib
 import inspect
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
+from est_cli.checks import problems_together
 from est_cli.errors import UserError, nearest
+from est_cli.plugins import named_function
 from est_cli.schema import AtLeast, Within, read
 from est_cli.subnet.schedule import NAMED_SCHEDULES, Rate, Rates, Stage, StageSpec, build_stages
 
@@ -22,8 +23,6 @@ Positive = Annotated[float, Within(0, open_low=True)]
 NotNegative = Annotated[float, AtLeast(0)]
 Fraction = Annotated[float, Within(0, 1)]
 Auto = Literal["auto"]
-
-AUTO_MAX_STEPS = 1000
 
 
 @dataclass(frozen=True)
@@ -122,8 +121,16 @@ class SamplingConfig:
 @dataclass(frozen=True)
 class SchedulerConfig:
     stages: tuple[StageSpec, ...]
-    names: tuple[str, ...] = ()
-    """The config key of each boundary, for messages."""
+    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    """The scheduler's other keys, which the stages were made from: stage1_end, n_stages, ..."""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The config key of each boundary, for messages."""
+        keys = [f"stage{i + 1}_end" for i in range(len(self.stages))]
+        return tuple(
+            f"scheduler.{key}" if key in self.options else f"scheduler.stages[{i}].end" for i, key in enumerate(keys)
+        )
 
 
 @dataclass(frozen=True)
@@ -249,7 +256,7 @@ def read_train_config(plain: Mapping[str, Any]) -> TrainConfig:
         read_sections["scheduler"] = read_scheduler(scheduler, rates, problems)
     elif not isinstance(scheduler, Mapping):
         problems.append("scheduler: must be a mapping with stages")
-    _check_together(read_sections, problems)
+    problems += problems_together(read_sections)
     if problems:
         raise UserError(*problems)
     model = read_sections["model"]
@@ -274,9 +281,7 @@ def read_scheduler(plain: Mapping[str, Any], rates: Rates, problems: list[str]) 
     specs = read(tuple[StageSpec, ...], stages, "scheduler.stages", problems)
     if len(problems) > before:
         return None
-    keys = [f"stage{i + 1}_end" for i in range(len(specs))]
-    names = tuple(f"scheduler.{key}" if key in options else f"scheduler.stages[{i}].end" for i, key in enumerate(keys))
-    return SchedulerConfig(specs, names)
+    return SchedulerConfig(specs, options)
 
 
 def _call_schedule(name: str, rates: Rates, options: dict, problems: list[str]) -> list | None:
@@ -291,80 +296,10 @@ def _call_schedule(name: str, rates: Rates, options: dict, problems: list[str]) 
     return None
 
 
-def named_function(name: str, known: Mapping[str, Callable], key: str) -> Callable:
-    """An entry of `known`, or what a dotted path imports. Raises UserError."""
-    if name in known:
-        return known[name]
-    module, _, attribute = name.rpartition(".")
-    if not module:
-        allowed = ", ".join(known)
-        raise UserError(
-            f"{key}={name}: must be one of {allowed}, or the dotted path of a function{nearest(name, known)}"
-        )
-    try:
-        return getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
-        raise UserError(f"{key}={name}: cannot be imported: {error}") from error
-
-
-def _check_together(sections: Mapping[str, Any], problems: list[str]) -> None:
-    """Values that are fine alone and do not go together."""
-    model, data, sampling = sections.get("model"), sections.get("data"), sections.get("sampling")
-    scheduler, trainer, tokenizer = sections.get("scheduler"), sections.get("trainer"), sections.get("tokenizer")
-    if model is not None:
-        problems += _model_problems(model)
-    if model is not None and data is not None and data.seq_len != "auto" and data.seq_len > model.max_seq_len:
-        problems.append(f"data.seq_len={data.seq_len}: must be at most model.max_seq_len={model.max_seq_len}")
-    if (
-        model is not None
-        and tokenizer is not None
-        and tokenizer.vocab_size != "auto"
-        and tokenizer.vocab_size > model.vocab_size
-    ):
-        problems.append(
-            f"tokenizer.vocab_size={tokenizer.vocab_size}: must be at most model.vocab_size={model.vocab_size}"
-        )
-    if model is not None and sampling is not None and model.d_ff % sampling.mlp_block:
-        problems.append(f"sampling.mlp_block={sampling.mlp_block}: must divide model.d_ff={model.d_ff}")
-    if data is not None and data.kind != "stdlib" and data.path is None and not data.sources:
-        problems.append(
-            "data.path: is missing; must be a file, folder or glob"
-            + (", or a dataset's name" if data.kind == "hf" else "")
-        )
-    if tokenizer is not None and tokenizer.kind == "hf" and tokenizer.path is None:
-        problems.append("tokenizer.path: is missing; must be a tokenizer.json or its folder")
-    if scheduler is not None and trainer is not None:
-        try:
-            build_stages(scheduler.stages, max_steps_of(trainer), scheduler.names)
-        except ValueError as error:
-            problems.append(str(error))
-
-
-def _model_problems(model: ModelConfig) -> list[str]:
-    problems = []
-    if model.head_dim is None and model.d_model % model.n_heads:
-        problems.append(f"model.n_heads={model.n_heads}: must divide model.d_model={model.d_model}")
-    elif model.position == "rope" and (model.head_dim or model.d_model // model.n_heads) % 2:
-        problems.append(
-            f"model.n_heads={model.n_heads}: rotary positions need heads of an even width, "
-            f"got {model.head_dim or model.d_model // model.n_heads}"
-        )
-    if model.n_heads % model.n_kv_heads:
-        problems.append(f"model.n_kv_heads={model.n_kv_heads}: must divide model.n_heads={model.n_heads}")
-    elif model.position == "learned" and model.n_kv_heads != model.n_heads:
-        problems.append(
-            f"model.n_kv_heads={model.n_kv_heads}: GPT-2 style (model.position=learned) has no "
-            f"grouped-query attention; must equal model.n_heads={model.n_heads}"
-        )
-    return problems
-
-
-def max_steps_of(trainer: TrainerConfig) -> int:
-    return AUTO_MAX_STEPS if trainer.max_steps == "auto" else trainer.max_steps
-
-
 def as_plain(config: Any) -> Any:
-    """Nested plain dicts and lists of a config dataclass, for YAML, JSON and W&B."""
+    """Nested plain dicts and lists of a config dataclass, as `read_train_config` reads them."""
+    if isinstance(config, SchedulerConfig):
+        return {**config.options, "stages": as_plain(config.stages)}
     if dataclasses.is_dataclass(config):
         return {f.name: as_plain(getattr(config, f.name)) for f in dataclasses.fields(config)}
     return [as_plain(item) for item in config] if isinstance(config, tuple) else config

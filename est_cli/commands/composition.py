@@ -76,7 +76,7 @@ class Composer:
             try:
                 parsed.append(OverridesParser.create().parse_override(text))
             except HydraException:
-                yield f"{text}: cannot be read; write KEY=VALUE, and quote VALUE where it has spaces, commas or brackets"
+                yield f"{text}: cannot be read; write KEY=VALUE, with quotes around a VALUE of several words"
         groups = self.loader.list_groups("")
         for override in parsed:
             problem = self._group_problem(override, groups)

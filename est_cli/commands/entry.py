@@ -1,6 +1,7 @@
 """The outermost entry point of every command: flags, composition, exit codes."""
 
 import argparse
+import functools
 import os
 import sys
 import time
@@ -18,6 +19,7 @@ from est_cli.errors import UserError
 DONE, FAILED, BAD_INPUT, STOPPED = 0, 1, 2, 75
 
 
+@functools.cache
 def run_id() -> str:
     """The job's id where a scheduler gives one, so that a requeued job finds its run; else a fresh one."""
     environment = os.environ
@@ -30,7 +32,7 @@ def run_id() -> str:
     return f"{time.strftime('%Y%m%d-%H%M%S')}-{os.urandom(2).hex()}"
 
 
-OmegaConf.register_new_resolver("est.run_id", run_id, use_cache=True, replace=True)
+OmegaConf.register_new_resolver("est.run_id", run_id, replace=True)
 
 
 def read_arguments() -> argparse.Namespace:
@@ -92,5 +94,18 @@ def hand_to_hydra(config_name: str, task: Callable[[DictConfig], Any]) -> NoRetu
 
 
 def run_hydra(config_name: str, task: Callable[[DictConfig], Any]) -> None:
-    """Hydra's own main: it makes the run directory and calls `task` with the composed config."""
-    hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name=config_name)(task)()
+    """Hydra's own main: it makes the run directory and calls `task` with the composed config.
+
+    A UserError passes through, where Hydra would print a traceback and exit with 1.
+    """
+    errors: list[UserError] = []
+
+    def guarded(config: DictConfig) -> None:
+        try:
+            task(config)
+        except UserError as error:
+            errors.append(error)
+
+    hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name=config_name)(guarded)()
+    if errors:
+        raise errors[0]

@@ -77,9 +77,14 @@ class RunDirectory:
         return json.loads(path.read_text()) if path.exists() else {}
 
     def write_summary(self, summary: dict[str, Any]) -> None:
+        (self.path / ERROR).unlink(missing_ok=True)
         temporary = self.path / f".{SUMMARY}"
         temporary.write_text(json.dumps(summary, indent=1) + "\n")
         temporary.rename(self.path / SUMMARY)
+
+    def write_error(self, text: str) -> None:
+        """What ended a failed run."""
+        (self.path / ERROR).write_text(text)
 
 
 def continue_command(overrides: list[str], config: TrainConfig, run_dir: Path) -> str:

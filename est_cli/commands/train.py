@@ -12,12 +12,12 @@ from omegaconf import DictConfig
 from est_cli import auto
 from est_cli.commands import entry
 from est_cli.commands.composition import plain
-from est_cli.commands.run_directory import ERROR, METRICS, RunDirectory, continue_command
+from est_cli.commands.run_directory import METRICS, RunDirectory, continue_command
 from est_cli.config import TrainConfig, as_plain, read_train_config
 
 if TYPE_CHECKING:
     from est_cli.data.tokens import TokenStore
-    from est_cli.tracking.tracker import Tracker
+    from est_cli.tracking.tracker import RunInfo, Tracker
     from est_cli.training.distributed import World
 
 
@@ -30,6 +30,11 @@ class Prepared:
     store: "TokenStore"
     overrides: list[str]
     notes: list[str]
+    trackers: "list[Tracker]"
+
+    def say(self, message: str) -> None:
+        for tracker in self.trackers:
+            tracker.say(message)
 
 
 def main() -> None:
@@ -41,6 +46,7 @@ def main() -> None:
 
 def _run(arguments: Any) -> int:
     """One run. Everything that can be wrong with the input is found before Hydra makes a directory."""
+    from est_cli.tracking.trackers import trackers_for
     from est_cli.training.distributed import environment_rank, join, launched_ranks
 
     composed, hydra_node = entry.compose("train", arguments)
@@ -52,10 +58,11 @@ def _run(arguments: Any) -> int:
     if environment_rank() > 0:
         world = join(config.trainer.device)
         directory = RunDirectory(Path(world.from_main(None)))
-        return execute(Prepared(config, directory, _tokens(config, quiet=True), arguments.overrides, []), world)
+        return execute(Prepared(config, directory, _tokens(config, quiet=True), arguments.overrides, [], []), world)
     directory = RunDirectory(Path(hydra_node.run.dir).absolute())
     notes += directory.check(config)
-    prepared = Prepared(config, directory, _tokens(config), arguments.overrides, notes)
+    trackers = trackers_for(config)
+    prepared = Prepared(config, directory, _tokens(config), arguments.overrides, notes, trackers)
     world = join(config.trainer.device)
     world.from_main(str(directory.path))
     codes: list[int] = []
@@ -67,12 +74,13 @@ def _job_of_sweep(composed: DictConfig) -> int:
     """One job of a multirun: Hydra has made its directory already."""
     from hydra.core.hydra_config import HydraConfig
 
+    from est_cli.tracking.trackers import trackers_for
     from est_cli.training.distributed import join
 
     node = HydraConfig.get()
     config, notes = read_config(plain(composed))
     directory = RunDirectory(Path(node.runtime.output_dir))
-    prepared = Prepared(config, directory, _tokens(config), list(node.overrides.task), notes)
+    prepared = Prepared(config, directory, _tokens(config), list(node.overrides.task), notes, trackers_for(config))
     return execute(prepared, join(config.trainer.device))
 
 
@@ -97,83 +105,72 @@ def _tokens(config: TrainConfig, quiet: bool = False) -> "TokenStore":
 def execute(prepared: Prepared, world: "World") -> int:
     """Train in the run directory, which exists; returns the exit code."""
     from est_cli.commands.stopping import StopRequest
-    from est_cli.tracking.display import console_for
     from est_cli.tracking.metrics import iterate_metrics
-    from est_cli.tracking.summary import stage_table, summarize
+    from est_cli.tracking.summary import summarize
     from est_cli.tracking.tracker import RunInfo
     from est_cli.training.checkpoint import Checkpoints
     from est_cli.training.loop import Training
 
-    config, directory = prepared.config, prepared.directory
-    console = console_for(config.format)
-    trackers = _trackers(config, console) if world.is_main else []
+    config, directory, trackers = prepared.config, prepared.directory, prepared.trackers
     checkpoints = Checkpoints(directory.checkpoints, config.checkpoint.keep, config.checkpoint.keep_best)
     stop_request = StopRequest()
     training = Training(config, prepared.store, world, trackers)
-    found = checkpoints.newest(warn=lambda message: console.print(message, markup=False))
+    found = checkpoints.newest(warn=prepared.say)
     if found is not None:
         training.restore(found)
-    ledger = training.ledger
+    if not world.is_main:
+        status = training.run(checkpoints, stop_request).status
+        return entry.STOPPED if status == "stopped" else entry.DONE
+    directory.write_config(config)
     run = RunInfo(
         directory.path,
         config,
         as_plain(config),
         training.step,
-        ledger.stages,
-        tuple(cost.total for cost in ledger.per_step),
-        ledger.full.total,
+        training.stages,
+        tuple(cost.total for cost in training.ledger.per_step),
+        training.ledger.full.total,
         continue_command(prepared.overrides, config, directory.path),
     )
-    if world.is_main:
-        directory.write_config(config)
+    for note in prepared.notes:
+        prepared.say(note)
     for tracker in trackers:
         tracker.start(run)
-    for note in prepared.notes:
-        for tracker in trackers:
-            tracker.say(note)
     try:
         outcome = training.run(checkpoints, stop_request)
     except BaseException:
-        (directory.path / ERROR).write_text(traceback.format_exc())
+        directory.write_error(traceback.format_exc())
         for tracker in trackers:
             tracker.finish("failed", None)
         raise
-    if world.is_main:
-        (directory.path / ERROR).unlink(missing_ok=True)
-        summary = summarize(
-            run,
-            iterate_metrics(directory.path / METRICS),
-            status=outcome.status,
-            steps=outcome.steps,
-            train_s=outcome.train_s,
-            peak_memory_bytes=outcome.peak_memory_bytes,
-        )
-        directory.write_summary(summary)
-        for tracker in trackers:
-            tracker.finish(outcome.status, summary)
-        if config.format == "json":
-            print(json.dumps({**summary, "run_dir": str(directory.path)}))
-        else:
-            console.print(stage_table(summary))
-            console.print(f"run directory: {directory.path}", soft_wrap=True, highlight=False)
-        if outcome.status == "stopped":
-            console.print(
-                f"stopped after step {outcome.steps - 1}; continue with: {run.command}",
-                soft_wrap=True,
-                highlight=False,
-                markup=False,
-            )
+    summary = summarize(
+        run,
+        iterate_metrics(directory.path / METRICS),
+        status=outcome.status,
+        steps=outcome.steps,
+        train_s=outcome.train_s,
+        peak_memory_bytes=outcome.peak_memory_bytes,
+    )
+    directory.write_summary(summary)
+    for tracker in trackers:
+        tracker.finish(outcome.status, summary)
+    _print_result(config, summary, run)
     return entry.STOPPED if outcome.status == "stopped" else entry.DONE
 
 
-def _trackers(config: TrainConfig, console: Any) -> list["Tracker"]:
-    from est_cli.tracking.display import Display
-    from est_cli.tracking.metrics import MetricsFile
+def _print_result(config: TrainConfig, summary: dict[str, Any], run: "RunInfo") -> None:
+    from est_cli.reports.records import load_runs
+    from est_cli.reports.report import write_report
+    from est_cli.tracking.display import console_for
+    from est_cli.tracking.summary import stage_table
 
-    display = Display(console)
-    trackers: list[Tracker] = [display, MetricsFile(display.say)]
-    if config.logger.kind == "wandb" and config.logger.mode != "disabled":
-        from est_cli.tracking.wandb import WandbTracker
-
-        trackers.append(WandbTracker(display.say))
-    return trackers
+    console = console_for(config.format)
+    paths = {"run directory": run.run_dir, **write_report(load_runs([run.run_dir]), run.run_dir / "report")}
+    if config.format == "json":
+        print(json.dumps({**summary, "run_dir": str(run.run_dir)}))
+    else:
+        console.print(stage_table(summary))
+    if summary["status"] == "stopped":
+        paths["continue with"] = run.command
+    for name, path in paths.items():
+        console.print(f"{name}: {path}", soft_wrap=True, highlight=False, markup=False)

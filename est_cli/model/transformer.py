@@ -197,10 +197,9 @@ class Transformer(nn.Module):
 
 def rope_tables(model: ModelConfig, length: int, device, dtype) -> tuple[Tensor, Tensor]:
     """Cosine and sine [T, 1, E/2] of rotary position embedding (Su et al., 2021)."""
-    exponents = torch.arange(0, model.head_dim, 2, device=device, dtype=torch.float32) / model.head_dim
-    angles = torch.outer(torch.arange(length, device=device, dtype=torch.float32), model.rope_theta**-exponents)[
-        :, None
-    ]
+    exact = torch.promote_types(dtype, torch.float32)
+    exponents = torch.arange(0, model.head_dim, 2, device=device, dtype=exact) / model.head_dim
+    angles = torch.outer(torch.arange(length, device=device, dtype=exact), model.rope_theta**-exponents)[:, None]
     return angles.cos().to(dtype), angles.sin().to(dtype)
 
 

@@ -1,61 +1,16 @@
-"""The sampler: a plan is a pure function of the seed, the step, the stage and the sizes.
-
-Indices are the ranks of raw Philox words (Salmon et al., 2011) under a key that says what is drawn, so that
-they need no state, no global generator, and survive upgrades of every library.
-"""
+"""The sampler: a plan is a pure function of the seed, the step, the stage and the sizes."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
 
-from est_cli.config import ModelConfig, SamplingConfig, named_function
+from est_cli.config import ModelConfig, SamplingConfig
+from est_cli.errors import UserError
+from est_cli.plugins import named_function
 from est_cli.subnet.plan import Plan, grouped, subnetwork
 from est_cli.subnet.schedule import Stage
-
-DIMENSIONS = ("heads", "mlp", "layers")
-
-
-@dataclass(frozen=True)
-class Draw:
-    """What is drawn: the key of one choice of `kept` units out of `total`.
-
-    `number` counts the draws of a stage (every `resample_every` steps makes a new one), `group` is the
-    key/value group for query heads and 0 elsewhere.
-    """
-
-    seed: int
-    stage_start: int
-    number: int
-    layer: int
-    dimension: str
-    group: int = 0
-
-    def words(self, n: int) -> np.ndarray:
-        """`n` random 64-bit words that depend on this key alone."""
-        where = (self.layer << 32) | (self.group << 8) | DIMENSIONS.index(self.dimension)
-        generator = np.random.Philox(
-            key=np.array([self.seed, 0], dtype=np.uint64),
-            counter=np.array([0, self.number, self.stage_start, where], dtype=np.uint64),
-        )
-        return generator.random_raw(n)
-
-
-Strategy = Callable[[Draw, int, int], np.ndarray]
-
-
-def random(draw: Draw, total: int, kept: int) -> np.ndarray:
-    """Uniform, without replacement: the paper's sampling."""
-    return np.argsort(draw.words(total), kind="stable")[:kept]
-
-
-def prefix(draw: Draw, total: int, kept: int) -> np.ndarray:
-    """Always the first units: nested subnetworks."""
-    return np.arange(kept)
-
-
-STRATEGIES: dict[str, Strategy] = {"random": random, "prefix": prefix}
+from est_cli.subnet.strategies import STRATEGIES, Draw, Strategy, random
 
 
 def sample(
@@ -71,7 +26,7 @@ def sample(
         draw = Draw(seed, stage.first_step, number, layer, dimension, group)
         chosen = np.sort(np.asarray(strategy(draw, total, kept)))
         if chosen.shape != (kept,) or chosen[0] < 0 or chosen[-1] >= total or (np.diff(chosen) == 0).any():
-            raise ValueError(f"sampling.strategy must return {kept} different indices below {total}, got {chosen}")
+            raise UserError(f"sampling.strategy must return {kept} different indices below {total}, got {chosen}")
         return chosen
 
     layers = choose("layers", model.n_layers, small.n_layers)

@@ -14,7 +14,7 @@ from est_cli.data.batches import training_windows, validation_windows
 from est_cli.model.initialisation import initialise
 from est_cli.model.transformer import Transformer
 from est_cli.subnet.flops import config_ledger
-from est_cli.subnet.plan import subnetwork
+from est_cli.subnet.plan import Plan, subnetwork
 from est_cli.subnet.sampler import sample, strategy_named
 from est_cli.subnet.schedule import Stage, stage_at
 from est_cli.training.checkpoint import Checkpoint, Checkpoints
@@ -99,49 +99,57 @@ class Training:
         return kind(self.model, shape, self.dtype)
 
     def _train_step(self, stage: Stage, subnet: PackedSubnetwork | MaskedSubnetwork) -> None:
-        config, step, started = self.config, self.step, time.perf_counter()
-        plan = sample(config.seed, step, stage, config.model, config.sampling, self.strategy)
+        config, started = self.config, time.perf_counter()
+        plan = sample(config.seed, self.step, stage, config.model, config.sampling, self.strategy)
         subnet.load(plan)
         loss = torch.zeros((), device=self.world.device)
-        for inputs, targets in self._micro_batches(step):
+        for inputs, targets in self._micro_batches():
             micro_loss = subnet.loss(inputs, targets) / config.trainer.grad_accum
             micro_loss.backward()
             loss += micro_loss.detach()
         updates = subnet.updates()
         self.world.average_([loss, *(update.gradient for update in updates)])
-        lr = learning_rate(config.optimizer, step, config.trainer.max_steps)
-        norm = self.optimizer.step(updates, lr)
+        lr = learning_rate(config.optimizer, self.step, config.trainer.max_steps)
+        grad_norm = self.optimizer.step(updates, lr)
         self.step += 1
-        logged = _due(self.step, config.trainer.log_every) or step == 0 or self.step == config.trainer.max_steps
-        train_loss, grad_norm = (loss.item(), norm.item()) if logged else (None, None)
+        self._finish_step(stage, plan, loss, lr, grad_norm, started)
+
+    def _finish_step(
+        self, stage: Stage, plan: Plan, loss: Tensor, lr: float, grad_norm: Tensor, started: float
+    ) -> None:
+        """Evaluate and log, where it is time for either."""
+        config, is_last = self.config, self.step == self.config.trainer.max_steps
+        evaluates = is_last or _due(self.step, config.trainer.eval_every)
+        if not (evaluates or self.step == 1 or _due(self.step, config.trainer.log_every)):
+            self.train_s += time.perf_counter() - started
+            return
+        train_loss, norm = loss.item(), grad_norm.item()  # waits for the device
         step_s = time.perf_counter() - started
         self.train_s += step_s
-        evaluated = self.step == config.trainer.max_steps or _due(self.step, config.trainer.eval_every)
-        if evaluated:
+        if evaluates:
             self.val_loss = self.validate()
-        if logged or evaluated:
-            self._log(
-                {
-                    "step": step,
-                    "tokens": self.step * config.tokens_per_step,
-                    "stage": stage.number,
-                    "train/loss": loss.item() if train_loss is None else train_loss,
-                    "train/lr": lr,
-                    "train/grad_norm": norm.item() if grad_norm is None else grad_norm,
-                    "val/loss": self.val_loss if evaluated else None,
-                    "subnet/heads": plan.heads.shape[1] / config.model.n_heads,
-                    "subnet/mlp": plan.neurons.shape[1] / config.model.d_ff,
-                    "subnet/layers": len(plan.layers) / config.model.n_layers,
-                    **self.ledger.record(step),
-                    **self._speed(stage, step_s),
-                }
-            )
+        self._log(
+            {
+                "step": self.step - 1,
+                "tokens": self.step * config.tokens_per_step,
+                "stage": stage.number,
+                "train/loss": train_loss,
+                "train/lr": lr,
+                "train/grad_norm": norm,
+                "val/loss": self.val_loss if evaluates else None,
+                "subnet/heads": plan.heads.shape[1] / config.model.n_heads,
+                "subnet/mlp": plan.neurons.shape[1] / config.model.d_ff,
+                "subnet/layers": len(plan.layers) / config.model.n_layers,
+                **self.ledger.record(self.step - 1),
+                **self._speed(stage, step_s),
+            }
+        )
 
-    def _micro_batches(self, step: int) -> Iterator[tuple[Tensor, Tensor]]:
+    def _micro_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         """This rank's share of the step's sequences: inputs and targets [B, T] each."""
         config, size = self.config, self.config.trainer.batch_size
         for micro in range(config.trainer.grad_accum):
-            first = step * config.sequences_per_step + (micro * self.world.size + self.world.rank) * size
+            first = self.step * config.sequences_per_step + (micro * self.world.size + self.world.rank) * size
             windows = training_windows(self.tokens.train, config.data.seq_len, config.seed, first, size)
             batch = torch.from_numpy(windows).to(self.world.device, non_blocking=True)
             yield batch[:, :-1], batch[:, 1:]

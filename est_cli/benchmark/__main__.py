@@ -1,0 +1,28 @@
+"""python -m est_cli.benchmark: JSON on standard output; needs torch and numpy alone."""
+
+import json
+import sys
+
+from est_cli.benchmark.arguments import parser, to_case
+from est_cli.benchmark.measure import measure, peak_of_stage
+
+
+def main() -> None:
+    arguments = parser().parse_args()
+    case = to_case(arguments)
+    if arguments.peak_memory_of_stage is not None:
+        print(json.dumps({"peak_memory_bytes": peak_of_stage(case, arguments.peak_memory_of_stage - 1)}))
+        return
+    result = measure(
+        case,
+        arguments.rounds,
+        arguments.warmup,
+        arguments.against,
+        memory=not arguments.no_memory,
+        progress=lambda done, total: print(f"round {done} of {total}", file=sys.stderr),
+    )
+    print(json.dumps(result, indent=1))
+
+
+if __name__ == "__main__":
+    main()

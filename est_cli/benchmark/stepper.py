@@ -1,0 +1,69 @@
+"""One stage's optimizer step, phase by phase: the calls of the training loop, with a clock between them."""
+
+import time
+
+import torch
+
+from est_cli.benchmark.case import PHASES, Case, Clock
+from est_cli.model.initialisation import initialise
+from est_cli.model.transformer import Transformer
+from est_cli.subnet.plan import subnetwork
+from est_cli.subnet.sampler import sample, strategy_named
+from est_cli.subnet.schedule import Stage
+from est_cli.training.optimizer import SampledAdamW
+from est_cli.training.subnetwork import DTYPES, MaskedSubnetwork, PackedSubnetwork
+
+_MANY_STEPS = 1 << 30
+
+
+class Stepper:
+    """Steps of all stages on one master model, as a run takes them one after the other."""
+
+    def __init__(self, case: Case):
+        self.case = case
+        self.model = initialise(Transformer(case.model, recompute=case.recompute), case.seed).to(case.device)
+        self.optimizer = SampledAdamW(self.model, case.optimizer)
+        self.strategy = strategy_named(case.sampling.strategy)
+        self.batch = case.batch()
+        self.subnetworks: dict[int, PackedSubnetwork | MaskedSubnetwork] = {}
+        self.steps = 0
+
+    def step(self, index: int) -> Clock:
+        """One optimizer step of the stage at `index`; seconds of each phase."""
+        case = self.case
+        subnet = self._subnetwork(index)
+        stage = Stage(index + 1, 0, _MANY_STEPS, case.rates[index])
+        marks = [_now(case.device)]
+        plan = sample(case.seed, self.steps, stage, case.model, case.sampling, self.strategy)
+        marks.append(_now(case.device))
+        subnet.load(plan)
+        marks.append(_now(case.device))
+        forward = backward = 0.0
+        for _ in range(case.grad_accum):
+            start = _now(case.device)
+            loss = subnet.loss(*self.batch) / case.grad_accum
+            middle = _now(case.device)
+            loss.backward()
+            end = _now(case.device)
+            forward, backward = forward + middle - start, backward + end - middle
+        start = _now(case.device)
+        self.optimizer.step(subnet.updates(), case.optimizer.lr)
+        end = _now(case.device)
+        self.steps += 1
+        seconds = (marks[1] - marks[0], marks[2] - marks[1], forward, backward, end - start)
+        return dict(zip(PHASES, seconds, strict=True))
+
+    def _subnetwork(self, index: int) -> PackedSubnetwork | MaskedSubnetwork:
+        if index not in self.subnetworks:
+            case = self.case
+            kind = MaskedSubnetwork if case.kernels == "masked" else PackedSubnetwork
+            shape = subnetwork(case.model, case.sampling, case.rates[index])
+            self.subnetworks[index] = kind(self.model, shape, DTYPES[case.precision])
+        return self.subnetworks[index]
+
+
+def _now(device: str) -> float:
+    """Seconds, once the device has done what it was asked."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()

@@ -1,0 +1,96 @@
+"""Values of a config that are fine alone and do not go together, or not here."""
+
+import re
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+from est_cli.errors import UserError
+from est_cli.plugins import named_function
+from est_cli.subnet.schedule import build_stages
+from est_cli.subnet.strategies import STRATEGIES
+
+if TYPE_CHECKING:
+    from est_cli.config import DataConfig, ModelConfig, SamplingConfig, SchedulerConfig, TokenizerConfig, TrainerConfig
+
+AUTO_MAX_STEPS = 1000
+"""Optimizer steps of a run that does not say how many."""
+
+_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
+
+
+def problems_together(sections: Mapping[str, Any]) -> list[str]:
+    """One line for each clash. Sections that could not be read are absent or None, and are not looked at."""
+    checks = (
+        (_model, "model"),
+        (_lengths, "model", "data"),
+        (_vocabulary, "model", "tokenizer"),
+        (_blocks, "model", "sampling"),
+        (_paths, "data", "tokenizer"),
+        (_strategy, "sampling"),
+        (_stages, "scheduler", "trainer"),
+    )
+    problems = []
+    for check, *names in checks:
+        needed = [sections.get(name) for name in names]
+        if None not in needed:
+            problems += check(*needed)
+    for key in ("name", "run_id"):
+        if sections.get(key) is not None and not _NAME.fullmatch(sections[key]):
+            problems.append(f"{key}={sections[key]}: must be letters, digits, '.', '_' and '-', not starting with '.'")
+    return problems
+
+
+def max_steps_of(trainer: "TrainerConfig") -> int:
+    return AUTO_MAX_STEPS if trainer.max_steps == "auto" else trainer.max_steps
+
+
+def _model(model: "ModelConfig") -> Iterator[str]:
+    width = model.head_dim or model.d_model // model.n_heads
+    if model.head_dim is None and model.d_model % model.n_heads:
+        yield f"model.n_heads={model.n_heads}: must divide model.d_model={model.d_model}"
+    elif model.position == "rope" and width % 2:
+        yield f"model.n_heads={model.n_heads}: rotary positions need heads of an even width, and these are {width} wide"
+    if model.n_heads % model.n_kv_heads:
+        yield f"model.n_kv_heads={model.n_kv_heads}: must divide model.n_heads={model.n_heads}"
+    elif model.position == "learned" and model.n_kv_heads != model.n_heads:
+        yield (
+            f"model.n_kv_heads={model.n_kv_heads}: GPT-2 style (model.position=learned) has no grouped-query "
+            f"attention; must equal model.n_heads={model.n_heads}"
+        )
+
+
+def _lengths(model: "ModelConfig", data: "DataConfig") -> Iterator[str]:
+    if data.seq_len != "auto" and data.seq_len > model.max_seq_len:
+        yield f"data.seq_len={data.seq_len}: must be at most model.max_seq_len={model.max_seq_len}"
+
+
+def _vocabulary(model: "ModelConfig", tokenizer: "TokenizerConfig") -> Iterator[str]:
+    if tokenizer.vocab_size != "auto" and tokenizer.vocab_size > model.vocab_size:
+        yield f"tokenizer.vocab_size={tokenizer.vocab_size}: must be at most model.vocab_size={model.vocab_size}"
+
+
+def _blocks(model: "ModelConfig", sampling: "SamplingConfig") -> Iterator[str]:
+    if model.d_ff % sampling.mlp_block:
+        yield f"sampling.mlp_block={sampling.mlp_block}: must divide model.d_ff={model.d_ff}"
+
+
+def _paths(data: "DataConfig", tokenizer: "TokenizerConfig") -> Iterator[str]:
+    if data.kind != "stdlib" and data.path is None and not data.sources:
+        what = "a dataset's name, or a file or glob" if data.kind == "hf" else "a file, folder or glob"
+        yield f"data.path: is missing; must be {what}"
+    if tokenizer.kind == "hf" and tokenizer.path is None:
+        yield "tokenizer.path: is missing; must be a tokenizer.json or its folder"
+
+
+def _strategy(sampling: "SamplingConfig") -> Iterator[str]:
+    try:
+        named_function(sampling.strategy, STRATEGIES, "sampling.strategy")
+    except UserError as error:
+        yield from error.problems
+
+
+def _stages(scheduler: "SchedulerConfig", trainer: "TrainerConfig") -> Iterator[str]:
+    try:
+        build_stages(scheduler.stages, max_steps_of(trainer), scheduler.names)
+    except ValueError as error:
+        yield str(error)

@@ -1,0 +1,1 @@
+"""Text → token files → batches. Imports no torch."""

@@ -1,0 +1,213 @@
+"""Datasets that the `datasets` library reads: a hub name, or local files. A row is a document."""
+
+import contextlib
+import glob
+import hashlib
+import json
+import logging
+import os
+from collections import Counter
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+from est_cli.config import DataConfig
+from est_cli.data.corpora import hash_files
+from est_cli.data.text_files import missing, path_entries, show_paths, walk
+from est_cli.errors import UserError, nearest
+
+_BUILDERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".ndjson": "json", ".csv": "csv",
+             ".tsv": "csv", ".txt": "text", ".arrow": "arrow"}
+_COMPRESSIONS = {".gz", ".zst", ".xz", ".bz2"}
+_FORMATS = "parquet, jsonl, json, csv, tsv, txt or arrow"
+_HUB_TIMEOUT_S = 5
+
+
+class HFCorpus:
+    """Rows of one text column. Local files are only hashed until their rows are needed."""
+
+    def __init__(self, data: DataConfig):
+        self._data = data
+        self._files = _local_files(data)
+        self._commit: str | None = None
+        if self._files:
+            content = [digest.hex() for digest in hash_files(self._files)]
+        else:
+            content = [split._fingerprint for split in self._splits]
+        choice = [data.name, data.split, data.val_split, data.column]
+        self.fingerprint = hashlib.sha256(json.dumps([content, choice]).encode()).hexdigest()
+        self.source = {"kind": "hf", "path": data.path, "name": data.name, "split": data.split,
+                       "val_split": data.val_split, "revision": self._commit or data.revision,
+                       "column": data.column}
+
+    def read(self, document: int, start: int, end: int) -> bytes:
+        value = self._column[document].as_buffer()
+        return value[start:end].to_pybytes()
+
+    @cached_property
+    def sizes(self) -> np.ndarray:
+        import pyarrow.compute as pc
+
+        return pc.fill_null(pc.binary_length(self._column), 0).to_numpy().astype(np.int64)
+
+    @cached_property
+    def keys(self) -> np.ndarray:
+        values = (value for chunk in self._column.chunks for value in chunk.to_pylist())
+        hashes = (hashlib.blake2b((value or "").encode(), digest_size=8).digest() for value in values)
+        return np.frombuffer(b"".join(hashes), dtype="<u8")
+
+    @cached_property
+    def given_val(self) -> np.ndarray | None:
+        if self._data.val_split is None:
+            return None
+        return np.repeat([False, True], [len(split) for split in self._splits])
+
+    @cached_property
+    def _column(self):
+        """The text of all splits, one after the other, memory-mapped (pyarrow.ChunkedArray)."""
+        import pyarrow as pa
+
+        columns = [_text_column(split.data.table, self._data.column) for split in self._splits]
+        return pa.chunked_array([chunk for column in columns for chunk in column.chunks], pa.large_string())
+
+    @cached_property
+    def _splits(self) -> list:
+        """The training split, and the validation split where one was named."""
+        names = [name for name in (self._data.split, self._data.val_split) if name is not None]
+        return [self._load_split(name) for name in names]
+
+    def _load_split(self, split: str):
+        data, datasets = self._data, _import_datasets()
+        options = {"name": data.name, "split": split}
+        if data.cache_dir is not None:
+            options["cache_dir"] = os.path.join(os.path.expanduser(data.cache_dir), "huggingface")
+        try:
+            if self._files:
+                return _load_local(datasets, data, self._files, options)
+            _refuse_builder_name(datasets, data.path)
+            with _hub(datasets, data.path) as self._commit:
+                return datasets.load_dataset(data.path, revision=data.revision, **options)
+        except UserError:
+            raise
+        except Exception as error:  # The library raises what pyarrow, pandas, httpx and others raise.
+            raise _explain(error, data, split, bool(self._files)) from None
+
+
+def _import_datasets():
+    try:
+        import datasets
+    except ImportError:
+        raise UserError("data=hf: needs the `datasets` library (pip install datasets)") from None
+    # What goes wrong is raised as well, and told once, by us.
+    datasets.logging.set_verbosity(logging.CRITICAL)
+    return datasets
+
+
+def _local_files(data: DataConfig) -> list[Path]:
+    """The local files that `data.path` names, or an empty list where it is a name on the hub."""
+    entries = path_entries(data.path)
+    files = [file for entry in entries for file in _expand(entry)]
+    if not files and (len(entries) > 1 or _must_be_local(entries[0])):
+        raise missing(next(entry for entry in entries if not _expand(entry)))
+    return files
+
+
+def _expand(entry: str) -> list[Path]:
+    path = os.path.expanduser(entry)
+    if os.path.isdir(path):
+        files = [file for file in walk(path) if _builder(file)]
+        if not files:
+            raise UserError(f"data.path={entry}: the folder holds no {_FORMATS} files")
+        return files
+    if os.path.isfile(path):
+        return [Path(path)]
+    return [Path(match) for match in sorted(glob.glob(path, recursive=True)) if os.path.isfile(match)]
+
+
+def _must_be_local(entry: str) -> bool:
+    """Whether a path that does not exist cannot be meant for the hub, where names are OWNER/NAME."""
+    return bool(_builder(Path(entry)) or glob.has_magic(entry) or entry.count("/") > 1
+                or entry.startswith((".", "~", os.sep)))
+
+
+def _builder(file: Path) -> str | None:
+    suffixes = [suffix.lower() for suffix in file.suffixes if suffix.lower() not in _COMPRESSIONS]
+    return _BUILDERS.get(suffixes[-1]) if suffixes else None
+
+
+def _load_local(datasets, data: DataConfig, files: list[Path], options: dict):
+    entries = path_entries(data.path)
+    folder = os.path.expanduser(entries[0])
+    is_folder = len(entries) == 1 and os.path.isdir(folder)
+    if is_folder and os.path.exists(os.path.join(folder, "dataset_dict.json")):
+        return datasets.load_from_disk(folder)[options["split"]]
+    if is_folder and os.path.exists(os.path.join(folder, "state.json")):
+        return datasets.load_from_disk(folder)
+    builders = Counter(_builder(file) or "" for file in files).most_common()
+    if not builders[0][0] or (len(builders) > 1 and not is_folder):
+        raise UserError(f"data.path={show_paths(data.path)}: must be {_FORMATS} files, all of one kind")
+    builder = builders[0][0]
+    if builder == "text":
+        options |= {"sample_by": "document"}
+    if builder == "csv" and ".tsv" in files[0].suffixes:
+        options |= {"sep": "\t"}
+    if is_folder:  # The library finds a folder's splits by its files' names.
+        return datasets.load_dataset(folder, **options)
+    return datasets.load_dataset(builder, data_files=[str(file) for file in files], **options)
+
+
+def _refuse_builder_name(datasets, name: str) -> None:
+    """`load_dataset("json")` would read whatever JSON lies in the current folder."""
+    if name in datasets.packaged_modules._PACKAGED_DATASETS_MODULES:
+        raise UserError(f"data.path={name}: must be a dataset's name on the hub, or local {_FORMATS} files")
+
+
+@contextlib.contextmanager
+def _hub(datasets, name: str):
+    """Asks the hub once for the dataset's commit, and leaves the library to its cache where nobody answers.
+
+    The library itself would try for half a minute.
+    """
+    import huggingface_hub
+
+    before = datasets.config.HF_HUB_OFFLINE
+    try:
+        commit = huggingface_hub.HfApi().dataset_info(name, timeout=_HUB_TIMEOUT_S).sha
+    except huggingface_hub.errors.HfHubHTTPError:
+        commit = None
+    except Exception:
+        commit, datasets.config.HF_HUB_OFFLINE = None, True
+    try:
+        yield commit
+    finally:
+        datasets.config.HF_HUB_OFFLINE = before
+
+
+def _text_column(table, name: str):
+    """A column as pyarrow large_string, or UserError with the columns that there are."""
+    import pyarrow as pa
+
+    if name not in table.column_names:
+        raise UserError(f"data.column={name}: must be one of {', '.join(table.column_names)}"
+                        f"{nearest(name, table.column_names)}")
+    column = table.column(name)
+    if not (pa.types.is_string(column.type) or pa.types.is_large_string(column.type)):
+        raise UserError(f"data.column={name}: must be a column of text, and holds {column.type}")
+    return column.cast(pa.large_string())
+
+
+def _explain(error: Exception, data: DataConfig, split: str, local: bool) -> UserError:
+    said = str(error.__cause__ or error).strip().split("\n")[0]
+    where = f"data.path={show_paths(data.path)}"
+    if "split" in said and split in said:
+        return UserError(f"data.split={data.split}, data.val_split={data.val_split}: {said}")
+    if "BuilderConfig" in said or "Config name" in said:
+        return UserError(f"data.name={data.name}: {said}")
+    if local:
+        return UserError(f"{where}: cannot be read as a dataset ({said})")
+    hub = "could not be reached" if isinstance(error, ConnectionError) else f"gives no such dataset ({said})"
+    return UserError(
+        f"{where}: there is no such file or folder, and the Hugging Face hub {hub}. "
+        f"On a machine that reaches the hub run `hf download {data.path} --repo-type dataset --local-dir FOLDER`, "
+        f"copy FOLDER here, and give data.path=FOLDER: {_FORMATS} files with a column '{data.column}'")

@@ -1,0 +1,99 @@
+"""A Hugging Face `tokenizer.json`, through the `tokenizers` library."""
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from est_cli.errors import UserError, nearest
+
+_FILE = "tokenizer.json"
+_CONFIG_FILE = "tokenizer_config.json"
+_USUAL_EOT = ("<|endoftext|>", "</s>")
+
+
+class HFTokenizer:
+    """`eot` is the eos token of the tokenizer_config.json beside it, else `<|endoftext|>` or `</s>`.
+
+    Special tokens that stand in a text are encoded as the text that they are.
+    """
+
+    kind = "hf"
+
+    def __init__(self, content: str, eos_token: str | None):
+        from tokenizers import Tokenizer
+
+        self._tokenizer = Tokenizer.from_str(content)
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        self._tokenizer.encode_special_tokens = True
+        self._content = content
+        ids = [self._tokenizer.token_to_id(token) for token in (eos_token, *_USUAL_EOT) if token]
+        self.eot = next((i for i in ids if i is not None), -1)
+        self.vocab_size = max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+        digest = hashlib.sha256(content.encode()).hexdigest()
+        self.definition = {"kind": self.kind, "sha256": digest, "eot": self.eot}
+        self.token_bytes = self._count_bytes()
+
+    @classmethod
+    def open(cls, path: str | None) -> "HFTokenizer":
+        """Reads a tokenizer.json, or the folder that holds it."""
+        if path is None:
+            raise UserError("tokenizer.path: is missing; must be a tokenizer.json or its folder for tokenizer=hf")
+        file = Path(os.path.expanduser(path))
+        file = file / _FILE if file.is_dir() else file
+        try:
+            tokenizer = cls(file.read_text("utf-8"), _eos_token(file.parent / _CONFIG_FILE))
+        except ImportError:
+            raise UserError("tokenizer=hf: needs the `tokenizers` library (pip install tokenizers)") from None
+        except OSError as error:
+            names = os.listdir(file.parent) if file.parent.is_dir() else []
+            raise UserError(f"tokenizer.path={path}: cannot be read ({error.strerror})"
+                            f"{nearest(file.name, names)}") from None
+        except Exception as error:  # The library raises bare Exceptions.
+            raise UserError(f"tokenizer.path={path}: must be a Hugging Face tokenizer.json ({error})") from None
+        if tokenizer.eot < 0:
+            raise UserError(f"tokenizer.path={path}: must have a token that ends documents: {' or '.join(_USUAL_EOT)}, "
+                            f"or the eos_token of a {_CONFIG_FILE} beside it")
+        return tokenizer
+
+    def encode(self, text: str) -> list[int]:
+        return self._tokenizer.encode(text, add_special_tokens=False).ids
+
+    def encode_batch(self, texts: Sequence[str], continued: Sequence[bool] | None = None) -> list[np.ndarray]:
+        encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [np.array(encoding.ids, dtype=np.int32) for encoding in encodings]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=True)
+
+    def save(self, folder: Path) -> None:
+        (folder / _FILE).write_text(self._content, "utf-8")
+        eos_token = self._tokenizer.id_to_token(self.eot)
+        (folder / _CONFIG_FILE).write_text(json.dumps({"eos_token": eos_token}) + "\n", "utf-8")
+
+    def _count_bytes(self) -> np.ndarray:
+        parsed = json.loads(self._tokenizer.to_str())
+        byte_level = '"ByteLevel"' in json.dumps(parsed.get("decoder"))
+        added = self._tokenizer.get_added_tokens_decoder()
+        n_bytes = np.zeros(self.vocab_size, dtype=np.int64)
+        for token, i in self._tokenizer.get_vocab(with_added_tokens=True).items():
+            if i in added:
+                n_bytes[i] = 0 if added[i].special else len(added[i].content.encode())
+            elif byte_level:  # Every character of such a token stands for one byte.
+                n_bytes[i] = len(token)
+            elif len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
+                n_bytes[i] = 1
+            else:
+                n_bytes[i] = len(token.replace("\u2581", " ").encode())
+        return n_bytes
+
+
+def _eos_token(config: Path) -> str | None:
+    if not config.is_file():
+        return None
+    token = json.loads(config.read_text("utf-8")).get("eos_token")
+    return token.get("content") if isinstance(token, dict) else token

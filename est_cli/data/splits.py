@@ -1,0 +1,168 @@
+"""Training and validation: the documents of a corpus that each gets, and their text.
+
+Documents are ordered by a hash of their content, so that the split depends neither on where they lie nor
+on what they are called, and equal documents always land on the same side: validation leaks nothing.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from est_cli.data.corpora import Corpus
+from est_cli.errors import UserError
+
+PIECE_BYTES = 1 << 20
+"""A longer document is read in pieces of about this size."""
+SAMPLE_BLOCK_BYTES = 1 << 16
+
+
+class Piece(NamedTuple):
+    """Consecutive text of one document."""
+
+    text: str
+    n_bytes: int
+    """UTF-8 bytes of `text`."""
+    continued: bool
+    """Other pieces of the document come before this one."""
+    last: bool
+    replaced: int
+    """Invalid UTF-8 sequences that became U+FFFD."""
+
+
+@dataclass(frozen=True)
+class Split:
+    """Documents (or, for one that was cut, parts of documents) of a corpus, in its order."""
+
+    corpus: Corpus
+    documents: np.ndarray
+    starts: np.ndarray
+    """First byte of each document that belongs to the split."""
+    ends: np.ndarray
+
+    @property
+    def n_bytes(self) -> int:
+        return int((self.ends - self.starts).sum())
+
+    def pieces(self) -> Iterator[Piece]:
+        """All text, in order. At most about `PIECE_BYTES` of it are held at a time."""
+        for document, start, end in self._spans():
+            yield from _document_pieces(self.corpus, document, start, end)
+
+    def sample(self, n_bytes: int) -> list[str]:
+        """About `n_bytes` of text at most, taken in blocks spread evenly over the split."""
+        if self.n_bytes <= n_bytes:
+            return [piece.text for piece in self.pieces()]
+        offsets = np.concatenate([[0], np.cumsum(self.ends - self.starts)])
+        block = min(SAMPLE_BLOCK_BYTES, max(1, n_bytes // 16))
+        firsts = np.linspace(0, self.n_bytes - block, n_bytes // block).astype(np.int64)
+        return [text for first in firsts for text in self._range(offsets, int(first), int(first) + block)]
+
+    def _range(self, offsets: np.ndarray, first: int, end: int) -> Iterator[str]:
+        """Text of bytes range(first, end) of all documents laid end to end, without broken characters."""
+        low = np.searchsorted(offsets, first, side="right") - 1
+        high = np.searchsorted(offsets, end, side="left")
+        for i in range(low, high):
+            shift = int(self.starts[i] - offsets[i])
+            start, stop = max(first + shift, int(self.starts[i])), min(end + shift, int(self.ends[i]))
+            yield self.corpus.read(int(self.documents[i]), start, stop).decode("utf-8", "ignore")
+
+    def _spans(self) -> Iterator[tuple[int, int, int]]:
+        for document, start, end in zip(self.documents, self.starts, self.ends, strict=True):
+            yield int(document), int(start), int(end)
+
+
+def split_corpus(corpus: Corpus, val_fraction: float) -> tuple[Split, Split]:
+    """Training and validation splits, neither empty; validation gets about `val_fraction` of the bytes.
+
+    Where whole documents cannot make up that share (there is one, or they are too long), validation is the
+    tail of the longest document, from a new line on if there is one.
+
+    Raises UserError where the corpus is too short to be split.
+    """
+    filled = corpus.sizes > 0
+    if not filled.any():
+        raise UserError(f"data={corpus.source['kind']}: holds no text")
+    if corpus.given_val is not None:
+        in_val = corpus.given_val
+    else:
+        budget = max(1, int(val_fraction * corpus.sizes.sum()))
+        in_val = _draw_validation(corpus, filled, budget)
+        if in_val is None:
+            return _cut_tail(corpus, filled, budget)
+    train, val = _whole(corpus, filled & ~in_val), _whole(corpus, filled & in_val)
+    for name, split in (("training", train), ("validation", val)):
+        if not split.n_bytes:
+            raise UserError(f"data={corpus.source['kind']}: the {name} split holds no text")
+    return train, val
+
+
+def _draw_validation(corpus: Corpus, filled: np.ndarray, budget: int) -> np.ndarray | None:
+    """Which documents validation gets, or None where whole documents come to less than half of `budget`."""
+    keys, group = np.unique(corpus.keys, return_inverse=True)
+    group_bytes = np.bincount(group, weights=corpus.sizes, minlength=len(keys)).astype(np.int64)
+    fitting = np.flatnonzero((group_bytes > 0) & (group_bytes <= budget))
+    drawn_bytes = np.cumsum(group_bytes[fitting])
+    if not len(fitting) or drawn_bytes[-1] < budget / 2:
+        return None
+    n_drawn = int(np.argmin(np.abs(drawn_bytes - budget))) + 1
+    return filled & np.isin(group, fitting[:n_drawn])
+
+
+def _whole(corpus: Corpus, chosen: np.ndarray) -> Split:
+    documents = np.flatnonzero(chosen)
+    return Split(corpus, documents, np.zeros(len(documents), np.int64), corpus.sizes[documents])
+
+
+def _cut_tail(corpus: Corpus, filled: np.ndarray, budget: int) -> tuple[Split, Split]:
+    train = _whole(corpus, filled)
+    longest = int(np.argmax(corpus.sizes))
+    size = int(corpus.sizes[longest])
+    cut = _cut_position(corpus, longest, size, min(budget, size // 2))
+    if not 0 < cut < size:
+        raise UserError(f"data={corpus.source['kind']}: {size} bytes of text are too few to keep some for validation")
+    val = Split(corpus, np.array([longest]), np.array([cut]), np.array([size]))
+    return Split(corpus, train.documents, train.starts, np.where(train.documents == longest, cut, train.ends)), val
+
+
+def _cut_position(corpus: Corpus, document: int, size: int, tail_bytes: int) -> int:
+    """Where the last `tail_bytes` begin: after a newline in their first half, else between two characters."""
+    first = size - tail_bytes
+    for start in range(first, size - tail_bytes // 2, PIECE_BYTES):
+        data = corpus.read(document, start, min(start + PIECE_BYTES, size - tail_bytes // 2))
+        if (newline := data.find(b"\n")) >= 0 and start + newline + 1 < size:
+            return start + newline + 1
+    near = max(0, first - 3)
+    return near + _last_character(corpus.read(document, near, first + 1))
+
+
+def _document_pieces(corpus: Corpus, document: int, start: int, end: int) -> Iterator[Piece]:
+    rest, position, continued = b"", start, False
+    while position < end:
+        step = min(PIECE_BYTES, end - position)
+        data = rest + corpus.read(document, position, position + step)
+        position += step
+        # A cut after a newline, or else before a space, leaves most tokenizers' tokens as they are.
+        newline, space = data.rfind(b"\n") + 1, max(0, data.rfind(b" "))
+        cut = len(data) if position == end else newline or space or _last_character(data)
+        rest = data[cut:]
+        yield _decode(data[:cut], continued, position == end)
+        continued = True
+
+
+def _last_character(data: bytes) -> int:
+    """Offset at which the last character of `data` begins, complete or not."""
+    for back in range(1, min(4, len(data)) + 1):
+        if data[-back] & 0xC0 != 0x80:
+            return len(data) - back
+    return len(data) - 1
+
+
+def _decode(data: bytes, continued: bool, last: bool) -> Piece:
+    try:
+        return Piece(data.decode("utf-8"), len(data), continued, last, 0)
+    except UnicodeDecodeError:
+        text = data.decode("utf-8", "replace")
+        replaced = text.count("\ufffd") - data.count(b"\xef\xbf\xbd")
+        return Piece(text, len(text.encode("utf-8")), continued, last, replaced)

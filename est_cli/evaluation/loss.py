@@ -1,0 +1,42 @@
+"""Loss, perplexity and bits per byte of the full model on the validation split."""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from est_cli.data.batches import validation_windows
+from est_cli.evaluation.run import OpenRun
+from est_cli.training.distributed import World
+from est_cli.training.subnetwork import DTYPES
+from est_cli.training.validation import validation_loss
+
+
+@dataclass(frozen=True)
+class Loss:
+    val_loss: float
+    """Nats a token."""
+    tokens: int
+    bytes: int
+    """UTF-8 bytes that the predicted tokens stand for."""
+
+    @property
+    def perplexity(self) -> float:
+        return math.exp(self.val_loss)
+
+    @property
+    def bits_per_byte(self) -> float:
+        return self.val_loss * self.tokens / self.bytes / math.log(2)
+
+
+def evaluate(run: OpenRun, tokens: np.ndarray, token_bytes: np.ndarray, n_tokens: int) -> Loss:
+    """As the run itself evaluates: its sequence length, batch size and precision.
+
+    tokens [n] of the validation split; token_bytes [V]; n_tokens is how many of them to predict.
+    """
+    config = run.config
+    windows = validation_windows(tokens, config.data.seq_len, n_tokens)
+    world = World(next(run.model.parameters()).device)
+    loss = validation_loss(run.model, windows, config.trainer.batch_size, DTYPES[config.trainer.precision], world)
+    targets = windows[:, 1:]
+    return Loss(loss, targets.size, int(token_bytes[targets].sum()))

@@ -1,0 +1,104 @@
+"""How often every layer, head and neuron block was trained, recomputed from the config by the sampler.
+
+Plans are pure functions of the seed and the step, so no run has to record them. A long run has too many to draw all
+of them again: then an even selection of each stage's plans stands for the rest.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+import numpy as np
+
+from est_cli.config import ModelConfig, SamplingConfig
+from est_cli.reports.records import RunRecord
+from est_cli.subnet.sampler import STRATEGIES, sample
+from est_cli.subnet.schedule import Rates, Stage
+
+MAX_PLANS_PER_STAGE = 2000
+_MAX_DRAWN_UNITS = 4_000_000
+"""Neurons and heads that all drawn plans may rank together: less than a second."""
+_MAX_BLOCKS = 64
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """Shares of the optimizer steps so far in which a unit was trained, each in [0, 1]."""
+
+    run: RunRecord
+    layers: np.ndarray
+    """[n_layers]"""
+    heads: np.ndarray
+    """[n_layers, n_heads], query heads"""
+    blocks: np.ndarray
+    """[n_layers, blocks of neighbouring neurons], the mean over the block's neurons"""
+    neurons_per_block: int
+    """Of the largest block."""
+    plans_drawn: int
+    plans_in_run: int
+
+    @property
+    def thinned(self) -> bool:
+        return self.plans_drawn < self.plans_in_run
+
+
+def coverage(run: RunRecord) -> Coverage | str:
+    """The coverage of a run up to its last logged step, or in words why it cannot be told."""
+    if not run.steps_done:
+        return "no step is logged yet"
+    try:
+        model, sampling = _read(ModelConfig, run.config["model"]), _read(SamplingConfig, run.config["sampling"])
+        seed = int(run.config["seed"])
+    except (KeyError, TypeError, ValueError):
+        return "its config.yaml does not tell the model and the sampling"
+    if sampling.strategy not in STRATEGIES:
+        # A report must not run code that a data file names.
+        return f"its strategy {sampling.strategy} is your own code, which a report does not run"
+    return _count(run, model, sampling, seed)
+
+
+def _read(kind: type, values: Mapping[str, Any]) -> Any:
+    return kind(**{field.name: values[field.name] for field in fields(kind) if field.name in values})
+
+
+def _count(run: RunRecord, model: ModelConfig, sampling: SamplingConfig, seed: int) -> Coverage:
+    layers = np.zeros(model.n_layers)
+    heads = np.zeros((model.n_layers, model.n_heads))
+    neurons = np.zeros((model.n_layers, model.d_ff))
+    plans_drawn = plans_in_run = 0
+    stages = [stage for stage in run.stages if stage.first_step < run.steps_done]
+    units = model.n_layers * (model.d_ff // sampling.mlp_block + model.n_heads)
+    max_plans = min(MAX_PLANS_PER_STAGE, max(20, _MAX_DRAWN_UNITS // (units * len(stages))))
+    for stage in stages:
+        steps, weights, n_plans = _chosen_steps(stage, run.steps_done, sampling.resample_every, max_plans)
+        plans_in_run += n_plans
+        plans_drawn += len(steps)
+        for step, weight in zip(steps.tolist(), weights.tolist(), strict=True):
+            plan = sample(seed, step, stage, model, sampling, STRATEGIES[sampling.strategy])
+            layers[plan.layers] += weight
+            heads[plan.layers[:, None], plan.heads] += weight
+            neurons[plan.layers[:, None], plan.neurons] += weight
+    edges = _block_edges(model.d_ff, sampling.mlp_block)
+    sizes = np.diff(np.append(edges, model.d_ff))
+    done = float(run.steps_done)
+    return Coverage(run, layers / done, heads / done, np.add.reduceat(neurons, edges, axis=1) / sizes / done,
+                    int(sizes.max()), plans_drawn, plans_in_run)
+
+
+def _chosen_steps(stage: Stage, steps_done: int, every: int, max_plans: int) -> tuple[np.ndarray, np.ndarray, int]:
+    """Steps whose plans are drawn, the steps that each stands for, and how many plans the stage had."""
+    end = min(stage.end, steps_done)
+    first_of_plan = np.arange(stage.first_step, end, every)
+    n_plans = len(first_of_plan)
+    if stage.rates == Rates():
+        return first_of_plan[:1], np.array([float(end - stage.first_step)]), 1
+    if n_plans <= max_plans:
+        return first_of_plan, np.diff(np.append(first_of_plan, end)).astype(float), n_plans
+    chosen = np.linspace(0, n_plans - 1, max_plans).round().astype(int)
+    return first_of_plan[chosen], np.full(max_plans, (end - stage.first_step) / max_plans), n_plans
+
+
+def _block_edges(d_ff: int, mlp_block: int) -> np.ndarray:
+    n_sampled_together = d_ff // mlp_block
+    n_blocks = min(_MAX_BLOCKS, n_sampled_together)
+    return (np.arange(n_blocks) * n_sampled_together // n_blocks) * mlp_block

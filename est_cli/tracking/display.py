@@ -1,0 +1,119 @@
+"""A run in the terminal: a live panel, or plain lines in pipes, log files and dumb terminals."""
+
+import contextlib
+import os
+import sys
+import time
+from collections.abc import Iterator
+from typing import Any, TextIO
+
+from rich.console import Console
+from rich.live import Live
+
+from est_cli.subnet.schedule import Stage
+from est_cli.tracking.panel import Panel
+from est_cli.tracking.tracker import Record, RunInfo
+from est_cli.tracking.units import format_clock, format_count, format_loss, format_percent
+
+_REFRESHES_PER_SECOND = 2
+_PLAIN_LINE_EVERY_SHARE = 0.02
+_PLAIN_LINE_EVERY_S = 10.0
+
+
+class LastingFile:
+    """A terminal, pipe or log file that may go away (`est-train | head`, a lost ssh session, a full disk): what
+    is written then is dropped, and the run goes on.
+    """
+
+    def __init__(self, file: TextIO):
+        self._file = file
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._file, name)
+
+    def write(self, text: str) -> None:
+        with self._lasting():
+            self._file.write(text)
+
+    def flush(self) -> None:
+        with self._lasting():
+            self._file.flush()
+
+    @contextlib.contextmanager
+    def _lasting(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError:
+            # Also what is buffered already, and what others write there, has to go somewhere.
+            with contextlib.suppress(OSError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), self._file.fileno())
+
+
+def console_for(format: str) -> Console:
+    """Where people read: standard error when standard output belongs to one JSON object."""
+    return Console(file=LastingFile(sys.stderr if format == "json" else sys.stdout))
+
+
+class Display:
+    """The tracker for people. A stage, an evaluation and a message each leave a line above the panel."""
+
+    def __init__(self, console: Console, live: bool | None = None):
+        self.console = console
+        self._is_live = console.is_interactive and console.file.isatty() if live is None else live
+        self._live: Live | None = None
+
+    def start(self, run: RunInfo) -> None:
+        self._run = run
+        self._panel = Panel(run)
+        self._stage = run.stage_at(run.first_step)
+        self._printed_step: int | None = None
+        self._printed_at = 0.0
+        self.say(self._describe(self._stage, "continuing at" if run.first_step else "from", run.first_step))
+        if self._is_live:
+            self._live = Live(self._panel, console=self.console, refresh_per_second=_REFRESHES_PER_SECOND)
+            self._live.start()
+
+    def log(self, record: Record) -> None:
+        if record["stage"] != self._stage.number:
+            self._stage = self._run.stages[record["stage"] - 1]
+            self.say(self._describe(self._stage, "from", self._stage.first_step))
+        self._panel.observe(record)
+        if record["val/loss"] is not None or (self._live is None and self._is_due(record["step"])):
+            self._printed_step, self._printed_at = record["step"], time.monotonic()
+            self.say(self._line(record))
+
+    def say(self, message: str) -> None:
+        # Paths must survive narrow windows, and what people named must not be read as markup.
+        self.console.print(message, markup=False, highlight=False, soft_wrap=True)
+
+    def finish(self, status: str, summary: dict[str, Any] | None) -> None:
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
+            self.say("")
+
+    def _is_due(self, step: int) -> bool:
+        if self._printed_step is None or step == self._run.max_steps - 1:
+            return True
+        return (step - self._printed_step >= _PLAIN_LINE_EVERY_SHARE * self._run.max_steps
+                and time.monotonic() - self._printed_at >= _PLAIN_LINE_EVERY_S)
+
+    def _describe(self, stage: Stage, how: str, step: int) -> str:
+        rates = ", ".join(f"{rate:g} of the {what}" for what, rate in
+                          (("heads", stage.rates.heads), ("neurons", stage.rates.mlp), ("layers", stage.rates.layers))
+                          if rate < 1) or "the full model"
+        share = self._run.flops_per_step[stage.number - 1] / self._run.full_flops_per_step
+        return f"stage {stage.number} of {len(self._run.stages)}, {how} step {step}: {rates}" \
+               + (f" ({100 * share:.0f}% of full FLOPs)" if share < 1 else "")
+
+    def _line(self, record: Record) -> str:
+        done, total = record["step"] + 1, self._run.max_steps
+        parts = [f"{done:>{len(str(total))}}/{total}", f"loss {format_loss(record['train/loss'])}"]
+        if self._live is None:
+            parts[1:1] = [f"{100 * done // total:>3}%", f"stage {record['stage']}"]
+            parts += [f"{format_count(record['perf/tokens_per_s'])} tokens/s",
+                      f"saved {format_percent(record['flops/saved'])}",
+                      f"left {format_clock(self._panel.seconds_left)}"]
+        if record["val/loss"] is not None:
+            parts.append(f"validation {format_loss(record['val/loss'])}")
+        return "  ".join(parts)

@@ -1,0 +1,99 @@
+"""summary.json and the table that a run ends with."""
+
+from collections.abc import Iterable
+from itertools import islice
+from statistics import median
+from typing import Any
+
+from rich import box
+from rich.table import Table
+
+from est_cli.subnet.schedule import Stage
+from est_cli.tracking.tracker import Record, RunInfo
+from est_cli.tracking.units import (
+    format_clock,
+    format_count,
+    format_flops,
+    format_loss,
+    format_percent,
+    format_step_time,
+)
+
+
+def summarize(run: RunInfo, records: Iterable[Record], *, status: str, steps: int, train_s: float,
+              peak_memory_bytes: int | None) -> dict[str, Any]:
+    """summary.json of a run that took `steps` optimizer steps, counting those before it was resumed.
+
+    `records` are the whole of metrics.jsonl and are read once; `val_loss` is the last one among them. FLOPs are
+    the stages' own, times their steps, so that steps that were not logged count too.
+    """
+    step_s: dict[int, list[float]] = {stage.number: [] for stage in run.stages}
+    last: Record = {}
+    val_loss = None
+    for last in records:
+        if last["perf/step_s"] is not None:
+            step_s[last["stage"]].append(last["perf/step_s"])
+        if last["val/loss"] is not None:
+            val_loss = last["val/loss"]
+    tokens_per_step = last["tokens"] // (last["step"] + 1) if last else 0
+    stages = [_summarize_stage(run, stage, min(stage.end, steps), step_s[stage.number], tokens_per_step)
+              for stage in run.stages if stage.first_step < steps]
+    flops_total = sum(stage["flops"] for stage in stages)
+    flops_full_total = run.full_flops_per_step * steps
+    return {
+        "status": status,
+        "steps": steps,
+        "tokens": tokens_per_step * steps,
+        "val_loss": val_loss,
+        "flops_total": flops_total,
+        "flops_full_total": flops_full_total,
+        "flops_saved": 1 - flops_total / flops_full_total if steps else 0.0,
+        "flops_saved_blocks": last.get("flops/saved_blocks", 0.0),
+        "train_s": train_s,
+        "peak_memory_bytes": peak_memory_bytes,
+        "stages": stages,
+    }
+
+
+def _summarize_stage(run: RunInfo, stage: Stage, end: int, step_s: list[float], tokens_per_step: int) -> dict[str, Any]:
+    flops_per_step = run.flops_per_step[stage.number - 1]
+    # The first step of a stage pays for compilation and allocation.
+    typical = median(islice(step_s, 1 if len(step_s) > 3 else 0, None)) if step_s else None
+    return {
+        "stage": stage.number,
+        "first_step": stage.first_step,
+        "last_step": end - 1,
+        "flops": flops_per_step * (end - stage.first_step),
+        "saved": 1 - flops_per_step / run.full_flops_per_step,
+        "step_s_median": typical,
+        "tokens_per_s": tokens_per_step / typical if typical else None,
+    }
+
+
+def stage_table(summary: dict[str, Any]) -> Table:
+    """What each stage did and what all of them saved. Readable from 40 columns on."""
+    table = Table(box=box.SIMPLE_HEAD, show_footer=True, show_edge=False, padding=(0, 1, 0, 0), pad_edge=False,
+                  caption=_totals(summary), caption_justify="left", caption_style="")
+    # The longest words: what a narrow window may wrap, but not tear apart.
+    columns = (("stage", "all", 5), ("steps", _steps(summary["steps"]), 5),
+               ("FLOPs", format_flops(summary["flops_total"]), 5), ("saved", format_percent(summary["flops_saved"]), 5),
+               ("time per step", "", 4), ("tok/s", "", 5))
+    for header, footer, longest_word in columns:
+        table.add_column(header, footer, justify="left" if header == "stage" else "right", min_width=longest_word)
+    for stage in summary["stages"]:
+        table.add_row(str(stage["stage"]), _steps(stage["last_step"] - stage["first_step"] + 1),
+                      format_flops(stage["flops"]), format_percent(stage["saved"]),
+                      format_step_time(stage["step_s_median"]), format_count(stage["tokens_per_s"]))
+    return table
+
+
+def _steps(steps: int) -> str:
+    return str(steps) if steps < 100_000 else format_count(steps)
+
+
+def _totals(summary: dict[str, Any]) -> str:
+    steps = "" if summary["status"] == "done" else f" ({summary['status']} after {summary['steps']} steps)"
+    return (f"\nValidation loss of the full model: {format_loss(summary['val_loss'])}{steps}\n"
+            f"FLOPs saved: {format_percent(summary['flops_saved'])} of the whole model, "
+            f"{format_percent(summary['flops_saved_blocks'])} on its blocks (as the paper counts)\n"
+            f"Trained for {format_clock(summary['train_s'])} on {format_count(summary['tokens'])} tokens")

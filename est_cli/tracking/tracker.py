@@ -1,0 +1,54 @@
+"""What the training loop calls, on rank 0 only, to tell the world about a run."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from est_cli.config import TrainConfig
+from est_cli.subnet.schedule import Stage
+
+Record = dict[str, float | int | None]
+"""One line of metrics.jsonl, in the order of `metrics.METRIC_KEYS`."""
+
+
+@dataclass(frozen=True)
+class RunInfo:
+    """What is known of a run before its first step."""
+
+    run_dir: Path
+    config: TrainConfig
+    plain_config: dict[str, Any]
+    """The resolved configuration as plain values."""
+    first_step: int
+    """0, or the step at which a resumed run continues."""
+    stages: tuple[Stage, ...]
+    flops_per_step: tuple[float, ...]
+    """FLOPs of one optimizer step in each stage."""
+    full_flops_per_step: float
+    """FLOPs of one optimizer step of the full model."""
+    command: str
+    """The command line that started the run."""
+
+    @property
+    def max_steps(self) -> int:
+        return self.stages[-1].end
+
+    def stage_at(self, step: int) -> Stage:
+        """The stage of `step`; the last one where a run was killed after its last step."""
+        return next((stage for stage in self.stages if step < stage.end), self.stages[-1])
+
+
+class Tracker(Protocol):
+    """Listens to a run. No tracker may stop the training for a reason of its own, `MetricsFile` excepted."""
+
+    def start(self, run: RunInfo) -> None:
+        """Called before the first step."""
+
+    def log(self, record: Record) -> None:
+        """Called after the update of a logged step."""
+
+    def say(self, message: str) -> None:
+        """One line for people."""
+
+    def finish(self, status: str, summary: dict[str, Any] | None) -> None:
+        """Called once; `status` is done, stopped or failed."""

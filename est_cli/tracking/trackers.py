@@ -1,0 +1,19 @@
+"""The trackers that a configuration asks for."""
+
+from est_cli.config import TrainConfig
+from est_cli.tracking.display import Display, console_for
+from est_cli.tracking.metrics import MetricsFile
+from est_cli.tracking.tracker import Tracker
+from est_cli.tracking.wandb_tracker import WandbTracker
+
+
+def trackers_for(config: TrainConfig) -> list[Tracker]:
+    """In the order in which they are to be called: the display last, so that it shows what the others say.
+
+    Raises UserError where a library that the configuration asks for is not installed.
+    """
+    display = Display(console_for(config.format))
+    trackers: list[Tracker] = [MetricsFile(display.say)]
+    if config.logger.kind == "wandb" and config.logger.mode != "disabled":
+        trackers.append(WandbTracker(display.say))
+    return [*trackers, display]

@@ -1,0 +1,151 @@
+"""The process that feeds Weights & Biases: `python -m est_cli.tracking.wandb_process`, started by `WandbTracker`.
+
+Standard input brings one JSON object to start with and one when the run has ended; if it closes without the
+second, the training has died, and so says W&B. Between them every line of metrics.jsonl, from the first, is
+logged as it appears. Each line written to standard output is a message for people.
+"""
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import wandb
+
+_POLL_S = 0.5
+
+
+class Ending:
+    """What becomes of the run, read from standard input in the background."""
+
+    status = "failed"
+    summary: dict[str, Any] | None = None
+
+    def __init__(self, lines: Iterator[str], patience_s: float):
+        """Ends the process `patience_s` after the run, so that none is left behind where wandb hangs."""
+        self._lines = lines
+        self._patience_s = patience_s
+        self._known = threading.Event()
+        threading.Thread(target=self._read, daemon=True).start()
+
+    def wait(self, seconds: float) -> bool:
+        """True once the run has ended."""
+        return self._known.wait(seconds)
+
+    def _read(self) -> None:
+        for line in self._lines:
+            message = json.loads(line)
+            self.status, self.summary = message["status"], message["summary"]
+        self._known.set()
+        time.sleep(self._patience_s)
+        os._exit(1)
+
+
+def track(job: dict[str, Any], ending: Ending, say: Callable[[str], None]) -> None:
+    """Feeds W&B from the job's metrics file until the run has ended."""
+    run = _start(job, say)
+    _remove_older_offline_folders(Path(run.dir).parent, run.id)
+    run.define_metric("step")
+    run.define_metric("*", step_metric="step")
+    for record in follow(Path(job["metrics"]), ending):
+        # A resumed run logs steps again that W&B may have from before the kill: their values are equal.
+        if record["step"] >= run.starting_step:
+            run.log({key: value for key, value in record.items() if value is not None}, step=record["step"])
+    if ending.summary is not None:
+        run.summary.update(_flat_stages(ending.summary))
+    if ending.status == "stopped":
+        run.mark_preempting()
+    run.finish(exit_code={"done": 0, "stopped": 75}.get(ending.status, 1))
+
+
+def follow(path: Path, ending: Ending) -> Iterator[dict[str, Any]]:
+    """The records of a metrics file, from its first on, as they are written."""
+    with path.open("rb") as file:
+        ended, unfinished = False, b""
+        while True:
+            for line in file:
+                unfinished += line
+                if unfinished.endswith(b"\n"):
+                    yield json.loads(unfinished)
+                    unfinished = b""
+            if ended:
+                return
+            ended = ending.wait(_POLL_S)
+
+
+def _start(job: dict[str, Any], say: Callable[[str], None]) -> Any:
+    init = job["init"]
+    settings = _settings(job)
+    if init["mode"] == "online":
+        try:
+            return wandb.init(**init, resume="allow", settings=settings)
+        except Exception as error:
+            say(f"W&B is not to be had online ({_first_line(error)}): recording offline, "
+                f"`wandb sync {init['dir']}/wandb/offline-run-*` uploads it")
+    return wandb.init(**init | {"mode": "offline"}, settings=settings)
+
+
+def _settings(job: dict[str, Any]) -> Any:
+    training = os.getppid()
+    wanted = {
+        "program": job["init"]["notes"], "silent": True, "quiet": True, "console": "off",
+        "disable_git": True, "disable_code": True, "save_code": False, "x_save_requirements": False,
+        "x_disable_stats": not job["system_metrics"], "x_stats_pid": training,
+        "use_dot_wandb": False,
+        "finish_timeout": job["finish_timeout_s"], "finish_timeout_raises": True,
+        # The stop button of the web page stops the training as Ctrl-C does.
+        "stop_fn": lambda: os.kill(training, signal.SIGINT),
+    }
+    return wandb.Settings(**{key: value for key, value in wanted.items() if key in wandb.Settings.model_fields})
+
+
+def _remove_older_offline_folders(current: Path, run_id: str) -> None:
+    """All that a killed run's folder may hold is in metrics.jsonl, and is logged again into `current`."""
+    for folder in current.parent.glob(f"offline-run-*-{run_id}*"):
+        if folder != current:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _flat_stages(summary: dict[str, Any]) -> dict[str, Any]:
+    """The list of stages as a mapping, which W&B shows as one summary value each."""
+    return summary | {"stages": {str(stage["stage"]): stage for stage in summary.get("stages", ())}}
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def main() -> None:
+    # Slurm sends them to every process of a job; when to end is the training's word alone.
+    for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
+    messages = os.fdopen(os.dup(sys.stdout.fileno()), "w", buffering=1)
+    # Whatever wandb and its service write themselves is not meant for people here.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+    def say(message: str) -> None:
+        with contextlib.suppress(OSError):  # the training may be gone
+            messages.write(message + "\n")
+
+    job = json.loads(sys.stdin.readline())
+    try:
+        track(job, Ending(iter(sys.stdin.readline, ""), job["patience_s"]), say)
+    except TimeoutError:
+        say("W&B has not taken everything in time; "
+            f"`wandb sync {job['init']['dir']}/wandb/run-*` uploads the rest")
+    except Exception as error:
+        say(f"W&B failed ({_first_line(error)}); training goes on, {Path(job['metrics']).name} has every step")
+    finally:
+        os._exit(0)  # wandb's own exit hooks wait for a service that may be gone
+
+
+if __name__ == "__main__":
+    main()

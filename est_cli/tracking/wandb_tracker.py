@@ -1,0 +1,122 @@
+"""The tracker for Weights & Biases: the training's end of the process in `wandb_process`.
+
+wandb runs in a process of its own, which follows metrics.jsonl. So the first step does not wait for its start,
+records cost the training nothing, W&B shows what the file says (also after a resume, where the file was cut),
+and whatever happens to wandb, its service or the network cannot reach the training.
+"""
+
+import importlib.util
+import json
+import os
+import secrets
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from est_cli.errors import UserError
+from est_cli.tracking.metrics import METRICS_NAME
+from est_cli.tracking.tracker import Record, RunInfo
+
+_FINISH_TIMEOUT_S = 30.0
+
+
+class WandbTracker:
+    """`say` gets the messages for people. Must be started after `MetricsFile`.
+
+    Raises UserError where wandb is not installed.
+    """
+
+    def __init__(self, say: Callable[[str], None], finish_timeout_s: float = _FINISH_TIMEOUT_S):
+        # A folder named wandb, as runs leave behind, is found too, but has no origin.
+        spec = importlib.util.find_spec("wandb")
+        if spec is None or spec.origin is None:
+            raise UserError("logger=wandb: wandb is not installed; `pip install wandb`, or say logger=none")
+        self._say = say
+        self._finish_timeout_s = finish_timeout_s
+        self._process: subprocess.Popen[str] | None = None
+        self._listener: threading.Thread | None = None
+        self._finishing = False
+
+    def start(self, run: RunInfo) -> None:
+        try:
+            job = self._job(run)
+            self._process = subprocess.Popen(
+                [sys.executable, "-P", "-m", "est_cli.tracking.wandb_process"], env=_environment(), text=True,
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True)
+            self._send(job)
+        except OSError as error:
+            self._say(f"W&B could not start ({error}); training goes on, {METRICS_NAME} has every step")
+            return
+        self._listener = threading.Thread(target=self._listen, daemon=True)
+        self._listener.start()
+
+    def log(self, record: Record) -> None:
+        pass
+
+    def say(self, message: str) -> None:
+        pass
+
+    def finish(self, status: str, summary: dict[str, Any] | None) -> None:
+        """Waits a bounded time for wandb to take what is left."""
+        if self._listener is None:
+            return
+        self._finishing = True
+        try:
+            self._send({"status": status, "summary": summary})
+            self._process.stdin.close()
+            self._process.wait(self._finish_timeout_s)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+            self._say(f"W&B did not finish within {self._finish_timeout_s:.0f} s and was left behind")
+        except OSError:
+            self._process.wait()  # it ended before, and the listener has told
+        self._listener.join(timeout=1.0)
+        self._listener = None
+
+    def _job(self, run: RunInfo) -> dict[str, Any]:
+        folder = run.run_dir / "wandb"
+        folder.mkdir(exist_ok=True)
+        logger = run.config.logger
+        return {
+            "metrics": str(run.run_dir / METRICS_NAME),
+            "init": {"mode": logger.mode, "project": logger.project, "entity": logger.entity, "group": logger.group,
+                     "tags": list(logger.tags), "name": f"{run.config.name}-{run.run_dir.name}",
+                     "id": _saved_run_id(folder / "run_id.txt"), "dir": str(run.run_dir), "notes": run.command,
+                     "config": run.plain_config},
+            "finish_timeout_s": self._finish_timeout_s * 0.8,
+            "patience_s": self._finish_timeout_s * 1.2,
+            "system_metrics": run.config.trainer.device == "cuda",
+        }
+
+    def _send(self, message: dict[str, Any]) -> None:
+        self._process.stdin.write(json.dumps(message) + "\n")
+        self._process.stdin.flush()
+
+    def _listen(self) -> None:
+        process = self._process
+        for line in process.stdout:
+            self._say(line.rstrip("\n"))
+        if process.wait() != 0 and not self._finishing:
+            self._say(f"W&B's process ended (exit code {process.returncode}); "
+                      f"training goes on, {METRICS_NAME} has every step")
+
+
+def _saved_run_id(path: Path) -> str:
+    """The W&B run id of this run directory, made on first use and kept for resumed runs."""
+    saved = path.read_text().strip() if path.exists() else ""
+    if saved:
+        return saved
+    fresh = secrets.token_hex(8)
+    path.write_text(fresh + "\n")
+    return fresh
+
+
+def _environment() -> dict[str, str]:
+    """The training's, with its import path; without a wandb service that belongs to another process."""
+    environment = {"WANDB_ERROR_REPORTING": "false", **os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    environment.pop("WANDB_SERVICE", None)
+    return environment

@@ -1,0 +1,70 @@
+"""Small corpora and tokenizers that the tests of est_cli.data share."""
+
+import io
+
+import pytest
+import sentencepiece
+from tiny_corpora import prose
+
+from est_cli.config import DataConfig, TokenizerConfig
+from est_cli.data.corpora import FileCorpus
+from est_cli.data.sentencepiece_bpe import SentencePieceTokenizer, SentencePieceTraining
+from est_cli.data.splits import split_corpus
+
+
+@pytest.fixture(scope="session")
+def corpus_folder(tmp_path_factory):
+    """Forty files in two folders, 60 kB."""
+    folder = tmp_path_factory.mktemp("corpus")
+    for i in range(40):
+        file = folder / ("sub" if i % 3 else ".") / f"{i:02}.txt"
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(prose(20 + i, seed=i), "utf-8")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def trained(corpus_folder):
+    """A SentencePiece tokenizer as `tokenizer=sentencepiece` trains it."""
+    files = sorted(corpus_folder.rglob("*.txt"))
+    train, _ = split_corpus(FileCorpus(files, {"kind": "text"}), 0.1)
+    return SentencePieceTraining(TokenizerConfig("sentencepiece", vocab_size=400), 512).train(train, lambda _: None)
+
+
+@pytest.fixture(scope="session")
+def llama_model():
+    """Bytes of a SentencePiece model with Llama's settings: dummy prefix, bos and eos, byte fallback."""
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(prose(200).split("\n")), model_writer=model, model_type="bpe", vocab_size=400,
+        byte_fallback=True, normalization_rule_name="identity", remove_extra_whitespaces=False,
+        allow_whitespace_only_pieces=True, split_digits=True, minloglevel=2)
+    return model.getvalue()
+
+
+@pytest.fixture
+def llama_file(tmp_path, llama_model):
+    file = tmp_path / "tokenizer.model"
+    file.write_bytes(llama_model)
+    return file
+
+
+@pytest.fixture(scope="session")
+def llama(llama_model):
+    return SentencePieceTokenizer(llama_model)
+
+
+@pytest.fixture
+def said():
+    """Collects messages: pass `said.append` as `say`."""
+    return []
+
+
+@pytest.fixture
+def text_data(tmp_path):
+    """Makes a DataConfig of kind text whose cache is the test's own."""
+    def make(path, **options) -> DataConfig:
+        return DataConfig(kind="text", path=path if isinstance(path, tuple) else str(path),
+                          cache_dir=str(tmp_path / "cache"), **options)
+
+    return make

@@ -1,0 +1,150 @@
+"""SentencePiece and bytes: nothing is lost, sizes fit the model, files that are no tokenizers are refused."""
+
+import numpy as np
+import pytest
+import sentencepiece
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from tiny_corpora import Documents
+
+from est_cli.config import TokenizerConfig
+from est_cli.data.sentencepiece_bpe import SentencePieceTokenizer, SentencePieceTraining
+from est_cli.data.splits import split_corpus
+from est_cli.data.tokenizers import ByteTokenizer, choose_tokenizer, load_tokenizer
+from est_cli.errors import UserError
+
+ANY_TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=200)
+TRICKY = ["", " ", "\u2581", "a\u2581 b\u2581\u2581", "<s></s><unk><0x41>", "\0\r\n\t  x\ufffe\U0001f600", "\u2585",
+          " \n" * 3000, "ab\u5b57" * 50_000, "def f(x):\n    return x\n" * 200]
+
+
+def split_of(*texts: str):
+    return split_corpus(Documents(*(text.encode() for text in texts)), 0.1)[0]
+
+
+@pytest.mark.parametrize("text", TRICKY)
+def test_nothing_of_a_tricky_text_is_lost(text, trained, llama):
+    for tokenizer in (trained, ByteTokenizer(), llama):
+        if tokenizer is not llama or "\u2581" not in text[:1]:
+            assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+@given(ANY_TEXT)
+@example("\u2581a")
+@settings(max_examples=300)
+def test_a_trained_tokenizer_loses_nothing(trained, text):
+    ids = trained.encode(text)
+    assert trained.decode(ids) == text
+    assert trained.eot not in ids
+    assert trained.token_bytes[ids].sum() == len(text.encode())
+
+
+@given(ANY_TEXT)
+def test_bytes_lose_nothing(text):
+    tokenizer = ByteTokenizer()
+    assert tokenizer.decode([*tokenizer.encode(text), tokenizer.eot]) == text
+
+
+@given(st.lists(ANY_TEXT, max_size=5), st.integers(1, 300))
+def test_a_batch_is_its_texts_one_by_one(trained, llama, texts, cut):
+    for tokenizer in (trained, llama, ByteTokenizer()):
+        batch = tokenizer.encode_batch(texts)
+        assert [ids.tolist() for ids in batch] == [tokenizer.encode(text) for text in texts]
+
+
+@pytest.mark.parametrize("text", [
+    "def f(x):\n    return x  # a list\n\n" * 300, "the  value of a list is   not None " * 300,
+    "".join(f"{i} \t" + "\n" * (i % 3) + " " * (i % 4) for i in range(3000))], ids=["code", "one line", "spaces"])
+def test_a_text_encoded_in_chunks_has_the_tokens_of_the_whole(text, trained, llama, llama_model):
+    cut = (text.find("\n", 5000) + 1) or text.find("e ", 5000) + 1
+    for tokenizer, proto in ((trained, trained._proto), (llama, llama_model)):
+        whole = sentencepiece.SentencePieceProcessor(model_proto=proto).encode(text)
+        assert tokenizer.encode(text) == whole
+        assert np.concatenate(tokenizer.encode_batch([text[:cut], text[cut:]], [False, True])).tolist() == whole
+
+
+def test_training_is_repeatable(trained, corpus_folder):
+    texts = [file.read_text() for file in sorted(corpus_folder.rglob("*.txt"))]
+    config = TokenizerConfig("sentencepiece", vocab_size=300)
+    first, second = (SentencePieceTraining(config, 512).train(split_of(*texts), print) for _ in range(2))
+    assert first.definition == second.definition
+    assert first.vocab_size == 300
+
+
+@pytest.mark.parametrize("text", ["hello world, hello", "\u2585" * 100, "\t\n" * 100, "\0" * 100, " " * 100])
+def test_a_small_text_lowers_the_vocabulary_and_says_so(text, said):
+    training = SentencePieceTraining(TokenizerConfig("sentencepiece"), 32000)
+    tokenizer = training.train(split_of(text), said.append)
+    assert 256 < tokenizer.vocab_size < 300
+    assert any("tokenizer.vocab_size: lowered from 4096 to" in line for line in said)
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_more_kinds_of_characters_than_pieces_train_a_tokenizer_that_loses_nothing(said):
+    text = "".join(chr(0x4e00 + i % 3000 * (i % 7) % 3000) for i in range(20_000))
+    tokenizer = SentencePieceTraining(TokenizerConfig("sentencepiece", vocab_size=400), 400).train(
+        split_of(text), said.append)
+    assert tokenizer.vocab_size == 400
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_at_most_train_bytes_train_the_pieces(said):
+    config = TokenizerConfig("sentencepiece", vocab_size=300, train_bytes=2000)
+    SentencePieceTraining(config, 300).train(split_of(*(f"words of {i} " * 500 for i in range(20))), said.append)
+    assert "0.0 M characters" in said[0]
+
+
+def test_auto_takes_the_models_size_up_to_4096():
+    def auto(model_vocab_size):
+        return choose_tokenizer(TokenizerConfig("sentencepiece"), model_vocab_size).vocab_size
+
+    assert (auto(512), auto(4096), auto(50304)) == (512, 4096, 4096)
+
+
+@pytest.mark.parametrize(("config", "model_vocab_size", "words"), [
+    (TokenizerConfig("sentencepiece", vocab_size=600), 512, ["tokenizer.vocab_size=600", "model.vocab_size=512"]),
+    (TokenizerConfig("sentencepiece", vocab_size=100), 512, ["tokenizer.vocab_size=100", "at least 262"]),
+    (TokenizerConfig("sentencepiece"), 200, ["model.vocab_size=200", "at least 262", "257"]),
+    (TokenizerConfig("byte"), 256, ["tokenizer=byte", "257", "model.vocab_size=256"]),
+    (TokenizerConfig("hf"), 512, ["tokenizer.path: is missing"]),
+])
+def test_sizes_that_do_not_fit_are_refused_with_both_numbers(config, model_vocab_size, words):
+    with pytest.raises(UserError) as caught:
+        choose_tokenizer(config, model_vocab_size)
+    assert all(word in str(caught.value) for word in words)
+
+
+def test_a_given_model_is_used_as_it_is(llama_file, llama_model, tmp_path):
+    tokenizer = choose_tokenizer(TokenizerConfig("sentencepiece", path=str(llama_file)), 400)
+    reference = sentencepiece.SentencePieceProcessor(model_proto=llama_model)
+    assert tokenizer.encode("return the value") == reference.encode("return the value")
+    assert (tokenizer.vocab_size, tokenizer.eot) == (400, reference.eos_id())
+    assert tokenizer.token_bytes[tokenizer.eot] == 0
+    tokenizer.save(tmp_path)
+    assert load_tokenizer("sentencepiece", tmp_path).definition == tokenizer.definition
+
+
+def test_a_given_model_larger_than_the_models_vocabulary_is_refused(llama_file):
+    with pytest.raises(UserError, match=r"tokenizer\.path=.* has 400 ids.*model\.vocab_size=399"):
+        choose_tokenizer(TokenizerConfig("sentencepiece", path=str(llama_file)), 399)
+
+
+@pytest.mark.parametrize("content", [b"", b"not a model\n" * 50, b'{"model": {}}', bytes(300), None])
+def test_a_file_that_is_no_sentencepiece_model_is_refused_in_silence(content, llama_model, tmp_path, capfd):
+    file = tmp_path / "tokenizer.model"
+    file.write_bytes(llama_model[:-50] if content is None else content)
+    with pytest.raises(UserError, match=r"tokenizer\.path=.*must be a SentencePiece model"):
+        choose_tokenizer(TokenizerConfig("sentencepiece", path=str(file)), 512)
+    assert capfd.readouterr().err == ""
+
+
+def test_a_missing_model_names_the_nearest(llama_file):
+    with pytest.raises(UserError, match=r"did you mean 'tokenizer\.model'"):
+        choose_tokenizer(TokenizerConfig("sentencepiece", path=str(llama_file.with_name("tokeniser.model"))), 512)
+
+
+def test_a_model_without_an_end_is_refused(corpus_folder, tmp_path):
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(corpus_folder / "00.txt"), model_prefix=str(tmp_path / "m"), vocab_size=35, eos_id=-1, minloglevel=2)
+    with pytest.raises(UserError, match="end-of-sentence"):
+        SentencePieceTokenizer.open(str(tmp_path / "m.model"))

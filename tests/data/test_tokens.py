@@ -1,0 +1,245 @@
+"""Token files: what is in them, when they are made again, and several processes at once."""
+
+import json
+import os
+import subprocess
+import sys
+import threading
+from dataclasses import replace
+from pathlib import Path
+
+import filelock
+import numpy as np
+import platformdirs
+import pytest
+from tiny_corpora import prose
+
+from est_cli.config import DataConfig, TokenizerConfig
+from est_cli.data.tokens import TokenStore, cache_folder, prepare
+from est_cli.errors import UserError
+
+BYTE = TokenizerConfig("byte")
+PIECES = TokenizerConfig("sentencepiece", vocab_size=400)
+
+
+def prepare_quietly(data, tokenizer=BYTE, model_vocab_size=512, say=lambda _: None) -> TokenStore:
+    return prepare(data, tokenizer, model_vocab_size, say, show_progress=False)
+
+
+def documents(tokens: np.ndarray, store: TokenStore) -> list[str]:
+    ends = np.flatnonzero(tokens == store.tokenizer.eot)
+    assert ends[-1] == len(tokens) - 1
+    return [store.tokenizer.decode(part[:-1].tolist()) for part in np.split(tokens, ends[:-1] + 1)]
+
+
+def is_built(said: list[str]) -> bool:
+    return any("data: tokenizing" in line for line in said)
+
+
+@pytest.mark.parametrize("tokenizer", [BYTE, PIECES], ids=["byte", "sentencepiece"])
+def test_token_files_hold_every_document_once_with_its_end(tokenizer, corpus_folder, text_data):
+    store = prepare_quietly(text_data(corpus_folder, val_fraction=0.1), tokenizer)
+    read = documents(store.train, store), documents(store.val, store)
+    assert sorted(read[0] + read[1]) == sorted(file.read_text() for file in corpus_folder.rglob("*.txt"))
+    for texts, name in zip(read, ("train", "val"), strict=True):
+        counts = store.manifest["splits"][name]
+        assert counts["documents"] == len(texts)
+        assert counts["bytes"] == sum(len(text.encode()) for text in texts)
+        assert counts["tokens"] == len(getattr(store, name))
+        assert store.tokenizer.token_bytes[getattr(store, name)].sum() == counts["bytes"]
+
+
+def test_the_manifest_says_what_a_reader_needs(corpus_folder, text_data):
+    store = prepare_quietly(text_data(corpus_folder))
+    manifest = json.loads((store.folder / "manifest.json").read_text())
+    assert manifest["source"] == {"kind": "text", "path": str(corpus_folder)}
+    assert (manifest["tokenizer"], manifest["vocab_size"], manifest["eot"]) == ("byte", 257, 256)
+    assert manifest["dtype"] == "<u2"
+    assert manifest["fingerprint"] == store.fingerprint
+    raw = (store.folder / "train.bin").read_bytes()
+    assert np.array_equal(np.frombuffer(raw, "<u2"), store.train)
+
+
+def test_a_vocabulary_above_65536_takes_four_bytes(corpus_folder, text_data, monkeypatch):
+    monkeypatch.setattr("est_cli.data.tokenizers.ByteTokenizer.vocab_size", 1 << 17)
+    assert prepare_quietly(text_data(corpus_folder), model_vocab_size=1 << 17).train.dtype == np.uint32
+
+
+def test_the_cache_is_used_again_and_follows_what_decides_it(corpus_folder, text_data, tmp_path):
+    data = text_data(corpus_folder)
+    first = prepare_quietly(data)
+    said = []
+    assert prepare_quietly(data, say=said.append).folder == first.folder
+    assert not is_built(said)
+    assert len(said) == 1
+    changed = [prepare_quietly(replace(data, val_fraction=0.2)), prepare_quietly(data, PIECES),
+               prepare_quietly(data, replace(PIECES, train_bytes=1000)),
+               prepare_quietly(replace(data, path=str(corpus_folder / "sub")))]
+    assert len({store.folder for store in [first, *changed]}) == 5
+
+
+def test_a_copy_of_the_text_elsewhere_is_the_same_corpus(corpus_folder, text_data, tmp_path):
+    copy = tmp_path / "copy"
+    subprocess.run(["cp", "-r", str(corpus_folder), str(copy)], check=True)
+    first, said = prepare_quietly(text_data(corpus_folder)), []
+    assert prepare_quietly(text_data(copy), say=said.append).folder == first.folder
+    assert not is_built(said)
+
+
+@pytest.mark.parametrize("damage", [
+    lambda folder: os.truncate(folder / "train.bin", 100),
+    lambda folder: (folder / "val.bin").unlink(),
+    lambda folder: (folder / "manifest.json").write_text("{"),
+    lambda folder: (folder / "manifest.json").unlink(),
+    lambda folder: (folder / "tokenizer.model").unlink(),
+], ids=["cut", "missing", "broken manifest", "no manifest", "no tokenizer"])
+def test_a_cache_cut_short_is_told_and_made_again(damage, corpus_folder, text_data):
+    data, said = text_data(corpus_folder), []
+    store = prepare_quietly(data, PIECES)
+    before = store.train.tobytes()
+    damage(store.folder)
+    with pytest.raises(UserError, match="cut short"):
+        TokenStore(store.folder)
+    assert prepare_quietly(data, PIECES, say=said.append).train.tobytes() == before
+    assert any("cut short" in line for line in said)
+
+
+def test_what_an_interrupted_process_left_is_cleared(corpus_folder, text_data, monkeypatch):
+    data = text_data(corpus_folder)
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("est_cli.data.tokenizers.ByteTokenizer.save", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            prepare_quietly(data)
+    cache = cache_folder(data)
+    assert not [path for path in cache.iterdir() if path.is_dir()]
+    store = prepare_quietly(data)
+    left = store.folder.with_name(store.folder.name + ".partial")
+    store.folder.rename(left)
+    prepare_quietly(data)
+    assert [path for path in cache.iterdir() if path.is_dir()] == [store.folder]
+
+
+def test_two_processes_that_start_at_once_make_it_once(corpus_folder, text_data):
+    data = text_data(corpus_folder)
+    script = ("import sys\n"
+              "from est_cli.config import DataConfig, TokenizerConfig\n"
+              "from est_cli.data.tokens import prepare\n"
+              "data = DataConfig(kind='text', path=sys.argv[1], cache_dir=sys.argv[2])\n"
+              "store = prepare(data, TokenizerConfig('sentencepiece', vocab_size=400), 512, print, False)\n"
+              "print(int(store.train.sum()), int(store.val.sum()))\n")
+    processes = [subprocess.Popen([sys.executable, "-c", script, str(corpus_folder), data.cache_dir],
+                                  stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    outputs = [process.communicate(timeout=60) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], outputs
+    assert sum("data: tokenizing" in output for output, _ in outputs) == 1
+    assert len({output.splitlines()[-1] for output, _ in outputs}) == 1
+
+
+def test_a_process_that_waits_for_another_says_so(corpus_folder, text_data):
+    data, said, waiting = text_data(corpus_folder), [], threading.Event()
+
+    def say(line):
+        said.append(line)
+        if "waiting" in line:
+            waiting.set()
+
+    folder = prepare_quietly(data).folder
+    (folder / "manifest.json").unlink()
+    with filelock.FileLock(f"{folder}.lock"):
+        other = threading.Thread(target=prepare_quietly, args=(data,), kwargs={"say": say})
+        other.start()
+        assert waiting.wait(timeout=20)
+    other.join(timeout=20)
+    assert not other.is_alive()
+    assert is_built(said)
+
+
+@pytest.mark.parametrize("place", ["file/below", "x" * 300])
+def test_a_cache_that_cannot_be_written_is_named(place, corpus_folder, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"data\.cache_dir="):
+        prepare_quietly(DataConfig(kind="text", path=str(corpus_folder), cache_dir=str(tmp_path / place)))
+
+
+def test_a_full_disk_is_named_and_leaves_nothing(corpus_folder, text_data, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("est_cli.data.tokens.os.replace", full)
+    data = text_data(corpus_folder)
+    with pytest.raises(UserError, match=r"data\.cache_dir=.*No space left"):
+        prepare_quietly(data)
+    assert not [path for path in cache_folder(data).iterdir() if path.is_dir()]
+
+
+def test_the_cache_is_the_users_unless_told_otherwise(monkeypatch, tmp_path):
+    assert cache_folder(DataConfig(kind="stdlib")) == platformdirs.user_cache_path("est-cli", appauthor=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    assert cache_folder(DataConfig(kind="stdlib", cache_dir="~/here")) == tmp_path / "here"
+    assert cache_folder(DataConfig(kind="stdlib", cache_dir="here")) == tmp_path / "here"
+
+
+def test_invalid_utf8_is_replaced_and_told_once(tmp_path, text_data, said):
+    (tmp_path / "a.txt").write_bytes(b"one \xff line\n" * 100 + b"\0 and more\n" * 50)
+    store = prepare_quietly(text_data(tmp_path / "a.txt"), say=said.append)
+    assert [line for line in said if "UTF-8" in line] == ["data: replaced 100 invalid UTF-8 sequences by U+FFFD"]
+    assert documents(store.train, store)[0].startswith("one \ufffd line\n")
+    assert "\0 and more" in documents(store.val, store)[0]
+
+
+@pytest.mark.parametrize("tokenizer", [BYTE, PIECES], ids=["byte", "sentencepiece"])
+def test_a_long_single_line_keeps_every_character(tokenizer, tmp_path, text_data):
+    line = "é value, " * 300_000
+    (tmp_path / "line.txt").write_text(line)
+    store = prepare_quietly(text_data(tmp_path / "line.txt"), tokenizer)
+    assert documents(store.train, store)[0] + documents(store.val, store)[0] == line
+
+
+def test_a_long_document_has_one_dummy_prefix_under_a_given_model(tmp_path, text_data, llama_file):
+    text = prose(40_000)
+    (tmp_path / "long.txt").write_text(text)
+    store = prepare_quietly(text_data(tmp_path / "long.txt"), TokenizerConfig("sentencepiece", path=str(llama_file)))
+    assert documents(store.train, store)[0] + documents(store.val, store)[0] == text
+
+
+def test_progress_goes_to_standard_error_and_only_when_asked(corpus_folder, text_data, capsys, monkeypatch):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    prepare(text_data(corpus_folder), BYTE, 512, lambda _: None, show_progress=False)
+    assert capsys.readouterr() == ("", "")
+    prepare(text_data(corpus_folder, val_fraction=0.3), BYTE, 512, lambda _: None, show_progress=True)
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert "tokenizing" in err
+
+
+def test_a_text_too_small_for_a_step_names_the_keys_and_numbers(tmp_path, text_data):
+    (tmp_path / "a.txt").write_text("0123456789" * 100)
+    store = prepare_quietly(text_data(tmp_path / "a.txt", val_fraction=0.1))
+    train, val = len(store.train), len(store.val)
+    store.check(seq_len=val - 1, sequences_per_step=(train - 1) // (val - 1))
+    with pytest.raises(UserError) as caught:
+        store.check(seq_len=val, sequences_per_step=train)
+    training, validation = caught.value.problems
+    for word in (f"data.seq_len={val}", "trainer.batch_size", str(train), str(val * train + 1)):
+        assert word in training
+    for word in (f"data.seq_len={val}", "data.val_fraction", str(val + 1)):
+        assert word in validation
+
+
+def test_a_store_opens_by_its_folder_alone(corpus_folder, text_data):
+    store = prepare_quietly(text_data(corpus_folder), PIECES)
+    again = TokenStore(Path(store.folder))
+    assert np.array_equal(again.val, store.val)
+    assert again.tokenizer.definition == store.tokenizer.definition
+
+
+def test_data_imports_no_torch():
+    script = ("import sys, est_cli.data.tokens, est_cli.data.inspection, est_cli.data.batches, "
+              "est_cli.data.hf_corpus, est_cli.data.hf_tokenizer; "
+              "print([name for name in ('torch', 'datasets', 'tokenizers') if name in sys.modules])")
+    assert subprocess.run([sys.executable, "-c", script], capture_output=True, text=True).stdout.strip() == "[]"

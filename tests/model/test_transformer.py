@@ -1,0 +1,235 @@
+"""The decoder is GPT-2 and Llama by its settings, and a packed subnetwork is that decoder with fewer units."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from tiny import FAMILIES, GPT2, LLAMA, random_batch, random_master
+from torch import Tensor
+
+from est_cli.config import ModelConfig
+from est_cli.model.transformer import Transformer, layer_of, rope_tables, row_kind
+from est_cli.subnet.plan import Subnetwork
+
+
+def state_of_gpt2(model: Transformer) -> dict[str, Tensor]:
+    """transformers stores GPT-2's linear layers input-major (Conv1D), with query, key and value side by side."""
+    found = {
+        "transformer.wte.weight": model.embedding,
+        "transformer.wpe.weight": model.positions,
+        "transformer.ln_f.weight": model.norm.weight,
+        "transformer.ln_f.bias": model.norm.bias,
+        "lm_head.weight": model.head_weight,
+    }
+    for layer, block in enumerate(model.blocks):
+        attention, mlp, prefix = block.attention, block.mlp, f"transformer.h.{layer}"
+        found |= {
+            f"{prefix}.ln_1.weight": block.norm1.weight,
+            f"{prefix}.ln_1.bias": block.norm1.bias,
+            f"{prefix}.ln_2.weight": block.norm2.weight,
+            f"{prefix}.ln_2.bias": block.norm2.bias,
+            f"{prefix}.attn.c_attn.weight": attention.qkv.weight.t(),
+            f"{prefix}.attn.c_attn.bias": attention.qkv.bias,
+            f"{prefix}.attn.c_proj.weight": attention.out.weight,
+            f"{prefix}.attn.c_proj.bias": attention.out.bias,
+            f"{prefix}.mlp.c_fc.weight": mlp.up.weight.t(),
+            f"{prefix}.mlp.c_fc.bias": mlp.up.bias,
+            f"{prefix}.mlp.c_proj.weight": mlp.down.weight,
+            f"{prefix}.mlp.c_proj.bias": mlp.down.bias,
+        }
+    return found
+
+
+def state_of_llama(model: Transformer) -> dict[str, Tensor]:
+    """transformers stores Llama's linear layers output-major and apart."""
+    config = model.config
+    found = {
+        "model.embed_tokens.weight": model.embedding,
+        "model.norm.weight": model.norm.weight,
+        "lm_head.weight": model.head_weight,
+    }
+    widths = [heads * config.head_dim for heads in (config.n_heads, config.n_kv_heads, config.n_kv_heads)]
+    for layer, block in enumerate(model.blocks):
+        prefix = f"model.layers.{layer}"
+        query, key, value = block.attention.qkv.weight.split(widths)
+        gate, up = block.mlp.up.weight.chunk(2)
+        found |= {
+            f"{prefix}.input_layernorm.weight": block.norm1.weight,
+            f"{prefix}.post_attention_layernorm.weight": block.norm2.weight,
+            f"{prefix}.self_attn.q_proj.weight": query,
+            f"{prefix}.self_attn.k_proj.weight": key,
+            f"{prefix}.self_attn.v_proj.weight": value,
+            f"{prefix}.self_attn.o_proj.weight": block.attention.out.weight.t(),
+            f"{prefix}.mlp.gate_proj.weight": gate,
+            f"{prefix}.mlp.up_proj.weight": up,
+            f"{prefix}.mlp.down_proj.weight": block.mlp.down.weight.t(),
+        }
+    return found
+
+
+def transformers_gpt2(config: ModelConfig) -> torch.nn.Module:
+    transformers = pytest.importorskip("transformers")
+    return transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(
+            n_layer=config.n_layers,
+            n_head=config.n_heads,
+            n_embd=config.d_model,
+            n_inner=config.d_ff,
+            vocab_size=config.vocab_size,
+            n_positions=config.max_seq_len,
+            layer_norm_epsilon=config.norm_eps,
+            tie_word_embeddings=config.tie_embeddings,
+            bos_token_id=0,
+            eos_token_id=0,
+        )
+    )
+
+
+def transformers_llama(config: ModelConfig) -> torch.nn.Module:
+    transformers = pytest.importorskip("transformers")
+    return transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(
+            num_hidden_layers=config.n_layers,
+            num_attention_heads=config.n_heads,
+            num_key_value_heads=config.n_kv_heads,
+            head_dim=config.head_dim,
+            hidden_size=config.d_model,
+            intermediate_size=config.d_ff,
+            vocab_size=config.vocab_size,
+            max_position_embeddings=config.max_seq_len,
+            rms_norm_eps=config.norm_eps,
+            rope_theta=config.rope_theta,
+            tie_word_embeddings=config.tie_embeddings,
+        )
+    )
+
+
+@pytest.mark.parametrize(
+    ("config", "build", "state"),
+    [
+        (GPT2, transformers_gpt2, state_of_gpt2),
+        (replace(GPT2, tie_embeddings=False, norm_eps=1e-3), transformers_gpt2, state_of_gpt2),
+        (LLAMA, transformers_llama, state_of_llama),
+        (replace(LLAMA, n_kv_heads=6, tie_embeddings=True, norm_eps=1e-3), transformers_llama, state_of_llama),
+        (replace(LLAMA, n_kv_heads=1, head_dim=8, rope_theta=500.0), transformers_llama, state_of_llama),
+    ],
+    ids=["gpt2", "gpt2-untied", "llama", "llama-mha-tied", "llama-one-kv-head"],
+)
+def test_logits_equal_those_of_transformers(config, build, state):
+    ours, theirs = random_master(config, torch.float32), build(config).eval()
+    theirs.load_state_dict(state(ours), strict=True)
+    inputs, targets = random_batch(config, length=config.max_seq_len)
+    with torch.no_grad():
+        expected = theirs(input_ids=inputs).logits
+        logits = ours.logits(inputs)
+        loss = ours(inputs, targets)
+    assert logits.abs().max() > 1, "logits far from zero, or the comparison says little"
+    torch.testing.assert_close(logits, expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(loss, torch.nn.functional.cross_entropy(expected.mT, targets), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_recomputing_blocks_changes_no_gradient(family):
+    inputs, targets = random_batch(FAMILIES[family])
+    gradients = []
+    for recompute in (False, True):
+        model = random_master(FAMILIES[family])
+        model.recompute = recompute
+        model(inputs, targets).backward()
+        gradients.append([parameter.grad for parameter in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+def test_recomputing_runs_every_block_twice():
+    model, runs = random_master(LLAMA), []
+    for block in model.blocks:
+        block.mlp.register_forward_hook(lambda *_: runs.append(1))
+    model.recompute = True
+    model(*random_batch(LLAMA)).backward()
+    assert len(runs) == 2 * LLAMA.n_layers
+
+
+def sliced(model: Transformer, layers: list[int], heads: list[int], neurons: list[int]) -> Transformer:
+    """A GPT-2 cut by hand to the same heads and neurons in each of its kept layers."""
+    full = model.config
+    small = replace(full, n_layers=len(layers), n_heads=len(heads), n_kv_heads=len(heads), d_ff=len(neurons))
+    scales = {"head_scale": full.n_heads / len(heads), "mlp_scale": full.d_ff / len(neurons), "layer_scale": 1.5}
+    cut = Transformer(Subnetwork(small, **scales), dtype=torch.float64)
+    state = dict(model.named_parameters())
+    for name, parameter in cut.named_parameters():
+        tensor = state[name]
+        if name.startswith("blocks."):
+            _, position, rest = name.split(".", 2)
+            tensor = state[f"blocks.{layers[int(position)]}.{rest}"]
+            if rest.startswith("attention.qkv"):
+                tensor = tensor.unflatten(0, (3, full.n_heads, full.head_dim))[:, heads].flatten(0, 2)
+            elif rest == "attention.out.weight":
+                tensor = tensor.unflatten(0, (full.n_heads, full.head_dim))[heads].flatten(0, 1)
+            elif rest.startswith("mlp.up") or rest == "mlp.down.weight":
+                tensor = tensor[neurons]
+        parameter.data = tensor.data.clone()
+    return cut
+
+
+def test_a_sliced_model_is_the_full_one_with_its_other_outputs_zeroed_and_the_rest_rescaled():
+    full, layers, heads, neurons = random_master(GPT2), [0, 2], [1, 3], [0, 5, 6, 11]
+    cut, inputs = sliced(full, layers, heads, neurons), random_batch(GPT2)[0]
+    with torch.no_grad():
+        for index, block in enumerate(full.blocks):
+            attention, mlp = block.attention.out, block.mlp.down
+            kept_heads, kept_neurons = torch.zeros(4, 1, 1), torch.zeros(16, 1)
+            kept_heads[heads], kept_neurons[neurons] = 4 / 2, 16 / 4
+            layer = 1.5 if index in layers else 0.0
+            attention.weight.copy_((attention.weight.view(4, 3, 12) * kept_heads * layer).view(12, 12))
+            mlp.weight.copy_(mlp.weight * kept_neurons * layer)
+            attention.bias.mul_(layer)
+            mlp.bias.mul_(layer)
+        torch.testing.assert_close(cut.logits(inputs), full.logits(inputs), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_later_tokens_do_not_reach_earlier_positions(family):
+    model, inputs = random_master(FAMILIES[family]), random_batch(FAMILIES[family])[0]
+    changed = inputs.clone()
+    changed[:, 3] = (changed[:, 3] + 1) % model.config.vocab_size
+    with torch.no_grad():
+        before, after = model.logits(inputs), model.logits(changed)
+    torch.testing.assert_close(before[:, :3], after[:, :3], rtol=0, atol=1e-12)
+    assert (before[:, 3:] - after[:, 3:]).abs().amax(dim=-1).min() > 1e-6
+
+
+def test_a_short_batch_after_a_long_one_rotates_as_before():
+    model = random_master(LLAMA)
+    short, long = random_batch(LLAMA, length=3)[0], random_batch(LLAMA, length=9)[0]
+    with torch.no_grad():
+        expected = model.logits(short)
+        model.logits(long)
+        assert torch.equal(model.logits(short), expected)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-14), (torch.float32, 1e-4)])
+def test_rotary_angles_are_as_exact_as_the_dtype_allows(dtype, tolerance):
+    cosine, sine = rope_tables(LLAMA, 1000, None, dtype)
+    for feature in range(LLAMA.head_dim // 2):
+        angles = [t * LLAMA.rope_theta ** (-2 * feature / LLAMA.head_dim) for t in range(1000)]
+        expected = torch.tensor(angles, dtype=torch.float64)
+        torch.testing.assert_close(cosine[:, 0, feature].double(), expected.cos(), rtol=0, atol=tolerance)
+        torch.testing.assert_close(sine[:, 0, feature].double(), expected.sin(), rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "layer"),
+    [
+        ("blocks.11.attention.qkv.bias", "qkv", 11),
+        ("blocks.0.attention.out.weight", "heads", 0),
+        ("blocks.0.attention.out.bias", None, 0),
+        ("blocks.3.mlp.up.weight", "up", 3),
+        ("blocks.3.mlp.down.weight", "neurons", 3),
+        ("blocks.3.mlp.down.bias", None, 3),
+        ("blocks.3.norm1.weight", None, 3),
+        ("embedding", None, None),
+        ("norm.weight", None, None),
+    ],
+)
+def test_a_parameters_name_says_what_of_it_is_sampled(name, kind, layer):
+    assert (row_kind(name), layer_of(name)) == (kind, layer)

@@ -1,0 +1,76 @@
+"""How often parts were trained, against a plain count over every step."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from est_cli.config import ModelConfig, SamplingConfig
+from est_cli.reports import coverage as coverage_module
+from est_cli.reports import load_runs
+from est_cli.reports.coverage import coverage
+from est_cli.subnet.sampler import sample
+from est_cli.subnet.schedule import stage_at
+
+
+def plain_count(run):
+    model, sampling = ModelConfig(**run.config["model"]), SamplingConfig(**run.config["sampling"])
+    layers, heads = np.zeros(model.n_layers), np.zeros((model.n_layers, model.n_heads))
+    for step in range(run.steps_done):
+        plan = sample(run.config["seed"], step, stage_at(run.stages, step), model, sampling)
+        for position, layer in enumerate(plan.layers):
+            layers[layer] += 1
+            for head in plan.heads[position]:
+                heads[layer, head] += 1
+    return layers / run.steps_done, heads / run.steps_done
+
+
+@pytest.mark.parametrize("resample_every", [1, 7])
+@pytest.mark.parametrize("done", [60, 25])
+def test_coverage_is_what_a_plain_count_says(new_run, tmp_path, resample_every, done):
+    folder = new_run(tmp_path / "run", steps=60, done=done, sampling={"resample_every": resample_every})
+    run, = load_runs([folder])
+    found = coverage(run)
+    layers, heads = plain_count(run)
+    np.testing.assert_allclose(found.layers, layers)
+    np.testing.assert_allclose(found.heads, heads)
+    assert not found.thinned
+
+
+def test_neurons_are_trained_as_often_as_their_layers_times_their_rate(one_run):
+    run, = load_runs([one_run])
+    found = coverage(run)
+    sampled = sum(stage.steps * stage.rates.mlp * stage.rates.layers for stage in run.stages) / run.steps_done
+    assert found.blocks.mean() == pytest.approx(sampled)
+    assert found.blocks.shape == (4, 64)
+
+
+def test_a_thinned_count_is_close_and_says_so(one_run, monkeypatch):
+    run, = load_runs([one_run])
+    whole = coverage(run)
+    monkeypatch.setattr(coverage_module, "MAX_PLANS_PER_STAGE", 25)
+    thin = coverage(run)
+    assert thin.thinned
+    assert not whole.thinned
+    np.testing.assert_allclose(thin.layers, whole.layers, atol=0.08)
+    assert thin.layers.mean() == pytest.approx(whole.layers.mean(), abs=0.01)
+
+
+def test_blocks_follow_the_neurons_that_are_sampled_together(new_run, tmp_path):
+    run, = load_runs([new_run(tmp_path / "run", steps=60, sampling={"mlp_block": 48})])
+    found = coverage(run)
+    assert found.blocks.shape == (4, 8)
+    assert found.neurons_per_block == 48
+
+
+def test_a_strategy_of_ones_own_is_not_run(one_run):
+    run, = load_runs([one_run])
+    sampling = {**run.config["sampling"], "strategy": "os.system"}
+    own = dataclasses.replace(run, config={**run.config, "sampling": sampling})
+    assert "os.system" in coverage(own)
+
+
+def test_without_a_config_the_reason_is_told(new_run, tmp_path):
+    folder = new_run(tmp_path / "run", steps=60)
+    (folder / "config.yaml").unlink()
+    assert "config.yaml" in coverage(load_runs([folder])[0])

@@ -1,0 +1,137 @@
+"""The files of a report: self-contained, escaped, and inside the folder that was asked for."""
+
+import csv
+import dataclasses
+import re
+import subprocess
+import sys
+from html.parser import HTMLParser
+
+import pytest
+
+from est_cli.errors import UserError
+from est_cli.reports import FORMATS, load_runs, write_report
+
+
+class Page(HTMLParser):
+    """Tags that are open at the end, and every address that the page refers to."""
+
+    void = ("meta", "input", "br", "img")
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.addresses, self.tags, self.ids = [], [], [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.ids += [value for name, value in attrs if name == "id"]
+        self.addresses += [value for name, value in attrs if name in ("src", "href", "xlink:href")]
+        if tag not in self.void:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+
+def test_all_formats_are_written_and_named(one_report):
+    assert {kind: path.name for kind, path in one_report.items()} == \
+        {"html": "report.html", "png": "report.png", "csv": "runs.csv"}
+    assert one_report["png"].read_bytes().startswith(b"\x89PNG")
+    pictures = {path.name for path in (one_report["png"].parent / "figures").iterdir()}
+    assert pictures == {"loss_steps.png", "loss_tokens.png", "loss_flops.png", "loss_seconds.png", "savings.png",
+                        "stage_time.png", "coverage.png"}
+
+
+def test_the_page_is_well_formed_and_refers_to_nothing_outside(sweep_report):
+    page = Page(sweep_report["html"].read_text())
+    assert page.open == []
+    assert all(address.startswith(("#", "data:")) for address in page.addresses)
+    assert len(page.ids) == len(set(page.ids))
+
+
+def test_the_page_takes_its_colours_from_the_theme(sweep_report):
+    drawings = re.findall(r"<svg .*?</svg>", sweep_report["html"].read_text(), flags=re.DOTALL)
+    cells = re.compile(r"fill: (?:#0b0b0b|#fdfdfd)|<image")
+    assert len(drawings) > 8
+    assert all(cells.search(svg) for svg in drawings if re.search(r"(?:fill|stroke): #", svg))
+
+
+def test_a_sweep_has_a_heat_map_and_tells_what_differs(sweep_report):
+    text = sweep_report["html"].read_text()
+    assert "Final validation loss over scheduler.stage1_end and scheduler.stage2_end" in text
+    assert "<th>seed</th>" in text
+    assert "optimizer.lr" not in text
+
+
+def test_the_table_has_a_row_a_run_with_what_differs_and_the_outcome(sweep_report):
+    with sweep_report["csv"].open() as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 8
+    assert {row["scheduler.stage1_end"] for row in rows} == {"0.1", "0.2"}
+    assert all(float(row["val_loss"]) > 3 and float(row["stage1_step_s_median"]) > 0 for row in rows)
+
+
+def test_the_curves_have_every_validation_loss(sweep_report, sweep):
+    with (sweep_report["csv"].parent / "curves.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    for run in load_runs([sweep]):
+        own = [row for row in rows if row["run"] == run.name]
+        assert [int(row["step"]) for row in own if row["val_loss"]] == [19, 39, 59, 79, 99, 119]
+
+
+HOSTILE_NAMES = ("<script>alert(1)</script>", "$\\frac{", "../../escape", "a\nb\x07 日本語 \udcff")
+
+
+def test_names_are_shown_and_not_obeyed(new_run, tmp_path):
+    folders = [new_run(tmp_path / "in" / str(i), steps=40, kernels=f"kernel-{i}") for i in range(len(HOSTILE_NAMES))]
+    runs = [dataclasses.replace(run, name=name, config=run.config | {"name": name})
+            for run, name in zip(load_runs(folders), HOSTILE_NAMES, strict=True)]
+    files = write_report(runs, tmp_path / "deep" / "er" / "out")
+    text = files["html"].read_text()
+    Page(text)
+    assert "<script>alert" not in text
+    assert "&lt;script&gt;alert(1)" in text
+    assert {path.name for path in tmp_path.iterdir()} == {"in", "deep"}
+    assert {path.name for path in (tmp_path / "deep" / "er").iterdir()} == {"out"}
+
+
+@pytest.mark.parametrize(("done", "formats"), [(0, FORMATS), (1, FORMATS), (2, ("csv",))])
+def test_a_run_that_has_just_begun_has_a_report(new_run, tmp_path, done, formats):
+    folder = new_run(tmp_path / "run", steps=60, done=done, finished=False)
+    files = write_report(load_runs([folder]), tmp_path / "out", formats)
+    assert set(files) == set(formats)
+    assert all(path.is_file() for path in files.values())
+    assert all("unfinished" in path.read_text() for kind, path in files.items() if kind != "png")
+
+
+def test_a_run_without_a_config_has_a_report(new_run, tmp_path):
+    folder = new_run(tmp_path / "run", steps=60)
+    (folder / "config.yaml").unlink()
+    text = write_report(load_runs([folder]), tmp_path / "out", ("html",))["html"].read_text()
+    assert "no config.yaml" in text
+    assert "stage 3" in text
+
+
+def test_losses_that_are_not_numbers_do_not_stop_the_report(new_run, tmp_path):
+    folder = new_run(tmp_path / "run", steps=60, finished=False)
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    lines[30:] = [re.sub(r'"(train|val)/loss": [^,]+', r'"\1/loss": NaN', line) for line in lines[30:]]
+    (folder / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    assert write_report(load_runs([folder]), tmp_path / "out", ("html",))["html"].is_file()
+
+
+def test_wrong_formats_and_a_file_as_folder_are_told_at_once(one_run, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError) as error:
+        write_report(load_runs([one_run]), tmp_path / "file" / "out", ("htm",))
+    assert len(error.value.problems) == 2
+    assert "did you mean 'html'?" in error.value.problems[0]
+
+
+def test_reports_import_neither_torch_nor_wandb(one_run, tmp_path):
+    code = ("import sys; from pathlib import Path; from est_cli.reports import FORMATS, load_runs, write_report;"
+            f"write_report(load_runs([Path({str(one_run)!r})]), Path({str(tmp_path)!r}), ('csv',));"
+            "print(sorted({'torch', 'wandb', 'matplotlib'} & set(sys.modules)))")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

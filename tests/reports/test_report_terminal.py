@@ -1,0 +1,60 @@
+"""The report over ssh: any width, with and without colours and Unicode."""
+
+import io
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from est_cli.reports import load_runs, terminal_report
+from est_cli.reports.curves import Curve
+from est_cli.reports.text_plot import TextCurve, text_plot
+
+
+def shown(runs, width, encoding="utf-8", **options):
+    raw = io.BytesIO()
+    file = io.TextIOWrapper(raw, encoding=encoding, newline="")
+    terminal_report(runs, Console(file=file, width=width, **options))
+    file.flush()
+    return raw.getvalue().decode(encoding)
+
+
+@pytest.mark.parametrize("width", [24, 40, 80, 200])
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii", "latin-1"])
+def test_no_line_is_wider_than_the_window(one_run, sweep, width, encoding):
+    for folder in (one_run, sweep):
+        text = shown(load_runs([folder]), width, encoding)
+        assert max(map(len, text.splitlines())) <= width
+
+
+def test_one_run_shows_its_numbers_and_stages(one_run):
+    run, = load_runs([one_run])
+    text = shown([run], 100)
+    assert f"{run.outcome['val_loss']:.4f}" in text
+    assert "26.7% of the blocks" in text
+    assert "0.50×" in text
+
+
+def test_several_runs_are_ranked(sweep):
+    text = shown(load_runs([sweep]), 100)
+    losses = [float(word) for word in text.split() if word.count(".") == 1 and word.startswith("3.") and len(word) == 6]
+    assert len(losses) == 4
+    assert losses == sorted(losses)
+
+
+def test_without_colours_curves_are_told_apart_by_letters(sweep):
+    assert "⠀" < max(shown(load_runs([sweep]), 80, force_terminal=True, color_system="standard")) <= "⣿"
+    assert not any("⠀" < c <= "⣿" for c in shown(load_runs([sweep]), 80))
+
+
+def test_a_run_without_a_step_says_so(new_run, tmp_path):
+    assert "No step" in shown(load_runs([new_run(tmp_path / "run", steps=60, done=0, finished=False)]), 60)
+
+
+def test_the_plot_puts_high_values_above_low_ones():
+    line = Curve(np.array([0.0, 10.0]), np.array([2.0, 1.0]))
+    rows = text_plot([TextCurve("x", "blue", line)], 30, 5, (1.0, 2.0), "steps", braille=False).plain.splitlines()
+    at = [row.find("x") for row in rows[:5]]
+    assert at == sorted(at)
+    assert rows[0].strip().startswith("2.00")
+    assert rows[4].strip().startswith("1.00")

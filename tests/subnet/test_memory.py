@@ -1,0 +1,62 @@
+"""Parameter counts and the memory estimate."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from omegaconf import OmegaConf
+from tiny import FAMILIES, LLAMA
+
+from est_cli.config import ModelConfig
+from est_cli.model.transformer import Transformer
+from est_cli.subnet.memory import checkpoint_bytes, count_parameters, training_bytes
+
+MODELS = sorted((Path(__file__).resolve().parents[2] / "conf" / "model").glob("*.yaml"))
+PUBLISHED = {"gpt2": 124e6, "gpt2_medium": 355e6, "gpt2_large": 774e6, "gpt2_xl": 1.56e9, "tinyllama": 1.1e9}
+"""Radford et al. (2019) and Zhang et al. (2024)."""
+
+
+def shipped(path: Path) -> ModelConfig:
+    model = ModelConfig(**OmegaConf.to_container(OmegaConf.load(path), resolve=True))
+    return replace(model, head_dim=model.head_dim or model.d_model // model.n_heads)
+
+
+@pytest.mark.parametrize("path", MODELS, ids=[path.stem for path in MODELS])
+def test_the_count_is_that_of_the_model_that_is_built(path):
+    config = shipped(path)
+    model, count = Transformer(config, device="meta"), count_parameters(config)
+    assert count.total == sum(parameter.numel() for parameter in model.parameters())
+    assert count.blocks == sum(parameter.numel() for parameter in model.blocks.parameters())
+    assert count.norm == sum(parameter.numel() for parameter in model.norm.parameters())
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_the_shipped_models_have_the_published_sizes(name):
+    count = count_parameters(shipped(next(path for path in MODELS if path.stem == name)))
+    assert count.total == pytest.approx(PUBLISHED[name], rel=0.01)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_setting_is_counted(family, tied, bias):
+    config = replace(FAMILIES[family], tie_embeddings=tied, bias=bias, head_dim=5)
+    model = Transformer(config, device="meta")
+    assert count_parameters(config).total == sum(parameter.numel() for parameter in model.parameters())
+
+
+def test_a_checkpoint_holds_the_weights_and_two_moments():
+    total = count_parameters(LLAMA).total
+    assert checkpoint_bytes(LLAMA) == (4 * total, 12 * total)
+
+
+def test_the_estimate_is_of_the_costliest_stage():
+    half = replace(LLAMA, n_layers=1, d_ff=8)
+
+    def estimate(*stages: ModelConfig, batch_size: int = 4, **options: bool) -> int:
+        flags = {"bf16": False, "recompute": False, "cpu": True, **options}
+        return training_bytes(LLAMA, stages, batch_size, 16, **flags)
+
+    assert estimate(half, LLAMA) == estimate(LLAMA, half) == max(estimate(half), estimate(LLAMA))
+    assert estimate(LLAMA, batch_size=400) > estimate(LLAMA)
+    assert estimate(LLAMA, batch_size=400, recompute=True) < estimate(LLAMA, batch_size=400)

@@ -1,0 +1,133 @@
+"""Imports point one way: the order of DESIGN section 4, read from the source without running it."""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).resolve().parents[1] / "est_cli"
+TIERS = [
+    {"errors", "schema", "plugins", "checks", "config", "auto", "subnet"},
+    {"model", "kernels", "data"},
+    {"training"},
+    {"evaluation", "benchmark", "tracking", "reports"},
+    {"commands", "__main__"},
+]
+TIER = {name: number for number, tier in enumerate(TIERS) for name in tier}
+WITHOUT_TORCH = {*TIERS[0], "data", "reports"}
+CONFIGURATION = {"hydra", "omegaconf"}
+"""Only commands compose; everything below has plain dataclasses."""
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+MODULES = {module_name(path): path for path in sorted(PACKAGE.rglob("*.py"))}
+
+
+def statements(node: ast.AST) -> Iterator[ast.AST]:
+    """Every node, but what only a type checker imports; late imports inside functions included."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.If) and ast.unparse(child.test).endswith("TYPE_CHECKING"):
+            continue
+        yield child
+        yield from statements(child)
+
+
+def imported(name: str) -> set[str]:
+    """Dotted names that a module imports; of `from a import b` both a and a.b, since b may be a module."""
+    found: set[str] = set()
+    for node in statements(ast.parse(MODULES[name].read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{name} imports relatively"
+            found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return found
+
+
+def part(name: str) -> str:
+    """The part of the house that a module of ours belongs to: config, subnet, model, ..."""
+    return name.split(".")[1] if "." in name else ""
+
+
+def own_imports(name: str) -> set[str]:
+    return {other for other in imported(name) if other in MODULES and part(other)} - {name}
+
+
+def libraries(name: str) -> set[str]:
+    return {other.split(".")[0] for other in imported(name)} - {"est_cli"}
+
+
+@pytest.mark.parametrize("name", [name for name in MODULES if part(name)])
+def test_a_module_imports_only_from_its_own_tier_and_those_before(name):
+    assert part(name) in TIER, f"{part(name)} has no place in DESIGN section 4"
+    for other in own_imports(name):
+        assert TIER[part(other)] <= TIER[part(name)], f"{name} imports {other}"
+
+
+def test_no_module_imports_itself_by_a_detour():
+    done: set[str] = set()
+
+    def visit(name: str, path: tuple[str, ...]) -> None:
+        assert name not in path, " → ".join((*path[path.index(name) :], name))
+        if name not in done:
+            for other in own_imports(name):
+                visit(other, (*path, name))
+            done.add(name)
+
+    for name in MODULES:
+        visit(name, ())
+
+
+def test_the_observers_of_the_loop_come_as_arguments():
+    """Parts of one tier keep to themselves, so that each can be read, and installed, without the others."""
+    for name in MODULES:
+        if part(name) in {"tracking", "reports", "benchmark"}:
+            others = {part(other) for other in own_imports(name)} & TIERS[3]
+            assert others <= {part(name)}, f"{name} imports {others}"
+
+
+@pytest.mark.parametrize("name", [name for name in MODULES if part(name) in WITHOUT_TORCH])
+def test_planning_data_and_reports_need_no_torch(name):
+    assert not libraries(name) & {"torch", "safetensors"}
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_only_commands_compose_and_only_tracking_knows_wandb(name):
+    if part(name) not in {"commands", "__main__"}:
+        assert not libraries(name) & CONFIGURATION
+    if part(name) != "tracking":
+        assert "wandb" not in libraries(name)
+
+
+@pytest.mark.parametrize("name", [n for n in MODULES if part(n) in {"subnet", "model", "kernels", "training"}])
+def test_the_core_runs_with_torch_and_numpy_alone(name):
+    """Below the commands a GPU machine needs no more; checkpoints are safetensors."""
+    allowed = {"numpy", *({"torch"} if part(name) != "subnet" else ())}
+    allowed |= {"safetensors"} if name == "est_cli.training.checkpoint" else set()
+    allowed |= {"triton"} if part(name) == "kernels" else set()
+    assert libraries(name) - set(sys.stdlib_module_names) <= allowed
+
+
+@pytest.mark.parametrize(
+    ("modules", "absent"),
+    [
+        (
+            "est_cli.config, est_cli.auto, est_cli.subnet.sampler, est_cli.subnet.memory",
+            "torch, hydra, omegaconf, rich",
+        ),
+        ("est_cli.training.loop", "hydra, omegaconf, wandb, rich, datasets, transformers, triton"),
+    ],
+)
+def test_what_is_imported_stays_small(modules, absent):
+    """The same, of a running interpreter: also through libraries."""
+    program = f"import sys, {modules}\nprint([n for n in {absent.split(', ')!r} if n in sys.modules])"
+    command = [sys.executable, "-c", program]
+    output = subprocess.run(command, capture_output=True, text=True, check=True, cwd=PACKAGE.parent).stdout
+    assert output.strip() == "[]"

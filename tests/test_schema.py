@@ -1,0 +1,162 @@
+"""Reading plain values into annotated types: what fits, what does not, and how that is said."""
+
+import math
+from dataclasses import dataclass, field
+from typing import Annotated, Literal
+
+import pytest
+
+from est_cli.errors import nearest
+from est_cli.schema import AtLeast, Within, describe, read
+
+Count = Annotated[int, AtLeast(1)]
+Share = Annotated[float, Within(0, 1, open_low=True)]
+Boundary = Annotated[int, Within(1)] | Share
+
+
+@dataclass(frozen=True)
+class Inner:
+    share: Share
+    word: Literal["cosine", "linear"] = "cosine"
+
+
+@dataclass(frozen=True)
+class Outer:
+    count: Count
+    inner: Inner
+    many: tuple[Inner, ...] = ()
+    pair: tuple[float, float] = (0.0, 1.0)
+    path: str | None = None
+    flag: bool = False
+    sizes: dict[str, int] = field(default_factory=dict)
+
+
+def reading(kind, value) -> tuple[object, list[str]]:
+    problems: list[str] = []
+    return read(kind, value, "key", problems), problems
+
+
+@pytest.mark.parametrize(
+    ("kind", "value", "expected"),
+    [
+        (int, 3, 3),
+        (float, 3, 3.0),
+        (float, 0.5, 0.5),
+        (bool, False, False),
+        (str, "a", "a"),
+        (Count, 1, 1),
+        (Share, 1, 1.0),
+        (str | None, None, None),
+        (Literal["a", "b"], "b", "b"),
+        (Count | Literal["auto"], "auto", "auto"),
+        (Count | Literal["auto"], 4, 4),
+        (tuple[float, float], [0, 0.5], (0.0, 0.5)),
+        (tuple[int, ...], [], ()),
+        (str | tuple[str, ...], ["a", "b"], ("a", "b")),
+        (str | tuple[str, ...], "a", "a"),
+    ],
+)
+def test_what_fits_is_read(kind, value, expected):
+    result, problems = reading(kind, value)
+    assert problems == []
+    assert result == expected
+    assert type(result) is type(expected)
+
+
+@pytest.mark.parametrize(("value", "kind"), [(1, int), (1.0, float), (20, int), (0.5, float)])
+def test_a_boundary_keeps_int_and_float_apart(value, kind):
+    """1 is the first step and 1.0 the whole run."""
+    result, problems = reading(Boundary, value)
+    assert problems == []
+    assert type(result) is kind
+    assert result == value
+
+
+@pytest.mark.parametrize(
+    ("kind", "value", "problem"),
+    [
+        (int, 1.0, "key=1.0: must be an integer"),
+        (int, True, "key=true: must be an integer"),
+        (int, "3", "key=3: must be an integer"),
+        (float, True, "key=true: must be a number"),
+        (float, math.nan, "key=nan: must be a number"),
+        (float, math.inf, "key=inf: must be a number"),
+        (bool, 1, "key=1: must be true or false"),
+        (str, 5, "key=5: must be a text"),
+        (str, None, "key=null: must be a text"),
+        (Count, 0, "key=0: must be an integer of at least 1"),
+        (Count, "x", "key=x: must be an integer of at least 1"),
+        (Share, 0, "key=0: must be a number in (0, 1]"),
+        (Share, 1.5, "key=1.5: must be a number in (0, 1]"),
+        (Annotated[float, Within(0, open_low=True)], 0.0, "key=0.0: must be a number above 0"),
+        (Boundary, 0, "key=0: must be an integer of at least 1 or a number in (0, 1]"),
+        (Boundary, 1.5, "key=1.5: must be an integer of at least 1 or a number in (0, 1]"),
+        (Count | Literal["auto"], "aut", "must be an integer of at least 1 or auto; did you mean 'auto'?"),
+        (Literal["cosine", "linear"], "cosin", "must be one of cosine, linear; did you mean 'cosine'?"),
+        (Literal["cosine", "linear"], 3, "key=3: must be one of cosine, linear"),
+        (str | None, 3, "key=3: must be a text or null"),
+        (tuple[float, float], [0.9], "key=[0.9]: must be a list of 2, each a number"),
+        (tuple[float, float], 0.9, "key=0.9: must be a list of 2, each a number"),
+        (tuple[Share, ...], [0.5, 2.0], "key[1]=2.0: must be a number in (0, 1]"),
+        (str | tuple[str, ...], [1], "key[0]=1: must be a text"),
+        (Inner, 3, "key=3: must be a mapping with share, word"),
+    ],
+)
+def test_what_does_not_fit_names_the_key_the_value_and_what_is_allowed(kind, value, problem):
+    _, problems = reading(kind, value)
+    assert len(problems) == 1
+    assert problems[0].endswith(problem), problems[0]
+
+
+def test_every_problem_of_a_nested_value_is_collected():
+    plain = {
+        "count": 0,
+        "inner": {"share": 2.0, "wrod": "linear"},
+        "many": [{"share": 0.5}, {"share": 0}, {}],
+        "pair": [0.0, "x"],
+        "flag": "yes",
+    }
+    result, problems = reading(Outer, plain)
+    assert result is None
+    assert sorted(problem.split(":")[0] for problem in problems) == [
+        "key.count=0",
+        "key.flag=yes",
+        "key.inner.share=2.0",
+        "key.inner.wrod",
+        "key.many[1].share=0",
+        "key.many[2].share",
+        "key.pair[1]=x",
+    ]
+
+
+def test_an_unknown_key_is_met_with_the_nearest_one():
+    _, problems = reading(Inner, {"share": 0.5, "wrod": "linear"})
+    assert problems == ["key.wrod: there is no such key; did you mean 'word'?"]
+
+
+def test_a_missing_key_says_what_it_must_be():
+    _, problems = reading(Inner, {})
+    assert problems == ["key.share: is missing; must be a number in (0, 1]"]
+
+
+def test_defaults_fill_what_is_left_out():
+    result, problems = reading(Outer, {"count": 2, "inner": {"share": 1}})
+    assert problems == []
+    assert result == Outer(2, Inner(1.0))
+
+
+def test_long_values_are_shortened_in_messages():
+    _, problems = reading(int, "x" * 500)
+    assert len(problems[0]) < 120
+
+
+def test_descriptions_are_in_words():
+    assert describe(Count | Literal["auto"] | None) == "an integer of at least 1, auto or null"
+    assert describe(tuple[str, ...]) == "a list, each a text"
+
+
+@pytest.mark.parametrize(
+    ("word", "hint"), [("heds", "; did you mean 'heads'?"), ("layer", "; did you mean 'layers'?"), ("zzz", "")]
+)
+def test_the_nearest_match_is_offered_only_where_there_is_one(word, hint):
+    assert nearest(word, ["heads", "mlp", "layers"]) == hint

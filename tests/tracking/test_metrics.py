@@ -1,0 +1,108 @@
+import errno
+import json
+import math
+
+import pytest
+
+from est_cli.tracking.metrics import METRIC_KEYS, MetricsFile, iterate_metrics, read_metrics, to_line, truncate
+from tracking.simulated import record, run_info
+
+
+def write(tmp_path, steps, first_step=0, say=print):
+    metrics = MetricsFile(say)
+    metrics.start(run_info(tmp_path, first_step))
+    for step in steps:
+        metrics.log(record(step))
+    return metrics
+
+
+def test_what_is_logged_is_read_back_to_the_last_bit_and_in_the_order_of_the_contract(tmp_path):
+    write(tmp_path, range(5)).finish("done", None)
+    records = read_metrics(tmp_path / "metrics.jsonl")
+    assert records == [record(step) for step in range(5)]
+    assert all(tuple(read) == METRIC_KEYS for read in records)
+
+
+def test_a_record_is_on_disk_as_soon_as_it_is_logged(tmp_path):
+    write(tmp_path, [0, 1])
+    assert [read["step"] for read in read_metrics(tmp_path / "metrics.jsonl")] == [0, 1]
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_numbers_that_json_does_not_have_become_null(value):
+    assert json.loads(to_line({"step": 0, "train/loss": value})) == {"step": 0, "train/loss": None}
+
+
+def test_a_resumed_run_has_every_step_once(tmp_path):
+    write(tmp_path, range(8))
+    write(tmp_path, range(5, 10), first_step=5).finish("done", None)
+    assert [read["step"] for read in read_metrics(tmp_path / "metrics.jsonl")] == list(range(10))
+
+
+def test_a_run_that_was_killed_before_its_first_checkpoint_starts_with_an_empty_file(tmp_path):
+    write(tmp_path, range(3))
+    write(tmp_path, [])
+    assert (tmp_path / "metrics.jsonl").read_bytes() == b""
+
+
+@pytest.mark.parametrize("tail", [b"", to_line(record(3))[:-1], to_line(record(3))[:20], b"\0" * 40, b"\0\n"])
+def test_a_tail_that_a_crash_damaged_is_cut(tmp_path, tail):
+    path = tmp_path / "metrics.jsonl"
+    sound = b"".join(to_line(record(step)) for step in range(3))
+    path.write_bytes(sound + tail)
+    truncate(path, before_step=10)
+    assert path.read_bytes() == sound
+
+
+def test_the_reader_leaves_out_a_last_line_that_was_cut(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(to_line(record(0)) + to_line(record(1))[:30])
+    assert read_metrics(path) == [record(0)]
+
+
+def test_the_reader_names_a_damaged_line(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(to_line(record(0)) + b"{nonsense\n" + to_line(record(2)))
+    with pytest.raises(ValueError, match="line 2"):
+        list(iterate_metrics(path))
+
+
+class FullDisk:
+    """A file that takes a few bytes of each write and then none, until there is room again."""
+
+    def __init__(self, file):
+        self._file, self.name, self.full = file, file.name, True
+
+    def write(self, data):
+        if not self.full:
+            return self._file.write(data)
+        if len(data) > 20:
+            return self._file.write(data[:len(data) - 20])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def fileno(self):
+        return self._file.fileno()
+
+    def close(self):
+        self._file.close()
+
+
+def test_a_full_disk_is_told_once_and_loses_no_line_when_there_is_room_again(tmp_path):
+    messages = []
+    metrics = write(tmp_path, [0], say=messages.append)
+    disk = metrics._file = FullDisk(metrics._file)
+    for step in (1, 2, 3):
+        metrics.log(record(step))
+    assert (tmp_path / "metrics.jsonl").read_bytes() == to_line(record(0))
+    assert len(messages) == 1 and "No space left on device" in messages[0]
+    disk.full = False
+    metrics.log(record(4))
+    assert [read["step"] for read in read_metrics(tmp_path / "metrics.jsonl")] == list(range(5))
+
+
+def test_a_run_is_not_done_while_lines_are_missing_on_disk(tmp_path):
+    metrics = write(tmp_path, [0], say=lambda message: None)
+    metrics._file = FullDisk(metrics._file)
+    metrics.log(record(1))
+    with pytest.raises(OSError, match="No space left"):
+        metrics.finish("done", None)

@@ -1,0 +1,205 @@
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from est_cli.errors import UserError
+from est_cli.tracking.metrics import MetricsFile
+from est_cli.tracking.wandb_tracker import WandbTracker
+from tracking.simulated import record, run_info
+from tracking.wandb_file import read_wandb_file, values
+
+FAKE = Path(__file__).parent / "fake_wandb"
+SUMMARY = {"status": "done", "steps": 4, "stages": [{"stage": 1, "flops": 12e12}]}
+
+
+@pytest.fixture
+def calls(tmp_path, monkeypatch):
+    """What the run called of wandb, by name."""
+    path = tmp_path / "calls.jsonl"
+    path.touch()
+    monkeypatch.syspath_prepend(FAKE)
+    monkeypatch.setenv("FAKE_WANDB_CALLS", str(path))
+    return lambda name: [call for call in map(json.loads, path.read_text().splitlines()) if call["called"] == name]
+
+
+def track(run, steps, status="done", summary=SUMMARY, finish_timeout_s=30.0):
+    """Runs the two trackers over `steps`; returns the messages for people."""
+    messages = []
+    trackers = [MetricsFile(messages.append), WandbTracker(messages.append, finish_timeout_s)]
+    for tracker in trackers:
+        tracker.start(run)
+    for step in steps:
+        for tracker in trackers:
+            tracker.log(record(step))
+    for tracker in trackers:
+        tracker.finish(status, summary)
+    return messages
+
+
+def test_an_offline_run_is_written_by_the_real_wandb(tmp_path):
+    pytest.importorskip("wandb")
+    old = tmp_path / "wandb" / "offline-run-20200101_000000-0123456789abcdef"
+    old.mkdir(parents=True)
+    (tmp_path / "wandb" / "run_id.txt").write_text("0123456789abcdef\n")
+    run = run_info(tmp_path, project="mine", group="sweep", tags=("a", "b"))
+    assert track(run, range(6)) == []
+    [folder] = (tmp_path / "wandb").glob("offline-run-*")
+    assert folder.name.endswith("0123456789abcdef") and folder != old
+    records = list(read_wandb_file(folder / "run-0123456789abcdef.wandb"))
+    of_kind = {kind: [getattr(r, kind) for r in records if r.WhichOneof("record_type") == kind]
+               for kind in ("run", "history", "summary", "exit")}
+    [header] = of_kind["run"]
+    assert (header.project, header.run_group, list(header.tags)) == ("mine", "sweep", ["a", "b"])
+    config = values(header.config.update)
+    assert config["model"]["n_layers"] == run.config.model.n_layers
+    history = [values(entry.item) for entry in of_kind["history"]]
+    assert [entry["_step"] for entry in history] == list(range(6))
+    for entry, step in zip(history, range(6), strict=True):
+        expected = {key: value for key, value in record(step).items() if value is not None}
+        assert {key: entry[key] for key in entry if not key.startswith("_")} == expected
+    final = {key: value for entry in of_kind["summary"] for key, value in values(entry.update).items()}
+    assert (final["status"], final["stages"]["1"]["flops"]) == ("done", 12e12)
+    assert [entry.exit_code for entry in of_kind["exit"]] == [0]
+
+
+def test_the_step_is_the_axis_of_every_metric_and_null_is_not_sent(tmp_path, calls):
+    assert track(run_info(tmp_path), range(3)) == []
+    assert [(call["metric"], call["step_metric"]) for call in calls("define_metric")] == [("step", None), ("*", "step")]
+    logged = calls("log")
+    assert [call["step"] for call in logged] == [call["record"]["step"] for call in logged] == [0, 1, 2]
+    assert all("val/loss" not in call["record"] and "train/loss" in call["record"] for call in logged)
+
+
+def test_runs_are_offline_unless_told_otherwise(tmp_path, calls):
+    track(run_info(tmp_path), range(1))
+    [init] = calls("init")
+    assert init["mode"] == "offline" and "resume" not in init
+    assert init["dir"] == str(tmp_path)
+    assert init["notes"] == "est-train model=micro"
+
+
+def test_a_resumed_offline_run_is_replayed_from_metrics_under_the_same_id(tmp_path, calls):
+    track(run_info(tmp_path), range(8), status="stopped")
+    killed = tmp_path / "wandb" / f"offline-run-20200101_000000-{calls('init')[0]['id']}"
+    killed.mkdir()
+    track(run_info(tmp_path, first_step=5), range(5, 10))
+    first, second = calls("init")
+    assert first["id"] == second["id"]
+    assert [call["step"] for call in calls("log")] == [*range(8), *range(10)]
+    assert not killed.exists()
+
+
+def test_a_resumed_online_run_skips_what_wandb_has(tmp_path, calls, monkeypatch):
+    track(run_info(tmp_path, mode="online"), range(8), status="stopped")
+    monkeypatch.setenv("FAKE_WANDB_STARTING_STEP", "7")
+    track(run_info(tmp_path, first_step=5, mode="online"), range(5, 10))
+    assert [call["resume"] for call in calls("init")] == ["allow", "allow"]
+    assert [call["step"] for call in calls("log")] == [*range(8), 7, 8, 9]
+
+
+def test_a_resumed_online_run_sends_what_the_kill_kept_from_wandb(tmp_path, calls, monkeypatch):
+    track(run_info(tmp_path, mode="online"), range(6), status="stopped")
+    monkeypatch.setenv("FAKE_WANDB_STARTING_STEP", "2")
+    track(run_info(tmp_path, first_step=5, mode="online"), range(5, 7))
+    assert [call["step"] for call in calls("log")] == [*range(6), *range(2, 7)]
+
+
+@pytest.mark.parametrize(("status", "exit_code"), [("done", 0), ("stopped", 75), ("failed", 1)])
+def test_wandb_is_told_how_the_run_ended(tmp_path, calls, status, exit_code):
+    track(run_info(tmp_path), range(2), status)
+    assert [call["exit_code"] for call in calls("finish")] == [exit_code]
+    assert len(calls("mark_preempting")) == (status == "stopped")
+
+
+KILLED_TRAINING = """
+import os, signal, time
+from pathlib import Path
+from tracking.simulated import record, run_info
+from est_cli.tracking.metrics import MetricsFile
+from est_cli.tracking.wandb_tracker import WandbTracker
+trackers = [MetricsFile(print), WandbTracker(print)]
+for tracker in trackers:
+    tracker.start(run_info(Path(os.environ["RUN_DIR"])))
+for step in range(3):
+    trackers[0].log(record(step))
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_a_killed_training_is_a_crash_in_wandb_with_every_step(tmp_path, calls):
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "RUN_DIR": str(tmp_path)}
+    killed = subprocess.run([sys.executable, "-c", KILLED_TRAINING], env=environment)
+    assert killed.returncode == -signal.SIGKILL
+    deadline = time.monotonic() + 10
+    while not calls("finish") and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert [call["step"] for call in calls("log")] == [0, 1, 2]
+    assert [call["exit_code"] for call in calls("finish")] == [1]
+
+
+def test_no_process_is_left_behind_by_a_killed_training_and_a_wandb_that_hangs(tmp_path, calls, monkeypatch):
+    monkeypatch.setenv("FAKE_WANDB", "hangs")
+    tracker = WandbTracker(print, finish_timeout_s=0.5)
+    MetricsFile(print).start(run_info(tmp_path))
+    tracker.start(run_info(tmp_path))
+    tracker._process.stdin.close()
+    assert tracker._process.wait(10) == 1
+
+
+@pytest.mark.parametrize(("fault", "said"), [
+    ("killed service", "W&B failed (Connection lost); training goes on"),
+    ("dies", "W&B's process ended (exit code 7); training goes on"),
+    ("slow network", "W&B has not taken everything in time"),
+])
+def test_what_happens_to_wandb_is_said_once_and_does_not_reach_the_training(tmp_path, calls, monkeypatch, fault, said):
+    monkeypatch.setenv("FAKE_WANDB", fault)
+    messages = []
+    metrics, tracker = MetricsFile(messages.append), WandbTracker(messages.append)
+    metrics.start(run_info(tmp_path))
+    tracker.start(run_info(tmp_path))
+    for step in range(6):
+        metrics.log(record(step))
+    deadline = time.monotonic() + 10
+    while not messages and fault != "slow network" and time.monotonic() < deadline:
+        time.sleep(0.05)
+    tracker.finish("done", SUMMARY)
+    assert len(messages) == 1 and said in messages[0]
+
+
+def test_without_a_network_the_run_is_recorded_offline(tmp_path, calls, monkeypatch):
+    monkeypatch.setenv("FAKE_WANDB", "no network")
+    [message] = track(run_info(tmp_path, mode="online"), range(3))
+    assert "could not reach the server" in message and "wandb sync" in message and "and more" not in message
+    assert [call["mode"] for call in calls("init")] == ["online", "offline"]
+    assert len(calls("log")) == 3
+
+
+def test_a_run_directory_that_wandb_cannot_use_does_not_stop_the_training(tmp_path, calls):
+    (tmp_path / "wandb").write_text("not a folder")
+    [message] = track(run_info(tmp_path), range(3))
+    assert "W&B could not start" in message
+
+
+def test_a_wandb_that_hangs_is_left_behind(tmp_path, calls, monkeypatch):
+    monkeypatch.setenv("FAKE_WANDB", "hangs")
+    started = time.monotonic()
+    [message] = track(run_info(tmp_path), range(3), finish_timeout_s=2.0)
+    assert time.monotonic() - started < 8
+    assert "W&B did not finish within 2 s" in message
+
+
+@pytest.mark.parametrize("found", ["nothing", "a folder of old runs"])
+def test_a_missing_wandb_is_the_users_mistake(tmp_path, monkeypatch, found):
+    (tmp_path / "wandb").mkdir()
+    places = [str(tmp_path / "wandb")]
+    folder = importlib.util.spec_from_file_location("wandb", None, submodule_search_locations=places)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if found == "nothing" else folder)
+    with pytest.raises(UserError, match=r"pip install wandb.*logger=none"):
+        WandbTracker(print)

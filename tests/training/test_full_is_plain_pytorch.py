@@ -1,0 +1,122 @@
+"""With every count full, training is a plain PyTorch loop, bit for bit: what EST adds costs nothing when it is off."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pytest
+import torch
+from tiny import FULL, GPT2, LLAMA, RandomTokens, Recorder, train_config
+from torch import Tensor
+
+from est_cli.config import ModelConfig, OptimizerConfig, SamplingConfig, TrainConfig
+from est_cli.data.batches import training_windows
+from est_cli.model.initialisation import initialise
+from est_cli.model.transformer import Transformer
+from est_cli.subnet.schedule import StageSpec
+from est_cli.training.checkpoint import Checkpoints
+from est_cli.training.distributed import World
+from est_cli.training.loop import Training
+from est_cli.training.optimizer import learning_rate
+
+STEPS = 20
+CHUNK = 1 << 18
+"""Elements of a parameter that the optimizer handles at a time, on a CPU."""
+
+ODD = {"d_model": 66, "d_ff": 37, "vocab_size": 4099, "head_dim": 6}
+MODELS = {
+    "gpt2": replace(GPT2, **ODD, n_heads=5, n_kv_heads=5),
+    "llama": replace(LLAMA, **ODD),
+}
+
+
+def micro_batches(config: TrainConfig, tokens: RandomTokens, step: int) -> Iterator[tuple[Tensor, Tensor]]:
+    size = config.trainer.batch_size
+    for micro in range(config.trainer.grad_accum):
+        first = (step * config.trainer.grad_accum + micro) * size
+        batch = torch.from_numpy(training_windows(tokens.train, config.data.seq_len, config.seed, first, size))
+        yield batch[:, :-1], batch[:, 1:]
+
+
+def plain_loop(config: TrainConfig, tokens: RandomTokens) -> tuple[Transformer, torch.optim.AdamW, list[dict]]:
+    """What a PyTorch user would write."""
+    model, settings = initialise(Transformer(config.model), config.seed), config.optimizer
+    decayed = [parameter for parameter in model.parameters() if parameter.dim() >= 2]
+    others = [parameter for parameter in model.parameters() if parameter.dim() < 2]
+    optimizer = torch.optim.AdamW(
+        [{"params": decayed, "weight_decay": settings.weight_decay}, {"params": others, "weight_decay": 0.0}],
+        betas=settings.betas,
+        eps=settings.eps,
+        foreach=True,
+    )
+    records = []
+    for step in range(config.trainer.max_steps):
+        optimizer.zero_grad(set_to_none=True)
+        total = 0.0
+        for inputs, targets in micro_batches(config, tokens, step):
+            loss = model(inputs, targets) / config.trainer.grad_accum
+            loss.backward()
+            total += loss.detach()
+        norm = torch.nn.utils.clip_grad_norm_(list(model.parameters()), settings.grad_clip)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(settings, step, config.trainer.max_steps)
+        optimizer.step()
+        records.append({"train/loss": total.item(), "train/grad_norm": norm.item()})
+    return model, optimizer, records
+
+
+def est_loop(config: TrainConfig, tokens: RandomTokens, folder) -> tuple[Training, list[dict]]:
+    recorder = Recorder()
+    training = Training(config, tokens, World(torch.device("cpu")), [recorder])
+    outcome = training.run(Checkpoints(folder), stopping=lambda: False)
+    assert (outcome.status, outcome.steps) == ("done", config.trainer.max_steps)
+    return training, recorder.records
+
+
+def assert_same_bits(config: TrainConfig, folder) -> None:
+    tokens = RandomTokens(config.model.vocab_size)
+    training, records = est_loop(config, tokens, folder)
+    model, optimizer, expected_records = plain_loop(config, tokens)
+    clipped = [record["train/grad_norm"] > config.optimizer.grad_clip for record in expected_records]
+    assert any(clipped)
+    for record, expected in zip(records, expected_records, strict=True):
+        assert {key: record[key] for key in expected} == expected, f"step {record['step']}"
+    found, state = dict(training.model.named_parameters()), training.optimizer.state()
+    for name, parameter in model.named_parameters():
+        moments = optimizer.state[parameter]
+        assert torch.equal(found[name], parameter), name
+        assert torch.equal(state[f"moments.{name}"], moments["exp_avg"]), name
+        assert torch.equal(state[f"squares.{name}"], moments["exp_avg_sq"]), name
+
+
+def config_of(model: ModelConfig, unsampled: str = "zero_grad", grad_accum: int = 2, **options) -> TrainConfig:
+    optimizer = OptimizerConfig(lr=3e-3, warmup=3, grad_clip=0.3, unsampled=unsampled)
+    options = {"stages": FULL, "seq_len": 11, "batch_size": 2, **options}
+    return train_config(model, optimizer=optimizer, max_steps=STEPS, grad_accum=grad_accum, **options)
+
+
+@pytest.mark.parametrize("chunk", [CHUNK, 997], ids="chunk-{}".format)
+@pytest.mark.parametrize("unsampled", ["zero_grad", "freeze"])
+@pytest.mark.parametrize("family", MODELS)
+def test_full_training_equals_a_plain_pytorch_loop_bit_for_bit(tmp_path, monkeypatch, family, unsampled, chunk):
+    model = MODELS[family]
+    assert model.vocab_size * model.d_model > CHUNK, "a parameter of more than one chunk"
+    monkeypatch.setattr("est_cli.kernels.adamw.CPU_CHUNK_ELEMENTS", chunk)
+    assert_same_bits(config_of(model, unsampled), tmp_path)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"grad_accum": 1},
+        {"grad_accum": 3, "seed": 5},
+        {"stages": (StageSpec(0.3, 0.99, 0.99, 0.9), StageSpec(0.7, 0.9), StageSpec())},
+        {"stages": (StageSpec(0.5), StageSpec()), "sampling": SamplingConfig(rescale_layers=True, mlp_block=4)},
+    ],
+    ids=["one-micro-batch", "three-micro-batches", "rates-that-round-to-full", "stages-of-the-full-model"],
+)
+def test_however_the_full_model_comes_about(tmp_path, options):
+    assert_same_bits(config_of(replace(LLAMA, vocab_size=31), **options), tmp_path)
+
+
+def test_recomputing_blocks_changes_no_bit(tmp_path):
+    assert_same_bits(config_of(replace(GPT2, vocab_size=31), recompute="block"), tmp_path)

@@ -1,0 +1,181 @@
+"""Where the packed subnetwork's tensors live, and what is copied when."""
+
+import pytest
+import torch
+from adapter import full_size, reference_plan, reference_tensors
+from reference import sampled_rows
+from tiny import FAMILIES, GPT2, LLAMA, random_batch, random_master, snapshot
+
+from est_cli.config import SamplingConfig
+from est_cli.model.transformer import Transformer
+from est_cli.subnet.plan import Plan, subnetwork
+from est_cli.subnet.sampler import sample
+from est_cli.subnet.schedule import Rates, Stage
+from est_cli.training.distributed import World
+from est_cli.training.subnetwork import MaskedSubnetwork, PackedSubnetwork
+from est_cli.training.validation import validation_loss
+
+HALF = Rates(0.5, 0.5, 0.5)
+SAMPLING = SamplingConfig()
+
+
+def packed(master: Transformer, rates: Rates, dtype: torch.dtype = torch.float32) -> PackedSubnetwork:
+    return PackedSubnetwork(master, subnetwork(master.config, SAMPLING, rates), dtype)
+
+
+def plan_of(master: Transformer, rates: Rates, step: int = 0) -> Plan:
+    return sample(0, step, Stage(1, 0, 100, rates), master.config, SAMPLING)
+
+
+def addresses(subnet: PackedSubnetwork) -> dict[str, int]:
+    return {name: parameter.data_ptr() for name, parameter in subnet.module.named_parameters()}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_in_fp32_tensors_that_are_not_sampled_are_the_masters_own(family):
+    master = random_master(FAMILIES[family], torch.float32)
+    own = {name: parameter.data_ptr() for name, parameter in master.named_parameters()}
+    subnet = packed(master, HALF)
+    for step in range(5):
+        plan = plan_of(master, HALF, step)
+        subnet.load(plan)
+        for name, address in addresses(subnet).items():
+            assert (address == own[subnet.names[name]]) == (name not in subnet.rows), name
+    shared = set(subnet.parameters) - set(subnet.rows)
+    assert {"embedding", "norm.weight", "blocks.0.norm1.weight"} <= shared
+    assert "blocks.0.attention.qkv.weight" in subnet.rows
+
+
+@pytest.mark.parametrize("rates", [Rates(layers=0.5), Rates(heads=0.5), Rates(mlp=0.5)])
+def test_in_fp32_a_dimension_that_is_not_sampled_is_not_copied(rates):
+    master = random_master(LLAMA, torch.float32)
+    subnet = packed(master, rates)
+    subnet.load(plan_of(master, rates))
+    assert any("attention" in name for name in subnet.rows) == (rates.heads < 1)
+    assert any("mlp" in name for name in subnet.rows) == (rates.mlp < 1)
+    assert len(subnet.module.blocks) == (2 if rates.layers < 1 else 3)
+
+
+def test_in_fp32_with_every_count_full_the_module_is_the_master():
+    master = random_master(LLAMA, torch.float32)
+    assert packed(master, Rates()).module is master
+    assert packed(master, Rates(0.9, 0.99, 0.9)).module is master, "rates that round to everything"
+    assert packed(master, HALF).module is not master
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_slots_are_reused_from_step_to_step(dtype):
+    master = random_master(LLAMA, torch.float32)
+    subnet = packed(master, HALF, dtype)
+    sampled, known = None, None
+    for step in range(4):
+        subnet.load(plan_of(master, HALF, step))
+        subnet.loss(*random_batch(LLAMA)).backward()
+        subnet.updates()
+        found = {name: address for name, address in addresses(subnet).items() if name in subnet.rows}
+        assert known in (None, found), "the slots of one stage stay where they are"
+        assert sampled in (None, set(subnet.rows))
+        known, sampled = found, set(subnet.rows)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_packed_model_holds_the_plans_rows_and_no_others(family, dtype):
+    """Each packed tensor, cut into units as the reference does, equals those units of the master."""
+    config = FAMILIES[family]
+    master = random_master(config, torch.float32)
+    subnet = packed(master, HALF, dtype)
+    for step in range(3):
+        plan = plan_of(master, HALF, step)
+        subnet.load(plan)
+        whole, kept = reference_tensors(config, snapshot(master)), reference_plan(plan)
+        for name, tensor in reference_tensors(subnet.small, dict(subnet.module.named_parameters())).items():
+            position, _, part = name.partition(".")
+            full_name = f"{kept.layers[int(position)]}.{part}" if position.isdigit() else name
+            rows = sampled_rows(full_name, kept)
+            expected = whole[full_name] if rows == [...] else whole[full_name][rows]
+            assert torch.equal(tensor.data, expected.to(dtype)), name
+
+
+def test_a_new_plan_drops_the_gradients_of_the_old_one():
+    master, (inputs, targets) = random_master(LLAMA, torch.float32), random_batch(LLAMA)
+    used, fresh = packed(master, HALF), packed(master, HALF)
+    used.load(plan_of(master, HALF, 0))
+    used.loss(inputs, targets).backward()
+    for subnet in (used, fresh):
+        subnet.load(plan_of(master, HALF, 1))
+        subnet.loss(inputs, targets).backward()
+    for a, b in zip(used.updates(), fresh.updates(), strict=True):
+        assert a.name == b.name
+        assert torch.equal(a.gradient, b.gradient)
+
+
+def test_updates_come_in_the_masters_order():
+    master = random_master(LLAMA, torch.float32)
+    names = list(dict(master.named_parameters()))
+    for execution in (PackedSubnetwork, MaskedSubnetwork):
+        subnet = execution(master, subnetwork(LLAMA, SAMPLING, HALF), torch.float32)
+        subnet.load(plan_of(master, HALF))
+        subnet.loss(*random_batch(LLAMA)).backward()
+        updated = [update.name for update in subnet.updates()]
+        assert updated == [name for name in names if name in set(updated)]
+        assert len(updated) < len(names)
+
+
+@pytest.mark.parametrize("rates", [HALF, Rates()], ids=["half", "full"])
+def test_in_bf16_gradients_of_micro_batches_are_added_up_in_fp32(rates):
+    master = random_master(LLAMA, torch.float32)
+    subnet, single = packed(master, rates, torch.bfloat16), packed(master, rates, torch.bfloat16)
+    plan, batches = plan_of(master, rates), [random_batch(LLAMA, seed=seed) for seed in range(5)]
+    assert subnet.module is not master
+    total: dict[str, torch.Tensor] = {}
+    for inputs, targets in batches:
+        single.load(plan)
+        (single.loss(inputs, targets) / 5).backward()
+        for update in single.updates():
+            assert update.gradient.dtype == torch.float32
+            total[update.name] = total.get(update.name, 0.0) + update.gradient.clone()
+    for _ in range(2):  # twice: the accumulators start anew with every plan
+        subnet.load(plan)
+        for inputs, targets in batches:
+            (subnet.loss(inputs, targets) / 5).backward()
+        for update in subnet.updates():
+            assert torch.equal(update.gradient, total[update.name]), update.name
+    in_bf16 = sum(not torch.equal(t, t.bfloat16().float()) for t in total.values())
+    assert in_bf16 > len(total) / 2, "sums that bf16 could not hold"
+    assert all(parameter.dtype == torch.bfloat16 for parameter in subnet.module.parameters())
+    assert all(parameter.dtype == torch.float32 for parameter in master.parameters())
+
+
+def test_in_bf16_the_gradient_is_that_of_fp32_up_to_rounding():
+    master, (inputs, targets) = random_master(GPT2, torch.float32), random_batch(GPT2)
+    found = []
+    for dtype in (torch.float32, torch.bfloat16):
+        subnet = packed(master, HALF, dtype)
+        subnet.load(plan_of(master, HALF))
+        subnet.loss(inputs, targets).backward()
+        gradients = full_size(subnet.updates(), snapshot(master))
+        found.append(torch.cat([gradient.nan_to_num().flatten() for gradient in gradients.values()]))
+    assert torch.nn.functional.cosine_similarity(*found, dim=0) > 0.999
+
+
+def test_a_packed_model_recomputes_where_the_master_does():
+    master = random_master(LLAMA, torch.float32)
+    master.recompute = True
+    assert packed(master, HALF).module.recompute
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_validation_is_the_full_model_without_a_rescale(dtype):
+    """Also right after a step of a subnetwork, and with a last batch that is not full."""
+    master = random_master(GPT2, torch.float32)
+    subnet = packed(master, HALF, dtype)
+    subnet.load(plan_of(master, HALF))
+    subnet.loss(*random_batch(GPT2)).backward()
+    inputs, targets = random_batch(GPT2, batch=5)
+    windows = torch.cat([inputs, targets[:, -1:]], dim=1)
+    found = validation_loss(master, windows.numpy(), 2, dtype, World(torch.device("cpu")))
+    with torch.no_grad():
+        logits = master.logits(windows[:, :-1])
+        expected = torch.nn.functional.cross_entropy(logits.mT, windows[:, 1:])
+    assert found == pytest.approx(expected.item(), abs=1e-6 if dtype == torch.float32 else 0.05)
