@@ -83,7 +83,7 @@ def read(kind: Any, value: Any, path: str, problems: list[str]) -> Any:
     plain = origin or kind
     if plain is float and type(value) is int:
         value = float(value)
-    if type(value) is plain and not (plain is float and not math.isfinite(value)):
+    if type(value) is plain and not (plain is float and not math.isfinite(value)) and not _has_nul(value):
         return value
     problems.append(f"{path}={_show(value)}: must be {describe(kind)}")
     return None
@@ -142,6 +142,11 @@ def _read_tuple(arguments: tuple, kind: Any, value: Any, path: str, problems: li
         return None
     kinds = arguments if fixed else [arguments[0]] * len(value)
     return tuple(read(k, v, f"{path}[{i}]", problems) for i, (k, v) in enumerate(zip(kinds, value, strict=True)))
+
+
+def _has_nul(value: Any) -> bool:
+    """No file name may hold one, and no text that a person means does."""
+    return isinstance(value, str) and "\0" in value
 
 
 def _join(path: str, key: str) -> str:

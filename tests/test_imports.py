@@ -40,14 +40,15 @@ def statements(node: ast.AST) -> Iterator[ast.AST]:
 
 
 def imported(name: str) -> set[str]:
-    """Dotted names that a module imports; of `from a import b` both a and a.b, since b may be a module."""
+    """Dotted names that a module imports; of `from a import b` a.b where that is a module of ours, else a."""
     found: set[str] = set()
     for node in statements(ast.parse(MODULES[name].read_text())):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{name} imports relatively"
-            found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+            found |= {name if name in MODULES else node.module for name in names}
     return found
 
 

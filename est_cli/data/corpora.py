@@ -9,7 +9,8 @@ from typing import Protocol
 import numpy as np
 
 from est_cli.config import DataConfig
-from est_cli.data.text_files import Say, find_stdlib_files, find_text_files
+from est_cli.data import Say
+from est_cli.data.text_files import find_stdlib_files, find_text_files
 from est_cli.errors import UserError
 
 

@@ -32,7 +32,9 @@ class HFCorpus:
         self._files = _local_files(data)
         self._commit: str | None = None
         if self._files:
-            content = [digest.hex() for digest in hash_files(self._files)]
+            # Names say the format, and in a folder the split.
+            digests = hash_files(self._files)
+            content = [[file.name, digest.hex()] for file, digest in zip(self._files, digests, strict=True)]
         else:
             content = [split._fingerprint for split in self._splits]
         choice = [data.name, data.split, data.val_split, data.column]
@@ -85,9 +87,10 @@ class HFCorpus:
         try:
             if self._files:
                 return _load_local(datasets, data, self._files, options)
-            _refuse_builder_name(datasets, data.path)
-            with _hub(datasets, data.path) as self._commit:
-                return datasets.load_dataset(data.path, revision=data.revision, **options)
+            name = path_entries(data.path)[0]
+            _refuse_builder_name(datasets, name)
+            with _hub(datasets, name) as self._commit:
+                return datasets.load_dataset(name, revision=data.revision, **options)
         except UserError:
             raise
         except Exception as error:  # The library raises what pyarrow, pandas, httpx and others raise.
@@ -107,9 +110,12 @@ def _import_datasets():
 def _local_files(data: DataConfig) -> list[Path]:
     """The local files that `data.path` names, or an empty list where it is a name on the hub."""
     entries = path_entries(data.path)
-    files = [file for entry in entries for file in _expand(entry)]
-    if not files and (len(entries) > 1 or _must_be_local(entries[0])):
-        raise missing(next(entry for entry in entries if not _expand(entry)))
+    files = []
+    for entry in entries:
+        found = _expand(entry)
+        if not found and (len(entries) > 1 or _must_be_local(entry)):
+            raise missing(entry)
+        files += found
     return files
 
 
@@ -199,7 +205,8 @@ def _text_column(table, name: str):
 
 def _explain(error: Exception, data: DataConfig, split: str, local: bool) -> UserError:
     said = str(error.__cause__ or error).strip().split("\n")[0]
-    where = f"data.path={show_paths(data.path)}"
+    path = show_paths(data.path)
+    where = f"data.path={path}"
     if "split" in said and split in said:
         return UserError(f"data.split={data.split}, data.val_split={data.val_split}: {said}")
     if "BuilderConfig" in said or "Config name" in said:
@@ -209,5 +216,5 @@ def _explain(error: Exception, data: DataConfig, split: str, local: bool) -> Use
     hub = "could not be reached" if isinstance(error, ConnectionError) else f"gives no such dataset ({said})"
     return UserError(
         f"{where}: there is no such file or folder, and the Hugging Face hub {hub}. "
-        f"On a machine that reaches the hub run `hf download {data.path} --repo-type dataset --local-dir FOLDER`, "
+        f"On a machine that reaches the hub run `hf download {path} --repo-type dataset --local-dir FOLDER`, "
         f"copy FOLDER here, and give data.path=FOLDER: {_FORMATS} files with a column '{data.column}'")

@@ -12,8 +12,8 @@ import numpy as np
 import sentencepiece
 
 from est_cli.config import TokenizerConfig
+from est_cli.data import Say
 from est_cli.data.splits import Split
-from est_cli.data.text_files import Say
 from est_cli.errors import UserError, nearest
 
 # SentencePiece writes spaces as this character, so the character itself has to go as its bytes.

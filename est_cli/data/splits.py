@@ -119,7 +119,7 @@ def _cut_tail(corpus: Corpus, filled: np.ndarray, budget: int) -> tuple[Split, S
     train = _whole(corpus, filled)
     longest = int(np.argmax(corpus.sizes))
     size = int(corpus.sizes[longest])
-    cut = _cut_position(corpus, longest, size, min(budget, size // 2))
+    cut = _cut_position(corpus, longest, size, min(budget, size // 2)) if size > 1 else 0
     if not 0 < cut < size:
         raise UserError(f"data={corpus.source['kind']}: {size} bytes of text are too few to keep some for validation")
     val = Split(corpus, np.array([longest]), np.array([cut]), np.array([size]))

@@ -5,12 +5,11 @@ import os
 import platform
 import sysconfig
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
+from est_cli.data import Say
 from est_cli.errors import UserError, nearest
-
-Say = Callable[[str], None]
 
 # Tests repeat themselves, tables are not prose, and the rest is not the standard library's.
 _STDLIB_FOLDERS_LEFT_OUT = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__",
@@ -58,7 +57,8 @@ def find_text_files(paths: str | tuple[str, ...] | None, say: Say) -> list[Path]
     skipped["empty file"] += [file for file in files.values() if not file.stat().st_size]
     for reason, group in skipped.items():
         if group:
-            say(f"data.path: skipped {len(group)} {reason}{'s' if len(group) > 1 else ''}, such as {group[0]}")
+            first = os.fsencode(group[0]).decode("utf-8", "replace")
+            say(f"data.path: skipped {len(group)} {reason}{'s' if len(group) > 1 else ''}, such as {first}")
     if not filled:
         raise UserError(f"data.path={show_paths(paths)}: holds no text")
     return filled
@@ -72,7 +72,7 @@ def path_entries(paths: str | tuple[str, ...] | None) -> tuple[str, ...]:
 
 
 def show_paths(paths: str | tuple[str, ...]) -> str:
-    return paths if isinstance(paths, str) else f"[{','.join(paths)}]"
+    return paths if isinstance(paths, str) else paths[0] if len(paths) == 1 else f"[{','.join(paths)}]"
 
 
 def _expand(entry: str, skipped: dict[str, list[Path]]) -> Iterator[Path]:

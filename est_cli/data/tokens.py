@@ -19,10 +19,10 @@ import numpy as np
 import platformdirs
 
 from est_cli.config import DataConfig, TokenizerConfig
+from est_cli.data import Say
 from est_cli.data.corpora import Corpus, open_corpus
 from est_cli.data.sentencepiece_bpe import SentencePieceTraining
 from est_cli.data.splits import split_corpus
-from est_cli.data.text_files import Say
 from est_cli.data.token_files import TokenizingProgress, token_dtype, write_tokens
 from est_cli.data.tokenizers import Tokenizer, choose_tokenizer, load_tokenizer
 from est_cli.errors import UserError
@@ -161,7 +161,8 @@ def _write_files(folder: Path, corpus: Corpus, val_fraction: float, chosen: Toke
     splits = dict(zip(_SPLITS, split_corpus(corpus, val_fraction), strict=True))
     tokenizer = chosen.train(splits["train"], say) if isinstance(chosen, SentencePieceTraining) else chosen
     megabytes = sum(split.n_bytes for split in splits.values()) / 1e6
-    say(f"data: tokenizing {sum(len(split.documents) for split in splits.values()):,} documents, {megabytes:.1f} MB")
+    n_documents = np.count_nonzero(corpus.sizes)
+    say(f"data: tokenizing {n_documents:,} {'document' if n_documents == 1 else 'documents'}, {megabytes:.1f} MB")
     with TokenizingProgress(int(megabytes * 1e6), show_progress) as progress:
         counts = {name: write_tokens(split, name, tokenizer, folder / f"{name}.bin", progress)
                   for name, split in splits.items()}

@@ -13,8 +13,11 @@ from torch import Tensor
 
 CPU_CHUNK_ELEMENTS = 24 << 20
 CUDA_CHUNK_ELEMENTS = 256 << 20
-BLOCK_ELEMENTS = 1 << 20
-"""Elements that the passes over a part of a chunk find in the CPU's cache."""
+CPU_BLOCK_ELEMENTS = 1 << 20
+"""Elements that several passes find in the cache."""
+
+_HAS_OUT_DTYPE = "dtype_out" in torch.ops.aten.addmm.overloads()
+"""Whether a product of low-precision matrices can be added to a float32 one (torch 2.8, CUDA alone)."""
 
 SoftmaxGradient = Callable[[Tensor, Tensor], Tensor]
 """(logits [n, V], targets [n]) → losses [n]; the logits become softmax − onehot, the gradient of their sum."""
@@ -39,53 +42,60 @@ def chunked_loss(hidden: Tensor, weight: Tensor, targets: Tensor, softmax_gradie
 class _ChunkedLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, softmax_gradient_: SoftmaxGradient) -> Tensor:
-        hidden_gradient, weight_gradient = torch.empty_like(hidden), _Sum(weight)
+        hidden_gradient, weight_gradient = torch.empty_like(hidden), _SumOfProducts(weight)
         losses = []
         for chunk, logits in _logits(hidden, weight):
             losses.append(softmax_gradient_(logits, targets[chunk]))
             torch.mm(logits, weight, out=hidden_gradient[chunk])
-            weight_gradient.add_product(logits.t(), hidden[chunk])
-        ctx.save_for_backward(hidden_gradient, weight_gradient.rounded())
+            weight_gradient.add(logits.t(), hidden[chunk])
+        ctx.save_for_backward(hidden_gradient, weight_gradient.total)
+        ctx.dtype = weight.dtype
         return torch.cat(losses).mean()
 
     @staticmethod
     def backward(ctx, scale: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        scale = scale / len(ctx.saved_tensors[0])
-        return *(gradient * scale.to(gradient.dtype) for gradient in ctx.saved_tensors), None, None
+        hidden_gradient, weight_gradient = ctx.saved_tensors
+        scale = scale / len(hidden_gradient)
+        hidden_gradient = (hidden_gradient.to(scale.dtype) * scale).to(ctx.dtype)
+        if weight_gradient.dtype == ctx.dtype:
+            # In place, where autograd watches: a second backward of the same graph raises.
+            return hidden_gradient, weight_gradient.mul_(scale), None, None
+        rounded = torch.empty_like(weight_gradient, dtype=ctx.dtype)
+        for part, exact_part in _blocks(rounded, weight_gradient):
+            part.copy_(exact_part * scale)
+        return hidden_gradient, rounded, None, None
 
 
-class _Sum:
-    """A sum of matrix products in at least float32, shaped like `result`."""
+class _SumOfProducts:
+    """`total`: a sum of matrix products in at least float32, of the shape of `like`."""
 
     def __init__(self, like: Tensor):
-        self.product = torch.empty_like(like)
-        self.total = self.product if like.dtype == exact(like) else torch.empty_like(like, dtype=exact(like))
-        self.terms = 0
+        self.total = torch.empty_like(like, dtype=exact(like))
+        self.beta = 0
+        self.product: Tensor | None = None
 
-    def add_product(self, left: Tensor, right: Tensor) -> None:
-        beta = min(self.terms, 1)
-        self.terms += 1
-        if self.total is self.product:
-            torch.addmm(self.total, left, right, beta=beta, out=self.total)
-        elif left.is_cuda and "dtype_out" in torch.ops.aten.addmm.overloads():
-            torch.addmm(self.total, left, right, self.total.dtype, beta=beta, out=self.total)
+    def add(self, left: Tensor, right: Tensor) -> None:
+        """total = beta · total + left · right; beta is 0 the first time, when `total` holds nothing yet."""
+        if left.dtype == self.total.dtype:
+            torch.addmm(self.total, left, right, beta=self.beta, out=self.total)
+        elif left.is_cuda and _HAS_OUT_DTYPE:
+            torch.addmm(self.total, left, right, self.total.dtype, beta=self.beta, out=self.total)
         else:
-            torch.mm(left, right, out=self.product)
-            height = max(1, BLOCK_ELEMENTS // right.shape[1])
-            for total, product in zip(self.total.split(height), self.product.split(height), strict=True):
-                # A sum of two types takes a slow path on CPUs; two passes over a block in the cache do not.
-                total.copy_(product) if beta == 0 else total.add_(product.to(total.dtype))
-
-    def rounded(self) -> Tensor:
-        """The sum in its matrix's own type."""
-        return self.product if self.total is self.product else self.product.copy_(self.total)
+            self.product = torch.mm(left, right, out=self.product)
+            for total, product in _blocks(self.total, self.product):
+                # Adding two types at once takes a slow path on CPUs; casting a block in the cache first does not.
+                product = product.to(total.dtype)
+                if self.beta:
+                    total.add_(product)
+                else:
+                    total.copy_(product)
+        self.beta = 1
 
 
 def softmax_gradient_(logits: Tensor, targets: Tensor) -> Tensor:
     """`SoftmaxGradient`, block by block: five passes that a CPU makes in its cache."""
     losses = torch.empty(len(logits), dtype=exact(logits), device=logits.device)
-    height = len(logits) if logits.is_cuda else max(1, BLOCK_ELEMENTS // logits.shape[1])
-    for part, target, loss in zip(*(t.split(height) for t in (logits, targets[:, None], losses)), strict=True):
+    for part, target, loss in _blocks(logits, targets[:, None], losses):
         x = part.to(loss.dtype)
         chosen, largest = x.gather(1, target), x.amax(1)
         torch.softmax(x, 1, out=x)
@@ -111,3 +121,10 @@ def _logits(hidden: Tensor, weight: Tensor) -> Iterator[tuple[slice, Tensor]]:
     for start in range(0, len(hidden), size):
         chunk = slice(start, min(start + size, len(hidden)))
         yield chunk, torch.mm(hidden[chunk], weight.t(), out=buffer[: chunk.stop - start])
+
+
+def _blocks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Rows of the tensors that stay in a CPU's cache together; all rows on a GPU."""
+    rows, columns = tensors[0].shape
+    height = rows if tensors[0].is_cuda else max(1, CPU_BLOCK_ELEMENTS // columns)
+    return zip(*(tensor.split(height) for tensor in tensors), strict=True)

@@ -5,7 +5,7 @@ of them again: then an even selection of each stage's plans stands for the rest.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
@@ -16,8 +16,9 @@ from est_cli.subnet.sampler import STRATEGIES, sample
 from est_cli.subnet.schedule import Rates, Stage
 
 MAX_PLANS_PER_STAGE = 2000
-_MAX_DRAWN_UNITS = 4_000_000
-"""Neurons and heads that all drawn plans may rank together: less than a second."""
+# Together about two seconds: a draw costs some 20 microseconds, ranking a unit some 100 nanoseconds.
+_MAX_DRAWS = 60_000
+_MAX_RANKED_NEURONS = 8_000_000
 _MAX_BLOCKS = 64
 
 
@@ -35,7 +36,10 @@ class Coverage:
     neurons_per_block: int
     """Of the largest block."""
     plans_drawn: int
+    """For layers and heads; neurons of wide models are counted on fewer."""
     plans_in_run: int
+    noise: float
+    """Standard error of a head's share that comes from drawing some plans only."""
 
     @property
     def thinned(self) -> bool:
@@ -46,6 +50,8 @@ def coverage(run: RunRecord) -> Coverage | str:
     """The coverage of a run up to its last logged step, or in words why it cannot be told."""
     if not run.steps_done:
         return "no step is logged yet"
+    if not run.stages:
+        return "its stages are not known"
     try:
         model, sampling = _read(ModelConfig, run.config["model"]), _read(SamplingConfig, run.config["sampling"])
         seed = int(run.config["seed"])
@@ -61,28 +67,54 @@ def _read(kind: type, values: Mapping[str, Any]) -> Any:
     return kind(**{field.name: values[field.name] for field in fields(kind) if field.name in values})
 
 
+@dataclass(frozen=True)
+class _Tally:
+    """Steps that trained a unit, estimated from the drawn plans."""
+
+    layers: np.ndarray
+    heads: np.ndarray
+    neurons: np.ndarray
+    plans_drawn: int
+    plans_in_run: int
+    variance: float
+    """Of one head's count."""
+
+
 def _count(run: RunRecord, model: ModelConfig, sampling: SamplingConfig, seed: int) -> Coverage:
+    n_stages = sum(stage.first_step < run.steps_done for stage in run.stages)
+    ranked = model.n_layers * (model.d_ff // sampling.mlp_block) * n_stages
+    most = min(MAX_PLANS_PER_STAGE, _MAX_DRAWS // (2 * model.n_layers * n_stages))
+    few = max(20, min(most, _MAX_RANKED_NEURONS // ranked))
+    tally = by_neuron = _tally(run, model, sampling, seed, few)
+    if few < most and tally.plans_drawn < tally.plans_in_run:
+        # Draws of heads and layers do not depend on the MLP's width, and without it many more are cheap.
+        tally = _tally(run, replace(model, d_ff=sampling.mlp_block), sampling, seed, most)
+    edges = _block_edges(model.d_ff, sampling.mlp_block)
+    sizes = np.diff(np.append(edges, model.d_ff))
+    done = float(run.steps_done)
+    return Coverage(run, tally.layers / done, tally.heads / done,
+                    np.add.reduceat(by_neuron.neurons, edges, axis=1) / sizes / done, int(sizes.max()),
+                    tally.plans_drawn, tally.plans_in_run, float(np.sqrt(tally.variance)) / done)
+
+
+def _tally(run: RunRecord, model: ModelConfig, sampling: SamplingConfig, seed: int, max_plans: int) -> _Tally:
     layers = np.zeros(model.n_layers)
     heads = np.zeros((model.n_layers, model.n_heads))
     neurons = np.zeros((model.n_layers, model.d_ff))
-    plans_drawn = plans_in_run = 0
-    stages = [stage for stage in run.stages if stage.first_step < run.steps_done]
-    units = model.n_layers * (model.d_ff // sampling.mlp_block + model.n_heads)
-    max_plans = min(MAX_PLANS_PER_STAGE, max(20, _MAX_DRAWN_UNITS // (units * len(stages))))
-    for stage in stages:
+    plans_drawn, plans_in_run, variance = 0, 0, 0.0
+    for stage in run.stages:
+        if stage.first_step >= run.steps_done:
+            break
         steps, weights, n_plans = _chosen_steps(stage, run.steps_done, sampling.resample_every, max_plans)
-        plans_in_run += n_plans
-        plans_drawn += len(steps)
+        plans_drawn, plans_in_run = plans_drawn + len(steps), plans_in_run + n_plans
+        kept = stage.rates.heads * stage.rates.layers
+        variance += kept * (1 - kept) * weights.sum() ** 2 * (1 / len(steps) - 1 / n_plans)
         for step, weight in zip(steps.tolist(), weights.tolist(), strict=True):
             plan = sample(seed, step, stage, model, sampling, STRATEGIES[sampling.strategy])
             layers[plan.layers] += weight
             heads[plan.layers[:, None], plan.heads] += weight
             neurons[plan.layers[:, None], plan.neurons] += weight
-    edges = _block_edges(model.d_ff, sampling.mlp_block)
-    sizes = np.diff(np.append(edges, model.d_ff))
-    done = float(run.steps_done)
-    return Coverage(run, layers / done, heads / done, np.add.reduceat(neurons, edges, axis=1) / sizes / done,
-                    int(sizes.max()), plans_drawn, plans_in_run)
+    return _Tally(layers, heads, neurons, plans_drawn, plans_in_run, variance)
 
 
 def _chosen_steps(stage: Stage, steps_done: int, every: int, max_plans: int) -> tuple[np.ndarray, np.ndarray, int]:

@@ -49,8 +49,7 @@ def running_mean(values: np.ndarray, window: int) -> np.ndarray:
     n = len(values)
     total = np.concatenate([[0.0], np.cumsum(values)])
     half = window // 2
-    reach = np.minimum(half, np.minimum(np.arange(n), np.arange(n)[::-1]))
-    low, high = np.arange(n) - reach, np.arange(n) + reach + 1
+    low, high = np.maximum(np.arange(n) - half, 0), np.minimum(np.arange(n) + half + 1, n)
     return (total[high] - total[low]) / (high - low)
 
 

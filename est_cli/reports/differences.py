@@ -32,6 +32,7 @@ def differences(runs: Sequence[RunRecord]) -> dict[str, Difference]:
     flat = [_flatten(run.config) for run in runs]
     if len({sum(key.startswith("scheduler.stages[") for key in config) for config in flat}) > 1:
         flat = [_with_stages_as_text(config, run) for config, run in zip(flat, runs, strict=True)]
+        flat = _without_constant_schedule_keys(flat)
     keys = sorted(dict.fromkeys(key for config in flat for key in config), key=_plainest_first)
     differing: dict[tuple[str, ...], Difference] = {}
     for key in keys:
@@ -84,6 +85,13 @@ def _flatten(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 def _with_stages_as_text(config: dict[str, Any], run: RunRecord) -> dict[str, Any]:
     rest = {key: value for key, value in config.items() if not key.startswith("scheduler.stages[")}
     return rest | {_STAGES: stages_as_text(run)}
+
+
+def _without_constant_schedule_keys(flat: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Without `scheduler.stage1_end` and the like where only some schedules have it: the stages as text tell it."""
+    keys = {key for config in flat for key in config if key.startswith("scheduler.") and key != _STAGES}
+    constant = {key for key in keys if len({repr(config[key]) for config in flat if key in config}) == 1}
+    return [{key: value for key, value in config.items() if key not in constant} for config in flat]
 
 
 def stages_as_text(run: RunRecord) -> str:

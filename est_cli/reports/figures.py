@@ -58,6 +58,13 @@ def report_style() -> Iterator[None]:
         yield
 
 
+def laid_out(figure: Figure) -> Figure:
+    """The figure with its axes in place, once and for all: otherwise every file that it is saved to finds it twice."""
+    figure.get_layout_engine().execute(figure)
+    figure.set_layout_engine("none")
+    return figure
+
+
 def loss_drawings(comparison: Comparison) -> list[Drawing]:
     """Loss against each axis that the runs know."""
     return [Drawing(f"loss_{axis.key}", f"Training and validation loss against {axis.title.lower()}",
@@ -78,21 +85,22 @@ def stage_time_drawing(comparison: Comparison) -> Drawing | None:
         return None
     figure = Figure(figsize=(_PANEL, max(3.1, rows_height(groups))))
     draw_stage_times(figure.subplots(), comparison, groups)
-    return Drawing("stage_time", "Time of an optimizer step in every stage", figure)
+    return Drawing("stage_time", "Time of an optimizer step in every stage", laid_out(figure))
 
 
 def sweep_drawing(comparison: Comparison, pair: tuple[str, str], number: int) -> Drawing:
     rows, columns, _, _ = sweep_grid(comparison, pair)
     figure = Figure(figsize=(min(_WIDE, 1.6 + 0.85 * len(columns)), 0.9 + 0.55 * len(rows)))
     draw_sweep(figure.subplots(), comparison, pair)
-    return Drawing(f"sweep_{number}", f"Final validation loss over {pair[0]} and {pair[1]}", figure)
+    return Drawing(f"sweep_{number}", f"Final validation loss over {pair[0]} and {pair[1]}",
+                   laid_out(figure))
 
 
 def coverage_drawing(found: Coverage) -> Drawing:
     figure = Figure(figsize=(_WIDE, coverage_height(found)))
     draw_coverage(figure, found)
     return Drawing("coverage", "Share of optimizer steps in which every layer, head and neuron block was trained",
-                   figure)
+                   laid_out(figure))
 
 
 def overview(comparison: Comparison) -> Figure:
@@ -112,7 +120,7 @@ def overview(comparison: Comparison) -> Figure:
         lines = [Line2D([], [], color=palette.series(arm.rank), linewidth=2) for arm in comparison.arms if arm.coloured]
         labels = [f"{arm.letter}  {arm.label}" for arm in comparison.arms if arm.coloured]
         figure.legend(lines, labels, loc="outside lower center", ncols=2, frameon=False)
-    return figure
+    return laid_out(figure)
 
 
 def save_png(figure: Figure, path: Path) -> None:
@@ -123,4 +131,4 @@ def save_png(figure: Figure, path: Path) -> None:
 def _curves(draw, comparison: Comparison, axis: Axis, width: float, height: float, **options) -> Figure:
     figure = Figure(figsize=(width, height))
     draw(figure.subplots(), comparison, axis, **options)
-    return figure
+    return laid_out(figure)

@@ -10,6 +10,7 @@ from est_cli.reports.curves import Curve, curve, final_loss_window, train_curve
 from est_cli.reports.stage_bands import draw_stages
 
 _MOST_MARKERS = 40
+_CORNER = (0.47, 0.4, 0.51, 0.5)
 _TRAINING, _GREY, _VALIDATION = 2, 2.5, 4
 _BOTH_ACCOUNTINGS = (("flops/saved", "-"), ("flops/saved_blocks", (0, (4, 2))))
 
@@ -27,7 +28,7 @@ def draw_loss(ax: Axes, comparison: Comparison, axis: Axis, narrow: bool = False
             shown += [train, val]
             if comparison.single:
                 ends += [(val, palette.SERIES[0], "validation" if narrow else "validation, full model"),
-                         (train, palette.SERIES[1], "training" if narrow else "training, subnetwork")]
+                         (train, palette.SERIES[1], "training")]
             elif position == 0 and arm.coloured:
                 ends.append((val if len(val) else train, palette.series(arm.rank), _label(arm, narrow)))
     limits = final_loss_window(shown)
@@ -49,10 +50,10 @@ def _magnify_end(ax: Axes, comparison: Comparison, narrow: bool) -> None:
     parts = [(line, np.asarray(line.get_xdata(), float), np.asarray(line.get_ydata(), float)) for line in lines]
     late = [y[(x >= low) & (x <= high)] for _, x, y in parts if len(x) > 2]
     late = [y for y in late if len(y)]
-    if not late or not 0 < np.ptp(np.concatenate(late)) < 0.45 * np.ptp(ax.get_ylim()):
+    if not late or np.ptp(np.concatenate(late)) == 0 or not _corner_is_empty(ax):
         return
     bottom, top = min(y.min() for y in late), max(y.max() for y in late)
-    inset = ax.inset_axes((0.47, 0.4, 0.51, 0.5), facecolor=palette.PAPER, zorder=6)
+    inset = ax.inset_axes(_CORNER, facecolor=palette.PAPER, zorder=6)
     inset.set_in_layout(False)
     for line, x, y in parts:
         inset.plot(x, y, color=line.get_color(), linewidth=line.get_linewidth() * 0.9, marker=line.get_marker(),
@@ -65,6 +66,14 @@ def _magnify_end(ax: Axes, comparison: Comparison, narrow: bool) -> None:
     inset.spines[:].set_color(palette.GRID)
     inset.set_title("the end, larger", fontsize=6 if narrow else 7.5, loc="right", color=palette.MUTED, pad=-9,
                     x=0.98)
+
+
+def _corner_is_empty(ax: Axes) -> bool:
+    (left, right), (bottom, top) = ax.get_xlim(), ax.get_ylim()
+    highest = bottom + (_CORNER[1] - 0.08) * (top - bottom)
+    lines = [(np.asarray(line.get_xdata(), float), np.asarray(line.get_ydata(), float))
+             for line in ax.lines if line.get_zorder() in (_TRAINING, _GREY, _VALIDATION)]
+    return all((y[x >= left + (_CORNER[0] - 0.06) * (right - left)] <= highest).all() for x, y in lines)
 
 
 def _draw_run(ax: Axes, comparison: Comparison, arm: Arm, train: Curve, val: Curve) -> None:

@@ -87,11 +87,9 @@ class RunRecord:
             return self._logged_stages()
 
     def _logged_stages(self) -> tuple[Stage, ...]:
-        if not self.n_rows:
-            return ()
-        number, step = self.column("stage"), self.column("step")
+        number, step = self.column("stage"), self.columns.get("step", np.array([]))
         starts = [i for i in range(self.n_rows) if number[i] == number[i] and (i == 0 or number[i] != number[i - 1])]
-        ends = [*(int(step[i]) for i in starts[1:]), self.steps_done]
+        ends = [*(int(step[i]) for i in starts[1:]), self.steps_done][: len(starts)]
         kept = [self.column(f"subnet/{unit}") for unit in ("heads", "mlp", "layers")]
         return tuple(Stage(int(number[i]), int(step[i]) if position else 0, end, Rates(*(float(k[i]) for k in kept)))
                      for position, (i, end) in enumerate(zip(starts, ends, strict=True)))

@@ -31,7 +31,7 @@ def _loss_section(comparison: Comparison, losses: Sequence[Drawing]) -> str:
     labels = "".join(f'<label for="axis-{d.axis.key}">{escape(d.axis.title)}</label>' for d in losses)
     views = "".join(f'<div class="view view-{d.axis.key}">{_figure(comparison, d)}</div>' for d in losses)
     caption = ("Dots: validation loss of the full model. Thin line: training loss, smoothed over 1% of the run; "
-               "in stages that sample it is the loss of the subnetworks, which is higher.")
+               "in stages that sample it is the loss of the subnetworks.")
     grey = len(comparison.arms) > len([arm for arm in comparison.arms if arm.coloured])
     caption += " The best configurations are coloured, the others grey." if grey else ""
     if any(len(run.stages) > 1 for run in comparison.runs) and any(
@@ -106,11 +106,13 @@ def _coverage_section(comparison: Comparison, by_name: dict[str, Drawing], found
     if isinstance(found, str):
         return f'<section>{heading}<p class="caption">Not known for this run: {escape(found)}.</p></section>'
     whose = "" if comparison.single else f"The best run that samples, {escape(found.run.name)}. "
-    thinned = (f"Counted on {found.plans_drawn:,} of the run’s {found.plans_in_run:,} plans, evenly taken from every "
-               "stage, and scaled. " if found.thinned else "Every plan counted. ")
+    counted = "Every plan counted."
+    if found.thinned:
+        counted = (f"Counted on {found.plans_drawn:,} of the run’s {found.plans_in_run:,} plans, evenly taken from every "
+                   f"stage and scaled, so a head’s share is good to ±{100 * found.noise:.1f} points.")
     figure = _figure(comparison, by_name["coverage"])
     return (f'<section>{heading}<div class="strips">{figure}</div><p class="caption">{whose}Share of '
-            f"{found.run.steps_done:,} optimizer steps, in percent. {thinned}Even rows mean that no part was left "
+            f"{found.run.steps_done:,} optimizer steps, in percent. {counted} Even rows mean that no part was left "
             "behind.</p></section>")
 
 

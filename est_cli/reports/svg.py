@@ -17,8 +17,6 @@ def inline_svg(figure: Figure, ident: str, description: str, css_class: str = ""
     """
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
-    # The places of axes and labels are found: the PNG of the same figure need not look for them again.
-    figure.set_layout_engine("none")
     svg = buffer.getvalue()
     svg = svg[svg.index("<svg") :].strip()
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)

@@ -132,6 +132,11 @@ def test_a_missing_local_path_is_not_looked_for_on_the_hub(path, hf, monkeypatch
     assert refusal(hf(path)).startswith("data.path=")
 
 
+def test_a_list_with_a_missing_file_is_refused(tmp_path, hf):
+    there = write(tmp_path / "a.jsonl", ROWS)
+    assert "there is no 'b.jsonl'" in refusal(hf((str(there), str(tmp_path / "b.jsonl"))))
+
+
 def test_files_that_are_no_datasets_are_refused(tmp_path, hf):
     (tmp_path / "a.parquet").write_text("no parquet")
     (tmp_path / "b.jsonl").write_text('{"text": "a"}\n{"text')
@@ -157,7 +162,7 @@ def test_an_unreachable_hub_is_told_at_once_with_what_to_place_where(hf, monkeyp
 
     monkeypatch.setattr("huggingface_hub.HfApi", Unreachable)
     start = time.perf_counter()
-    said = refusal(hf("someone/some-corpus"))
+    said = refusal(hf(("someone/some-corpus",)))
     assert time.perf_counter() - start < 5
     for words in ("data.path=someone/some-corpus", "hf download someone/some-corpus", "data.path=FOLDER", "parquet",
                   "column 'text'", "could not be reached"):

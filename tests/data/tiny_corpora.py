@@ -26,4 +26,5 @@ class Documents:
         self.given_val = given_val
 
     def read(self, document, start, end):
+        assert 0 <= start <= end <= self.sizes[document]
         return self.documents[document][start:end]

@@ -4,15 +4,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
+from matplotlib.figure import Figure
 
 from est_cli.reports import RunRecord, load_runs
 from est_cli.reports.arms import Comparison
 from est_cli.reports.axes import AXES, run_with_shared_stages
 from est_cli.reports.curves import Curve, running_mean, train_curve
 from est_cli.reports.differences import differences, swept_pairs
-from est_cli.reports.loss_plot import spread_apart
+from est_cli.reports.loss_plot import draw_loss, spread_apart
 from est_cli.reports.stage_times import stage_times
 from est_cli.reports.sweep_plot import sweep_grid
+
+FULL = [{"end": None, "heads": 1.0, "mlp": 1.0, "layers": 1.0}]
 
 
 def a_run(name="run", loss=3.0, **config) -> RunRecord:
@@ -42,6 +46,16 @@ def test_keys_that_always_agree_are_told_once(new_run, tmp_path):
 
 def test_boundaries_have_the_names_that_people_override(sweep):
     assert list(differences(load_runs([sweep]))) == ["scheduler.stage1_end", "scheduler.stage2_end", "seed"]
+
+
+def test_schedules_of_different_lengths_are_told_as_text(new_run, tmp_path):
+    est, full = (new_run(tmp_path / name, steps=60, stages=stages) for name, stages in (("a", None), ("b", FULL)))
+    config = yaml.safe_load((est / "config.yaml").read_text())
+    config["scheduler"] |= {"stage1_end": 2 / 15}
+    (est / "config.yaml").write_text(yaml.safe_dump(config))
+    found = differences(load_runs([est, full]))
+    assert {key: difference.values for key, difference in found.items()} == {"scheduler.stages": [
+        "0.5/0.5/0.5 to step 8, 0.5/0.5/1 to step 28, 1/1/1 to step 60", "1/1/1 to step 60"]}
 
 
 def test_an_integer_and_a_float_boundary_differ():
@@ -106,8 +120,11 @@ def test_smoothing_does_not_reach_across_a_stage():
     np.testing.assert_array_equal(train_curve(jump, AXES[0]).y, jump.columns["train/loss"])
 
 
-def test_a_running_mean_of_a_line_is_the_line():
-    np.testing.assert_allclose(running_mean(np.arange(50.0), 9), np.arange(50.0))
+def test_a_running_mean_takes_the_values_around_and_at_the_ends_those_that_are_there():
+    smooth = running_mean(np.arange(50.0), 9)
+    np.testing.assert_allclose(smooth[4:-4], np.arange(4.0, 46.0))
+    assert smooth[0] == np.mean(np.arange(5.0))
+    assert smooth[-1] == np.mean(np.arange(45.0, 50.0))
 
 
 def test_a_thinned_curve_keeps_its_ends():
@@ -120,6 +137,15 @@ def test_labels_are_moved_apart_and_keep_their_order():
     at = spread_apart(np.array([0.5, 0.51, 0.52, 0.99, 1.0]), 0.1)
     assert (np.diff(at) >= 0.1 - 1e-9).all()
     assert at.max() <= 1.0
+
+
+@pytest.mark.parametrize(("loss", "insets"), [(3 + 4 * np.exp(-np.arange(200) / 15), 1), (np.linspace(8, 3, 200), 0)])
+def test_the_end_is_magnified_only_where_the_corner_is_empty(loss, insets):
+    run = a_run()
+    run.columns.update({"step": np.arange(200.0), "val/loss": loss})
+    ax = Figure().subplots()
+    draw_loss(ax, Comparison.of([run]), AXES[0])
+    assert len(ax.child_axes) == insets
 
 
 def test_the_step_time_of_a_stage_leaves_out_the_step_that_compiles(one_run):

@@ -52,8 +52,19 @@ def test_a_thinned_count_is_close_and_says_so(one_run, monkeypatch):
     thin = coverage(run)
     assert thin.thinned
     assert not whole.thinned
-    np.testing.assert_allclose(thin.layers, whole.layers, atol=0.08)
-    assert thin.layers.mean() == pytest.approx(whole.layers.mean(), abs=0.01)
+    assert thin.heads.mean() == pytest.approx(whole.heads.mean(), abs=0.01)
+    assert whole.noise == 0
+    assert 0.3 * thin.noise < (thin.heads - whole.heads).std() < 3 * thin.noise
+
+
+def test_leaving_neurons_out_changes_no_head(one_run, monkeypatch):
+    run, = load_runs([one_run])
+    whole = coverage(run)
+    monkeypatch.setattr(coverage_module, "_MAX_RANKED_NEURONS", 1)
+    without = coverage(run)
+    np.testing.assert_array_equal(without.heads, whole.heads)
+    np.testing.assert_array_equal(without.layers, whole.layers)
+    np.testing.assert_allclose(without.blocks, whole.blocks, atol=0.15)
 
 
 def test_blocks_follow_the_neurons_that_are_sampled_together(new_run, tmp_path):
