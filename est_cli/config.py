@@ -86,6 +86,8 @@ class DataConfig:
     column: str = "text"
     sources: tuple[SourceConfig, ...] = ()
     """hf: a mixture instead of path; weights are shares of the tokens."""
+    num_workers: Count | Auto = "auto"
+    """Processes that tokenize; auto takes every core for large text. The token files do not depend on it."""
 
 
 @dataclass(frozen=True)

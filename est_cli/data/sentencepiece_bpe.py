@@ -43,7 +43,7 @@ class SentencePieceTokenizer:
     FILE = "tokenizer.model"
 
     def __init__(self, proto: bytes):
-        self._proto = proto
+        self.proto = proto
         self._first = sentencepiece.SentencePieceProcessor(model_proto=proto)
         self._inner = sentencepiece.SentencePieceProcessor(model_proto=proto + _WITHOUT_DUMMY_PREFIX)
         self.vocab_size = self._first.get_piece_size()
@@ -105,7 +105,7 @@ class SentencePieceTokenizer:
         return self._first.decode([int(i) for i in ids])
 
     def save(self, folder: Path) -> None:
-        (folder / self.FILE).write_bytes(self._proto)
+        (folder / self.FILE).write_bytes(self.proto)
 
     def _chunks(self, text: str) -> Iterator[str]:
         """Parts of `text` that can be encoded one by one; every space mark is a part of its own."""

@@ -4,6 +4,7 @@ Documents are ordered by a hash of their content, so that the split depends neit
 on what they are called, and equal documents always land on the same side: validation leaks nothing.
 """
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -16,6 +17,7 @@ from est_cli.errors import UserError
 PIECE_BYTES = 1 << 20
 """A longer document is read in pieces of about this size."""
 SAMPLE_BLOCK_BYTES = 1 << 16
+_CUT_WINDOW_BYTES = 1 << 16
 
 
 class Piece(NamedTuple):
@@ -33,13 +35,25 @@ class Piece(NamedTuple):
 
 @dataclass(frozen=True)
 class Split:
-    """Documents (or, for one that was cut, parts of documents) of a corpus, in its order."""
+    """Documents (or, for one that was cut, parts of documents) of a corpus, in its order.
+
+    A document that stands twice or more in a row is one that goes on.
+    """
 
     corpus: Corpus
     documents: np.ndarray
     starts: np.ndarray
     """First byte of each document that belongs to the split."""
     ends: np.ndarray
+    continued: bool = False
+    """The first document goes on where the shard before this one stopped."""
+    cut: bool = False
+    """The last document goes on in the next shard."""
+
+    @property
+    def n_documents(self) -> int:
+        """Documents that end here."""
+        return int(np.count_nonzero(np.diff(self.documents))) + (len(self.documents) > 0 and not self.cut)
 
     @property
     def n_bytes(self) -> int:
@@ -47,8 +61,22 @@ class Split:
 
     def pieces(self) -> Iterator[Piece]:
         """All text, in order. At most about `PIECE_BYTES` of it are held at a time."""
-        for document, start, end in self._spans():
-            yield from _document_pieces(self.corpus, document, start, end)
+        changes = np.diff(self.documents) != 0
+        continued = np.concatenate([[self.continued], ~changes])
+        last = np.concatenate([changes, [not self.cut]])
+        for i in range(len(self.documents)):
+            document, start, end = int(self.documents[i]), int(self.starts[i]), int(self.ends[i])
+            yield from _document_pieces(self.corpus, document, start, end, bool(continued[i]), bool(last[i]))
+
+    def shards(self, n_bytes: int) -> list["Split"]:
+        """Consecutive parts of less than twice `n_bytes`; longer documents are cut as pieces are."""
+        documents, starts, ends = self._cut_long(n_bytes)
+        sizes = ends - starts
+        numbers = (np.cumsum(sizes) - sizes) // n_bytes
+        firsts = np.flatnonzero(np.diff(numbers, prepend=-1))
+        inside = np.concatenate([[False], documents[1:] == documents[:-1], [False]])
+        return [Split(self.corpus, documents[a:b], starts[a:b], ends[a:b], bool(inside[a]), bool(inside[b]))
+                for a, b in itertools.pairwise([*firsts.tolist(), len(documents)])]
 
     def sample(self, n_bytes: int) -> list[str]:
         """About `n_bytes` of text at most, taken in blocks spread evenly over the split."""
@@ -68,9 +96,19 @@ class Split:
             start, stop = max(first + shift, int(self.starts[i])), min(end + shift, int(self.ends[i]))
             yield self.corpus.read(int(self.documents[i]), start, stop).decode("utf-8", "ignore")
 
-    def _spans(self) -> Iterator[tuple[int, int, int]]:
-        for document, start, end in zip(self.documents, self.starts, self.ends, strict=True):
-            yield int(document), int(start), int(end)
+    def _cut_long(self, n_bytes: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Documents, starts and ends, where each is at most `n_bytes` long, or little more."""
+        long = np.flatnonzero(self.ends - self.starts > n_bytes)
+        cuts = [self._cuts(int(self.documents[i]), int(self.starts[i]), int(self.ends[i]), n_bytes) for i in long]
+        places = np.repeat(long, [len(own) for own in cuts])
+        inside = np.array([cut for own in cuts for cut in own], dtype=np.int64)
+        return (np.insert(self.documents, places, self.documents[places]),
+                np.insert(self.starts, places + 1, inside), np.insert(self.ends, places, inside))
+
+    def _cuts(self, document: int, start: int, end: int, n_bytes: int) -> list[int]:
+        window = min(_CUT_WINDOW_BYTES, n_bytes)
+        windows = range(start + n_bytes - window, end - window, n_bytes)
+        return [first + _cut(self.corpus.read(document, first, first + window)) for first in windows]
 
 
 def split_corpus(corpus: Corpus, val_fraction: float) -> tuple[Split, Split]:
@@ -137,18 +175,26 @@ def _cut_position(corpus: Corpus, document: int, size: int, tail_bytes: int) -> 
     return near + _last_character(corpus.read(document, near, first + 1))
 
 
-def _document_pieces(corpus: Corpus, document: int, start: int, end: int) -> Iterator[Piece]:
-    rest, position, continued = b"", start, False
+def _document_pieces(corpus: Corpus, document: int, start: int, end: int, continued: bool = False,
+                     last: bool = True) -> Iterator[Piece]:
+    rest, position = b"", start
     while position < end:
         step = min(PIECE_BYTES, end - position)
         data = rest + corpus.read(document, position, position + step)
         position += step
-        # A cut after a newline, or else before a space, leaves most tokenizers' tokens as they are.
-        newline, space = data.rfind(b"\n") + 1, max(0, data.rfind(b" "))
-        cut = len(data) if position == end else newline or space or _last_character(data)
+        cut = len(data) if position == end else _cut(data)
         rest = data[cut:]
-        yield _decode(data[:cut], continued, position == end)
+        yield _decode(data[:cut], continued, last and position == end)
         continued = True
+
+
+def _cut(data: bytes) -> int:
+    """Where `data`, which goes on, is best cut: after a newline, or else before a space.
+
+    That leaves most tokenizers' tokens as they are.
+    """
+    newline, space = data.rfind(b"\n") + 1, max(0, data.rfind(b" "))
+    return newline or space or _last_character(data)
 
 
 def _last_character(data: bytes) -> int:

@@ -1,13 +1,11 @@
-"""Writes a split's tokens to a file, batch by batch, with progress."""
+"""Writes a shard's tokens to a file, batch by batch."""
 
-import time
-from collections.abc import Iterable, Iterator
+import os
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from est_cli.data.splits import Piece, Split
 from est_cli.data.tokenizers import Tokenizer
@@ -17,39 +15,19 @@ _BATCH_BYTES = 4 << 20
 
 @dataclass
 class Counts:
-    """What a split came to."""
+    """What a split, or a part of it, came to."""
 
     documents: int = 0
+    """Documents that end in it."""
     bytes: int = 0
     """UTF-8 bytes of its text."""
     tokens: int = 0
     replaced: int = 0
     """Invalid UTF-8 sequences that became U+FFFD."""
 
-
-class TokenizingProgress:
-    """A bar on standard error: bytes of text, MB/s, time left."""
-
-    def __init__(self, total_bytes: int, show: bool):
-        self.start = time.perf_counter()
-        self._bar = Progress(TextColumn("tokenizing {task.description}"), BarColumn(), DownloadColumn(),
-                             TransferSpeedColumn(), TimeRemainingColumn(), console=Console(stderr=True),
-                             disable=not show, transient=True)
-        self._task = self._bar.add_task("", total=total_bytes)
-
-    def __enter__(self) -> "TokenizingProgress":
-        self._bar.start()
-        return self
-
-    def __exit__(self, *_) -> None:
-        self._bar.stop()
-
-    def advance(self, split: str, n_bytes: int) -> None:
-        self._bar.update(self._task, description=split, advance=n_bytes)
-
-    @property
-    def seconds(self) -> float:
-        return time.perf_counter() - self.start
+    def __add__(self, other: "Counts") -> "Counts":
+        return Counts(self.documents + other.documents, self.bytes + other.bytes, self.tokens + other.tokens,
+                      self.replaced + other.replaced)
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
@@ -57,23 +35,28 @@ def token_dtype(vocab_size: int) -> np.dtype:
     return np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
 
 
-def write_tokens(split: Split, name: str, tokenizer: Tokenizer, file: Path, progress: TokenizingProgress) -> Counts:
-    """Tokens of every document of `split`, each document followed by `tokenizer.eot`, in one raw file."""
-    counts = Counts(documents=len(split.documents))
+def write_tokens(split: Split, tokenizer: Tokenizer, file: Path, threads: int | None,
+                 advance: Callable[[int], None]) -> Counts:
+    """Tokens of every document of `split`, each that ends followed by `tokenizer.eot`, in one raw file on the disk.
+
+    `advance` is told the bytes of each batch of text that was written.
+    """
+    counts = Counts()
     dtype = token_dtype(tokenizer.vocab_size)
     end_of_text = np.array([tokenizer.eot])
     with file.open("wb") as stream:
         for batch in _batches(split.pieces()):
-            ids = tokenizer.encode_batch([piece.text for piece in batch], [piece.continued for piece in batch])
+            ids = tokenizer.encode_batch([piece.text for piece in batch], [piece.continued for piece in batch], threads)
             parts = [part for piece, own in zip(batch, ids, strict=True)
                      for part in ((own, end_of_text) if piece.last else (own,))]
             tokens = np.concatenate(parts).astype(dtype)
             tokens.tofile(stream)
             n_bytes = sum(piece.n_bytes for piece in batch)
-            counts.bytes += n_bytes
-            counts.tokens += len(tokens)
-            counts.replaced += sum(piece.replaced for piece in batch)
-            progress.advance(name, n_bytes)
+            counts += Counts(sum(piece.last for piece in batch), n_bytes, len(tokens),
+                             sum(piece.replaced for piece in batch))
+            advance(n_bytes)
+        stream.flush()
+        os.fsync(stream.fileno())
     return counts
 
 

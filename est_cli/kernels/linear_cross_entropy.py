@@ -13,6 +13,8 @@ from torch import Tensor
 
 CPU_CHUNK_ELEMENTS = 24 << 20
 CUDA_CHUNK_ELEMENTS = 256 << 20
+ROW_MULTIPLE = 64
+"""Matrix products are slower where a chunk is no multiple of their tiles."""
 CPU_BLOCK_ELEMENTS = 1 << 20
 """Elements that several passes find in the cache."""
 
@@ -114,10 +116,12 @@ def exact(tensor: Tensor) -> torch.dtype:
 
 def _logits(hidden: Tensor, weight: Tensor) -> Iterator[tuple[slice, Tensor]]:
     """Equal chunks of tokens, and the logits of each in a buffer that the next one overwrites."""
-    limit = CUDA_CHUNK_ELEMENTS if hidden.is_cuda else CPU_CHUNK_ELEMENTS
-    n_chunks = -(-len(hidden) // max(1, limit // len(weight)))
-    size = -(-len(hidden) // n_chunks)
-    buffer = hidden.new_empty(size, len(weight))
+    limit = (CUDA_CHUNK_ELEMENTS if hidden.is_cuda else CPU_CHUNK_ELEMENTS) // len(weight)
+    multiple = ROW_MULTIPLE if limit >= ROW_MULTIPLE else 1
+    limit = max(1, limit // multiple * multiple)
+    n_chunks = -(-len(hidden) // limit)
+    size = -(-len(hidden) // (n_chunks * multiple)) * multiple
+    buffer = hidden.new_empty(min(size, len(hidden)), len(weight))
     for start in range(0, len(hidden), size):
         chunk = slice(start, min(start + size, len(hidden)))
         yield chunk, torch.mm(hidden[chunk], weight.t(), out=buffer[: chunk.stop - start])

@@ -16,9 +16,9 @@ from est_cli.subnet.sampler import STRATEGIES, sample
 from est_cli.subnet.schedule import Rates, Stage
 
 MAX_PLANS_PER_STAGE = 2000
-# Together about two seconds: a draw costs some 20 microseconds, ranking a unit some 100 nanoseconds.
-_MAX_DRAWS = 60_000
-_MAX_RANKED_NEURONS = 8_000_000
+# Together about a second: a draw costs some 20 microseconds, ranking a unit some 100 nanoseconds.
+_MAX_DRAWS = 30_000
+_MAX_RANKED_NEURONS = 4_000_000
 _MAX_BLOCKS = 64
 
 

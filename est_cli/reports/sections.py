@@ -108,8 +108,8 @@ def _coverage_section(comparison: Comparison, by_name: dict[str, Drawing], found
     whose = "" if comparison.single else f"The best run that samples, {escape(found.run.name)}. "
     counted = "Every plan counted."
     if found.thinned:
-        counted = (f"Counted on {found.plans_drawn:,} of the run’s {found.plans_in_run:,} plans, evenly taken from every "
-                   f"stage and scaled, so a head’s share is good to ±{100 * found.noise:.1f} points.")
+        counted = (f"Counted on {found.plans_drawn:,} of the run’s {found.plans_in_run:,} plans, evenly taken from "
+                   f"every stage and scaled, so a head’s share is good to ±{100 * found.noise:.1f} points.")
     figure = _figure(comparison, by_name["coverage"])
     return (f'<section>{heading}<div class="strips">{figure}</div><p class="caption">{whose}Share of '
             f"{found.run.steps_done:,} optimizer steps, in percent. {counted} Even rows mean that no part was left "

@@ -57,7 +57,7 @@ def test_a_batch_is_its_texts_one_by_one(trained, llama, texts, cut):
     "".join(f"{i} \t" + "\n" * (i % 3) + " " * (i % 4) for i in range(3000))], ids=["code", "one line", "spaces"])
 def test_a_text_encoded_in_chunks_has_the_tokens_of_the_whole(text, trained, llama, llama_model):
     cut = (text.find("\n", 5000) + 1) or text.find("e ", 5000) + 1
-    for tokenizer, proto in ((trained, trained._proto), (llama, llama_model)):
+    for tokenizer, proto in ((trained, trained.proto), (llama, llama_model)):
         whole = sentencepiece.SentencePieceProcessor(model_proto=proto).encode(text)
         assert tokenizer.encode(text) == whole
         assert np.concatenate(tokenizer.encode_batch([text[:cut], text[cut:]], [False, True])).tolist() == whole

@@ -1,6 +1,7 @@
 """The decoder is GPT-2 and Llama by its settings, and a packed subnetwork is that decoder with fewer units."""
 
 from dataclasses import replace
+from itertools import combinations
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from tiny import FAMILIES, GPT2, LLAMA, random_batch, random_master
 from torch import Tensor
 
 from est_cli.config import ModelConfig
-from est_cli.model.transformer import Transformer, layer_of, rope_tables, row_kind
+from est_cli.model.transformer import ResidualOutput, Transformer, layer_of, rope_tables, row_kind
 from est_cli.subnet.plan import Subnetwork
 
 
@@ -185,6 +186,23 @@ def test_a_sliced_model_is_the_full_one_with_its_other_outputs_zeroed_and_the_re
             attention.bias.mul_(layer)
             mlp.bias.mul_(layer)
         torch.testing.assert_close(cut.logits(inputs), full.logits(inputs), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("kept", [1, 2, 3, 5, 6])
+def test_rescaled_outputs_average_to_the_full_output(kept):
+    """Over all subsets of one linear output projection; the bias, added after the rescale, stays itself."""
+    torch.manual_seed(0)
+    weight, bias, x, residual = torch.randn(6, 4), torch.randn(4), torch.randn(3, 6), torch.randn(3, 4)
+
+    def output(rows: list[int]) -> Tensor:
+        projection = ResidualOutput(len(rows), 4, bias=True)
+        projection.weight.data, projection.bias.data = weight[rows], bias
+        return projection(x[:, rows], residual, 6 / len(rows), 1.0)
+
+    with torch.no_grad():
+        subsets = [output(list(rows)) for rows in combinations(range(6), kept)]
+        expected = residual + x @ weight + bias
+    torch.testing.assert_close(sum(subsets) / len(subsets), expected, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

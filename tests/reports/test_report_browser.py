@@ -13,6 +13,7 @@ pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium, chromium-
 
 POINTER = """<script>
 addEventListener("load", () => {
+  document.querySelector("label[for=axis-flops]").click();
   const plot = [...document.querySelectorAll("svg[data-hover=loss]")].find((svg) => svg.getBoundingClientRect().width);
   const box = plot.getBoundingClientRect();
   const at = {clientX: box.left + box.width / 2, clientY: box.top + box.height / 2};
@@ -46,11 +47,11 @@ def test_the_console_would_tell_an_error(pages, tmp_path):
     assert "CONSOLE" in browse(broken, tmp_path, f"--screenshot={tmp_path / 'page.png'}").stderr
 
 
-def test_the_pointer_shows_the_numbers_under_it(pages, tmp_path):
+def test_an_axis_can_be_chosen_and_the_pointer_shows_the_numbers_under_it(pages, tmp_path):
     moved = tmp_path / "moved.html"
     moved.write_text(pages["sweep"].read_text().replace("</body>", POINTER))
     title = browse(moved, tmp_path, "--dump-dom").stdout.split("<title>")[1].split("</title>")[0]
-    assert title.startswith("shown: Optimizer steps: ")
+    assert title.startswith("shown: Training compute (TFLOPs): ")
     assert title.count("validation 3.") + title.count("validation 4.") == 4
 
 

@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+import time
 from html.parser import HTMLParser
 
 import pytest
@@ -140,3 +141,18 @@ def test_reports_import_neither_torch_nor_wandb(one_run, tmp_path):
             "print(sorted({'torch', 'wandb', 'matplotlib'} & set(sys.modules)))")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.slow
+def test_a_million_lines_are_reported_in_ten_seconds(new_run, tmp_path):
+    folder = new_run(tmp_path / "run", steps=1_000_000, done=1000, finished=False)
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    with (folder / "metrics.jsonl").open("w") as file:
+        for step in range(1_000_000):
+            file.write(lines[step // 1000].replace(f'"step": {step // 1000}', f'"step": {step}', 1) + "\n")
+    start = time.process_time()
+    files = write_report(load_runs([folder]), tmp_path / "out")
+    spent = time.process_time() - start
+    (folder / "metrics.jsonl").unlink()
+    assert "Read 1,000,000 logged lines" in files["html"].read_text()
+    assert spent < 10

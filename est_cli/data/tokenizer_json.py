@@ -1,0 +1,141 @@
+"""Our tokenizers as Hugging Face `tokenizer.json` files, with equal ids for every text.
+
+SentencePiece's BPE and that of the `tokenizers` library are the same algorithm; what differs is written down here.
+Pieces keep real spaces in the place of SentencePiece's mark U+2581, so that no normaliser is needed, and a U+2581 of
+the text, which is no piece, falls back to its bytes, as ours does.
+"""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+from est_cli.data.hf_tokenizer import HFTokenizer
+from est_cli.data.sentencepiece_bpe import SentencePieceTokenizer
+from est_cli.data.tokenizers import ByteTokenizer, Tokenizer
+from est_cli.errors import UserError
+
+_SPACE_MARK = "\u2581"
+_END_OF_TEXT = "<|endoftext|>"
+
+SAMPLES = (
+    "",
+    "a",
+    " leading space, trailing space ",
+    "def f(x):\n    return x + 1\n\n\n\tif x:  # tabs\t\tand  runs   of     spaces\n",
+    "\n\n \n\t \r\n",
+    "Füße naïve Ωμέγα 日本語 Привет \U0001f600\u200d\U0001f468 \u00a0|\u2003|",
+    "U+2581 \u2581 is \u2581\u2581 text\u2581too",
+    "<0x41> <unk> <s> </s> <|endoftext|>",
+    "import os, sys\nclass Naïve(Exception):\n    '''Doc: a\\tb'''\n" * 3,
+    "0123456789 " * 20 + "~!@#$%^&*()_+{}|:\"<>?`-=[]\\;',./",
+)
+"""Texts on which an exported tokenizer is compared with ours."""
+
+
+def save_tokenizer_files(tokenizer: Tokenizer, folder: Path, max_seq_len: int) -> None:
+    """tokenizer.json and tokenizer_config.json, as `AutoTokenizer` reads them.
+
+    Raises UserError where the format cannot hold the tokenizer, or its ids differ on the sample texts.
+    """
+    if isinstance(tokenizer, HFTokenizer):
+        tokenizer.save(folder)
+        eos = json.loads((folder / "tokenizer_config.json").read_text("utf-8"))["eos_token"]
+        extra = {}
+    else:
+        converted, eos = convert(tokenizer)
+        converted.save(str(folder / "tokenizer.json"))
+        # Text that looks like a control token stays text, as it does with ours.
+        extra = {"split_special_tokens": True}
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "eos_token": eos,
+        "bos_token": eos,
+        "model_max_length": max_seq_len,
+        "clean_up_tokenization_spaces": False,
+        "model_input_names": ["input_ids", "attention_mask"],
+        **extra,
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=1) + "\n", "utf-8")
+
+
+def convert(tokenizer: Tokenizer):
+    """A `tokenizers.Tokenizer` with the ids of ours, and the token that ends a document. Raises UserError."""
+    if isinstance(tokenizer, ByteTokenizer):
+        pieces = [f"<0x{byte:02X}>" for byte in range(256)] + [_END_OF_TEXT]
+        return _checked(_bpe(pieces, [], specials=[_END_OF_TEXT]), tokenizer), _END_OF_TEXT
+    assert isinstance(tokenizer, SentencePieceTokenizer)
+    from sentencepiece import sentencepiece_model_pb2 as protobuf
+
+    model = protobuf.ModelProto.FromString(tokenizer.proto)
+    kinds = protobuf.ModelProto.SentencePiece
+    if model.trainer_spec.model_type != protobuf.TrainerSpec.BPE:
+        raise UserError("this SentencePiece model is not a BPE model: tokenizer.json is written for BPE only")
+    specials, whole, mergeable = [], [], []
+    names = []
+    for piece in model.pieces:
+        # A mark would never match: text has its spaces, and its own marks go as bytes.
+        is_text = piece.type in (kinds.NORMAL, kinds.USER_DEFINED)
+        name = piece.piece.replace(_SPACE_MARK, " ") if is_text else piece.piece
+        names.append(name)
+        if piece.type in (kinds.CONTROL, kinds.UNKNOWN):
+            specials.append(name)
+        elif piece.type == kinds.USER_DEFINED and len(name) > 1:
+            whole.append(name)
+        elif piece.type == kinds.NORMAL:
+            mergeable.append((piece.score, name))
+    ranked = [name for _, name in sorted(mergeable, key=lambda pair: -pair[0])]
+    unknown = next((n for n, piece in zip(names, model.pieces, strict=True) if piece.type == kinds.UNKNOWN), None)
+    converted = _bpe(names, ranked, specials, whole, unknown, model.normalizer_spec.add_dummy_prefix)
+    return _checked(converted, tokenizer), names[tokenizer.eot]
+
+
+def _bpe(
+    pieces: list[str],
+    ranked: list[str],
+    specials: list[str],
+    whole: list[str] | None = None,
+    unknown: str | None = None,
+    dummy_prefix: bool = False,
+):
+    """`pieces` in the order of their ids; `ranked`: those that merging makes, first the ones that merge first."""
+    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers
+
+    bpe = Tokenizer(
+        models.BPE(
+            vocab={piece: i for i, piece in enumerate(pieces)},
+            merges=list(_merges(ranked)),
+            unk_token=unknown,
+            byte_fallback="<0x00>" in pieces,
+            fuse_unk=unknown is not None,
+        )
+    )
+    steps = [decoders.ByteFallback(), decoders.Fuse()]
+    if dummy_prefix:
+        bpe.normalizer = normalizers.Replace(Regex(f"\\A(?=[^{_SPACE_MARK}])"), " ")
+        steps.append(decoders.Strip(" ", 1, 0))
+    bpe.decoder = decoders.Sequence(steps)
+    bpe.add_special_tokens([AddedToken(name, normalized=False, special=True) for name in specials])
+    bpe.add_tokens([AddedToken(name, normalized=False) for name in whole or []])
+    return bpe
+
+
+def _merges(ranked: list[str]) -> Iterator[tuple[str, str]]:
+    """Every way to make each piece of two others: SentencePiece merges whatever gives a piece, the best first."""
+    known = set(ranked)
+    for piece in ranked:
+        for cut in range(1, len(piece)):
+            left, right = piece[:cut], piece[cut:]
+            if left in known and right in known:
+                yield left, right
+
+
+def _checked(converted, tokenizer: Tokenizer):
+    converted.encode_special_tokens = True
+    for text in SAMPLES:
+        ours, theirs = tokenizer.encode(text), converted.encode(text, add_special_tokens=False).ids
+        if ours != theirs:
+            raise UserError(
+                f"this {tokenizer.kind} tokenizer cannot be written as a tokenizer.json: the ids of {text[:40]!r} "
+                f"would be {theirs[:8]}, and are {ours[:8]}"
+            )
+    return converted

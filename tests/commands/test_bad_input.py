@@ -1,0 +1,72 @@
+"""Bad input: one message, exit code 2, no run directory, no traceback."""
+
+import pytest
+
+from tests.commands.cli import run
+
+CASES = {
+    "a misspelt option": (["model=tinylama"], ["model=tinylama", "did you mean 'tinyllama'"]),
+    "a misspelt group": (["modle=gpt2"], ["modle", "did you mean 'model'"]),
+    "a misspelt experiment": (["experiment=quickstrt"], ["experiment=quickstrt", "did you mean 'quickstart'"]),
+    "a misspelt key": (["trainer.max_step=5"], ["trainer.max_step:", "did you mean 'trainer.max_steps'"]),
+    "an added key that does not exist": (["+trainer.max_stps=5"], ["trainer.max_stps", "did you mean 'max_steps'"]),
+    "no KEY=VALUE": (["gpt2"], ["gpt2: cannot be read", "KEY=VALUE"]),
+    "a word for a number": (["trainer.max_steps=abc"], ["trainer.max_steps=abc", "an integer of at least 1"]),
+    "a rate of zero": (["sampling.heads=0"], ["sampling.heads=0", "in (0, 1]"]),
+    "a rate above one": (["sampling.layers=1.5"], ["sampling.layers=1.5", "in (0, 1]"]),
+    "reversed boundaries": (
+        ["scheduler.stage1_end=0.5", "scheduler.stage2_end=0.2"],
+        ["scheduler.stage2_end=0.2", "reversed"],
+    ),
+    "a stage without steps": (
+        ["trainer.max_steps=4", "scheduler.stage1_end=1", "scheduler.stage2_end=5"],
+        ["scheduler.stage2_end=5 is step 5", "smallest trainer.max_steps that works is 6"],
+    ),
+    "heads that do not divide": (["model.n_heads=3"], ["model.n_heads=3", "must divide model.d_model=128"]),
+    "GQA in GPT-2 style": (["model=gpt2", "model.n_kv_heads=4"], ["model.n_kv_heads=4", "GPT-2 style"]),
+    "a sequence too long": (["data.seq_len=9999"], ["data.seq_len=9999", "model.max_seq_len=256"]),
+    "no path": (["data=text"], ["data.path: is missing"]),
+    "a missing file": (["data=text", "data.path=nowhere/at/all"], ["data.path=nowhere/at/all"]),
+    "a text too small": (["trainer.batch_size=100000"], ["data.seq_len", "trainer.batch_size"]),
+    "no GPU": (["trainer.device=cuda"], ["trainer.device=cuda"]),
+    "a name that leaves the folder": (["name=../x"], ["name=../x"]),
+    "an unknown strategy": (["sampling.strategy=randm"], ["sampling.strategy=randm", "did you mean 'random'"]),
+}
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_it_is_named_and_nothing_is_left(case, tmp_path):
+    arguments, words = CASES[case]
+    done = run("est-train", *arguments, "logger=none", cwd=tmp_path, CUDA_VISIBLE_DEVICES="")
+    assert done.code == 2, done.err
+    assert all(word in done.err for word in words), done.err
+    assert "Traceback" not in done.err
+    assert not (tmp_path / "outputs").exists()
+
+
+def test_all_mistakes_are_told_at_once(tmp_path):
+    done = run(
+        "est-train", "sampling.heads=2", "optimizer.lr=-1", "model.n_heads=3", "trainer.max_steps=0", cwd=tmp_path
+    )
+    assert done.code == 2
+    for key in ("sampling.heads", "optimizer.lr", "model.n_heads", "trainer.max_steps"):
+        assert f"error: {key}=" in done.err
+
+
+def test_misspelt_overrides_are_told_at_once(tmp_path):
+    done = run("est-train", "modle=gpt2", "trainer.max_step=5", "data=txt", cwd=tmp_path)
+    assert done.code == 2
+    assert done.err.count("error:") == 3
+
+
+@pytest.mark.parametrize(
+    ("command", "argument"),
+    [("est-eval", "run=nowhere"), ("est-eval", "run=null"), ("est-report", "runs=nowhere"), ("est-plan", "step=-1"),
+     ("est-plan", "target_saved_blocks=0.9"), ("est-data", "samples=-1"), ("est-bench", "against=tensorflow")],
+)  # fmt: skip
+def test_every_command_says_what_is_wrong(command, argument, tmp_path):
+    done = run(command, argument, cwd=tmp_path)
+    assert done.code == 2, done.err
+    assert argument.split("=")[0] in done.err
+    assert "Traceback" not in done.err
+    assert done.out == ""

@@ -1,0 +1,51 @@
+"""est-plan: what a run would cost."""
+
+import subprocess
+import sys
+
+import pytest
+
+from tests.commands.cli import clean_environment, run
+
+
+@pytest.mark.parametrize(
+    ("experiment", "blocks", "whole"), [("gpt2_est", 0.26667, 0.1943), ("tinyllama_est", 0.25, 0.2366)]
+)
+def test_the_papers_savings_come_out(experiment, blocks, whole, tmp_path):
+    plan = run("est-plan", f"experiment={experiment}", "format=json", cwd=tmp_path).json
+    assert plan["saved_blocks"] == pytest.approx(blocks, abs=1e-5)
+    assert plan["saved"] == pytest.approx(whole, abs=1e-4)
+
+
+def test_json_has_the_contracts_keys(tmp_path):
+    plan = run("est-plan", "format=json", cwd=tmp_path).json
+    assert {"params", "steps", "saved", "saved_blocks", "memory_bytes", "stages"} <= plan.keys()
+    for stage in plan["stages"]:
+        assert {"stage", "first_step", "last_step", "rates", "flops_per_step", "saved"} <= stage.keys()
+    assert [(s["first_step"], s["last_step"]) for s in plan["stages"]] == [(0, 132), (133, 466), (467, 999)]
+
+
+def test_solved_boundaries_reach_the_target(tmp_path):
+    solved = run("est-plan", "target_saved_blocks=0.2", "trainer.max_steps=100000", "format=json", cwd=tmp_path).json
+    pasted = run("est-plan", *solved["overrides"], "trainer.max_steps=100000", "format=json", cwd=tmp_path).json
+    assert pasted["saved_blocks"] == pytest.approx(0.2, abs=1e-4)
+
+
+def test_requested_and_effective_rates_are_both_shown(tmp_path):
+    plan = run("est-plan", "sampling.heads=0.3", "format=json", cwd=tmp_path).json
+    assert plan["stages"][0]["rates"]["heads"] == 0.3
+    assert plan["stages"][0]["effective_rates"]["heads"] == 0.5  # one of two key/value groups
+
+
+def test_no_torch_is_imported(tmp_path):
+    code = (
+        "import sys; sys.argv = ['est-plan', 'model=gpt2']; from est_cli.commands.plan import main\n"
+        "try: main()\nexcept SystemExit as stop: assert not stop.code\n"
+        "assert 'torch' not in sys.modules and 'wandb' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=clean_environment(tmp_path), check=True)
+
+
+def test_it_leaves_nothing_behind(tmp_path):
+    assert run("est-plan", cwd=tmp_path).code == 0
+    assert not list(tmp_path.iterdir())
