@@ -16,6 +16,7 @@ CPU_TOKENS = 2048
 CUDA_TOKENS = 16384
 LARGE_CHECKPOINT_BYTES = 4e9
 EVALUATIONS = 10
+FEWEST_STEPS_BETWEEN_EVALUATIONS = 10
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +64,7 @@ def choose(config: TrainConfig, device: Device) -> tuple[TrainConfig, list[str]]
     processes = device.processes if trainer.strategy == "ddp" else 1
     step_tokens = batch_size * grad_accum * processes * seq_len
     weights, full = checkpoint_bytes(model)
-    eval_every = pick("trainer", "eval_every", max(1, max_steps // EVALUATIONS))
+    eval_every = pick("trainer", "eval_every", max(FEWEST_STEPS_BETWEEN_EVALUATIONS, max_steps // EVALUATIONS))
     # A forward pass is a third of a step, and stage 1 steps can cost a quarter: 6 batches are at most 8 of them.
     pick("trainer", "eval_tokens", max(seq_len, 6 * step_tokens if cpu else max(6 * step_tokens, 1 << 20)))
     pick("trainer", "checkpoint_every", eval_every if full <= LARGE_CHECKPOINT_BYTES else 0)

@@ -10,7 +10,7 @@ from est_cli.subnet.schedule import build_stages
 from est_cli.subnet.strategies import STRATEGIES
 
 if TYPE_CHECKING:
-    from est_cli.config import DataConfig, ModelConfig, SamplingConfig, SchedulerConfig, TokenizerConfig, TrainerConfig
+    from est_cli.config import DataConfig, ModelConfig, SamplingConfig, SchedulerConfig, TokenizerConfig
 
 AUTO_MAX_STEPS = 1000
 """Optimizer steps of a run that does not say how many."""
@@ -18,8 +18,8 @@ AUTO_MAX_STEPS = 1000
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
 
 
-def problems_together(sections: Mapping[str, Any]) -> list[str]:
-    """One line for each clash. Sections that could not be read are absent or None, and are not looked at."""
+def problems_together(sections: Mapping[str, Any], max_steps: int | None) -> list[str]:
+    """One line for each clash. What could not be read is absent or None, and is not looked at."""
     checks = (
         (_model, "model"),
         (_lengths, "model", "data"),
@@ -27,8 +27,9 @@ def problems_together(sections: Mapping[str, Any]) -> list[str]:
         (_blocks, "model", "sampling"),
         (_paths, "data", "tokenizer"),
         (_strategy, "sampling"),
-        (_stages, "scheduler", "trainer"),
+        (_stages, "scheduler", "max_steps"),
     )
+    sections = {**sections, "max_steps": max_steps}
     problems = []
     for check, *names in checks:
         needed = [sections.get(name) for name in names]
@@ -38,10 +39,6 @@ def problems_together(sections: Mapping[str, Any]) -> list[str]:
         if sections.get(key) is not None and not _NAME.fullmatch(sections[key]):
             problems.append(f"{key}={sections[key]}: must be letters, digits, '.', '_' and '-', not starting with '.'")
     return problems
-
-
-def max_steps_of(trainer: "TrainerConfig") -> int:
-    return AUTO_MAX_STEPS if trainer.max_steps == "auto" else trainer.max_steps
 
 
 def _model(model: "ModelConfig") -> Iterator[str]:
@@ -89,8 +86,8 @@ def _strategy(sampling: "SamplingConfig") -> Iterator[str]:
         yield from error.problems
 
 
-def _stages(scheduler: "SchedulerConfig", trainer: "TrainerConfig") -> Iterator[str]:
+def _stages(scheduler: "SchedulerConfig", max_steps: int) -> Iterator[str]:
     try:
-        build_stages(scheduler.stages, max_steps_of(trainer), scheduler.names)
+        build_stages(scheduler.stages, max_steps, scheduler.names)
     except ValueError as error:
         yield str(error)

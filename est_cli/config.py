@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from est_cli.checks import problems_together
+from est_cli.checks import AUTO_MAX_STEPS, problems_together
 from est_cli.errors import UserError, nearest
 from est_cli.plugins import named_function
 from est_cli.schema import AtLeast, Within, read
@@ -22,6 +22,7 @@ Natural = Annotated[int, AtLeast(0)]
 Positive = Annotated[float, Within(0, open_low=True)]
 NotNegative = Annotated[float, AtLeast(0)]
 Fraction = Annotated[float, Within(0, 1)]
+Momentum = Annotated[float, Within(0, 1, open_high=True)]
 Auto = Literal["auto"]
 
 
@@ -47,6 +48,8 @@ class ModelConfig:
     """Initialisation; see est_cli/model/initialisation.py."""
     head_dim: Count | None = None
     """Width of one head; null means d_model / n_heads."""
+    init_from: str | None = dataclasses.field(default=None, compare=False)
+    """A Hugging Face folder whose weights training starts from; no part of the shape."""
 
     @property
     def gated(self) -> bool:
@@ -86,6 +89,8 @@ class DataConfig:
     column: str = "text"
     sources: tuple[SourceConfig, ...] = ()
     """hf: a mixture instead of path; weights are shares of the tokens."""
+    streaming: bool = False
+    """hf: train while the text is still being read, in its order, shuffled within blocks of 1024 sequences."""
     num_workers: Count | Auto = "auto"
     """Processes that tokenize; auto takes every core for large text. The token files do not depend on it."""
 
@@ -141,7 +146,7 @@ class OptimizerConfig:
     lr: Positive = 6e-4
     weight_decay: NotNegative = 0.1
     """On matrices and embeddings only."""
-    betas: tuple[Fraction, Fraction] = (0.9, 0.95)
+    betas: tuple[Momentum, Momentum] = (0.9, 0.95)
     eps: Positive = 1e-8
     grad_clip: Positive | None = 1.0
     """Largest global gradient norm; null never clips."""
@@ -249,21 +254,39 @@ def read_train_config(plain: Mapping[str, Any]) -> TrainConfig:
         if name not in plain:
             if dataclasses.is_dataclass(kind):
                 problems.append(f"{name}: is missing")
+        elif name == "scheduler" and not isinstance(scheduler, Mapping):
+            problems.append("scheduler: must be a mapping with stages")
         elif name != "scheduler":
             read_sections[name] = read(kind, plain[name], name, problems)
     problems += [f"{key}: there is no such key{nearest(str(key), sections)}" for key in plain if key not in sections]
-    sampling = read_sections.get("sampling")
-    if sampling is not None and isinstance(scheduler, Mapping):
-        rates = Rates(sampling.heads, sampling.mlp, sampling.layers)
-        read_sections["scheduler"] = read_scheduler(scheduler, rates, problems)
-    elif not isinstance(scheduler, Mapping):
-        problems.append("scheduler: must be a mapping with stages")
-    problems += problems_together(read_sections)
+    if isinstance(scheduler, Mapping):
+        sampling = read_sections.get("sampling")
+        rates = Rates() if sampling is None else Rates(sampling.heads, sampling.mlp, sampling.layers)
+        section = _boundaries_alone(scheduler) if sampling is None else scheduler
+        read_sections["scheduler"] = read_scheduler(section, rates, problems)
+    problems += problems_together(read_sections, _max_steps(plain))
     if problems:
         raise UserError(*problems)
     model = read_sections["model"]
     read_sections["model"] = dataclasses.replace(model, head_dim=model.head_dim or model.d_model // model.n_heads)
     return TrainConfig(**read_sections)
+
+
+def _max_steps(plain: Mapping[str, Any]) -> int | None:
+    """trainer.max_steps, also where the rest of the section has problems."""
+    trainer = plain.get("trainer")
+    max_steps = trainer.get("max_steps", "auto") if isinstance(trainer, Mapping) else None
+    problems: list[str] = []
+    steps = read(Count, AUTO_MAX_STEPS if max_steps == "auto" else max_steps, "", problems)
+    return None if problems else steps
+
+
+def _boundaries_alone(scheduler: Mapping[str, Any]) -> dict[str, Any]:
+    """The section without its rates: those of `sampling` have problems, which are told there."""
+    stages = scheduler.get("stages")
+    if not isinstance(stages, list) or not all(isinstance(stage, Mapping) for stage in stages):
+        return dict(scheduler)
+    return {**scheduler, "stages": [{"end": stage.get("end")} for stage in stages]}
 
 
 def read_scheduler(plain: Mapping[str, Any], rates: Rates, problems: list[str]) -> SchedulerConfig | None:

@@ -11,12 +11,15 @@ def named_function(name: str, known: Mapping[str, Callable], key: str) -> Callab
     if name in known:
         return known[name]
     module, _, attribute = name.rpartition(".")
-    if not module:
+    if not module or name.startswith("."):
         allowed = ", ".join(known)
         raise UserError(
             f"{key}={name}: must be one of {allowed}, or the dotted path of a function{nearest(name, known)}"
         )
     try:
-        return getattr(importlib.import_module(module), attribute)
+        function = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError) as error:
         raise UserError(f"{key}={name}: cannot be imported: {error}") from error
+    if not callable(function):
+        raise UserError(f"{key}={name}: must be a function, and is of type {type(function).__name__}")
+    return function

@@ -21,14 +21,16 @@ class Within:
     low: float = -math.inf
     high: float = math.inf
     open_low: bool = False
+    open_high: bool = False
 
     def __contains__(self, number: float) -> bool:
-        return (number > self.low if self.open_low else number >= self.low) and number <= self.high
+        above = number > self.low if self.open_low else number >= self.low
+        return above and (number < self.high if self.open_high else number <= self.high)
 
     def __str__(self) -> str:
         if self.high == math.inf:
             return f"{'above' if self.open_low else 'of at least'} {self.low:g}"
-        return f"in {'(' if self.open_low else '['}{self.low:g}, {self.high:g}]"
+        return f"in {'(['[not self.open_low]}{self.low:g}, {self.high:g}{')]'[not self.open_high]}"
 
 
 def AtLeast(low: float) -> Within:

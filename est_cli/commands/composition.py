@@ -55,10 +55,20 @@ class Composer:
             problems = list(self._problems(self.arguments.overrides))
             raise UserError(*(problems or [_first_line(error)])) from error
 
-    def _compose(self, overrides: list[str]) -> DictConfig:
-        return self.hydra.compose_config(
-            self.config_name, overrides, run_mode=RunMode.RUN, with_log_configuration=False
-        )
+    def compose_sweep(self) -> DictConfig:
+        """The config that the jobs of a sweep share. Raises UserError naming every override that no job can compose."""
+        overrides = self.arguments.overrides
+        try:
+            master = self._compose(overrides, RunMode.MULTIRUN)
+            for job in _every_value_once(overrides):
+                self._compose([*job, "hydra.mode=RUN"])
+            return master
+        except (HydraException, OmegaConfBaseException, ValueError) as error:
+            problems = [line for job in _every_value_once(overrides) for line in self._problems(job)]
+            raise UserError(*(dict.fromkeys(problems) or [_first_line(error)])) from error
+
+    def _compose(self, overrides: list[str], mode: RunMode = RunMode.RUN) -> DictConfig:
+        return self.hydra.compose_config(self.config_name, overrides, run_mode=mode, with_log_configuration=False)
 
     def _search_path(self) -> ConfigSearchPathImpl:
         search_path = create_automatic_config_search_path(None, None, str(conf_dir()))
@@ -104,6 +114,22 @@ class Composer:
             return list(_dotted_keys(self._compose(overrides)))
         except (HydraException, OmegaConfBaseException):
             return []
+
+
+def _every_value_once(overrides: list[str]) -> list[list[str]]:
+    """Overrides of as few jobs as hold every swept value; those that cannot be read stay as they are."""
+    values = []
+    for text in overrides:
+        try:
+            override = OverridesParser.create().parse_override(text)
+        except HydraException:
+            values.append([text])
+            continue
+        swept = override.is_discrete_sweep()
+        key = override.get_key_element()
+        values.append([f"{key}={v}" for v in override.sweep_string_iterator()] if swept else [text])
+    longest = max(map(len, values), default=1)
+    return [[options[min(index, len(options) - 1)] for options in values] for index in range(longest)]
 
 
 def nearest_key(key: str, known: list[str]) -> str:

@@ -29,6 +29,8 @@ def run(plain: dict[str, Any]) -> None:
         raise UserError(*problems, *error.problems) from None
     if problems:
         raise UserError(*problems)
+    if config.data.streaming:
+        raise UserError("data.streaming=true: leaves nothing to prepare; est-train reads the stream as it goes")
     from est_cli.data.inspection import inspect
     from est_cli.data.tokens import prepare
 
@@ -57,9 +59,27 @@ def _print(facts: dict[str, Any], console: Console) -> None:
             f"{split['unigram_entropy_nats']:.3f} nats",
         )
     console.print(table)
+    if facts["mixture"]:
+        console.print(_mixture_table(facts["mixture"]))
     for sample in facts["samples"]:
         console.print(Panel(Text(sample)))
+    tokenizing = facts["tokenizing"]
+    processes = f"{tokenizing['processes']} process{'es' if tokenizing['processes'] > 1 else ''}"
+    console.print(f"tokenized at {tokenizing['mb_per_s']:.1f} MB/s by {processes}", highlight=False)
     console.print(f"folder: {facts['folder']}", soft_wrap=True, highlight=False)
+
+
+def _mixture_table(mixture: list[dict[str, Any]]) -> Table:
+    """What each source of a mixture was to get of the tokens, and got."""
+    table = Table(title="mixture", title_justify="left")
+    table.add_column("source")
+    for column in ("weight", "train", "used", "val", "used"):
+        table.add_column(column, justify="right")
+    for source in mixture:
+        splits = (source["splits"][name] for name in ("train", "val"))
+        cells = [cell for split in splits for cell in (f"{split['share']:.2%}", f"{split['passes']:.2f} times")]
+        table.add_row(Text(str(source["path"])), f"{source['weight']:.2%}", *cells)
+    return table
 
 
 def _say(message: str) -> None:

@@ -17,6 +17,8 @@ from est_cli.commands.composition import Composer, conf_dir, plain
 from est_cli.errors import UserError
 
 DONE, FAILED, BAD_INPUT, STOPPED = 0, 1, 2, 75
+PROBLEM = "error: "
+"""What a line of a message about bad input begins with."""
 
 
 @functools.cache
@@ -36,8 +38,14 @@ OmegaConf.register_new_resolver("est.run_id", run_id, replace=True)
 
 
 def read_arguments() -> argparse.Namespace:
-    """Hydra's flags and the overrides of the command line."""
-    return get_args_parser().parse_args()
+    """Hydra's flags and the overrides of the command line.
+
+    Also lets a config name a person's own functions by a dotted path: an installed command, unlike python -m, does
+    not look for modules in the current directory. It comes last, so that no file there can take a library's place.
+    """
+    if not {"", os.getcwd()} & set(sys.path):
+        sys.path.append(os.getcwd())
+    return get_args_parser().parse_intermixed_args()
 
 
 def read_only(config_name: str, call: Callable[[dict[str, Any]], int | None]) -> NoReturn:
@@ -80,12 +88,21 @@ def exit_with(call: Callable[[], int | None]) -> NoReturn:
 
 def print_problems(error: UserError) -> None:
     """One message on standard error, a line a problem."""
-    print("\n".join(f"error: {problem}" for problem in error.problems), file=sys.stderr)
+    print(problems_text(error), file=sys.stderr)
+
+
+def problems_text(error: UserError) -> str:
+    return "\n".join(f"{PROBLEM}{problem}" for problem in error.problems)
 
 
 def needs_hydra(arguments: Any) -> bool:
-    """Whether a flag asks for what Hydra does itself: help, --cfg, --info, sweeps."""
-    flags = ("help", "hydra_help", "cfg", "info", "multirun", "shell_completion", "resolve")
+    """Whether a flag asks for what Hydra does itself, sweeps included."""
+    return arguments.multirun or asks_hydra(arguments)
+
+
+def asks_hydra(arguments: Any) -> bool:
+    """Whether a flag asks for words of Hydra's: help, --cfg, --info."""
+    flags = ("help", "hydra_help", "cfg", "info", "shell_completion", "resolve")
     return any(getattr(arguments, flag) for flag in flags)
 
 

@@ -1,17 +1,34 @@
-"""est-eval: validation loss, perplexity and bits per byte of a run's newest checkpoint."""
+"""est-eval: loss, perplexity and bits per byte, or downstream tasks, of one run or of several side by side."""
 
+import dataclasses
 import json
+import os
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from rich.console import Console
 from rich.table import Table
 
 from est_cli.commands.entry import read_only
-from est_cli.config import Count
+from est_cli.config import Count, DataConfig, Natural, as_plain, read_train_config
 from est_cli.errors import UserError
 from est_cli.schema import read
+
+if TYPE_CHECKING:
+    from est_cli.evaluation.run import OpenRun
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """What to evaluate the runs on."""
+
+    tokens: Count | None
+    tasks: tuple[str, ...]
+    tasks_dir: str | None
+    limit: Count | None
+    num_fewshot: Natural | None
+    data: DataConfig | None = None
 
 
 def main() -> None:
@@ -19,42 +36,106 @@ def main() -> None:
 
 
 def run(plain: dict[str, Any]) -> None:
-    """Print the evaluation of the run that `run=` names; raises UserError for bad input."""
+    """Print the evaluation of what `run=` names; raises UserError for bad input."""
     problems: list[str] = []
-    folder = read(str | None, plain["run"], "run", problems)
-    tokens = read(Count | None, plain["tokens"], "tokens", problems)
-    if folder is None and not problems:
-        problems.append("run: is missing; must be a run directory")
+    plain = dict(plain)
+    given = read(str | tuple[str, ...] | None, plain.pop("run"), "run", problems)
+    kind = read(Literal["text", "json"], plain.pop("format"), "format", problems)
+    request = read(Request, plain, "", problems)
+    if not given and not problems:
+        problems.append("run: is missing; must be a run directory, or a list of them")
     if problems:
         raise UserError(*problems)
-    from est_cli.data.tokens import prepare
-    from est_cli.evaluation.loss import evaluate
+    folders = [given] if isinstance(given, str) else list(given)
+    found = [_evaluate(folder, request) for folder in folders]
+    if kind == "text":
+        table = _tasks_table if request.tasks else _loss_table
+        Console().print(table(_short_names(folders), found))
+    elif isinstance(given, str):
+        print(json.dumps(found[0]))
+    else:
+        runs = [{"run": folder, **facts} for folder, facts in zip(folders, found, strict=True)]
+        print(json.dumps({"runs": runs}))
+
+
+def _evaluate(folder: str, request: Request) -> dict[str, Any]:
     from est_cli.evaluation.run import open_run
 
-    opened = open_run(Path(folder), _warn)
-    config = opened.config
-    store = prepare(config.data, config.tokenizer, config.model.vocab_size, _warn, sys.stderr.isatty())
-    loss = evaluate(opened, store.val, store.tokenizer.token_bytes, tokens or config.trainer.eval_tokens)
-    facts = {
-        "step": opened.checkpoint.step - 1,
+    opened = open_run(Path(folder), _say)
+    facts = _tasks(opened, request) if request.tasks else _loss(opened, request)
+    return {"step": opened.checkpoint.step - 1, **facts}
+
+
+def _loss(opened: "OpenRun", request: Request) -> dict[str, Any]:
+    from est_cli.evaluation.loss import evaluate
+    from est_cli.evaluation.run import run_store
+
+    config, data = opened.config, request.data
+    if data is not None:
+        read_train_config(as_plain(dataclasses.replace(config, data=data)))
+    seq_len = None if data is None or data.seq_len == "auto" else data.seq_len
+    store = run_store(opened, _say, data)
+    n_tokens = request.tokens or config.trainer.eval_tokens
+    loss = evaluate(opened, store.val, store.tokenizer.token_bytes, n_tokens, seq_len)
+    return {
         "val_loss": loss.val_loss,
         "perplexity": loss.perplexity,
         "bits_per_byte": loss.bits_per_byte,
         "tokens": loss.tokens,
     }
-    if plain["format"] == "json":
-        print(json.dumps(facts))
-        return
-    table = Table("step", "validation loss", "perplexity", "bits per byte", "tokens")
-    table.add_row(
-        str(facts["step"]),
-        f"{loss.val_loss:.4f}",
-        f"{loss.perplexity:.2f}",
-        f"{loss.bits_per_byte:.4f}",
-        str(loss.tokens),
-    )
-    Console().print(table)
 
 
-def _warn(message: str) -> None:
-    print(message, file=sys.stderr)
+def _tasks(opened: "OpenRun", request: Request) -> dict[str, Any]:
+    from est_cli.evaluation.run import run_tokenizer
+
+    try:
+        from est_cli.evaluation.tasks import evaluate_tasks
+    except ImportError as error:
+        raise UserError(f"tasks: needs lm-eval (pip install 'est-cli[tasks]'); {error}") from None
+    tasks_dir = None if request.tasks_dir is None else Path(request.tasks_dir).expanduser().absolute()
+    if tasks_dir is not None and not tasks_dir.is_dir():
+        raise UserError(f"tasks_dir={request.tasks_dir}: must be a folder with task files")
+    tokenizer = run_tokenizer(opened, _say)
+    return {"tasks": evaluate_tasks(opened, tokenizer, request.tasks, tasks_dir, request.limit, request.num_fewshot)}
+
+
+def _short_names(folders: list[str]) -> list[str]:
+    """What tells the runs apart: their paths without what they share."""
+    paths = [Path(folder).absolute() for folder in folders]
+    shared = Path(os.path.commonpath([path.parent for path in paths]))
+    return [str(path.relative_to(shared)) for path in paths]
+
+
+def _loss_table(names: list[str], found: list[dict[str, Any]]) -> Table:
+    table = Table("run")
+    for column in ("step", "val loss", "perplexity", "bits per byte", "tokens"):
+        table.add_column(column, justify="right")
+    for name, facts in zip(names, found, strict=True):
+        table.add_row(
+            name,
+            str(facts["step"]),
+            f"{facts['val_loss']:.4f}",
+            f"{facts['perplexity']:.2f}",
+            f"{facts['bits_per_byte']:.4f}",
+            str(facts["tokens"]),
+        )
+    return table
+
+
+def _tasks_table(names: list[str], found: list[dict[str, Any]]) -> Table:
+    table = Table("task", "metric")
+    for name in names:
+        table.add_column(name, justify="right", overflow="fold")
+    for task, metrics in found[0]["tasks"].items():
+        for metric in (name for name in metrics if "_stderr" not in name):
+            table.add_row(task, metric, *(_with_error(facts["tasks"][task], metric) for facts in found))
+    return table
+
+
+def _with_error(metrics: dict[str, float], metric: str) -> str:
+    error = metrics.get(f"{metric}_stderr")
+    return f"{metrics[metric]:.4f}" + ("" if error is None else f" ± {error:.4f}")
+
+
+def _say(message: str) -> None:
+    print(message, file=sys.stderr, flush=True)

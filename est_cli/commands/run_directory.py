@@ -6,14 +6,19 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from est_cli.config import TrainConfig, as_plain
 from est_cli.errors import UserError
 
+if TYPE_CHECKING:
+    from est_cli.data.tokenizers import Tokenizer
+
 CONFIG, METRICS, SUMMARY, ERROR = "config.yaml", "metrics.jsonl", "summary.json", "error.txt"
+ENVIRONMENT = "environment.json"
+TOKENIZER = "tokenizer"
 
 HARMLESS = (
     "format",
@@ -32,6 +37,10 @@ HARMLESS = (
 """Keys, and whole sections, that may change when a run continues: they do not reach its weights."""
 
 
+_BEFORE_A_RUN = {".hydra", ERROR, ENVIRONMENT}
+"""What a folder may hold in which no run has begun."""
+
+
 @dataclass(frozen=True)
 class RunDirectory:
     path: Path
@@ -45,7 +54,7 @@ class RunDirectory:
 
         Raises UserError for a finished run, for one of another config, and for a folder of something else.
         """
-        if not self.path.exists() or not any(self.path.iterdir()):
+        if not self.path.exists() or {path.name for path in self.path.iterdir()} <= _BEFORE_A_RUN:
             return []
         if not (self.path / CONFIG).exists():
             raise UserError(f"hydra.run.dir={self.path}: holds other files and no run; name another folder")
@@ -54,19 +63,36 @@ class RunDirectory:
                 f"run_id={config.run_id}: this run is finished ({self.path}); name another run_id, or "
                 "leave it out for a fresh one"
             )
+        return [f"continues with a changed {line}" for line in self._harmless_changes(config)]
+
+    def is_done(self, config: TrainConfig) -> bool:
+        """Whether this run is finished already. Raises UserError for a finished one of another config."""
+        if self.summary().get("status") != "done":
+            return False
+        self._harmless_changes(config)
+        (self.path / ERROR).unlink(missing_ok=True)
+        return True
+
+    def _harmless_changes(self, config: TrainConfig) -> list[str]:
         changed = list(differences(self.config(), as_plain(config)))
         matter = [line for key, line in changed if not _harmless(key)]
         if matter:
             raise UserError(
-                f"run_id={config.run_id}: the unfinished run in {self.path} has another config; give the same "
+                f"run_id={config.run_id}: the run in {self.path} has another config; give the same "
                 "values, or another run_id",
                 *matter,
             )
-        return [f"continues with a changed {line}" for _, line in changed if _key(line) != "run_id"]
+        return [line for _, line in changed if _key(line) != "run_id"]
 
     def write_config(self, config: TrainConfig) -> None:
         text = yaml.safe_dump(as_plain(config), sort_keys=False)
         (self.path / CONFIG).write_text(text)
+
+    def write_tokenizer(self, tokenizer: "Tokenizer") -> None:
+        """So that the run can be read without its corpus."""
+        folder = self.path / TOKENIZER
+        folder.mkdir(exist_ok=True)
+        tokenizer.save(folder)
 
     def config(self) -> dict[str, Any]:
         return yaml.safe_load((self.path / CONFIG).read_text())

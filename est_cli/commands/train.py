@@ -1,23 +1,29 @@
 """est-train: validate, prepare the data, make the run directory, train, say what was saved."""
 
+import functools
 import json
 import sys
 import traceback
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig
 
 from est_cli import auto
-from est_cli.commands import entry
+from est_cli.commands import entry, sweep
+from est_cli.commands.arms import with_arm
 from est_cli.commands.composition import plain
-from est_cli.commands.run_directory import METRICS, RunDirectory, continue_command
+from est_cli.commands.run_directory import ENVIRONMENT, METRICS, RunDirectory, continue_command
+from est_cli.commands.stopping import StopRequest
 from est_cli.config import TrainConfig, as_plain, read_train_config
+from est_cli.errors import UserError
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from est_cli.data.tokens import TokenStore
-    from est_cli.tracking.tracker import RunInfo, Tracker
+    from est_cli.tracking.tracker import Tracker
     from est_cli.training.distributed import World
 
 
@@ -29,8 +35,12 @@ class Prepared:
     directory: RunDirectory
     store: "TokenStore"
     overrides: list[str]
+    command: str
+    """The command line that goes on with the run when it has been stopped."""
     notes: list[str]
     trackers: "list[Tracker]"
+    job: bool = False
+    """Whether it is one of a sweep, which has the last word on standard output."""
 
     def say(self, message: str) -> None:
         for tracker in self.trackers:
@@ -39,9 +49,9 @@ class Prepared:
 
 def main() -> None:
     arguments = entry.read_arguments()
-    if entry.needs_hydra(arguments):
-        entry.hand_to_hydra("train", _job_of_sweep)
-    entry.exit_with(lambda: _run(arguments))
+    if entry.asks_hydra(arguments):
+        entry.hand_to_hydra("train", lambda _: None)
+    entry.exit_with(lambda: sweep.run(arguments, job_of_sweep) if sweep.is_sweep(arguments) else _run(arguments))
 
 
 def _run(arguments: Any) -> int:
@@ -58,11 +68,12 @@ def _run(arguments: Any) -> int:
     if environment_rank() > 0:
         world = join(config.trainer.device)
         directory = RunDirectory(Path(world.from_main(None)))
-        return execute(Prepared(config, directory, _tokens(config, quiet=True), arguments.overrides, [], []), world)
+        return execute(Prepared(config, directory, _tokens(config, quiet=True), [], "", [], []), world)
     directory = RunDirectory(Path(hydra_node.run.dir).absolute())
     notes += directory.check(config)
     trackers = trackers_for(config)
-    prepared = Prepared(config, directory, _tokens(config), arguments.overrides, notes, trackers)
+    command = continue_command(arguments.overrides, config, directory.path)
+    prepared = Prepared(config, directory, _tokens(config), arguments.overrides, command, notes, trackers)
     world = join(config.trainer.device)
     world.from_main(str(directory.path))
     codes: list[int] = []
@@ -70,26 +81,43 @@ def _run(arguments: Any) -> int:
     return codes[0]
 
 
-def _job_of_sweep(composed: DictConfig) -> int:
-    """One job of a multirun: Hydra has made its directory already."""
+def job_of_sweep(composed: DictConfig, directory: RunDirectory, command: str) -> float:
+    """One job of a sweep, whose directory Hydra has made; the validation loss. A finished job is not run again."""
     from hydra.core.hydra_config import HydraConfig
 
     from est_cli.tracking.trackers import trackers_for
-    from est_cli.training.distributed import join
+    from est_cli.training.distributed import join, launched_ranks
 
     node = HydraConfig.get()
     config, notes = read_config(plain(composed))
-    directory = RunDirectory(Path(node.runtime.output_dir))
-    prepared = Prepared(config, directory, _tokens(config), list(node.overrides.task), notes, trackers_for(config))
-    return execute(prepared, join(config.trainer.device))
+    if config.trainer.devices > 1 or launched_ranks() > 1:
+        raise UserError(f"trainer.devices={config.trainer.devices}: must be 1 in a sweep")
+    if config.logger.group is None:
+        config = replace(config, logger=replace(config.logger, group=Path(node.sweep.dir).name))
+    if directory.is_done(config):
+        print(f"{directory.path.name}: done already, skipped", file=sys.stderr, flush=True)
+        return directory.summary()["val_loss"]
+    notes += directory.check(config)
+    overrides, trackers = list(node.overrides.task), trackers_for(config)
+    print(f"{directory.path.name}: job {node.job.num + 1}", file=sys.stderr, flush=True)
+    prepared = Prepared(config, directory, _tokens(config), overrides, command, notes, trackers, job=True)
+    code = execute(prepared, join(config.trainer.device))
+    if code != entry.DONE:
+        raise SystemExit(code)
+    return directory.summary()["val_loss"]
 
 
 def read_config(composed: dict[str, Any]) -> tuple[TrainConfig, list[str]]:
     """The config with numbers that suit this machine's device, and what was chosen. Raises UserError."""
+    arm = composed.pop("arm", None)
     config = read_train_config(composed)
     from est_cli.training.device import available_device
+    from est_cli.training.pretrained import check_pretrained
 
-    return auto.choose(config, available_device(config.trainer))
+    if config.model.init_from is not None:
+        check_pretrained(config.model)
+    config, notes = auto.choose(config, available_device(config.trainer))
+    return (config if arm is None else with_arm(config, arm)), notes
 
 
 def _tokens(config: TrainConfig, quiet: bool = False) -> "TokenStore":
@@ -104,7 +132,7 @@ def _tokens(config: TrainConfig, quiet: bool = False) -> "TokenStore":
 
 def execute(prepared: Prepared, world: "World") -> int:
     """Train in the run directory, which exists; returns the exit code."""
-    from est_cli.commands.stopping import StopRequest
+    from est_cli.commands.provenance import write_environment
     from est_cli.tracking.metrics import iterate_metrics
     from est_cli.tracking.summary import summarize
     from est_cli.tracking.tracker import RunInfo
@@ -113,7 +141,7 @@ def execute(prepared: Prepared, world: "World") -> int:
 
     config, directory, trackers = prepared.config, prepared.directory, prepared.trackers
     checkpoints = Checkpoints(directory.checkpoints, config.checkpoint.keep, config.checkpoint.keep_best)
-    stop_request = StopRequest()
+    stop_request = _stop_request()
     training = Training(config, prepared.store, world, trackers)
     found = checkpoints.newest(warn=prepared.say)
     if found is not None:
@@ -122,6 +150,8 @@ def execute(prepared: Prepared, world: "World") -> int:
         status = training.run(checkpoints, stop_request).status
         return entry.STOPPED if status == "stopped" else entry.DONE
     directory.write_config(config)
+    directory.write_tokenizer(prepared.store.tokenizer)
+    write_environment(directory.path / ENVIRONMENT, prepared.overrides)
     run = RunInfo(
         directory.path,
         config,
@@ -130,7 +160,7 @@ def execute(prepared: Prepared, world: "World") -> int:
         training.stages,
         tuple(cost.total for cost in training.ledger.per_step),
         training.ledger.full.total,
-        continue_command(prepared.overrides, config, directory.path),
+        prepared.command,
     )
     for note in prepared.notes:
         prepared.say(note)
@@ -154,23 +184,42 @@ def execute(prepared: Prepared, world: "World") -> int:
     directory.write_summary(summary)
     for tracker in trackers:
         tracker.finish(outcome.status, summary)
-    _print_result(config, summary, run)
+    _print_result(prepared, summary)
     return entry.STOPPED if outcome.status == "stopped" else entry.DONE
 
 
-def _print_result(config: TrainConfig, summary: dict[str, Any], run: "RunInfo") -> None:
-    from est_cli.reports.records import load_runs
-    from est_cli.reports.report import write_report
+@functools.cache
+def _stop_request() -> StopRequest:
+    """One for the process: a signal between two jobs of a sweep is meant for the next."""
+    return StopRequest()
+
+
+def _print_result(prepared: Prepared, summary: dict[str, Any]) -> None:
+    from est_cli.reports.report import FORMATS
     from est_cli.tracking.display import console_for
     from est_cli.tracking.summary import stage_table
 
-    console = console_for(config.format)
-    paths = {"run directory": run.run_dir, **write_report(load_runs([run.run_dir]), run.run_dir / "report")}
-    if config.format == "json":
-        print(json.dumps({**summary, "run_dir": str(run.run_dir)}))
-    else:
+    run_dir, console = prepared.directory.path, console_for(prepared.config.format)
+    paths: dict[str, Any] = {"run directory": run_dir}
+    if prepared.config.format != "json":
         console.print(stage_table(summary))
-    if summary["status"] == "stopped":
-        paths["continue with"] = run.command
+    elif not prepared.job:
+        print(json.dumps({**summary, "run_dir": str(run_dir)}))
+    if summary["status"] == "stopped" and not prepared.job:
+        paths["continue with"] = prepared.command
+    # A sweep ends with figures of all its jobs.
+    paths |= _report(run_dir, console, ("html",) if prepared.job else FORMATS)
     for name, path in paths.items():
         console.print(f"{name}: {path}", soft_wrap=True, highlight=False, markup=False)
+
+
+def _report(run_dir: Path, console: "Console", formats: tuple[str, ...]) -> dict[str, Path]:
+    """Writes the run's report and names its page; a disk that is full must not make a failure of a run that is done."""
+    from est_cli.reports.records import load_runs
+    from est_cli.reports.report import write_report
+
+    try:
+        return {"report": write_report(load_runs([run_dir]), run_dir / "report", formats)["html"]}
+    except OSError as error:
+        console.print(f"no report was written: {error}", soft_wrap=True, markup=False)
+        return {}

@@ -5,6 +5,8 @@ seq_len, so that every token but the first is a target once. Sample n of trainin
 permutation(epoch)[n % N], epoch = n // N: without replacement, epoch after epoch, a pure function of (seed, n).
 """
 
+from typing import Protocol
+
 import numpy as np
 
 _ROUNDS = 8
@@ -14,8 +16,16 @@ def n_windows(tokens: np.ndarray, seq_len: int) -> int:
     return max(0, (len(tokens) - 1) // seq_len)
 
 
-def training_windows(tokens: np.ndarray, seq_len: int, seed: int, first: int, count: int) -> np.ndarray:
+class WindowSource(Protocol):
+    """Training tokens that choose their windows themselves."""
+
+    def windows(self, seq_len: int, seed: int, first: int, count: int) -> np.ndarray: ...
+
+
+def training_windows(tokens: np.ndarray | WindowSource, seq_len: int, seed: int, first: int, count: int) -> np.ndarray:
     """The `count` training samples from number `first` on, int64 [count, seq_len + 1]."""
+    if not isinstance(tokens, np.ndarray):
+        return tokens.windows(seq_len, seed, first, count)
     n = n_windows(tokens, seq_len)
     assert n > 0, "a text shorter than one window is refused by TokenStore.check"
     epochs, indices = np.divmod(first + np.arange(count, dtype=np.int64), n)

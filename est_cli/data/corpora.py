@@ -2,7 +2,6 @@
 
 import hashlib
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Protocol
 
@@ -10,7 +9,7 @@ import numpy as np
 
 from est_cli.config import DataConfig
 from est_cli.data import Say
-from est_cli.data.text_files import find_stdlib_files, find_text_files
+from est_cli.data.text_files import find_stdlib_files, find_text_files, hash_files
 from est_cli.errors import UserError
 
 
@@ -56,20 +55,6 @@ class FileCorpus:
         return data
 
 
-def hash_files(files: Sequence[Path]) -> list[bytes]:
-    """SHA-256 of each file, on all cores: hashing lets go of Python's lock."""
-    with ThreadPoolExecutor() as pool:
-        return list(pool.map(_hash_file, files))
-
-
-def _hash_file(file: Path) -> bytes:
-    try:
-        with file.open("rb") as stream:
-            return hashlib.file_digest(stream, "sha256").digest()
-    except OSError as error:
-        raise UserError(f"data.path: cannot read {file} ({error.strerror})") from None
-
-
 def open_corpus(data: DataConfig, say: Say) -> Corpus:
     """The documents that `data` names.
 
@@ -80,6 +65,7 @@ def open_corpus(data: DataConfig, say: Say) -> Corpus:
         return FileCorpus(files, source)
     if data.kind == "hf":
         from est_cli.data.hf_corpus import HFCorpus
+        from est_cli.data.text_streams import StreamedCorpus
 
-        return HFCorpus(data)
+        return StreamedCorpus(data) if data.streaming else HFCorpus(data)
     return FileCorpus(find_text_files(data.path, say), {"kind": "text", "path": data.path})

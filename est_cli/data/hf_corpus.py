@@ -13,15 +13,14 @@ from pathlib import Path
 import numpy as np
 
 from est_cli.config import DataConfig
-from est_cli.data.corpora import hash_files
-from est_cli.data.text_files import missing, path_entries, show_paths, walk
+from est_cli.data import hub
+from est_cli.data.text_files import hash_files, missing, path_entries, show_paths, walk
 from est_cli.errors import UserError, nearest
 
 _BUILDERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".ndjson": "json", ".csv": "csv",
              ".tsv": "csv", ".txt": "text", ".arrow": "arrow"}
 _COMPRESSIONS = {".gz", ".zst", ".xz", ".bz2"}
 _FORMATS = "parquet, jsonl, json, csv, tsv, txt or arrow"
-_HUB_TIMEOUT_S = 5
 
 
 class HFCorpus:
@@ -29,8 +28,7 @@ class HFCorpus:
 
     def __init__(self, data: DataConfig):
         self._data = data
-        self._files = _local_files(data)
-        self._commit: str | None = None
+        self._files = local_files(data)
         if self._files:
             # Names say the format, and in a folder the split.
             digests = hash_files(self._files)
@@ -39,9 +37,11 @@ class HFCorpus:
             content = [split._fingerprint for split in self._splits]
         choice = [data.name, data.split, data.val_split, data.column]
         self.fingerprint = hashlib.sha256(json.dumps([content, choice]).encode()).hexdigest()
-        self.source = {"kind": "hf", "path": data.path, "name": data.name, "split": data.split,
-                       "val_split": data.val_split, "revision": self._commit or data.revision,
-                       "column": data.column}
+        self.source = describe_origin(data, self._files)
+
+    def __getstate__(self) -> dict:
+        """For other processes: the tables are mapped again there, where the text itself would be copied."""
+        return {key: value for key, value in self.__dict__.items() if key not in ("_column", "sizes", "keys")}
 
     def read(self, document: int, start: int, end: int) -> bytes:
         value = self._column[document].as_buffer()
@@ -77,24 +77,36 @@ class HFCorpus:
     def _splits(self) -> list:
         """The training split, and the validation split where one was named."""
         names = [name for name in (self._data.split, self._data.val_split) if name is not None]
-        return [self._load_split(name) for name in names]
+        return [load_split(self._data, self._files, name) for name in names]
 
-    def _load_split(self, split: str):
-        data, datasets = self._data, _import_datasets()
-        options = {"name": data.name, "split": split}
-        if data.cache_dir is not None:
-            options["cache_dir"] = os.path.join(os.path.expanduser(data.cache_dir), "huggingface")
-        try:
-            if self._files:
-                return _load_local(datasets, data, self._files, options)
-            name = path_entries(data.path)[0]
-            _refuse_builder_name(datasets, name)
-            with _hub(datasets, name) as self._commit:
-                return datasets.load_dataset(name, revision=data.revision, **options)
-        except UserError:
-            raise
-        except Exception as error:  # The library raises what pyarrow, pandas, httpx and others raise.
-            raise _explain(error, data, split, bool(self._files)) from None
+
+def describe_origin(data: DataConfig, files: list[Path]) -> dict:
+    """What the manifest says of a dataset."""
+    revision = None if files else hub.dataset_commit(path_entries(data.path)[0], data.revision)
+    return {"kind": "hf", "path": data.path, "name": data.name, "split": data.split, "val_split": data.val_split,
+            "revision": revision, "column": data.column}
+
+
+def load_split(data: DataConfig, files: list[Path], split: str, streaming: bool = False):
+    """A split of the local `files`, or where there are none of the dataset on the hub, as the library has it.
+
+    Raises UserError where there is no such thing.
+    """
+    datasets = _import_datasets()
+    options = {"name": data.name, "split": split}
+    if data.cache_dir is not None:
+        options["cache_dir"] = os.path.join(os.path.expanduser(data.cache_dir), "huggingface")
+    try:
+        if files:
+            return _load_local(datasets, data, files, options, streaming)
+        name = path_entries(data.path)[0]
+        _refuse_builder_name(datasets, name)
+        with _cache_where_the_hub_is_silent(datasets):
+            return datasets.load_dataset(name, revision=data.revision, streaming=streaming, **options)
+    except UserError:
+        raise
+    except Exception as error:  # The library raises what pyarrow, pandas, httpx and others raise.
+        raise _explain(error, data, split, bool(files)) from None
 
 
 def _import_datasets():
@@ -107,7 +119,7 @@ def _import_datasets():
     return datasets
 
 
-def _local_files(data: DataConfig) -> list[Path]:
+def local_files(data: DataConfig) -> list[Path]:
     """The local files that `data.path` names, or an empty list where it is a name on the hub."""
     entries = path_entries(data.path)
     files = []
@@ -142,14 +154,14 @@ def _builder(file: Path) -> str | None:
     return _BUILDERS.get(suffixes[-1]) if suffixes else None
 
 
-def _load_local(datasets, data: DataConfig, files: list[Path], options: dict):
+def _load_local(datasets, data: DataConfig, files: list[Path], options: dict, streaming: bool):
     entries = path_entries(data.path)
     folder = os.path.expanduser(entries[0])
     is_folder = len(entries) == 1 and os.path.isdir(folder)
     if is_folder and os.path.exists(os.path.join(folder, "dataset_dict.json")):
-        return datasets.load_from_disk(folder)[options["split"]]
+        return _as_stream(datasets.load_from_disk(folder)[options["split"]], streaming)
     if is_folder and os.path.exists(os.path.join(folder, "state.json")):
-        return datasets.load_from_disk(folder)
+        return _as_stream(datasets.load_from_disk(folder), streaming)
     builders = Counter(_builder(file) or "" for file in files).most_common()
     if not builders[0][0] or (len(builders) > 1 and not is_folder):
         raise UserError(f"data.path={show_paths(data.path)}: must be {_FORMATS} files, all of one kind")
@@ -159,8 +171,12 @@ def _load_local(datasets, data: DataConfig, files: list[Path], options: dict):
     if builder == "csv" and ".tsv" in files[0].suffixes:
         options |= {"sep": "\t"}
     if is_folder:  # The library finds a folder's splits by its files' names.
-        return datasets.load_dataset(folder, **options)
-    return datasets.load_dataset(builder, data_files=[str(file) for file in files], **options)
+        return datasets.load_dataset(folder, streaming=streaming, **options)
+    return datasets.load_dataset(builder, data_files=[str(file) for file in files], streaming=streaming, **options)
+
+
+def _as_stream(dataset, streaming: bool):
+    return dataset.to_iterable_dataset() if streaming else dataset
 
 
 def _refuse_builder_name(datasets, name: str) -> None:
@@ -170,33 +186,26 @@ def _refuse_builder_name(datasets, name: str) -> None:
 
 
 @contextlib.contextmanager
-def _hub(datasets, name: str):
-    """Asks the hub once for the dataset's commit, and leaves the library to its cache where nobody answers.
-
-    The library itself would try for half a minute.
-    """
-    import huggingface_hub
-
+def _cache_where_the_hub_is_silent(datasets):
+    """The library itself would try for half a minute."""
     before = datasets.config.HF_HUB_OFFLINE
+    datasets.config.HF_HUB_OFFLINE = before or not hub.answers()
     try:
-        commit = huggingface_hub.HfApi().dataset_info(name, timeout=_HUB_TIMEOUT_S).sha
-    except huggingface_hub.errors.HfHubHTTPError:
-        commit = None
-    except Exception:
-        commit, datasets.config.HF_HUB_OFFLINE = None, True
-    try:
-        yield commit
+        yield
     finally:
         datasets.config.HF_HUB_OFFLINE = before
+
+
+def check_column(name: str, names: list[str]) -> None:
+    if name not in names:
+        raise UserError(f"data.column={name}: must be one of {', '.join(names)}{nearest(name, names)}")
 
 
 def _text_column(table, name: str):
     """A column as pyarrow large_string, or UserError with the columns that there are."""
     import pyarrow as pa
 
-    if name not in table.column_names:
-        raise UserError(f"data.column={name}: must be one of {', '.join(table.column_names)}"
-                        f"{nearest(name, table.column_names)}")
+    check_column(name, table.column_names)
     column = table.column(name)
     if not (pa.types.is_string(column.type) or pa.types.is_large_string(column.type)):
         raise UserError(f"data.column={name}: must be a column of text, and holds {column.type}")
@@ -213,8 +222,9 @@ def _explain(error: Exception, data: DataConfig, split: str, local: bool) -> Use
         return UserError(f"data.name={data.name}: {said}")
     if local:
         return UserError(f"{where}: cannot be read as a dataset ({said})")
-    hub = "could not be reached" if isinstance(error, ConnectionError) else f"gives no such dataset ({said})"
+    why = f"gives no such dataset ({said})" if hub.answers() else "could not be reached"
     return UserError(
-        f"{where}: there is no such file or folder, and the Hugging Face hub {hub}. "
-        f"On a machine that reaches the hub run `hf download {path} --repo-type dataset --local-dir FOLDER`, "
-        f"copy FOLDER here, and give data.path=FOLDER: {_FORMATS} files with a column '{data.column}'")
+        f"{where}: there is no such file or folder, and the Hugging Face hub {why}. On a machine that reaches the hub "
+        f"run `hf download {path} --repo-type dataset --local-dir {path}` and copy the folder to {path}, below the "
+        f"folder that you start from; or put it elsewhere and give data.path=FOLDER. It must hold {_FORMATS} files "
+        f"with a column '{data.column}'")

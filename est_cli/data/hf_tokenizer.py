@@ -3,16 +3,19 @@
 import hashlib
 import json
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
+from est_cli.data import hub
 from est_cli.errors import UserError, nearest
 
 _FILE = "tokenizer.json"
 _CONFIG_FILE = "tokenizer_config.json"
 _USUAL_EOT = ("<|endoftext|>", "</s>")
+_HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
 
 class HFTokenizer:
@@ -40,11 +43,14 @@ class HFTokenizer:
 
     @classmethod
     def open(cls, path: str | None) -> "HFTokenizer":
-        """Reads a tokenizer.json, or the folder that holds it."""
+        """Reads a tokenizer.json, or the folder that holds it, or what a model on the hub has of both."""
         if path is None:
-            raise UserError("tokenizer.path: is missing; must be a tokenizer.json or its folder for tokenizer=hf")
+            raise UserError("tokenizer.path: is missing; must be a tokenizer.json, its folder, or a model's name on "
+                            "the Hugging Face hub, for tokenizer=hf")
         file = Path(os.path.expanduser(path))
         file = file / _FILE if file.is_dir() else file
+        if not file.exists() and _HUB_NAME.fullmatch(path) and file.suffix != ".json":
+            file = _fetch(path)
         try:
             tokenizer = cls(file.read_text("utf-8"), _eos_token(file.parent / _CONFIG_FILE))
         except ImportError:
@@ -63,8 +69,12 @@ class HFTokenizer:
     def encode(self, text: str) -> list[int]:
         return self._tokenizer.encode(text, add_special_tokens=False).ids
 
-    def encode_batch(self, texts: Sequence[str], continued: Sequence[bool] | None = None) -> list[np.ndarray]:
-        encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+    def encode_batch(self, texts: Sequence[str], continued: Sequence[bool] | None = None,
+                     threads: int | None = None) -> list[np.ndarray]:
+        # The library splits a batch over all cores, or not at all.
+        batches = [[text] for text in texts] if threads == 1 else [list(texts)]
+        encodings = (encoding for batch in batches
+                     for encoding in self._tokenizer.encode_batch_fast(batch, add_special_tokens=False))
         return [np.array(encoding.ids, dtype=np.int32) for encoding in encodings]
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -90,6 +100,19 @@ class HFTokenizer:
             else:
                 n_bytes[i] = len(token.replace("\u2581", " ").encode())
         return n_bytes
+
+
+def _fetch(name: str) -> Path:
+    """The tokenizer.json of a model on the hub, its configuration beside it where there is one."""
+    file = hub.fetch(name, _FILE)
+    if file is not None:
+        hub.fetch(name, _CONFIG_FILE)
+        return file
+    why = f"has no {_FILE} of such a model for you" if hub.answers() else "could not be reached"
+    raise UserError(f"tokenizer.path={name}: there is no such file or folder{nearest(name, os.listdir())}, and the "
+                    f"Hugging Face hub {why}. On a machine that reaches the hub run `hf download {name} {_FILE} "
+                    f"{_CONFIG_FILE} --local-dir {name}` and copy the folder to {name}, below the folder that you "
+                    "start from; or put it elsewhere and give tokenizer.path=FOLDER")
 
 
 def _eos_token(config: Path) -> str | None:

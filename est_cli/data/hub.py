@@ -30,14 +30,16 @@ def _ask() -> bool:
     return True
 
 
-def dataset_commit(name: str) -> str | None:
-    """The newest commit of a dataset, or None where the hub does not say."""
+def dataset_commit(name: str, revision: str | None) -> str | None:
+    """The commit that a revision of a dataset is; where the hub does not say, the revision."""
     import huggingface_hub
 
+    if not answers():
+        return revision
     try:
-        return huggingface_hub.HfApi().dataset_info(name, timeout=_TIMEOUT_S).sha
+        return huggingface_hub.HfApi().dataset_info(name, revision=revision, timeout=_TIMEOUT_S).sha
     except Exception:  # Whatever is wrong with the name, loading the dataset says it better.
-        return None
+        return revision
 
 
 def fetch(name: str, filename: str) -> Path | None:

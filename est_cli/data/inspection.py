@@ -10,6 +10,8 @@ _CHUNK_TOKENS = 1 << 24
 def inspect(store: TokenStore, n_samples: int = 3, sample_tokens: int = 64) -> dict:
     """Counts of each split, the entropy of its unigrams, bytes per token, and decoded samples of the training split.
 
+    `mixture` has an entry for each of several sources: its weight, the share of the tokens that it got, how often it
+    was used (`passes`). `tokenizing` is how fast the store was made.
     The unigram entropy is the loss of a model that knows how frequent each token is and nothing else.
     """
     manifest = store.manifest
@@ -20,6 +22,8 @@ def inspect(store: TokenStore, n_samples: int = 3, sample_tokens: int = 64) -> d
         "tokenizer": {"kind": manifest["tokenizer"], "vocab_size": manifest["vocab_size"], "eot": manifest["eot"]},
         "dtype": np.dtype(manifest["dtype"]).name,
         "splits": {name: _describe(store, name) for name in manifest["splits"]},
+        "mixture": manifest["mixture"],
+        "tokenizing": manifest["tokenizing"],
         "samples": _samples(store, n_samples, sample_tokens),
     }
 

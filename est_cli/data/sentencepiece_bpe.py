@@ -13,7 +13,6 @@ import sentencepiece
 
 from est_cli.config import TokenizerConfig
 from est_cli.data import Say
-from est_cli.data.splits import Split
 from est_cli.errors import UserError, nearest
 
 # SentencePiece writes spaces as this character, so the character itself has to go as its bytes.
@@ -62,8 +61,10 @@ class SentencePieceTokenizer:
             tokenizer = cls(file.read_bytes())
         except OSError as error:
             names = os.listdir(file.parent) if file.parent.is_dir() else []
-            raise UserError(f"tokenizer.path={path}: cannot be read ({error.strerror})"
-                            f"{nearest(file.name, names)}") from None
+            raise UserError(f"tokenizer.path={path}: cannot be read ({error.strerror}){nearest(file.name, names)}; "
+                            "must be a SentencePiece model: place it there, or give "
+                            f"tokenizer.path=FILE. Llama's is the {cls.FILE} that `hf download "
+                            f"TinyLlama/TinyLlama_v1.1 {cls.FILE} --local-dir FOLDER` brings") from None
         except (RuntimeError, ValueError):
             raise UserError(f"tokenizer.path={path}: must be a SentencePiece model (tokenizer=hf reads a "
                             "tokenizer.json)") from None
@@ -74,7 +75,8 @@ class SentencePieceTokenizer:
     def encode(self, text: str) -> list[int]:
         return self.encode_batch([text])[0].tolist()
 
-    def encode_batch(self, texts: Sequence[str], continued: Sequence[bool] | None = None) -> list[np.ndarray]:
+    def encode_batch(self, texts: Sequence[str], continued: Sequence[bool] | None = None,
+                     threads: int | None = None) -> list[np.ndarray]:
         inner: list[str] = []
         bounds = [0]
         marks: list[int] = []
@@ -90,16 +92,17 @@ class SentencePieceTokenizer:
                     chunk = ""
                 inner.append(chunk)
             bounds.append(len(inner))
-        ids = self._encode(self._inner, inner)
-        for place, own in zip(firsts, self._encode(self._first, list(firsts.values())), strict=True):
+        threads = threads or _cores()
+        ids = self._encode(self._inner, inner, threads)
+        for place, own in zip(firsts, self._encode(self._first, list(firsts.values()), threads), strict=True):
             ids[place] = own
         for place in marks:
             ids[place] = self._mark
         return [np.concatenate([_NOTHING, *ids[a:b]]) for a, b in itertools.pairwise(bounds)]
 
     @staticmethod
-    def _encode(processor: sentencepiece.SentencePieceProcessor, chunks: list[str]) -> list[np.ndarray]:
-        return processor.encode(chunks, out_type="numpy", num_threads=_cores()) if chunks else []
+    def _encode(processor: sentencepiece.SentencePieceProcessor, chunks: list[str], threads: int) -> list[np.ndarray]:
+        return processor.encode(chunks, out_type="numpy", num_threads=threads) if chunks else []
 
     def decode(self, ids: Sequence[int]) -> str:
         return self._first.decode([int(i) for i in ids])
@@ -157,8 +160,8 @@ class SentencePieceTraining:
         self.definition = {"kind": SentencePieceTokenizer.kind, "vocab_size": self.vocab_size,
                            "train_bytes": self.train_bytes}
 
-    def train(self, split: Split, say: Say) -> SentencePieceTokenizer:
-        texts = split.sample(self.train_bytes)
+    def train(self, texts: Sequence[str], say: Say) -> SentencePieceTokenizer:
+        """`texts` should be a sample of the training split of at most `train_bytes`."""
         say(f"tokenizer: training {self.vocab_size} pieces on {sum(map(len, texts)) / 1e6:.1f} M characters")
         lines = self._training_lines(texts)
         try:
@@ -172,7 +175,7 @@ class SentencePieceTraining:
             proto = _train(lines, int(highest[1]))
         return SentencePieceTokenizer(proto)
 
-    def _training_lines(self, texts: list[str]) -> list[str]:
+    def _training_lines(self, texts: Sequence[str]) -> list[str]:
         """Lines made of the most frequent characters: at most half of the free pieces; the rest stays bytes."""
         points = np.frombuffer("".join(texts).encode("utf-32-le"), dtype=np.uint32)
         counts = np.bincount(points, minlength=1)

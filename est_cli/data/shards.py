@@ -14,7 +14,7 @@ from pathlib import Path
 
 from est_cli.data.corpora import Corpus
 from est_cli.data.splits import Split
-from est_cli.data.token_files import Counts, token_dtype, write_tokens
+from est_cli.data.token_files import Counts, write_tokens
 from est_cli.data.tokenizers import Tokenizer, load_tokenizer
 from est_cli.errors import UserError
 

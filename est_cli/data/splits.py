@@ -69,7 +69,7 @@ class Split:
             yield from _document_pieces(self.corpus, document, start, end, bool(continued[i]), bool(last[i]))
 
     def shards(self, n_bytes: int) -> list["Split"]:
-        """Consecutive parts of less than twice `n_bytes`; longer documents are cut as pieces are."""
+        """Consecutive parts of about `n_bytes`, less than three times that; longer documents are cut as pieces are."""
         documents, starts, ends = self._cut_long(n_bytes)
         sizes = ends - starts
         numbers = (np.cumsum(sizes) - sizes) // n_bytes

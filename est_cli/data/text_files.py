@@ -1,11 +1,13 @@
 """Finds the files of `data=stdlib` and `data=text`."""
 
 import glob
+import hashlib
 import os
 import platform
 import sysconfig
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from est_cli.data import Say
@@ -130,3 +132,17 @@ def _looks_like_text(file: Path) -> bool:
     strange = len(start) - len(start.translate(None, _STRANGE_BYTES))
     strange += start.decode("utf-8", "replace").count("\ufffd")
     return strange <= _STRANGE_SHARE * len(start)
+
+
+def hash_files(files: Sequence[Path]) -> list[bytes]:
+    """SHA-256 of each file, on all cores: hashing lets go of Python's lock."""
+    with ThreadPoolExecutor() as pool:
+        return list(pool.map(_hash_file, files))
+
+
+def _hash_file(file: Path) -> bytes:
+    try:
+        with file.open("rb") as stream:
+            return hashlib.file_digest(stream, "sha256").digest()
+    except OSError as error:
+        raise UserError(f"data.path: cannot read {file} ({error.strerror})") from None

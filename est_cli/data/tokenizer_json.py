@@ -7,11 +7,16 @@ the text, which is no piece, falls back to its bytes, as ours does.
 
 import json
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
+
+import tokenizers
+from sentencepiece import sentencepiece_model_pb2
+from tokenizers import AddedToken, Regex, decoders, models, normalizers
 
 from est_cli.data.hf_tokenizer import HFTokenizer
 from est_cli.data.sentencepiece_bpe import SentencePieceTokenizer
-from est_cli.data.tokenizers import ByteTokenizer, Tokenizer
+from est_cli.data.tokenizers import Tokenizer
 from est_cli.errors import UserError
 
 _SPACE_MARK = "\u2581"
@@ -58,78 +63,84 @@ def save_tokenizer_files(tokenizer: Tokenizer, folder: Path, max_seq_len: int) -
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=1) + "\n", "utf-8")
 
 
-def convert(tokenizer: Tokenizer):
+def convert(tokenizer: Tokenizer) -> tuple[tokenizers.Tokenizer, str]:
     """A `tokenizers.Tokenizer` with the ids of ours, and the token that ends a document. Raises UserError."""
-    if isinstance(tokenizer, ByteTokenizer):
-        pieces = [f"<0x{byte:02X}>" for byte in range(256)] + [_END_OF_TEXT]
-        return _checked(_bpe(pieces, [], specials=[_END_OF_TEXT]), tokenizer), _END_OF_TEXT
-    assert isinstance(tokenizer, SentencePieceTokenizer)
-    from sentencepiece import sentencepiece_model_pb2 as protobuf
+    pieces = _sentencepieces(tokenizer) if isinstance(tokenizer, SentencePieceTokenizer) else _bytes()
+    return _checked(_build(pieces), tokenizer), pieces.names[tokenizer.eot]
 
-    model = protobuf.ModelProto.FromString(tokenizer.proto)
-    kinds = protobuf.ModelProto.SentencePiece
-    if model.trainer_spec.model_type != protobuf.TrainerSpec.BPE:
+
+@dataclass
+class _Pieces:
+    """A vocabulary, spaces as spaces."""
+
+    names: list[str] = field(default_factory=list)
+    """In the order of their ids."""
+    merged: list[tuple[float, str]] = field(default_factory=list)
+    """Pieces that merging makes, with their scores: the highest merges first."""
+    specials: list[str] = field(default_factory=list)
+    whole: list[str] = field(default_factory=list)
+    """Texts that are a token wherever they stand."""
+    unknown: str | None = None
+    dummy_prefix: bool = False
+    """A space is put before the text."""
+
+
+def _bytes() -> _Pieces:
+    return _Pieces([*(f"<0x{byte:02X}>" for byte in range(256)), _END_OF_TEXT], specials=[_END_OF_TEXT])
+
+
+def _sentencepieces(tokenizer: SentencePieceTokenizer) -> _Pieces:
+    model = sentencepiece_model_pb2.ModelProto.FromString(tokenizer.proto)
+    kinds = sentencepiece_model_pb2.ModelProto.SentencePiece
+    if model.trainer_spec.model_type != sentencepiece_model_pb2.TrainerSpec.BPE:
         raise UserError("this SentencePiece model is not a BPE model: tokenizer.json is written for BPE only")
-    specials, whole, mergeable = [], [], []
-    names = []
+    found = _Pieces(dummy_prefix=model.normalizer_spec.add_dummy_prefix)
     for piece in model.pieces:
-        # A mark would never match: text has its spaces, and its own marks go as bytes.
         is_text = piece.type in (kinds.NORMAL, kinds.USER_DEFINED)
         name = piece.piece.replace(_SPACE_MARK, " ") if is_text else piece.piece
-        names.append(name)
-        if piece.type in (kinds.CONTROL, kinds.UNKNOWN):
-            specials.append(name)
+        found.names.append(name)
+        if piece.type == kinds.NORMAL:
+            found.merged.append((piece.score, name))
         elif piece.type == kinds.USER_DEFINED and len(name) > 1:
-            whole.append(name)
-        elif piece.type == kinds.NORMAL:
-            mergeable.append((piece.score, name))
-    ranked = [name for _, name in sorted(mergeable, key=lambda pair: -pair[0])]
-    unknown = next((n for n, piece in zip(names, model.pieces, strict=True) if piece.type == kinds.UNKNOWN), None)
-    converted = _bpe(names, ranked, specials, whole, unknown, model.normalizer_spec.add_dummy_prefix)
-    return _checked(converted, tokenizer), names[tokenizer.eot]
+            found.whole.append(name)
+        elif piece.type in (kinds.CONTROL, kinds.UNKNOWN):
+            found.specials.append(name)
+            found.unknown = name if piece.type == kinds.UNKNOWN else found.unknown
+    return found
 
 
-def _bpe(
-    pieces: list[str],
-    ranked: list[str],
-    specials: list[str],
-    whole: list[str] | None = None,
-    unknown: str | None = None,
-    dummy_prefix: bool = False,
-):
-    """`pieces` in the order of their ids; `ranked`: those that merging makes, first the ones that merge first."""
-    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers
-
-    bpe = Tokenizer(
+def _build(pieces: _Pieces) -> tokenizers.Tokenizer:
+    bpe = tokenizers.Tokenizer(
         models.BPE(
-            vocab={piece: i for i, piece in enumerate(pieces)},
-            merges=list(_merges(ranked)),
-            unk_token=unknown,
-            byte_fallback="<0x00>" in pieces,
-            fuse_unk=unknown is not None,
+            vocab={name: i for i, name in enumerate(pieces.names)},
+            merges=list(_merges(pieces.merged)),
+            unk_token=pieces.unknown,
+            byte_fallback="<0x00>" in pieces.names,
+            fuse_unk=pieces.unknown is not None,
         )
     )
     steps = [decoders.ByteFallback(), decoders.Fuse()]
-    if dummy_prefix:
+    if pieces.dummy_prefix:
+        # Ours starts a text that begins with the mark itself by the mark's bytes.
         bpe.normalizer = normalizers.Replace(Regex(f"\\A(?=[^{_SPACE_MARK}])"), " ")
         steps.append(decoders.Strip(" ", 1, 0))
     bpe.decoder = decoders.Sequence(steps)
-    bpe.add_special_tokens([AddedToken(name, normalized=False, special=True) for name in specials])
-    bpe.add_tokens([AddedToken(name, normalized=False) for name in whole or []])
+    bpe.add_special_tokens([AddedToken(name, normalized=False, special=True) for name in pieces.specials])
+    bpe.add_tokens([AddedToken(name, normalized=False) for name in pieces.whole])
     return bpe
 
 
-def _merges(ranked: list[str]) -> Iterator[tuple[str, str]]:
+def _merges(merged: list[tuple[float, str]]) -> Iterator[tuple[str, str]]:
     """Every way to make each piece of two others: SentencePiece merges whatever gives a piece, the best first."""
-    known = set(ranked)
-    for piece in ranked:
+    known = {name for _, name in merged}
+    for _, piece in sorted(merged, key=lambda scored: -scored[0]):
         for cut in range(1, len(piece)):
             left, right = piece[:cut], piece[cut:]
             if left in known and right in known:
                 yield left, right
 
 
-def _checked(converted, tokenizer: Tokenizer):
+def _checked(converted: tokenizers.Tokenizer, tokenizer: Tokenizer) -> tokenizers.Tokenizer:
     converted.encode_special_tokens = True
     for text in SAMPLES:
         ours, theirs = tokenizer.encode(text), converted.encode(text, add_special_tokens=False).ids

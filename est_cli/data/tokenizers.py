@@ -23,8 +23,9 @@ class Tokenizer(Protocol):
 
     def encode(self, text: str) -> list[int]: ...
 
-    def encode_batch(self, texts: Sequence[str], continued: Sequence[bool] | None = None) -> list[np.ndarray]:
-        """Ids of each text, on all cores. A `continued` text goes on where an earlier one stopped."""
+    def encode_batch(self, texts: Sequence[str], continued: Sequence[bool] | None = None,
+                     threads: int | None = None) -> list[np.ndarray]:
+        """Ids of each text, on all cores or on `threads`. A `continued` text goes on where an earlier one stopped."""
 
     def decode(self, ids: Sequence[int]) -> str: ...
 
@@ -46,7 +47,8 @@ class ByteTokenizer:
     def encode(self, text: str) -> list[int]:
         return list(text.encode("utf-8"))
 
-    def encode_batch(self, texts: Sequence[str], continued: Sequence[bool] | None = None) -> list[np.ndarray]:
+    def encode_batch(self, texts: Sequence[str], continued: Sequence[bool] | None = None,
+                     threads: int | None = None) -> list[np.ndarray]:
         return [np.frombuffer(text.encode("utf-8"), dtype=np.uint8) for text in texts]
 
     def decode(self, ids: Sequence[int]) -> str:

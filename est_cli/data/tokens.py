@@ -5,14 +5,15 @@ document ended by the eot token), the tokenizer's own file and `manifest.json`. 
 """
 
 import contextlib
-import dataclasses
 import hashlib
 import json
+import math
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
+from typing import TypeVar
 
 import filelock
 import numpy as np
@@ -20,35 +21,47 @@ import platformdirs
 
 from est_cli.config import DataConfig, TokenizerConfig
 from est_cli.data import Say
-from est_cli.data.corpora import Corpus, open_corpus
+from est_cli.data.preparation import discard_work, has_work, write_store
 from est_cli.data.sentencepiece_bpe import SentencePieceTraining
-from est_cli.data.splits import split_corpus
-from est_cli.data.token_files import TokenizingProgress, token_dtype, write_tokens
+from est_cli.data.sources import Source, open_sources
+from est_cli.data.stream_preparation import open_writer, write_streamed_store
+from est_cli.data.streamed_tokens import StreamedTokens
 from est_cli.data.tokenizers import Tokenizer, choose_tokenizer, load_tokenizer
 from est_cli.errors import UserError
 
 # Raise it when the same text would no longer give the same token files.
-_FORMAT = 1
-_SPLITS = ("train", "val")
+_FORMAT = 2
 _MANIFEST = "manifest.json"
+_A = TypeVar("_A")
+_B = TypeVar("_B")
 
 
 class TokenStore:
     """A prepared corpus."""
 
-    def __init__(self, folder: Path):
-        """Raises UserError where `folder` holds no complete store."""
+    def __init__(self, folder: Path, sources: Sequence[Source] = ()):
+        """`sources` go on with a stream; a store that was opened without them has what was read of it so far.
+
+        Raises UserError where `folder` holds no complete store."""
         manifest = _read_manifest(folder)
         if manifest is None:
             raise UserError(f"{folder}: holds no prepared corpus, or one that was cut short")
         self.folder = folder
+        self._sources = sources
         self.manifest = manifest
         self.fingerprint: str = manifest["fingerprint"]
 
     @cached_property
-    def train(self) -> np.ndarray:
-        """Tokens of the training split, memory-mapped [n] uint16 or uint32."""
+    def train(self) -> np.ndarray | StreamedTokens:
+        """Tokens of the training split, memory-mapped [n] uint16 or uint32; of a stream, what waits for them."""
+        if self.is_streamed:
+            dtype = np.dtype(self.manifest["dtype"])
+            return StreamedTokens(self.folder, dtype, lambda: open_writer(self.folder, self._sources, self.tokenizer))
         return self._map("train")
+
+    @property
+    def is_streamed(self) -> bool:
+        return self.manifest.get("streaming", False)
 
     @cached_property
     def val(self) -> np.ndarray:
@@ -61,8 +74,9 @@ class TokenStore:
 
     def check(self, seq_len: int, sequences_per_step: int) -> None:
         """Raises UserError where a step would repeat a training sequence, or validation has not a single one."""
-        train_tokens, val_tokens = (self.manifest["splits"][split]["tokens"] for split in _SPLITS)
-        problems = []
+        splits, problems = self.manifest["splits"], []
+        train_tokens = math.inf if self.is_streamed else splits["train"]["tokens"]
+        val_tokens = splits["val"]["tokens"]
         if (train_tokens - 1) // seq_len < sequences_per_step:
             fitting = (train_tokens - 1) // sequences_per_step
             problems.append(f"data.seq_len={seq_len}: a step of {sequences_per_step} sequences (trainer.batch_size, "
@@ -85,9 +99,8 @@ def prepare(data: DataConfig, tokenizer: TokenizerConfig, model_vocab_size: int,
 
     Raises UserError for text, tokenizers and caches that cannot be used.
     """
-    chosen = choose_tokenizer(tokenizer, model_vocab_size)
-    corpus = open_corpus(data, say)
-    fingerprint = _fingerprint(corpus, data, chosen.definition)
+    chosen, sources = _both(lambda: choose_tokenizer(tokenizer, model_vocab_size), lambda: open_sources(data, say))
+    fingerprint = _fingerprint(sources, data, chosen.definition)
     cache = cache_folder(data)
     folder = cache / f"{data.kind}-{fingerprint[:16]}"
     if _read_manifest(folder) is None:
@@ -96,13 +109,14 @@ def prepare(data: DataConfig, tokenizer: TokenizerConfig, model_vocab_size: int,
             with _locked(folder, say):
                 # Another process may have been faster.
                 if _read_manifest(folder) is None:
-                    _build(folder, fingerprint, corpus, data, chosen, say, show_progress)
+                    _build(folder, fingerprint, sources, data, chosen, say, show_progress)
         except OSError as error:
             raise UserError(f"data.cache_dir={cache}: cannot be written ({error.strerror or error}); "
                             "must be a folder with room that you may write to") from None
-    store = TokenStore(folder)
+    store = TokenStore(folder, sources)
     splits = store.manifest["splits"]
-    say(f"data: {splits['train']['tokens']:,} training and {splits['val']['tokens']:,} validation tokens, "
+    training = "streamed" if store.is_streamed else f"{splits['train']['tokens']:,}"
+    say(f"data: {training} training and {splits['val']['tokens']:,} validation tokens, "
         f"vocabulary of {store.manifest['vocab_size']:,}, in {folder}")
     return store
 
@@ -114,8 +128,22 @@ def cache_folder(data: DataConfig) -> Path:
     return Path(os.path.abspath(os.path.expanduser(data.cache_dir)))
 
 
-def _fingerprint(corpus: Corpus, data: DataConfig, tokenizer_definition: dict) -> str:
-    decisive = [_FORMAT, corpus.fingerprint, data.val_fraction, tokenizer_definition]
+def _both(first: Callable[[], _A], second: Callable[[], _B]) -> tuple[_A, _B]:
+    """Results of both calls, or the problems of both."""
+    try:
+        one = first()
+    except UserError as error:
+        try:
+            second()
+        except UserError as other:
+            raise UserError(*error.problems, *other.problems) from None
+        raise
+    return one, second()
+
+
+def _fingerprint(sources: Sequence[Source], data: DataConfig, tokenizer_definition: dict) -> str:
+    content = [[source.corpus.fingerprint, source.weight] for source in sources]
+    decisive = [_FORMAT, content, data.val_fraction, tokenizer_definition]
     return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
 
 
@@ -133,50 +161,35 @@ def _locked(folder: Path, say: Say) -> Iterator[None]:
         lock.release()
 
 
-def _build(folder: Path, fingerprint: str, corpus: Corpus, data: DataConfig,
+def _build(folder: Path, fingerprint: str, sources: Sequence[Source], data: DataConfig,
            chosen: Tokenizer | SentencePieceTraining, say: Say, show_progress: bool) -> None:
     """Writes the store beside `folder` and renames it. The caller holds the lock."""
     if folder.exists():
         say(f"data: the token files in {folder} were cut short; making them again")
         shutil.rmtree(folder)
     partial = folder.with_name(f"{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
+    partial.mkdir(exist_ok=True)
+    for unfinished in partial.iterdir():
+        if unfinished.is_file():
+            unfinished.unlink()
     try:
-        manifest = _write_files(partial, corpus, data.val_fraction, chosen, say, show_progress)
+        if data.streaming:
+            manifest = write_streamed_store(partial, sources, data, chosen, say)
+        else:
+            manifest = write_store(partial, sources, data, chosen, say, show_progress)
         manifest = {"format": _FORMAT, "fingerprint": fingerprint, **manifest}
         (partial / _MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", "utf-8")
         for path in (*partial.iterdir(), partial):
             _fsync(path)
+        discard_work(partial)
         os.replace(partial, folder)
     except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
+        if has_work(partial):
+            say(f"data: what was tokenized stays in {partial}, and is used when you start again")
+        else:
+            shutil.rmtree(partial, ignore_errors=True)
         raise
     _fsync(folder.parent)
-
-
-def _write_files(folder: Path, corpus: Corpus, val_fraction: float, chosen: Tokenizer | SentencePieceTraining,
-                 say: Say, show_progress: bool) -> dict:
-    """Writes token files and the tokenizer into `folder`; returns what the manifest says of them."""
-    splits = dict(zip(_SPLITS, split_corpus(corpus, val_fraction), strict=True))
-    tokenizer = chosen.train(splits["train"], say) if isinstance(chosen, SentencePieceTraining) else chosen
-    megabytes = sum(split.n_bytes for split in splits.values()) / 1e6
-    n_documents = np.count_nonzero(corpus.sizes)
-    say(f"data: tokenizing {n_documents:,} {'document' if n_documents == 1 else 'documents'}, {megabytes:.1f} MB")
-    with TokenizingProgress(int(megabytes * 1e6), show_progress) as progress:
-        counts = {name: write_tokens(split, name, tokenizer, folder / f"{name}.bin", progress)
-                  for name, split in splits.items()}
-    say(f"data: tokenized in {progress.seconds:.1f} s ({megabytes / max(progress.seconds, 1e-9):.1f} MB/s)")
-    if replaced := sum(count.replaced for count in counts.values()):
-        say(f"data: replaced {replaced} invalid UTF-8 sequences by U+FFFD")
-    tokenizer.save(folder)
-    return {
-        "source": corpus.source, "val_fraction": val_fraction,
-        "tokenizer": tokenizer.kind, "vocab_size": tokenizer.vocab_size, "eot": tokenizer.eot,
-        "dtype": token_dtype(tokenizer.vocab_size).str,
-        "splits": {name: dataclasses.asdict(count) for name, count in counts.items()},
-        "files": {file.name: file.stat().st_size for file in sorted(folder.iterdir())},
-    }
 
 
 def _read_manifest(folder: Path) -> dict | None:

@@ -1,4 +1,4 @@
-"""Loss, perplexity and bits per byte of the full model on the validation split."""
+"""Loss, perplexity and bits per byte of the full model on a validation split."""
 
 import math
 from dataclasses import dataclass
@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from est_cli.data.batches import validation_windows
+from est_cli.errors import UserError
 from est_cli.evaluation.run import OpenRun
 from est_cli.training.distributed import World
 from est_cli.training.subnetwork import DTYPES
@@ -29,13 +30,26 @@ class Loss:
         return self.val_loss * self.tokens / self.bytes / math.log(2)
 
 
-def evaluate(run: OpenRun, tokens: np.ndarray, token_bytes: np.ndarray, n_tokens: int) -> Loss:
-    """As the run itself evaluates: its sequence length, batch size and precision.
+def evaluate(
+    run: OpenRun, tokens: np.ndarray, token_bytes: np.ndarray, n_tokens: int, seq_len: int | None = None
+) -> Loss:
+    """As the run itself evaluates: its batch size and precision, and its sequence length where none is given.
 
-    tokens [n] of the validation split; token_bytes [V]; n_tokens is how many of them to predict.
+    tokens [n] of the validation split; token_bytes [V]; n_tokens is how many of them to predict. Raises UserError
+    where there are too few.
     """
     config = run.config
-    windows = validation_windows(tokens, config.data.seq_len, n_tokens)
+    seq_len = seq_len or config.data.seq_len
+    if seq_len > config.model.max_seq_len:
+        raise UserError(
+            f"data.seq_len={seq_len}: must be at most the model's, model.max_seq_len={config.model.max_seq_len}"
+        )
+    if len(tokens) <= seq_len:
+        raise UserError(
+            f"data.seq_len={seq_len}: the validation split has {len(tokens)} tokens, and needs {seq_len + 1}; use more "
+            "text, a larger data.val_fraction, or a smaller data.seq_len"
+        )
+    windows = validation_windows(tokens, seq_len, n_tokens)
     world = World(next(run.model.parameters()).device)
     loss = validation_loss(run.model, windows, config.trainer.batch_size, DTYPES[config.trainer.precision], world)
     targets = windows[:, 1:]

@@ -1,16 +1,23 @@
 """A run directory opened for reading: its config, its data and the full model of its newest checkpoint."""
 
+import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 import yaml
 
-from est_cli.config import TrainConfig, read_train_config
+from est_cli.config import DataConfig, TrainConfig, read_train_config
+from est_cli.data.sentencepiece_bpe import SentencePieceTokenizer
+from est_cli.data.tokenizers import Tokenizer, load_tokenizer
+from est_cli.data.tokens import TokenStore, prepare
 from est_cli.errors import UserError, nearest
 from est_cli.model.transformer import Transformer
 from est_cli.training.checkpoint import Checkpoint, Checkpoints
+
+TOKENIZER = "tokenizer"
+"""The folder of a run directory that holds the tokenizer's files, so that a run can be read without its corpus."""
 
 
 @dataclass(frozen=True)
@@ -45,3 +52,30 @@ def open_run(folder: Path, warn: Callable[[str], None]) -> OpenRun:
     model = Transformer(config.model)
     checkpoint.load_model(model)
     return OpenRun(folder, config, checkpoint, model.to(device))
+
+
+def run_tokenizer(run: OpenRun, say: Callable[[str], None]) -> Tokenizer:
+    """The tokenizer that the run was trained with."""
+    return load_tokenizer(run.config.tokenizer.kind, _tokenizer_folder(run, say))
+
+
+def run_store(run: OpenRun, say: Callable[[str], None], data: DataConfig | None = None) -> TokenStore:
+    """The token files that the run trained on, or those of other `data` under the run's own tokenizer."""
+    if data is None:
+        return _prepared(run.config, say)
+    tokenizer = run.config.tokenizer
+    if tokenizer.kind != "byte":
+        folder = _tokenizer_folder(run, say)
+        path = folder / SentencePieceTokenizer.FILE if tokenizer.kind == "sentencepiece" else folder
+        tokenizer = replace(tokenizer, path=str(path), vocab_size="auto")
+    return _prepared(replace(run.config, data=data, tokenizer=tokenizer), say)
+
+
+def _tokenizer_folder(run: OpenRun, say: Callable[[str], None]) -> Path:
+    """The run's own copy, else that of its token files."""
+    folder = run.folder / TOKENIZER
+    return folder if folder.is_dir() else _prepared(run.config, say).folder
+
+
+def _prepared(config: TrainConfig, say: Callable[[str], None]) -> TokenStore:
+    return prepare(config.data, config.tokenizer, config.model.vocab_size, say, sys.stderr.isatty())

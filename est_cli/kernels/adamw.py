@@ -7,6 +7,7 @@ operation, so that equal gradients give equal bits.
 A tensor is seen as a matrix [R, C] of rows; `rows` are the sampled ones, ascending.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -34,6 +35,32 @@ class Rows:
     device: Tensor
 
 
+@dataclass(frozen=True)
+class Move:
+    """One parameter's part in an optimizer step.
+
+    parameter, moment, square [R, C]; gradient [R, C], or [r, C] for `rows`, or None for no gradient at all.
+    counts is the number of the step, from 1: an int, and then every row takes it, with gradient 0 where there
+    is none; or one for each row of the gradient, and then only those rows move.
+    """
+
+    parameter: Tensor
+    moment: Tensor
+    square: Tensor
+    gradient: Tensor | None
+    rows: Rows | None
+    counts: int | np.ndarray
+    hyper: Hyperparameters
+
+
+@torch.no_grad()
+def adamw_step(moves: Sequence[Move], clip: Tensor | None) -> None:
+    """Each parameter takes its step; clip is the scale of the gradients, a scalar tensor."""
+    for m in moves:
+        step = step_all_rows if isinstance(m.counts, int) else step_sampled_rows
+        step(m.parameter, m.moment, m.square, m.gradient, m.rows, m.hyper, clip, m.counts)
+
+
 def step_all_rows(
     parameter: Tensor,
     moment: Tensor,
@@ -52,20 +79,19 @@ def step_all_rows(
     if rows is None:
         flat = [None if t is None else t.reshape(-1, 1) for t in (parameter, moment, square, gradient)]
         parameter, moment, square, gradient = flat
-    height = max(1, _chunk_elements(parameter) // parameter.shape[1])
+    height = _chunk_height(parameter)
+    spread, scratch = (torch.empty_like(parameter[:height]) for _ in range(2))
     for start in range(0, len(parameter), height):
         stop = min(start + height, len(parameter))
-        p = parameter[start:stop]
-        if gradient is None:
-            g = torch.zeros_like(p)
-        elif rows is None:
+        p, g = parameter[start:stop], None
+        if gradient is not None and rows is None:
             g = gradient[start:stop]
-        else:
+        elif gradient is not None:
             low, high = np.searchsorted(rows.host, (start, stop))
-            g = torch.zeros_like(p)
-            g.index_copy_(0, rows.device[low:high] - start, gradient[low:high])
-        g = g if clip is None else g * clip
-        _step(p, moment[start:stop], square[start:stop], g, hyper, *_corrections(hyper, count))
+            g = spread[: len(p)].zero_().index_copy_(0, rows.device[low:high] - start, gradient[low:high])
+        if g is not None and clip is not None:
+            g = torch.mul(g, clip, out=spread[: len(p)])
+        _step(p, moment[start:stop], square[start:stop], g, hyper, *corrections(hyper, count), scratch[: len(p)])
 
 
 def step_sampled_rows(
@@ -85,36 +111,42 @@ def step_sampled_rows(
     if counts.min() == counts.max() and rows is None:
         step_all_rows(parameter, moment, square, gradient, None, hyper, clip, int(counts[0]))
         return
-    first, second = (torch.from_numpy(c).to(parameter)[:, None] for c in _corrections(hyper, counts.astype(np.float64)))
-    height = max(1, _chunk_elements(parameter) // parameter.shape[1])
+    first, second = (torch.from_numpy(c).to(parameter)[:, None] for c in corrections(hyper, counts.astype(np.float64)))
+    height = _chunk_height(parameter)
+    scratch = torch.empty_like(parameter[:height])
     for start in range(0, len(gradient), height):
         part = slice(start, start + height)
         index = part if rows is None else rows.device[part]
         p, m, v = parameter[index], moment[index], square[index]
         g = gradient[part] if clip is None else gradient[part] * clip
-        _step(p, m, v, g, hyper, first[part], second[part])
+        _step(p, m, v, g, hyper, first[part], second[part], scratch[: len(p)])
         if rows is not None:
             for whole, moved in ((parameter, p), (moment, m), (square, v)):
                 whole.index_copy_(0, index, moved)
 
 
-def _step(p: Tensor, m: Tensor, v: Tensor, g: Tensor, hyper: Hyperparameters, first, second) -> None:
-    """One AdamW step in place; `first` and `second` are the bias corrections, numbers or [rows, 1]."""
+def _step(
+    p: Tensor, m: Tensor, v: Tensor, g: Tensor | None, hyper: Hyperparameters, first, second, scratch: Tensor
+) -> None:
+    """One AdamW step in place, g = None for zeros; `first` and `second` are the corrections, numbers or [rows, 1]."""
     if hyper.weight_decay:
         p.mul_(1 - hyper.lr * hyper.weight_decay)
-    m.lerp_(g, 1 - hyper.beta1)
-    v.mul_(hyper.beta2).addcmul_(g, g, value=1 - hyper.beta2)
-    denominator = v.sqrt().div_(second).add_(hyper.eps)
+    m.lerp_(m.new_zeros(()) if g is None else g, 1 - hyper.beta1)
+    v.mul_(hyper.beta2)
+    if g is not None:
+        v.addcmul_(g, g, value=1 - hyper.beta2)
+    denominator = torch.sqrt(v, out=scratch).div_(second).add_(hyper.eps)
     if isinstance(first, Tensor):
         p.sub_(m.mul(hyper.lr / first).div_(denominator))
     else:
         p.addcdiv_(m, denominator, value=-(hyper.lr / first))
 
 
-def _corrections(hyper: Hyperparameters, count):
+def corrections(hyper: Hyperparameters, count):
     """1 − β1^t and √(1 − β2^t), for one count or an array of them."""
     return 1 - hyper.beta1**count, (1 - hyper.beta2**count) ** 0.5
 
 
-def _chunk_elements(tensor: Tensor) -> int:
-    return CPU_CHUNK_ELEMENTS if tensor.device.type == "cpu" else CUDA_CHUNK_ELEMENTS
+def _chunk_height(matrix: Tensor) -> int:
+    elements = CUDA_CHUNK_ELEMENTS if matrix.is_cuda else CPU_CHUNK_ELEMENTS
+    return min(len(matrix), max(1, elements // matrix.shape[1]))

@@ -11,11 +11,12 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-CPU_CHUNK_ELEMENTS = 24 << 20
-CUDA_CHUNK_ELEMENTS = 256 << 20
+CPU_CHUNK_ELEMENTS = 16 << 20
+CUDA_CHUNK_ELEMENTS = 128 << 20
+"""Logits at a time, of four bytes; twice as many of two bytes."""
 ROW_MULTIPLE = 64
 """Matrix products are slower where a chunk is no multiple of their tiles."""
-CPU_BLOCK_ELEMENTS = 1 << 20
+CPU_BLOCK_ELEMENTS = 2 << 20
 """Elements that several passes find in the cache."""
 
 _HAS_OUT_DTYPE = "dtype_out" in torch.ops.aten.addmm.overloads()
@@ -84,21 +85,26 @@ class _SumOfProducts:
             torch.addmm(self.total, left, right, self.total.dtype, beta=self.beta, out=self.total)
         else:
             self.product = torch.mm(left, right, out=self.product)
-            for total, product in _blocks(self.total, self.product):
-                # Adding two types at once takes a slow path on CPUs; casting a block in the cache first does not.
-                product = product.to(total.dtype)
-                if self.beta:
-                    total.add_(product)
-                else:
-                    total.copy_(product)
+            self._add_in_blocks(self.product)
         self.beta = 1
+
+    def _add_in_blocks(self, product: Tensor) -> None:
+        """Adding two types at once takes a slow path on CPUs; casting a block in the cache first does not."""
+        cast = torch.empty_like(self.total[: _block_height(self.total)])
+        for total, part in _blocks(self.total, product):
+            part = cast[: len(part)].copy_(part)
+            if self.beta:
+                total.add_(part)
+            else:
+                total.copy_(part)
 
 
 def softmax_gradient_(logits: Tensor, targets: Tensor) -> Tensor:
     """`SoftmaxGradient`, block by block: five passes that a CPU makes in its cache."""
     losses = torch.empty(len(logits), dtype=exact(logits), device=logits.device)
+    cast = torch.empty_like(logits[: _block_height(logits)], dtype=losses.dtype)
     for part, target, loss in _blocks(logits, targets[:, None], losses):
-        x = part.to(loss.dtype)
+        x = part if part.dtype == cast.dtype else cast[: len(part)].copy_(part)
         chosen, largest = x.gather(1, target), x.amax(1)
         torch.softmax(x, 1, out=x)
         # log Σ exp(x) from the largest probability, the one that cannot underflow.
@@ -116,9 +122,10 @@ def exact(tensor: Tensor) -> torch.dtype:
 
 def _logits(hidden: Tensor, weight: Tensor) -> Iterator[tuple[slice, Tensor]]:
     """Equal chunks of tokens, and the logits of each in a buffer that the next one overwrites."""
-    limit = (CUDA_CHUNK_ELEMENTS if hidden.is_cuda else CPU_CHUNK_ELEMENTS) // len(weight)
+    limit = (CUDA_CHUNK_ELEMENTS if hidden.is_cuda else CPU_CHUNK_ELEMENTS) * 4 // hidden.element_size()
+    limit = max(1, limit // len(weight))
     multiple = ROW_MULTIPLE if limit >= ROW_MULTIPLE else 1
-    limit = max(1, limit // multiple * multiple)
+    limit = limit // multiple * multiple
     n_chunks = -(-len(hidden) // limit)
     size = -(-len(hidden) // (n_chunks * multiple)) * multiple
     buffer = hidden.new_empty(min(size, len(hidden)), len(weight))
@@ -129,6 +136,10 @@ def _logits(hidden: Tensor, weight: Tensor) -> Iterator[tuple[slice, Tensor]]:
 
 def _blocks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """Rows of the tensors that stay in a CPU's cache together; all rows on a GPU."""
-    rows, columns = tensors[0].shape
-    height = rows if tensors[0].is_cuda else max(1, CPU_BLOCK_ELEMENTS // columns)
+    height = _block_height(tensors[0])
     return zip(*(tensor.split(height) for tensor in tensors), strict=True)
+
+
+def _block_height(tensor: Tensor) -> int:
+    rows, columns = tensor.shape
+    return rows if tensor.is_cuda else min(rows, max(1, CPU_BLOCK_ELEMENTS // columns))

@@ -176,6 +176,11 @@ class Transformer(nn.Module):
                 x = block(x, rope, mask)
         return self.norm(x)
 
+    def compile_blocks(self) -> None:
+        """Compile block by block: all blocks have one shape, so that they share one graph."""
+        for block in self.blocks:
+            block.compile(dynamic=False)
+
     def logits(self, inputs: Tensor) -> Tensor:
         """Token ids [B, T] → [B, T, V]."""
         return F.linear(self.hidden(inputs), self.head_weight)

@@ -25,7 +25,13 @@ def sample(
             return np.arange(total)
         draw = Draw(seed, stage.first_step, number, layer, dimension, group)
         chosen = np.sort(np.asarray(strategy(draw, total, kept)))
-        if chosen.shape != (kept,) or chosen[0] < 0 or chosen[-1] >= total or (np.diff(chosen) == 0).any():
+        if (
+            chosen.shape != (kept,)
+            or chosen.dtype.kind not in "iu"
+            or chosen[0] < 0
+            or chosen[-1] >= total
+            or (np.diff(chosen) == 0).any()
+        ):
             raise UserError(f"sampling.strategy must return {kept} different indices below {total}, got {chosen}")
         return chosen
 

@@ -122,7 +122,12 @@ def _explain_empty(specs, max_steps: int, names, index: int, previous: int, end:
 
 def smallest_max_steps(specs: Sequence[StageSpec]) -> int | None:
     """The smallest run length at which no stage is empty, or None where there is none to be found."""
-    floor = max([len(specs), *(spec.end + 1 for spec in specs if isinstance(spec.end, int))])
+    steps = [spec.end for spec in specs if isinstance(spec.end, int)]
+    floor = max([len(specs), *(step + 1 for step in steps)])
+    for earlier, later in itertools.combinations(specs, 2):
+        if isinstance(earlier.end, int) and isinstance(later.end, float):
+            # A fraction that follows a step must round to more than it.
+            floor = max(floor, math.floor((earlier.end + 0.5) / later.end))
     for max_steps in range(floor, floor + _LARGEST_MAX_STEPS_TRIED):
         ends = [0, *(boundary_step(spec.end, max_steps) for spec in specs)]
         if all(a < b for a, b in itertools.pairwise(ends)) and ends[-1] == max_steps:

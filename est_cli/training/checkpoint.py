@@ -3,7 +3,8 @@
 step-00001000/
   model.safetensors       the full model's weights, in parameter order
   optimizer.safetensors   moments and step counts (absent where only weights were saved)
-  state.json              step, config, versions, and a checksum of each file beside it
+  state.json              step, config, versions
+  checksums.json          the SHA-256 of each file beside it
 
 Tensors only in the safetensors, JSON for the rest: loading runs no code.
 """
@@ -28,6 +29,7 @@ from est_cli.model.transformer import Transformer
 from est_cli.training.optimizer import SampledAdamW
 
 MODEL, OPTIMIZER, STATE = "model.safetensors", "optimizer.safetensors", "state.json"
+CHECKSUMS = "checksums.json"
 _NAME = re.compile(r"step-(\d{8,})")
 
 
@@ -67,24 +69,23 @@ class Checkpoints:
     def save(self, step: int, model: Transformer, optimizer: SampledAdamW | None, facts: dict[str, Any]) -> Path:
         """Write the state after `step` optimizer steps; `facts` go into state.json."""
         final = self.folder / f"step-{step:08d}"
+        for leftover in self.folder.glob(".writing-*"):
+            shutil.rmtree(leftover, ignore_errors=True)
         temporary = self.folder / f".writing-step-{step:08d}"
-        shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
         save_file({name: p.detach().cpu().contiguous() for name, p in model.named_parameters()}, temporary / MODEL)
         if optimizer is not None:
             save_file({name: t.cpu().contiguous() for name, t in optimizer.state().items()}, temporary / OPTIMIZER)
-        files = sorted(path.name for path in temporary.iterdir())
-        state = {
-            "step": step,
-            **facts,
-            "versions": {"est_cli": est_cli.__version__, "torch": torch.__version__, "numpy": np.__version__},
-            "sha256": {name: _checksum(temporary / name) for name in files},
-        }
-        (temporary / STATE).write_text(json.dumps(state, indent=1) + "\n")
+        versions = {"est_cli": est_cli.__version__, "torch": torch.__version__, "numpy": np.__version__}
+        _write_json(temporary / STATE, {"step": step, **facts, "versions": versions})
+        _write_json(temporary / CHECKSUMS, {path.name: _checksum(path) for path in sorted(temporary.iterdir())})
         for path in temporary.iterdir():
             _sync(path)
         _sync(temporary)
-        shutil.rmtree(final, ignore_errors=True)
+        for folder in self._folders():
+            if _step_of(folder) >= step:
+                # Of a run that went on from an earlier, sound checkpoint: this one takes its place.
+                shutil.rmtree(folder)
         temporary.rename(final)
         _sync(self.folder)
         self._prune()
@@ -110,8 +111,7 @@ class Checkpoints:
         """Checkpoint folders in the order of their steps."""
         if not self.folder.is_dir():
             return []
-        matches = [(match, path) for path in self.folder.iterdir() if (match := _NAME.fullmatch(path.name))]
-        return [path for _, path in sorted(matches, key=lambda pair: int(pair[0][1]))]
+        return sorted((path for path in self.folder.iterdir() if _NAME.fullmatch(path.name)), key=_step_of)
 
     def _prune(self) -> None:
         folders = self._folders()
@@ -126,25 +126,41 @@ def _best(folders: list[Path]) -> Path | None:
     return min(losses)[1] if losses else None
 
 
+def _step_of(folder: Path) -> int:
+    return int(_NAME.fullmatch(folder.name)[1])
+
+
 def _state(folder: Path) -> dict[str, Any]:
-    try:
-        return json.loads((folder / STATE).read_text())
-    except (OSError, ValueError):
-        return {}
+    return _read_json(folder / STATE)
 
 
 def _damage(folder: Path) -> str | None:
     """What is wrong with a checkpoint, or None."""
-    state = _state(folder)
-    if not {"step", "sha256"} <= set(state):
-        return f"{STATE} is missing or unreadable"
-    for name, expected in state["sha256"].items():
+    checksums = _read_json(folder / CHECKSUMS)
+    if not {MODEL, STATE} <= checksums.keys():
+        return f"{CHECKSUMS} is missing or unreadable"
+    for name, expected in checksums.items():
         try:
             if _checksum(folder / name) != expected:
                 return f"{name} does not match its checksum"
         except OSError as error:
             return f"{name}: {error.strerror}"
+    if _state(folder).get("step") != _step_of(folder):
+        return f"{STATE} is of another step"
     return None
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """The object in a file, or an empty one where there is none."""
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=1) + "\n")
 
 
 @torch.no_grad()

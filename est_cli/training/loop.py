@@ -21,6 +21,7 @@ from est_cli.training.checkpoint import Checkpoint, Checkpoints
 from est_cli.training.device import peak_flops, peak_memory_bytes, reset_peak_memory
 from est_cli.training.distributed import World
 from est_cli.training.optimizer import SampledAdamW, learning_rate
+from est_cli.training.pretrained import load_pretrained
 from est_cli.training.subnetwork import DTYPES, MaskedSubnetwork, PackedSubnetwork
 from est_cli.training.validation import validation_loss
 
@@ -62,6 +63,8 @@ class Training:
         self.strategy = strategy_named(config.sampling.strategy)
         self.peak_flops = peak_flops(world.device, config.trainer.peak_flops)
         model = initialise(Transformer(config.model, recompute=config.trainer.recompute == "block"), config.seed)
+        if config.model.init_from is not None:
+            load_pretrained(model)
         self.model = model.to(world.device)
         self.optimizer = SampledAdamW(self.model, config.optimizer)
         self.step = 0
@@ -96,7 +99,10 @@ class Training:
     def _build(self, stage: Stage) -> PackedSubnetwork | MaskedSubnetwork:
         shape = subnetwork(self.config.model, self.config.sampling, stage.rates)
         kind = MaskedSubnetwork if self.config.kernels == "masked" else PackedSubnetwork
-        return kind(self.model, shape, self.dtype)
+        subnet = kind(self.model, shape, self.dtype)
+        if self.config.trainer.compile:
+            subnet.module.compile_blocks()
+        return subnet
 
     def _train_step(self, stage: Stage, subnet: PackedSubnetwork | MaskedSubnetwork) -> None:
         config, started = self.config, time.perf_counter()

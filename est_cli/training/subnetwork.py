@@ -94,11 +94,12 @@ class PackedSubnetwork:
 
     def _accumulate_in_fp32(self) -> None:
         for name, parameter in self.parameters.items():
-            accumulator = torch.zeros(parameter.shape, dtype=torch.float32, device=parameter.device)
-            self.accumulators[name] = accumulator
             parameter.register_post_accumulate_grad_hook(lambda slot, name=name: self._accumulate(name, slot))
 
     def _accumulate(self, name: str, slot: nn.Parameter) -> None:
+        if name not in self.accumulators:
+            # Made by the first backward pass, so that a subnetwork that only evaluates never pays for them.
+            self.accumulators[name] = torch.empty_like(slot, dtype=torch.float32)
         if name in self._started:
             self.accumulators[name].add_(slot.grad)
         else:
@@ -142,6 +143,10 @@ class MaskedSubnetwork:
         self.shape, self.config = shape, master.config
         self.masks: list[BlockMask] = []
 
+    @property
+    def module(self) -> Transformer:
+        return self.full.module
+
     def load(self, plan: Plan) -> None:
         every = np.arange(self.config.n_layers)
         self.full.load(Plan(every, *(np.empty((len(every), 0), int),) * 3))
@@ -149,7 +154,7 @@ class MaskedSubnetwork:
         self.masks = [self._mask(layer) for layer in every.tolist()]
 
     def loss(self, inputs: Tensor, targets: Tensor) -> Tensor:
-        return self.full.module(inputs, targets, self.masks)
+        return self.module(inputs, targets, self.masks)
 
     def updates(self) -> list[Update]:
         positions = {layer: position for position, layer in enumerate(self.plan.layers.tolist())}

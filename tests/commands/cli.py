@@ -13,6 +13,8 @@ MODULES = {
     "est-plan": "plan",
     "est-data": "data",
     "est-eval": "evaluate",
+    "est-generate": "generate",
+    "est-export": "export",
     "est-report": "report",
     "est-bench": "bench",
 }

@@ -28,7 +28,8 @@ def trained(corpus_folder):
     """A SentencePiece tokenizer as `tokenizer=sentencepiece` trains it."""
     files = sorted(corpus_folder.rglob("*.txt"))
     train, _ = split_corpus(FileCorpus(files, {"kind": "text"}), 0.1)
-    return SentencePieceTraining(TokenizerConfig("sentencepiece", vocab_size=400), 512).train(train, lambda _: None)
+    texts = [piece.text for piece in train.pieces()]
+    return SentencePieceTraining(TokenizerConfig("sentencepiece", vocab_size=400), 512).train(texts, lambda _: None)
 
 
 @pytest.fixture(scope="session")

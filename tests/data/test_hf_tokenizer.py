@@ -68,6 +68,12 @@ def test_truncation_and_padding_of_the_file_are_not_applied(gpt2):
     assert gpt2.decode(short) == "a"
 
 
+def test_one_thread_gives_the_ids_of_all(gpt2):
+    texts = [prose(5, seed) for seed in range(6)] + [""]
+    for one, all_ in zip(gpt2.encode_batch(texts, threads=1), gpt2.encode_batch(texts), strict=True):
+        assert one.tolist() == all_.tolist()
+
+
 def test_a_special_token_in_a_text_stays_text(gpt2):
     ids = gpt2.encode("a<|endoftext|>b")
     assert gpt2.eot not in ids
@@ -110,6 +116,41 @@ def test_a_file_that_is_no_tokenizer_is_refused(content, tmp_path):
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(UserError, match=r"tokenizer\.path="):
         HFTokenizer.open(str(tmp_path / "tokenizer.json"))
+
+
+def test_a_name_on_the_hub_is_looked_for_here_then_there(gpt2_file, tmp_path, monkeypatch):
+    asked = []
+
+    def fetch(name, filename):
+        asked.append((name, filename))
+        return gpt2_file if filename == "tokenizer.json" else None
+
+    monkeypatch.setattr("est_cli.data.hub.fetch", fetch)
+    monkeypatch.chdir(tmp_path)
+    there = HFTokenizer.open("owner/name")
+    assert asked == [("owner/name", "tokenizer.json"), ("owner/name", "tokenizer_config.json")]
+    (tmp_path / "owner" / "name").mkdir(parents=True)
+    there.save(tmp_path / "owner" / "name")
+    assert HFTokenizer.open("owner/name").definition == there.definition
+    assert len(asked) == 2
+
+
+@pytest.mark.parametrize(("answers", "why"), [(False, "could not be reached"), (True, "has no tokenizer.json")])
+def test_a_tokenizer_that_the_hub_does_not_give_says_what_to_place_where(answers, why, monkeypatch):
+    monkeypatch.setattr("est_cli.data.hub.answers", lambda: answers)
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda *_, **__: 1 / 0)
+    with pytest.raises(UserError) as caught:
+        HFTokenizer.open("owner/name-of-none")
+    for words in ("tokenizer.path=owner/name-of-none", why, "hf download owner/name-of-none tokenizer.json",
+                  "tokenizer.path=FOLDER"):
+        assert words in str(caught.value)
+
+
+@pytest.mark.parametrize("path", ["./a/b", "/no/where", "a/b/c", "~/a", "a/tokenizer.json"])
+def test_a_path_that_is_no_name_is_not_looked_for_on_the_hub(path, monkeypatch):
+    monkeypatch.setattr("est_cli.data.hub.fetch", lambda *_: pytest.fail("asked for"))
+    with pytest.raises(UserError, match="cannot be read"):
+        HFTokenizer.open(path)
 
 
 def test_more_ids_than_the_model_are_refused(gpt2_file):

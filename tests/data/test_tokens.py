@@ -123,6 +123,17 @@ def test_what_an_interrupted_process_left_is_cleared(corpus_folder, text_data, m
     assert [path for path in cache.iterdir() if path.is_dir()] == [store.folder]
 
 
+def test_at_most_train_bytes_train_the_pieces(corpus_folder, text_data, said):
+    prepare_quietly(text_data(corpus_folder), replace(PIECES, train_bytes=20_000), say=said.append)
+    assert "tokenizer: training 400 pieces on 0.0 M characters" in said
+
+
+def test_problems_of_the_tokenizer_and_of_the_text_come_together(text_data, tmp_path):
+    with pytest.raises(UserError) as caught:
+        prepare_quietly(text_data(tmp_path / "no text"), TokenizerConfig("sentencepiece", path="no.model"))
+    assert [problem.split("=")[0] for problem in caught.value.problems] == ["tokenizer.path", "data.path"]
+
+
 def test_two_processes_that_start_at_once_make_it_once(corpus_folder, text_data):
     data = text_data(corpus_folder)
     script = ("import sys\n"

@@ -204,10 +204,7 @@ def test_a_persons_own_strategy_is_called_by_its_dotted_path_and_sorted():
         lambda draw, total, kept: np.arange(kept) - 1,
         lambda draw, total, kept: np.arange(kept) + total - kept + 1,
         lambda draw, total, kept: np.arange(kept)[None],
-        pytest.param(
-            lambda draw, total, kept: np.arange(kept) + 0.25,
-            marks=pytest.mark.xfail(strict=True, reason="sampler.sample does not look at the type"),
-        ),
+        lambda draw, total, kept: np.arange(kept) + 0.25,
     ],
     ids=["too few", "too many", "twice the same", "negative", "past the end", "of two dimensions", "fractions"],
 )

@@ -1,0 +1,67 @@
+"""est-export: a run's model, or a subnetwork of it, as a Hugging Face folder."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any, Literal
+
+from rich.console import Console
+
+from est_cli.commands.entry import read_only
+from est_cli.config import Natural
+from est_cli.errors import UserError
+from est_cli.schema import read
+from est_cli.subnet.schedule import Rate, Rates
+
+
+def main() -> None:
+    read_only("export", run)
+
+
+def run(plain: dict[str, Any]) -> None:
+    """Write the folder that `out=` names; raises UserError for bad input."""
+    problems: list[str] = []
+    folder = read(str | None, plain["run"], "run", problems)
+    read(Literal["hf"], plain["to"], "to", problems)
+    out = read(str | None, plain["out"], "out", problems)
+    plan_step = read(Natural | None, plain["plan_step"], "plan_step", problems)
+    given = {name: read(Rate | None, plain[name], name, problems) for name in ("heads", "mlp", "layers")}
+    rates = {name: rate for name, rate in given.items() if rate is not None}
+    if folder is None:
+        problems.append("run: is missing; must be a run directory")
+    if out is None:
+        problems.append("out: is missing; must be a folder to write")
+    if plan_step is not None and rates:
+        problems.append(f"plan_step={plan_step}: goes without {' and '.join(rates)}, which name another subnetwork")
+    if problems:
+        raise UserError(*problems)
+    from est_cli.evaluation.export import check_free, export
+    from est_cli.evaluation.run import open_run, run_tokenizer
+    from est_cli.evaluation.standalone import packed, sampled_at, sampled_with, standalone
+    from est_cli.model.huggingface_config import family_of
+
+    destination = Path(out).expanduser().absolute()
+    check_free(destination)
+    opened = open_run(Path(folder), _say)
+    model = reference = opened.model.cpu()
+    if plan_step is not None or rates:
+        config = opened.config
+        subnet = sampled_with(config, Rates(**rates)) if rates else sampled_at(config, plan_step)
+        family_of(subnet.shape.model)
+        reference = packed(model, subnet)
+        model = standalone(reference, subnet.shape)
+    tokenizer = run_tokenizer(opened, _say)
+    difference = export(model, reference, tokenizer, destination)
+    if difference is None:
+        _say("transformers is not installed: the folder was written, and not checked (pip install transformers)")
+    if plain["format"] == "json":
+        print(json.dumps({"out": str(destination), "max_logit_difference": difference}))
+        return
+    console = Console()
+    console.print(f"out: {destination}", soft_wrap=True, highlight=False, markup=False)
+    if difference is not None:
+        console.print(f"checked: loads with transformers; logits differ from ours by at most {difference:.1e}")
+
+
+def _say(message: str) -> None:
+    print(message, file=sys.stderr, flush=True)

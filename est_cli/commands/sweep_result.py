@@ -1,0 +1,126 @@
+"""What has become of a sweep, read from its folder: one table of all jobs, best first, and their report."""
+
+import json
+import math
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from est_cli.commands import entry
+from est_cli.commands.run_directory import CONFIG, ERROR, METRICS, RunDirectory
+from est_cli.commands.verdict import Verdict
+from est_cli.tracking.display import console_for
+from est_cli.tracking.units import format_clock, format_loss, format_percent
+
+
+@dataclass(frozen=True)
+class JobResult:
+    name: str
+    error: str | None
+    """What ended the last attempt, where it failed."""
+    summary: dict[str, Any]
+
+    @classmethod
+    def of(cls, folder: Path) -> "JobResult":
+        directory, error = RunDirectory(folder), folder / ERROR
+        return cls(folder.name, error.read_text() if error.exists() else None, directory.summary())
+
+    @property
+    def status(self) -> str:
+        return "failed" if self.error is not None else self.summary.get("status", "unfinished")
+
+    @property
+    def bad_input(self) -> bool:
+        return self.error is not None and self.error.startswith(entry.PROBLEM)
+
+    @property
+    def val_loss(self) -> float:
+        """Infinite where there is none, so that such jobs come last."""
+        loss = self.summary.get("val_loss") if self.error is None else None
+        return math.inf if loss is None or math.isnan(loss) else loss
+
+
+@dataclass(frozen=True)
+class SweepResult:
+    directory: Path
+    jobs: tuple[JobResult, ...]
+    """Lowest validation loss first."""
+    compared: bool = False
+    """Whether the jobs are the arms of a comparison."""
+
+    @classmethod
+    def of(cls, directory: Path, compared: bool = False) -> "SweepResult":
+        folders = [path for path in sorted(directory.iterdir()) if (path / CONFIG).exists() or (path / ERROR).exists()]
+        jobs = sorted(map(JobResult.of, folders), key=lambda job: job.val_loss)
+        return cls(directory, tuple(jobs), compared)
+
+    @property
+    def exit_code(self) -> int:
+        """2 where every failure was bad input, 1 where one was not, 0 where there is none."""
+        failed = [job for job in self.jobs if job.error is not None]
+        if not failed:
+            return entry.DONE
+        return entry.BAD_INPUT if all(job.bad_input for job in failed) else entry.FAILED
+
+    @cached_property
+    def report(self) -> Path | str | None:
+        """The page of all jobs; in words why there is none; None where no job has taken a step."""
+        from est_cli.reports.records import load_runs
+        from est_cli.reports.report import write_report
+
+        if not any((self.directory / job.name / METRICS).exists() for job in self.jobs):
+            return None
+        try:
+            return write_report(load_runs([self.directory]), self.directory / "report")["html"]
+        except OSError as error:
+            return f"not written: {error}"
+
+    @cached_property
+    def verdict(self) -> Verdict | None:
+        from est_cli.reports.records import load_runs
+
+        done = [self.directory / job.name for job in self.jobs if job.status == "done"]
+        return Verdict.of(load_runs(done)) if self.compared and done else None
+
+    def show(self, format: str) -> None:
+        """A table for people; one JSON object on standard output with format=json."""
+        console = console_for(format)
+        if format == "json":
+            print(json.dumps(self._as_dict()))
+        else:
+            self._print_table(console)
+            if self.verdict is not None:
+                self.verdict.show(console)
+        paths = {"sweep": self.directory, "report": self.report}
+        for name, path in paths.items():
+            if path is not None:
+                console.print(f"{name}: {path}", soft_wrap=True, highlight=False, markup=False)
+
+    def _print_table(self, console: Console) -> None:
+        table = Table("job", title=f"{len(self.jobs)} jobs, best first", title_justify="left")
+        for column in ("val loss", "saved", "time", "status"):
+            table.add_column(column, justify="left" if column == "status" else "right", no_wrap=True)
+        table.columns[0].overflow = "fold"
+        for job in self.jobs:
+            known = job.summary.get if job.error is None else {}.get
+            table.add_row(
+                job.name,
+                format_loss(known("val_loss")),
+                format_percent(known("flops_saved")),
+                format_clock(known("train_s")),
+                "failed: bad input" if job.bad_input else job.status,
+            )
+        console.print(table)
+
+    def _as_dict(self) -> dict[str, Any]:
+        jobs = [{**job.summary, "run_dir": str(self.directory / job.name), "name": job.name, "status": job.status,
+                 "error": job.error} for job in self.jobs]  # fmt: skip
+        facts: dict[str, Any] = {"sweep_dir": str(self.directory), "jobs": jobs}
+        facts["report"] = None if self.report is None else str(self.report)
+        if self.verdict is not None:
+            facts["arms"] = self.verdict.as_dict()
+        return facts

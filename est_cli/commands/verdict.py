@@ -1,0 +1,144 @@
+"""What a comparison of the three arms says: loss, FLOPs and time, and the cost of the baseline's final loss."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from est_cli.commands.arms import ARMS, EST, FULL, FULL_SAME_FLOPS
+from est_cli.reports.records import RunRecord
+from est_cli.tracking.units import format_clock, format_count, format_flops, format_loss, format_percent
+
+_AXES = ("step", "flops/total", "seconds")
+
+
+@dataclass(frozen=True)
+class ArmResult:
+    """One arm, one value a seed everywhere."""
+
+    name: str
+    seeds: tuple[int, ...]
+    val_loss: np.ndarray
+    flops: np.ndarray
+    seconds: np.ndarray
+    to_baseline: dict[str, np.ndarray]
+    """Steps, FLOPs and seconds until an evaluation was as low as the full model's final loss; NaN if none was."""
+
+    @classmethod
+    def of(cls, name: str, runs: Sequence[RunRecord], targets: dict[int, float]) -> "ArmResult":
+        def outcomes(key: str) -> np.ndarray:
+            return np.array([run.outcome[key] for run in runs])
+
+        reached = [_first_reached(run, targets.get(run.setting("seed"), math.nan)) for run in runs]
+        to_baseline = dict(zip(("steps", "flops", "seconds"), np.array(reached).T, strict=True))
+        seeds = tuple(run.setting("seed") for run in runs)
+        return cls(name, seeds, outcomes("val_loss"), outcomes("flops_total"), outcomes("train_s"), to_baseline)
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "arm": self.name,
+            "seeds": list(self.seeds),
+            "val_loss": _numbers(self.val_loss),
+            "flops_total": _numbers(self.flops),
+            "train_s": _numbers(self.seconds),
+            "to_baseline": {key: _numbers(values) for key, values in self.to_baseline.items()},
+        }
+
+
+@dataclass(frozen=True)
+class Verdict:
+    arms: tuple[ArmResult, ...]
+
+    @classmethod
+    def of(cls, runs: Sequence[RunRecord]) -> "Verdict":
+        """The verdict on finished runs; a seed's runs are held against that seed's full model."""
+        groups = {arm: sorted((run for run in runs if run.setting("name") == arm), key=_seed) for arm in ARMS}
+        targets = {run.setting("seed"): run.outcome["val_loss"] for run in groups[FULL]}
+        return cls(tuple(ArmResult.of(arm, group, targets) for arm, group in groups.items() if group))
+
+    def as_dict(self) -> list[dict[str, Any]]:
+        return [arm.as_dict() for arm in self.arms]
+
+    def show(self, console: Console) -> None:
+        table = Table("arm", title="mean ± standard deviation over seeds", title_justify="left")
+        for column in ("seeds", "val loss", "FLOPs", "time", "steps*", "FLOPs*", "time*"):
+            table.add_column(column, justify="right")
+        for arm in self.arms:
+            table.add_row(
+                arm.name,
+                str(len(arm.seeds)),
+                _mean(arm.val_loss, format_loss),
+                _mean(arm.flops, format_flops),
+                _mean(arm.seconds, format_clock),
+                _mean(arm.to_baseline["steps"], format_count),
+                _mean(arm.to_baseline["flops"], format_flops),
+                _mean(arm.to_baseline["seconds"], format_clock),
+            )
+        console.print(table)
+        console.print(f"* until an evaluation is as low as the final loss of arm {FULL}; - where none is", style="dim")
+        for sentence in self.sentences():
+            console.print(sentence, highlight=False, markup=False)
+
+    def sentences(self) -> list[str]:
+        arms = {arm.name: arm for arm in self.arms}
+        if EST not in arms:
+            return []
+        est, said = arms[EST], []
+        if FULL in arms:
+            full = arms[FULL]
+            flops = 1 - est.flops.mean() / full.flops.mean()
+            time = 1 - est.seconds.mean() / full.seconds.mean()
+            said.append(
+                f"For the same tokens EST saves {format_percent(flops)} of the FLOPs and {format_percent(time)} of "
+                f"the time; {_against(est, full)} the full model's."
+            )
+        if FULL_SAME_FLOPS in arms:
+            said.append(f"For the same FLOPs {_against(est, arms[FULL_SAME_FLOPS])} the full model's.")
+        return said
+
+
+def _against(est: ArmResult, other: ArmResult) -> str:
+    """`its loss is 0.021 ± 0.004 below`: paired by seed, since a seed's arms share data and initial weights."""
+    losses = dict(zip(other.seeds, other.val_loss, strict=True))
+    pairs = zip(est.seeds, est.val_loss, strict=True)
+    differences = np.array([loss - losses[seed] for seed, loss in pairs if seed in losses])
+    if not len(differences):
+        return "no seed in common lets its loss be held against"
+    mean, n = float(differences.mean()), len(differences)
+    side = "below" if mean < 0 else "above"
+    if n == 1:
+        return f"its loss is {abs(mean):.3f} (one seed: no spread is known) {side}"
+    spread = float(differences.std(ddof=1))
+    clear = "" if abs(mean) > 2 * spread / math.sqrt(n) else ", no clear difference,"
+    return f"its loss is {abs(mean):.3f} ± {spread:.3f} ({n} seeds{clear}) {side}".replace(",)", ")")
+
+
+def _first_reached(run: RunRecord, target: float) -> list[float]:
+    """Steps, FLOPs and seconds at the first evaluation with at most this loss."""
+    reached = np.flatnonzero(run.column("val/loss") <= target)
+    if not len(reached):
+        return [math.nan] * len(_AXES)
+    steps, *rest = (float(run.column(axis)[reached[0]]) for axis in _AXES)
+    return [steps + 1, *rest]
+
+
+def _mean(values: np.ndarray, write: Any) -> str:
+    """Mean and spread; how many of the seeds where not all have a value."""
+    known = values[np.isfinite(values)]
+    if not len(known):
+        return "-"
+    spread = f" ± {write(float(known.std(ddof=1)))}" if len(known) > 1 and known.std() > 0 else ""
+    share = f" ({len(known)} of {len(values)})" if len(known) < len(values) else ""
+    return f"{write(float(known.mean()))}{spread}{share}"
+
+
+def _numbers(values: np.ndarray) -> list[float | None]:
+    return [float(value) if math.isfinite(value) else None for value in values]
+
+
+def _seed(run: RunRecord) -> int:
+    return run.setting("seed")

@@ -1,0 +1,65 @@
+"""A sampled subnetwork as an ordinary smaller model: packed, with its rescales folded into the weights."""
+
+from dataclasses import dataclass
+
+import torch
+
+from est_cli.config import TrainConfig
+from est_cli.errors import UserError
+from est_cli.model.transformer import Transformer
+from est_cli.subnet.plan import Plan, Subnetwork, subnetwork
+from est_cli.subnet.sampler import sample, strategy_named
+from est_cli.subnet.schedule import Rates, Stage, stage_at
+from est_cli.training.subnetwork import PackedSubnetwork
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """The shape and the plan of one subnetwork."""
+
+    shape: Subnetwork
+    plan: Plan
+
+
+def sampled_at(config: TrainConfig, step: int) -> Sampled:
+    """The subnetwork that the run trained in optimizer step `step`. Raises UserError."""
+    if not 0 <= step < config.trainer.max_steps:
+        raise UserError(f"plan_step={step}: must be an integer in [0, {config.trainer.max_steps - 1}]")
+    return _sample(config, step, stage_at(config.stages, step))
+
+
+def sampled_with(config: TrainConfig, rates: Rates) -> Sampled:
+    """A subnetwork of given rates, drawn with the run's seed, granularity and strategy."""
+    return _sample(config, 0, Stage(1, 0, 1, rates))
+
+
+def _sample(config: TrainConfig, step: int, stage: Stage) -> Sampled:
+    strategy = strategy_named(config.sampling.strategy)
+    plan = sample(config.seed, step, stage, config.model, config.sampling, strategy)
+    return Sampled(subnetwork(config.model, config.sampling, stage.rates), plan)
+
+
+def packed(model: Transformer, subnet: Sampled) -> Transformer:
+    """The subnetwork as training runs it: its rescales are settings of its blocks."""
+    pack = PackedSubnetwork(model, subnet.shape, next(model.parameters()).dtype)
+    pack.load(subnet.plan)
+    return pack.module
+
+
+@torch.no_grad()
+def standalone(module: Transformer, shape: Subnetwork) -> Transformer:
+    """A model without rescales whose logits are those of the packed `module`.
+
+    Both scales multiply the output projections; the layer's also multiplies their biases.
+    """
+    dtype = next(module.parameters()).dtype
+    model = Transformer(shape.model, dtype=dtype)
+    scales = {"attention.out": shape.head_scale, "mlp.down": shape.mlp_scale}
+    sources = dict(module.named_parameters())
+    for name, parameter in model.named_parameters():
+        branch, _, leaf = name.split(".", 2)[-1].rpartition(".")
+        factor = 1.0
+        if branch in scales:
+            factor = shape.layer_scale * (scales[branch] if leaf == "weight" else 1.0)
+        parameter.copy_(sources[name] * factor)
+    return model

@@ -1,0 +1,152 @@
+"""Downstream tasks through EleutherAI's lm-eval, an optional library: importing this module needs it."""
+
+import logging
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from datasets.exceptions import DatasetNotFoundError
+from lm_eval import simple_evaluate
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import TemplateLM
+from lm_eval.tasks import TaskManager
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+
+from est_cli.data.tokenizers import Tokenizer
+from est_cli.errors import UserError, nearest
+from est_cli.evaluation.generation import Decoding, generate_tokens
+from est_cli.evaluation.run import OpenRun
+from est_cli.model.transformer import Transformer
+
+_MAX_GENERATED = 256
+"""lm-eval's own default where a task does not say."""
+_BOOTSTRAPS = 1000
+"""For the standard errors of metrics that have no formula for it."""
+
+
+def evaluate_tasks(
+    run: OpenRun,
+    tokenizer: Tokenizer,
+    tasks: Sequence[str],
+    tasks_dir: Path | None = None,
+    limit: int | None = None,
+    num_fewshot: int | None = None,
+) -> dict[str, dict[str, float]]:
+    """Metrics of each task, `metric` and `metric_stderr`, of the full model. Raises UserError.
+
+    `tasks_dir` holds task files of one's own; `limit` is how many examples of each task to take.
+    """
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    # Bootstraps of this size do not need processes, and forking is not safe beside torch's threads.
+    os.environ.setdefault("DISABLE_MULTIPROC", "1")
+    manager = TaskManager(include_path=None if tasks_dir is None else str(tasks_dir))
+    problems = [
+        f"tasks={task}: lm-eval has no such task{nearest(task, manager.all_tasks)}"
+        for task in tasks
+        if not manager.match_tasks([task])
+    ]
+    if problems:
+        raise UserError(*problems)
+    adapter = Adapter(run.model, tokenizer, run.config.trainer.batch_size)
+    try:
+        results = simple_evaluate(
+            adapter,
+            tasks=list(tasks),
+            task_manager=manager,
+            limit=limit,
+            num_fewshot=num_fewshot,
+            bootstrap_iters=_BOOTSTRAPS,
+            log_samples=False,
+        )["results"]
+    except (ConnectionError, DatasetNotFoundError, FileNotFoundError) as error:
+        raise UserError(
+            f"tasks=[{','.join(tasks)}]: the data of a task cannot be read ({error}); without a network, write task "
+            "files that name local data, and give tasks_dir=FOLDER"
+        ) from None
+    return {task: _numbers(metrics) for task, metrics in results.items()}
+
+
+def _numbers(metrics: dict[str, Any]) -> dict[str, float]:
+    """`acc,none` becomes acc; other filters than none stay in the name."""
+    numbers = {key: value for key, value in metrics.items() if isinstance(value, float) and "," in key}
+    return {key.removesuffix(",none"): value for key, value in numbers.items()}
+
+
+class Adapter(TemplateLM):
+    """A model of ours as lm-eval asks for it."""
+
+    def __init__(self, model: Transformer, tokenizer: Tokenizer, batch_size: int):
+        super().__init__()
+        self.model, self.text = model, tokenizer
+        self.batch = batch_size
+        self.max_length = model.config.max_seq_len
+
+    @property
+    def eot_token_id(self) -> int:
+        return self.text.eot
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs) -> list[int]:
+        return self.text.encode(string)
+
+    def _loglikelihood_tokens(self, requests, **kwargs) -> list[tuple[float, bool]]:
+        """Sum of the continuation's log-probabilities, and whether each of its tokens is the likeliest."""
+        longest = max((len(continuation) for _, _, continuation in requests), default=0)
+        if longest > self.max_length:
+            raise UserError(
+                f"tasks: an answer of {longest} tokens does not fit the model, model.max_seq_len={self.max_length}"
+            )
+        return self._score([(context, continuation) for _, context, continuation in requests])
+
+    def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
+        """Log-probability of whole texts, in windows that each see as much as the model can."""
+        windows = [list(self._windows(self.tok_encode(request.args[0]))) for request in requests]
+        scores = iter(self._score([window for own in windows for window in own]))
+        return [sum(next(scores)[0] for _ in own) for own in windows]
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        return [self._generate(*request.args) for request in requests]
+
+    def _windows(self, tokens: list[int]) -> Iterator[tuple[list[int], list[int]]]:
+        rolling = get_rolling_token_windows(tokens, self.prefix_token_id, self.max_length, context_len=1)
+        return map(make_disjoint_window, rolling)
+
+    @torch.no_grad()
+    def _score(self, pairs: list[tuple[list[int], list[int]]]) -> list[tuple[float, bool]]:
+        # Batches of like length waste the least padding; padding on the right is never seen.
+        order = sorted(range(len(pairs)), key=lambda i: -len(pairs[i][0]) - len(pairs[i][1]))
+        scores: list[tuple[float, bool]] = [(0.0, True)] * len(pairs)
+        device = next(self.model.parameters()).device
+        for start in range(0, len(order), self.batch):
+            chosen = order[start : start + self.batch]
+            texts = [(pairs[i][0] + pairs[i][1])[-(self.max_length + 1) :] for i in chosen]
+            inputs = torch.zeros(len(texts), max(map(len, texts)) - 1, dtype=torch.long)
+            for row, text in zip(inputs, texts, strict=True):
+                row[: len(text) - 1] = torch.tensor(text[:-1])
+            hidden = self.model.hidden(inputs.to(device))
+            for i, states, text in zip(chosen, hidden, texts, strict=True):
+                answer = torch.tensor(pairs[i][1], device=device)
+                states = states[len(text) - 1 - len(answer) : len(text) - 1]
+                logits = F.linear(states, self.model.head_weight).float()
+                chosen_log = logits.log_softmax(-1).gather(1, answer[:, None]).double().sum().item()
+                scores[i] = (chosen_log, bool((logits.argmax(-1) == answer).all()))
+        return scores
+
+    def _generate(self, context: str, settings: dict[str, Any]) -> str:
+        until = settings.get("until") or []
+        until = [until] if isinstance(until, str) else until
+        budget = settings.get("max_gen_toks", _MAX_GENERATED)
+        temperature = settings.get("temperature", 1.0) if settings.get("do_sample") else 0.0
+        decoding = Decoding(max_tokens=budget, temperature=temperature, top_k=settings.get("top_k"))
+        prompt = self.tok_encode(context)
+        start, ids, text = len(self.text.decode(prompt)), list(prompt), ""
+        for token in generate_tokens(self.model, prompt, self.text.vocab_size, self.text.eot, decoding):
+            ids.append(token)
+            text = self.text.decode(ids)[start:]
+            if any(stop in text for stop in until):
+                break
+        for stop in until:
+            text = text.split(stop)[0] if stop else text
+        return text

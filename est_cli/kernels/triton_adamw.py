@@ -1,0 +1,124 @@
+"""AdamW on sampled rows in one launch: every element that moves is read and written once.
+
+Bytes per element: 24 for parameter and moments in and out, 4 more where there is a gradient. zero_grad moves
+every element, freeze the sampled ones. At 4.3 TB/s (an H200's copy bandwidth) a step takes
+
+             stage 3 (all)     stage 2                    stage 1
+GPT-2 124M   0.81 ms           0.77 ms, freeze 0.53 ms    0.75 ms, freeze 0.40 ms
+TinyLlama    7.2 ms            6.7 ms, freeze 4.0 ms      6.5 ms, freeze 2.4 ms
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from est_cli.kernels.adamw import Move, corrections
+from est_cli.kernels.triton_tiles import elements, field, launch, locate, upload
+
+
+@torch.no_grad()
+def adamw_step(moves: Sequence[Move], clip: Tensor | None) -> None:
+    """`est_cli.kernels.adamw.adamw_step` in float32; betas and eps are those of the first move."""
+    if not moves:
+        return
+    assert all(t is None or t.dtype == torch.float32 for m in moves for t in (m.parameter, m.moment, m.gradient))
+    device, hyper = moves[0].parameter.device, moves[0].hyper
+    freeze = not isinstance(moves[0].counts, int)
+    indices, index_addresses = _joined([_index(m) for m in moves], np.int32, device)
+    numbers, number_addresses = _joined([_numbers(m) for m in moves], np.float32, device)
+    fields = (
+        [m.parameter.data_ptr() for m in moves],
+        [m.moment.data_ptr() for m in moves],
+        [m.square.data_ptr() for m in moves],
+        [0 if m.gradient is None else m.gradient.data_ptr() for m in moves],
+        [0 if m.rows is None else address for m, address in zip(moves, index_addresses, strict=True)],
+        number_addresses,
+    )
+    moving = [m.parameter if m.rows is None or not freeze else m.gradient for m in moves]
+    arguments = {"clip": clip, "new_moment": 1 - hyper.beta1, "beta2": hyper.beta2, "new_square": 1 - hyper.beta2}
+    launch(
+        _adamw_tile,
+        [len(m) for m in moving],
+        [m.shape[1] for m in moving],
+        fields,
+        device,
+        **arguments,
+        eps=hyper.eps,
+        FREEZE=freeze,
+    )
+
+
+def _index(move: Move) -> np.ndarray:
+    """freeze: the row of each gradient row. zero_grad: the gradient row of each row, -1 where it has none."""
+    if move.rows is None:
+        return np.empty(0, np.int32)
+    if not isinstance(move.counts, int):
+        return move.rows.host
+    inverse = np.full(len(move.parameter), -1, np.int32)
+    inverse[move.rows.host] = np.arange(len(move.rows.host))
+    return inverse
+
+
+def _numbers(move: Move) -> np.ndarray:
+    """What is left of the weights, then lr / (1 − β1^t) and √(1 − β2^t) of every count t."""
+    hyper = move.hyper
+    first, second = corrections(hyper, np.atleast_1d(np.asarray(move.counts, np.float64)))
+    pairs = np.stack([hyper.lr / first, second], axis=1).ravel()
+    return np.concatenate([[1 - hyper.lr * hyper.weight_decay], pairs])
+
+
+def _joined(arrays: Sequence[np.ndarray], dtype, device) -> tuple[Tensor, list[int]]:
+    """All arrays in one upload, and the address of each."""
+    tensor = upload(np.concatenate(arrays, dtype=dtype, casting="same_kind"), device)
+    ends = np.cumsum([len(a) for a in arrays])
+    starts = ends - [len(a) for a in arrays]
+    return tensor, (tensor.data_ptr() + starts * tensor.element_size()).tolist()
+
+
+@triton.jit
+def _adamw_tile(
+    table,
+    clip,
+    new_moment,
+    beta2,
+    new_square,
+    eps,
+    FREEZE: tl.constexpr,
+    JOBS: tl.constexpr,
+    GROUPS: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    job, row, columns, width = locate(table, JOBS, GROUPS, WIDTH)
+    inside = row >= 0
+    gradient = field(table, 3, job, JOBS)
+    index = field(table, 4, job, JOBS)
+    numbers = field(table, 5, job, JOBS).to(tl.pointer_type(tl.float32))
+
+    sampled = inside & (index != 0)
+    other_row = tl.where(sampled, tl.load(index.to(tl.pointer_type(tl.int32)) + row, sampled, other=0), row)
+    gradient_row = row if FREEZE else other_row
+    row = other_row if FREEZE else row
+    pair = gradient_row if FREEZE else tl.zeros_like(row)
+    rate = tl.load(numbers + 1 + 2 * pair, inside, other=0.0)
+    root = tl.load(numbers + 2 + 2 * pair, inside, other=1.0)
+
+    has_gradient = inside & (gradient_row >= 0) & (gradient != 0)
+    g = tl.load(elements(gradient, tl.float32, gradient_row, columns, width, WIDTH), has_gradient, other=0.0)
+    if clip is not None:
+        g *= tl.load(clip)
+    parameters = elements(field(table, 0, job, JOBS), tl.float32, row, columns, width, WIDTH)
+    moments = elements(field(table, 1, job, JOBS), tl.float32, row, columns, width, WIDTH)
+    squares = elements(field(table, 2, job, JOBS), tl.float32, row, columns, width, WIDTH)
+    p = tl.load(parameters, inside, other=0.0) * tl.load(numbers)
+    m = tl.load(moments, inside, other=0.0)
+    v = tl.load(squares, inside, other=0.0)
+    m += new_moment * (g - m)
+    v = beta2 * v + new_square * g * g
+    p -= rate * m / (tl.sqrt_rn(v) / root + eps)
+    tl.store(parameters, p, inside)
+    tl.store(moments, m, inside)
+    tl.store(squares, v, inside)

@@ -1,0 +1,140 @@
+"""Weights to start from: a Hugging Face folder, fitted to the composed model.
+
+A model with more vocabulary rows than the folder (GPT-2's 50257 padded to 50304) gets rows of the mean: their logits
+are then the mean of the others. Rows of zeros would have logits of 0, which for GPT-2 is far above all real ones.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from est_cli.config import ModelConfig
+from est_cli.errors import UserError, nearest
+from est_cli.model.huggingface import from_huggingface
+from est_cli.model.huggingface_config import from_config
+from est_cli.model.transformer import Transformer
+
+_WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
+_SIZES = (
+    "norm",
+    "position",
+    "mlp",
+    "n_layers",
+    "d_model",
+    "n_heads",
+    "n_kv_heads",
+    "head_dim",
+    "d_ff",
+    "bias",
+    "tie_embeddings",
+    "norm_eps",
+)
+"""Keys of the model that the folder decides; so do vocab_size, max_seq_len and rope_theta in their own way."""
+
+
+def check_pretrained(model: ModelConfig) -> None:
+    """Raises UserError where model.init_from is no folder that fits `model`."""
+    folder = _folder(model)
+    found = _named(model, lambda: from_config(_read_config(folder)))
+    problems = [
+        f"model.{key}={_show(getattr(model, key))}: the weights of model.init_from={model.init_from} have "
+        f"{_show(getattr(found, key))}; give model.{key}={_show(getattr(found, key))}"
+        for key in _differing(model, found)
+    ]
+    if problems:
+        raise UserError(*problems)
+
+
+def load_pretrained(model: Transformer) -> None:
+    """Fill the model's parameters from its model.init_from. Raises UserError where that does not fit."""
+    check_pretrained(model.config)
+    _fill(model, _read_state(model.config))
+
+
+@torch.no_grad()
+def _fill(model: Transformer, state: Mapping[str, Tensor]) -> None:
+    for name, parameter in model.named_parameters():
+        found = state[name]
+        if name in ("embedding", "head") and len(found) < len(parameter):
+            found = torch.cat([found, found.float().mean(0, keepdim=True).expand(len(parameter) - len(found), -1)])
+        if found.shape != parameter.shape:
+            raise UserError(
+                f"model.init_from={model.config.init_from}: {name} has shape {tuple(found.shape)}, "
+                f"and its config.json says {tuple(parameter.shape)}"
+            )
+        parameter.copy_(found)
+
+
+def _differing(model: ModelConfig, found: ModelConfig) -> list[str]:
+    keys = [key for key in _SIZES if getattr(model, key) != getattr(found, key)]
+    if "bias" in keys and found.position == "learned" and not _has_biases(model):
+        keys.remove("bias")
+    keys += ["vocab_size"] if model.vocab_size < found.vocab_size else []
+    if model.position == found.position:
+        # Learned positions are weights; rotary ones work for any length.
+        key = "max_seq_len" if model.position == "learned" else "rope_theta"
+        keys += [key] if getattr(model, key) != getattr(found, key) else []
+    return keys
+
+
+def _has_biases(model: ModelConfig) -> bool:
+    """Whether a GPT-2 folder, whose class always has biases, has one that is not zero."""
+    state = _read_state(model)
+    return any(bool(t.any()) for name, t in state.items() if name.endswith(".bias") and "norm" not in name)
+
+
+def _folder(model: ModelConfig) -> Path:
+    folder = Path(model.init_from).expanduser()
+    if not (folder / "config.json").is_file():
+        siblings = [str(path.parent) for path in folder.parent.glob("*/config.json")]
+        raise UserError(
+            f"model.init_from={model.init_from}: must be a folder with config.json and {_WEIGHTS}"
+            f"{nearest(str(folder), siblings)}"
+        )
+    if not any((folder / name).is_file() for name in (_WEIGHTS, _INDEX)):
+        raise UserError(f"model.init_from={model.init_from}: has no {_WEIGHTS}; other formats of weights are not read")
+    return folder
+
+
+def _read_state(model: ModelConfig) -> dict[str, Tensor]:
+    """The folder's weights under our names."""
+    folder = _folder(model)
+    _, state = _named(model, lambda: from_huggingface(_read_config(folder), _read_tensors(folder)))
+    return state
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    try:
+        return json.loads((folder / "config.json").read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"config.json: cannot be read ({error})") from None
+
+
+def _read_tensors(folder: Path) -> dict[str, Tensor]:
+    names = [_WEIGHTS]
+    if not (folder / _WEIGHTS).is_file():
+        names = sorted(set(json.loads((folder / _INDEX).read_text("utf-8"))["weight_map"].values()))
+    tensors: dict[str, Tensor] = {}
+    for name in names:
+        try:
+            tensors |= load_file(folder / name)
+        except Exception as error:  # safetensors raises its own kind for damaged files.
+            raise UserError(f"{name}: cannot be read ({error})") from None
+    return tensors
+
+
+def _named(model: ModelConfig, read: Any) -> Any:
+    """What `read()` returns; its problems name the folder."""
+    try:
+        return read()
+    except UserError as error:
+        raise UserError(*(f"model.init_from={model.init_from}: {problem}" for problem in error.problems)) from None
+
+
+def _show(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)

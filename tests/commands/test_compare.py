@@ -1,0 +1,116 @@
+"""experiment=compare: three arms that differ in nothing but how they spend, and the verdict on them."""
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from est_cli import auto
+from est_cli.commands.arms import with_arm
+from est_cli.commands.entry import compose
+from est_cli.commands.verdict import Verdict
+from est_cli.config import TrainConfig, as_plain, read_train_config
+from est_cli.errors import UserError
+from est_cli.reports.records import RunRecord
+from est_cli.subnet.flops import config_ledger
+from tests.commands.cli import TINY, run, write_corpus
+
+
+def config_of(*overrides: str) -> TrainConfig:
+    arguments = argparse.Namespace(overrides=["experiment=compare", *overrides], config_name=None, config_dir=None)
+    return auto.choose(read_train_config(compose("train", arguments)[0]), auto.Device("cpu"))[0]
+
+
+def spent(config: TrainConfig) -> int:
+    return config_ledger(config).spent(config.trainer.max_steps).total
+
+
+@pytest.mark.parametrize("scheduler", ["three_stage", "two_stage", "ramp"])
+def test_the_third_arm_spends_what_est_spends(scheduler):
+    config = config_of(f"scheduler={scheduler}", "trainer.max_steps=1000")
+    arm = with_arm(config, "full_same_flops")
+    assert len(arm.stages) == 1
+    assert abs(spent(arm) - spent(config)) <= config_ledger(config).full.total / 2
+
+
+def test_the_second_arm_trains_the_full_model_on_the_same_tokens():
+    config = config_of()
+    arm = with_arm(config, "full")
+    assert arm.trainer.max_steps == config.trainer.max_steps
+    assert spent(arm) == config.trainer.max_steps * config_ledger(config).full.total
+
+
+def test_arms_differ_in_schedule_and_length_only():
+    config = config_of()
+    plain = [as_plain(with_arm(config, arm)) for arm in ("est", "full", "full_same_flops")]
+    for arm in plain:
+        del arm["name"], arm["scheduler"]["stages"], arm["trainer"]["max_steps"]
+    assert plain[0] == plain[1] == plain[2]
+
+
+def test_the_third_arm_has_a_learning_rate_schedule_of_its_own():
+    config = config_of("trainer.max_steps=1000", "optimizer.warmup=100", "optimizer.decay_steps=1000")
+    arm = with_arm(config, "full_same_flops")
+    assert arm.optimizer.decay_steps == arm.trainer.max_steps
+    assert arm.optimizer.warmup == round(arm.trainer.max_steps / 10)
+    shares = with_arm(config_of("optimizer.warmup=0.02"), "full_same_flops")
+    assert shares.optimizer.warmup == 0.02
+
+
+def test_an_arm_that_there_is_not_is_bad_input():
+    with pytest.raises(UserError, match=r"arm=ful: must be one of est, full, full_same_flops; did you mean 'full'"):
+        with_arm(config_of(), "ful")
+
+
+def record(arm: str, seed: int, losses: list[float], flops: float) -> RunRecord:
+    n = len(losses)
+    columns = {"step": np.arange(n) * 1.0, "val/loss": np.array(losses), "flops/total": flops * np.arange(1, n + 1),
+               "seconds": np.arange(1, n + 1) * 2.0}  # fmt: skip
+    summary = {"status": "done", "steps": n, "val_loss": losses[-1], "flops_total": flops * n, "train_s": 2.0 * n}
+    return RunRecord(f"{arm}-{seed}", Path("nowhere"), {"name": arm, "seed": seed}, summary, columns, n)
+
+
+def test_the_verdict_tells_when_a_run_was_as_good_as_its_seeds_full_model():
+    runs = [
+        record("full", 0, [4.0, 3.5, 3.0], 10), record("full", 1, [4.0, 3.5, 2.0], 10),
+        record("est", 0, [3.5, 3.0, 2.5], 5), record("est", 1, [3.5, 3.0, 2.5], 5),
+    ]  # fmt: skip
+    est, full = Verdict.of(runs).as_dict()
+    assert est["to_baseline"] == {"steps": [2.0, None], "flops": [10.0, None], "seconds": [4.0, None]}
+    assert full["to_baseline"]["steps"] == [3.0, 3.0]
+
+
+def test_the_verdict_pairs_seeds():
+    """Seeds differ by 10, the arms by 1: unpaired, the spread would hide the difference."""
+    runs = [record(arm, seed, [10.0 * seed + loss], 1) for seed in (0, 1)
+            for arm, loss in (("est", 1.0), ("full_same_flops", 2.0))]  # fmt: skip
+    assert Verdict.of(runs).sentences() == [
+        "For the same FLOPs its loss is 1.000 ± 0.000 (2 seeds) below the full model's."
+    ]
+
+
+def test_one_seed_claims_no_spread():
+    runs = [record("est", 0, [1.0], 1), record("full_same_flops", 0, [2.0], 1)]
+    assert "one seed: no spread is known" in Verdict.of(runs).sentences()[0]
+
+
+def test_a_difference_within_the_noise_is_not_called_one():
+    runs = [record(arm, seed, [loss], 1) for arm, losses in (("est", (1.0, 3.0)), ("full_same_flops", (2.0, 2.1)))
+            for seed, loss in enumerate(losses)]  # fmt: skip
+    assert "no clear difference" in Verdict.of(runs).sentences()[0]
+
+
+def test_one_command_trains_the_arms_and_compares_them(tmp_path):
+    write_corpus(tmp_path / "corpus")
+    done = run(
+        "est-train", "experiment=compare", *TINY, "data=text", "data.path=corpus", "trainer.max_steps=15",
+        "trainer.eval_every=5", "trainer.checkpoint_every=0", "seed=3", "format=json", cwd=tmp_path,
+    )  # fmt: skip
+    assert done.code == 0, done.err
+    jobs = {job["name"]: job for job in done.json["jobs"]}
+    assert set(jobs) == {"arm-est", "arm-full", "arm-full_same_flops"}
+    est, same = jobs["arm-est"], jobs["arm-full_same_flops"]
+    assert same["steps"] == round(est["flops_total"] / est["flops_full_total"] * est["steps"])
+    assert [arm["arm"] for arm in done.json["arms"]] == ["est", "full", "full_same_flops"]
+    assert Path(done.json["report"]).exists()

@@ -1,0 +1,50 @@
+"""environment.json: enough to repeat a run, and no secret."""
+
+import json
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from est_cli.commands.provenance import environment, git_state, write_environment
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_a_start_tells_code_packages_machine_and_command():
+    record = environment(["seed=1"])
+    assert record["overrides"] == ["seed=1"]
+    assert record["command"] == sys.argv
+    assert record["python"] == platform.python_version()
+    assert {"torch", "numpy", "hydra-core"} <= record["packages"].keys()
+    assert record["machine"]["cpu_count"] > 0
+
+
+def test_environment_variables_are_not_recorded(monkeypatch):
+    monkeypatch.setenv("WANDB_API_KEY", "a-secret")
+    assert "a-secret" not in json.dumps(environment([]))
+
+
+def test_a_run_that_continues_keeps_the_record_of_its_first_start(tmp_path):
+    path = tmp_path / "environment.json"
+    for overrides in (["seed=1"], ["seed=2"], ["seed=3"]):
+        write_environment(path, overrides)
+    record = json.loads(path.read_text())
+    assert [record["overrides"], *(start["overrides"] for start in record["earlier_starts"])] == [
+        ["seed=3"], ["seed=1"], ["seed=2"],
+    ]  # fmt: skip
+
+
+def test_the_commit_is_that_of_the_checkout():
+    try:
+        git = ["git", "-C", str(ROOT), "rev-parse", "HEAD"]
+        commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip("this is no git checkout")
+    assert git_state(ROOT / "est_cli")["commit"] == commit
+
+
+def test_outside_of_a_checkout_there_is_no_commit(tmp_path):
+    assert git_state(tmp_path) is None

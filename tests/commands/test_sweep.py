@@ -1,0 +1,168 @@
+"""est-train -m: folders that are found again, failures that stop nothing else, and one table at the end."""
+
+import json
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from omegaconf import OmegaConf
+
+from est_cli.commands.sweep import job_name, sweep_name
+from tests.commands.cli import TINY, Finished, clean_environment, run, write_corpus
+
+FAST = ("trainer.max_steps=15", "trainer.eval_every=0", "trainer.checkpoint_every=0")
+ARGUMENTS = (*TINY, "data=text", "data.path=corpus", *FAST)
+
+
+def composed(task: list[str], fixed: tuple[str, ...] = (), params: dict[str, str] | None = None):
+    """The part of Hydra's own config that names are made of."""
+    dirname = {"override_dirname": {"exclude_keys": list(fixed)}}
+    node = {"overrides": {"task": task}, "job": {"config": dirname}, "sweeper": {"params": params}}
+    return OmegaConf.create({"hydra": node})
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("sweeps")
+    write_corpus(folder / "corpus")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def mixed(place) -> Finished:
+    """Three jobs: one breaks, one is bad input, one works."""
+    (place / "mine.py").write_text("def sampled(draw, total, kept):\n    raise RuntimeError('it broke')\n")
+    return sweep(place)
+
+
+@pytest.fixture(scope="module")
+def mended(place, mixed) -> Finished:
+    """The same command again, after the first of the two mistakes has been put right."""
+    (place / "mine.py").write_text("def sampled(draw, total, kept):\n    return range(total - kept, total)\n")
+    return sweep(place)
+
+
+def sweep(place: Path) -> Finished:
+    overrides = ("sampling.strategy=mine.sampled,mine.smapled,random", "seed=3", "format=json")
+    return run("est-train", *ARGUMENTS, "-m", *overrides, cwd=place)
+
+
+def statuses(done: Finished) -> dict[str, str]:
+    return {job["name"]: job["status"] for job in done.json["jobs"]}
+
+
+def test_failures_stop_no_other_job(mixed):
+    jobs = {"strategy-mine.sampled": "failed", "strategy-mine.smapled": "failed", "strategy-random": "done"}
+    assert statuses(mixed) == jobs
+    assert mixed.json["jobs"][0]["name"] == "strategy-random"
+
+
+def test_a_failure_is_shown_and_left_in_the_jobs_folder(mixed):
+    folder = Path(mixed.json["sweep_dir"])
+    for name, what in (("sampled", "RuntimeError: it broke"), ("smapled", "sampling.strategy=mine.smapled: cannot be")):
+        assert what in mixed.err
+        assert what in (folder / f"strategy-mine.{name}" / "error.txt").read_text()
+
+
+def test_the_exit_code_is_2_where_bad_input_is_all_that_failed(mixed, mended):
+    assert (mixed.code, mended.code) == (1, 2)
+
+
+def test_the_same_command_runs_only_what_failed(mixed, mended):
+    jobs = {"strategy-mine.sampled": "done", "strategy-mine.smapled": "failed", "strategy-random": "done"}
+    assert statuses(mended) == jobs
+    assert mended.json["sweep_dir"] == mixed.json["sweep_dir"]
+    assert mended.err.count("done already, skipped") == 1
+    times = [next(job["train_s"] for job in done.json["jobs"] if job["name"] == "strategy-random")
+             for done in (mixed, mended)]  # fmt: skip
+    assert times[0] == times[1]
+
+
+def test_a_sweep_ends_with_a_report_of_all_jobs(mended):
+    assert Path(mended.json["report"]).exists()
+    runs = Path(mended.json["sweep_dir"], "report", "runs.csv").read_text()
+    assert "strategy-random" in runs and "strategy-mine.sampled" in runs
+
+
+def test_the_jobs_of_a_sweep_are_a_group(mixed):
+    folder = Path(mixed.json["sweep_dir"])
+    config = yaml.safe_load((folder / "strategy-random" / "config.yaml").read_text())
+    assert config["logger"]["group"] == folder.name
+
+
+def test_a_job_records_its_own_overrides(mixed):
+    record = json.loads(Path(mixed.json["sweep_dir"], "strategy-random", "environment.json").read_text())
+    assert {"sampling.strategy=random", "seed=3"} <= set(record["overrides"])
+    assert record["command"][-2:] == ["seed=3", "format=json"]
+
+
+def test_a_signal_stops_the_job_and_the_sweep(place):
+    overrides = ("trainer.max_steps=2000", "seed=7,8")
+    process = subprocess.Popen(
+        [sys.executable, "-m", "est_cli", *ARGUMENTS, "-m", *overrides],
+        cwd=place, env=clean_environment(place), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    wait_for_steps(place / "outputs" / "est", "sweep-seed-*/seed-7/metrics.jsonl", 20)
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 75, err
+    assert "continue with: python -m est_cli" in err
+    folder = next((place / "outputs" / "est").glob("sweep-seed-*"))
+    assert [path.parent.name for path in folder.glob("*/summary.json")] == ["seed-7"]
+
+
+def wait_for_steps(folder: Path, pattern: str, steps: int) -> None:
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        if any(path.read_bytes().count(b"\n") >= steps for path in folder.glob(pattern)):
+            return
+        time.sleep(0.01)
+    raise AssertionError(f"no {pattern} in {folder} reached {steps} steps")
+
+
+@pytest.mark.parametrize("mistake", ["trainer.max_step=1,2", "model=nano,nan0", "seed=[1,2"])
+def test_a_sweep_that_cannot_compose_makes_no_folder(tmp_path, mistake):
+    done = run("est-train", "-m", mistake, cwd=tmp_path)
+    assert done.code == 2, done.err
+    assert mistake.split("=")[0] in done.err
+    assert not (tmp_path / "outputs").exists()
+
+
+def test_a_jobs_name_tells_what_it_does_not_share():
+    task = ["trainer.max_steps=15", "seed=0", "scheduler.stage1_end=0.1"]
+    assert job_name(composed(task, ("trainer.max_steps",))) == "stage1_end-0.1_seed-0"
+
+
+def test_a_jobs_name_does_not_depend_on_the_order_of_the_overrides():
+    names = {job_name(composed(task)) for task in (["seed=0", "+arm=est"], ["+arm=est", "seed=0"])}
+    assert names == {"arm-est_seed-0"}
+
+
+@pytest.mark.parametrize("values", [("a/b", "a:b", "a-b"), ("x" * 300, "x" * 299 + "y"), ("Größe", "Gräße")])
+def test_names_of_different_jobs_differ_and_are_safe(values):
+    names = [job_name(composed([f"data.path='{value}'", "seed=1"])) for value in values]
+    assert len(set(names)) == len(values)
+    assert all(re.fullmatch(r"[A-Za-z0-9._-]{1,100}", name) for name in names)
+
+
+def test_no_two_jobs_share_a_name_that_reads_in_two_ways():
+    first, second = (["a.k=1_z-2", "b.z=3"], ["a.k=1", "b.z='2_z-3'"])
+    assert job_name(composed(first)) != job_name(composed(second))
+
+
+def test_a_sweeps_name_depends_on_the_sorted_overrides_alone():
+    overrides = ["scheduler.stage1_end=0.1,0.2", "seed=0,1", "model=micro"]
+    name = sweep_name(composed(overrides))
+    assert name == sweep_name(composed(overrides[::-1]))
+    assert name != sweep_name(composed([*overrides[:-1], "model=nano"]))
+    assert re.fullmatch(r"sweep-stage1_end-seed-[0-9a-f]{8}", name)
+
+
+def test_what_a_config_sweeps_is_part_of_the_sweeps_name():
+    names = {sweep_name(composed([], params={"seed": seeds})) for seeds in ("0,1", "0,1,2")}
+    assert len(names) == 2

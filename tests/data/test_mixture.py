@@ -1,0 +1,165 @@
+"""data.sources: documents of several datasets in proportion to their weights."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from est_cli.config import DataConfig, SourceConfig, TokenizerConfig
+from est_cli.data.inspection import inspect
+from est_cli.data.mixture import TokenStream, interleave
+from est_cli.data.sources import open_sources, split_sources
+from est_cli.data.token_files import Counts
+from est_cli.data.tokens import prepare
+from est_cli.errors import UserError
+
+datasets = pytest.importorskip("datasets")
+BYTE = TokenizerConfig("byte")
+
+
+@pytest.fixture(autouse=True)
+def quiet():
+    datasets.disable_progress_bars()
+    yield
+    datasets.enable_progress_bars()
+
+
+@pytest.fixture
+def mix(tmp_path):
+    """A mixture of prose and code, 600 and 200 rows."""
+    prose, code = tmp_path / "prose.jsonl", tmp_path / "code.jsonl"
+    prose.write_text("".join(json.dumps({"text": f"prose {i} " * (3 + i % 5)}) + "\n" for i in range(600)))
+    code.write_text("".join(json.dumps({"content": f"code({i})\n" * (2 + i % 9)}) + "\n" for i in range(200)))
+    sources = (SourceConfig(str(prose), 7), SourceConfig(str(code), 3, column="content"))
+    return DataConfig(kind="hf", sources=sources, val_fraction=0.1, cache_dir=str(tmp_path / "cache"))
+
+
+def documents(store, name: str) -> list[str]:
+    tokens = getattr(store, name)
+    ends = np.flatnonzero(tokens == store.tokenizer.eot)
+    return [store.tokenizer.decode(part[:-1].tolist()) for part in np.split(tokens, ends + 1)[:-1]]
+
+
+def share_of_code(tokens: list[str]) -> float:
+    code = sum(len(text) + 1 for text in tokens if text.startswith("code"))
+    return code / sum(len(text) + 1 for text in tokens)
+
+
+def test_every_stretch_of_both_splits_has_the_weights(mix):
+    store = prepare(mix, BYTE, 512, lambda _: None, False)
+    for name, within in (("train", 0.02), ("val", 0.1)):
+        texts = documents(store, name)
+        assert share_of_code(texts) == pytest.approx(0.3, abs=within)
+        assert share_of_code(texts[: len(texts) // 2]) == pytest.approx(0.3, abs=within)
+    assert not set(documents(store, "train")) & set(documents(store, "val"))
+
+
+def test_no_text_is_left_out_and_a_source_that_ends_starts_again(mix, said):
+    store = prepare(mix, BYTE, 512, said.append, False)
+    texts = documents(store, "train") + documents(store, "val")
+    assert len(set(texts)) == 800
+    prose, code = store.manifest["mixture"]
+    assert prose["splits"]["train"]["passes"] == pytest.approx(1, abs=0.01)
+    assert code["splits"]["train"]["passes"] > 1.05
+    again = [text for text in documents(store, "train") if text.startswith("code")]
+    n_codes = len(set(again))
+    assert again[n_codes:] == again[: len(again) - n_codes]
+    (line,) = (line for line in said if "code.jsonl" in line and "used" in line)
+    assert f"used {code['splits']['train']['passes']:.2f} times" in line
+
+
+def test_the_achieved_weights_are_in_the_manifest_and_the_inspection(mix):
+    store = prepare(mix, BYTE, 512, lambda _: None, False)
+    facts = json.loads(json.dumps(inspect(store)))
+    train = store.manifest["splits"]["train"]
+    for i, source in enumerate(facts["mixture"]):
+        own = source["splits"]["train"]
+        assert source["path"] == mix.sources[i].path
+        assert source["weight"] == pytest.approx((0.7, 0.3)[i])
+        assert own["share"] == own["tokens"] / train["tokens"] == pytest.approx(source["weight"], abs=0.02)
+    texts = documents(store, "train")
+    assert train["documents"] == len(texts)
+    assert train["tokens"] == len(store.train)
+    assert train["bytes"] == pytest.approx(sum(map(len, texts)), rel=0.01)
+    assert [source["column"] for source in facts["source"]["sources"]] == ["text", "content"]
+
+
+def test_a_mixture_is_the_same_with_several_processes(mix, tmp_path, monkeypatch):
+    monkeypatch.setattr("est_cli.data.preparation.SHARD_BYTES", 3000)
+    one = prepare(mix, BYTE, 512, lambda _: None, False)
+    two = prepare(replace(mix, cache_dir=str(tmp_path / "two"), num_workers=2), BYTE, 512, lambda _: None, False)
+    assert one.fingerprint == two.fingerprint
+    assert one.train.tobytes() == two.train.tobytes()
+
+
+def test_sources_and_weights_decide_the_fingerprint_but_their_scale_does_not(mix):
+    def fingerprint(*weights):
+        sources = tuple(replace(source, weight=weight) for source, weight in zip(mix.sources, weights, strict=True))
+        return prepare(replace(mix, sources=sources), BYTE, 512, lambda _: None, False).fingerprint
+
+    assert fingerprint(7, 3) == fingerprint(0.7, 0.3) != fingerprint(5, 5)
+
+
+def test_a_tokenizer_for_a_mixture_is_trained_on_all_sources(mix):
+    store = prepare(mix, TokenizerConfig("sentencepiece", vocab_size=300), 512, lambda _: None, False)
+    for text in ("prose 17 prose 17 ", "code(17)\n"):
+        assert len(store.tokenizer.encode(text)) < len(text)
+
+
+def test_text_that_one_source_validates_on_is_not_in_the_training_split_of_another(mix, tmp_path):
+    other = tmp_path / "other.jsonl"
+    rows = [json.dumps({"text": f"prose {i} " * (3 + i % 5)}) for i in range(0, 600, 3)]
+    other.write_text("\n".join([*rows, *(json.dumps({"text": f"other {i}"}) for i in range(900))]))
+    data = replace(mix, sources=(mix.sources[0], SourceConfig(str(other), 1)))
+    trains, vals = split_sources(open_sources(data, print), data.val_fraction)
+    held_out, trained = (
+        {int(key) for split in side for key in split.corpus.keys[split.documents]} for side in (vals, trains)
+    )
+    assert not held_out & trained
+
+
+def test_the_next_document_comes_from_the_source_that_is_furthest_behind(tmp_path):
+    a, b = tmp_path / "a", tmp_path / "b"
+    np.array([1, 0, 2, 2, 0, 3, 0], "<u2").tofile(a)
+    np.array([9, 9, 9, 0], "<u2").tofile(b)
+    streams = [TokenStream([a], Counts(3, 4, 7), 0.5), TokenStream([b], Counts(1, 3, 4), 0.5)]
+    interleave(streams, 0, np.dtype("<u2"), tmp_path / "out")
+    assert np.fromfile(tmp_path / "out", "<u2").tolist() == [1, 0, 9, 9, 9, 0, 2, 2, 0, 9, 9, 9, 0, 3, 0, 1, 0]
+    assert [(stream.taken, stream.documents, stream.passes) for stream in streams] == [(9, 4, 9 / 7), (8, 2, 2)]
+
+
+def test_a_document_that_goes_on_in_the_next_file_stays_whole(tmp_path):
+    parts = [tmp_path / name for name in "abc"]
+    for part, tokens in zip(parts, ([1, 0, 2], [2, 2], [2, 0]), strict=True):
+        np.array(tokens, "<u2").tofile(part)
+    np.array([9, 0], "<u2").tofile(tmp_path / "other")
+    streams = [TokenStream(parts, Counts(2, 5, 7), 0.5), TokenStream([tmp_path / "other"], Counts(1, 1, 2), 0.5)]
+    interleave(streams, 0, np.dtype("<u2"), tmp_path / "out")
+    assert np.fromfile(tmp_path / "out", "<u2").tolist() == [1, 0, 9, 0, 2, 2, 2, 2, 0, *[9, 0] * 3]
+
+
+def problems(data: DataConfig) -> tuple[str, ...]:
+    with pytest.raises(UserError) as caught:
+        prepare(data, BYTE, 512, lambda _: None, False)
+    return caught.value.problems
+
+
+def test_problems_name_their_source_and_come_together(mix, tmp_path, monkeypatch):
+    monkeypatch.setattr("est_cli.data.hub.answers", lambda: False)
+    lost = replace(mix, sources=(SourceConfig("./nowhere.jsonl", 7), *mix.sources, SourceConfig("owner/name", 1)))
+    first, second, override = problems(lost)
+    assert first.startswith("data.sources[0].path=./nowhere.jsonl: ")
+    assert second.startswith("data.sources[3].path=owner/name: ")
+    assert "hf download owner/name" in second
+    assert "data.sources=[{path:./nowhere.jsonl,weight:7}," in override
+    columns = replace(mix, sources=(mix.sources[0], replace(mix.sources[1], column="text")))
+    assert problems(columns)[0].startswith("data.sources[1].column=text: must be one of content")
+    (tmp_path / "empty.jsonl").write_text('{"text": ""}\n')
+    empty = replace(mix, sources=(*mix.sources, SourceConfig(str(tmp_path / "empty.jsonl"), 1)))
+    assert problems(empty) == ("data.sources[2]: holds no text",)
+
+
+def test_sources_beside_a_path_or_another_kind_are_refused(mix):
+    assert "data.path: must be null beside data.sources" in problems(replace(mix, path="a.jsonl"))[0]
+    assert "mixtures are for data=hf" in problems(replace(mix, kind="text"))[0]

@@ -1,0 +1,61 @@
+"""A tokenizer.json of ours gives the ids of ours, for any text, and decodes without loss."""
+
+import io
+
+import pytest
+import sentencepiece
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny_corpora import prose
+
+from est_cli.data.sentencepiece_bpe import SentencePieceTokenizer
+from est_cli.data.tokenizer_json import SAMPLES, convert
+from est_cli.data.tokenizers import ByteTokenizer
+from est_cli.errors import UserError
+
+TEXTS = st.text(alphabet=st.one_of(st.sampled_from(" \n\t\u2581aeinort<>/s0é"), st.characters(codec="utf-8")))
+
+
+@pytest.fixture(scope="module")
+def pairs(trained, llama):
+    return [(tokenizer, convert(tokenizer)[0]) for tokenizer in (trained, llama, ByteTokenizer())]
+
+
+@settings(max_examples=150, deadline=None)
+@given(text=TEXTS)
+def test_the_ids_are_equal_and_nothing_is_lost(pairs, text):
+    for ours, theirs in pairs:
+        ids = theirs.encode(text, add_special_tokens=False).ids
+        assert ids == ours.encode(text)
+        assert theirs.decode(ids, skip_special_tokens=False) == text
+
+
+@pytest.mark.parametrize("text", [prose(60), prose(5) * 30, " " * 500, "aba" * 200, *SAMPLES])
+def test_long_and_awkward_texts_have_equal_ids(pairs, text):
+    for ours, theirs in pairs:
+        assert theirs.encode(text, add_special_tokens=False).ids == ours.encode(text)
+
+
+def test_the_end_of_text_keeps_its_id(pairs, trained, llama):
+    for tokenizer in (trained, llama, ByteTokenizer()):
+        converted, end = convert(tokenizer)
+        assert converted.token_to_id(end) == tokenizer.eot
+        assert converted.get_vocab_size() == tokenizer.vocab_size
+
+
+def test_a_model_that_changes_its_text_is_refused():
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(prose(100).split("\n")), model_writer=model, model_type="bpe", vocab_size=100,
+        byte_fallback=False, minloglevel=2)  # fmt: skip
+    with pytest.raises(UserError, match=r"cannot be written as a tokenizer.json: the ids of "):
+        convert(SentencePieceTokenizer(model.getvalue()))
+
+
+def test_a_unigram_model_is_refused():
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(prose(100).split("\n")), model_writer=model, model_type="unigram", vocab_size=45,
+        minloglevel=2)  # fmt: skip
+    with pytest.raises(UserError, match="not a BPE model"):
+        convert(SentencePieceTokenizer(model.getvalue()))
