@@ -9,10 +9,13 @@ from dataclasses import dataclass
 
 from est_cli.config import ModelConfig
 
-CPU_PROCESS_BYTES = 420e6
+CPU_PROCESS_BYTES = 300e6
 """Resident memory of the interpreter with torch and the tracking libraries loaded, measured on Linux x86-64."""
-CPU_LOGITS_ELEMENTS = 8 << 20
-CUDA_LOGITS_ELEMENTS = 256 << 20
+CPU_BF16_BYTES_PER_PARAMETER = 4
+"""What bf16 products on a CPU hold beyond the slots: measured on GPT-2 124M, not derived."""
+CPU_LOGITS_BYTES = 64 << 20
+CUDA_LOGITS_BYTES = 512 << 20
+"""The largest chunk of logits; see est_cli/kernels/linear_cross_entropy.py."""
 
 
 @dataclass(frozen=True)
@@ -64,16 +67,20 @@ def training_bytes(
 
 
 def _stage_bytes(full: ModelConfig, small: ModelConfig, tokens: int, bf16: bool, recompute: bool, cpu: bool) -> float:
-    parameters = count_parameters(small)
+    parameters, table = count_parameters(small), full.vocab_size * full.d_model
     if bf16:
         slots_and_gradients = (2 + 4) * parameters.total
+        # The head's gradient: summed in fp32, then as bf16 beside the embedding's, and on its way to the sum.
+        head_gradient = (4 + 3 * 2) * table
+        slots_and_gradients += CPU_BF16_BYTES_PER_PARAMETER * parameters.total if cpu else 0
     else:
         packed = 0 if small == full else parameters.blocks
         slots_and_gradients = 4 * (packed + parameters.total)
-    head_gradient = 4 * full.vocab_size * full.d_model
-    logits = 3 * 4 * min(tokens * full.vocab_size, CPU_LOGITS_ELEMENTS if cpu else CUDA_LOGITS_ELEMENTS)
-    activations = tokens * (2 if bf16 else 4) * _activation_elements(small, recompute)
-    return slots_and_gradients + head_gradient + max(logits, 0) + activations
+        head_gradient = 4 * table
+    element = 2 if bf16 else 4
+    logits = min(tokens * full.vocab_size * element, CPU_LOGITS_BYTES if cpu else CUDA_LOGITS_BYTES)
+    activations = tokens * element * _activation_elements(small, recompute)
+    return slots_and_gradients + head_gradient + logits + activations
 
 
 def _activation_elements(model: ModelConfig, recompute: bool) -> float:

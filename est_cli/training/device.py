@@ -7,6 +7,7 @@ import torch
 from est_cli.auto import Device
 from est_cli.config import TrainerConfig
 from est_cli.errors import UserError
+from est_cli.kernels.dispatch import check_kernels
 from est_cli.training.distributed import launched_ranks
 
 PEAK_BF16_FLOPS = {
@@ -26,12 +27,13 @@ _STATUS = Path("/proc/self/status")
 _RESET = Path("/proc/self/clear_refs")
 
 
-def available_device(trainer: TrainerConfig) -> Device:
-    """The device that `trainer` asks for. Raises UserError where torch sees no such device."""
+def available_device(trainer: TrainerConfig, kernels: str = "auto") -> Device:
+    """The device that `trainer` asks for. Raises UserError where torch sees none, or none that `kernels` can use."""
     has_cuda = torch.cuda.is_available()
     if trainer.device == "cuda" and not has_cuda:
         raise UserError("trainer.device=cuda: torch sees no GPU here; allowed: auto, cpu")
     kind = "cuda" if has_cuda and trainer.device != "cpu" else "cpu"
+    check_kernels(kernels, kind)
     if launched_ranks() > 1:
         return Device(kind, launched_ranks())
     present = torch.cuda.device_count() if kind == "cuda" else 1

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from est_cli.config import TrainConfig, as_plain
 from est_cli.data.batches import training_windows, validation_windows
+from est_cli.kernels.dispatch import kernels_for
 from est_cli.model.initialisation import initialise
 from est_cli.model.transformer import Transformer
 from est_cli.subnet.flops import config_ledger
@@ -62,7 +63,8 @@ class Training:
         self.dtype = DTYPES[config.trainer.precision]
         self.strategy = strategy_named(config.sampling.strategy)
         self.peak_flops = peak_flops(world.device, config.trainer.peak_flops)
-        model = initialise(Transformer(config.model, recompute=config.trainer.recompute == "block"), config.seed)
+        recompute, kernels = config.trainer.recompute == "block", kernels_for(config.kernels, world.device)
+        model = initialise(Transformer(config.model, recompute=recompute, kernels=kernels), config.seed)
         if config.model.init_from is not None:
             load_pretrained(model)
         self.model = model.to(world.device)
@@ -118,10 +120,17 @@ class Training:
         lr = learning_rate(config.optimizer, self.step, config.trainer.max_steps)
         grad_norm = self.optimizer.step(updates, lr)
         self.step += 1
-        self._finish_step(stage, plan, loss, lr, grad_norm, started)
+        self._finish_step(stage, subnet, plan, loss, lr, grad_norm, started)
 
     def _finish_step(
-        self, stage: Stage, plan: Plan, loss: Tensor, lr: float, grad_norm: Tensor, started: float
+        self,
+        stage: Stage,
+        subnet: PackedSubnetwork | MaskedSubnetwork,
+        plan: Plan,
+        loss: Tensor,
+        lr: float,
+        grad_norm: Tensor,
+        started: float,
     ) -> None:
         """Evaluate and log, where it is time for either."""
         config, is_last = self.config, self.step == self.config.trainer.max_steps
@@ -133,7 +142,7 @@ class Training:
         step_s = time.perf_counter() - started
         self.train_s += step_s
         if evaluates:
-            self.val_loss = self.validate()
+            self.val_loss = self.validate(subnet)
         self._log(
             {
                 "step": self.step - 1,
@@ -160,11 +169,15 @@ class Training:
             batch = torch.from_numpy(windows).to(self.world.device, non_blocking=True)
             yield batch[:, :-1], batch[:, 1:]
 
-    def validate(self) -> float:
-        """Loss of the full model on the first eval_tokens of the validation split."""
+    def validate(self, subnet: PackedSubnetwork | MaskedSubnetwork) -> float:
+        """Loss of the full model on the first eval_tokens of the validation split.
+
+        `subnet` is the stage's, whose slots serve again where it holds the whole model.
+        """
         trainer = self.config.trainer
         windows = validation_windows(self.tokens.val, self.config.data.seq_len, trainer.eval_tokens)
-        return validation_loss(self.model, windows, trainer.batch_size, self.dtype, self.world)
+        whole = subnet if isinstance(subnet, PackedSubnetwork) and subnet.small == subnet.full else None
+        return validation_loss(self.model, windows, trainer.batch_size, self.dtype, self.world, whole)
 
     def _speed(self, stage: Stage, step_s: float) -> dict[str, float | None]:
         peak = self.peak_flops and self.peak_flops * self.world.size

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from est_cli.config import OptimizerConfig
-from est_cli.kernels.adamw import Hyperparameters, step_all_rows, step_sampled_rows
+from est_cli.kernels.adamw import Hyperparameters, Move
 from est_cli.model.transformer import Transformer
 from est_cli.subnet.schedule import boundary_step
 from est_cli.training.subnetwork import Update, as_rows
@@ -34,13 +34,15 @@ class SampledAdamW:
     """
 
     def __init__(self, model: Transformer, config: OptimizerConfig):
-        self.config, self.model = config, model.config
+        self.config, self.kernels = config, model.kernels
         self.parameters = {name: parameter.data for name, parameter in model.named_parameters()}
         self.moments = {name: torch.zeros_like(p) for name, p in self.parameters.items()}
         self.squares = {name: torch.zeros_like(p) for name, p in self.parameters.items()}
-        self.counts = {
-            name: np.zeros(len(as_rows(name, p, self.model)), np.int64) for name, p in self.parameters.items()
+        self._matrices = {
+            name: [as_rows(name, t, model.config) for t in (p, self.moments[name], self.squares[name])]
+            for name, p in self.parameters.items()
         }
+        self.counts = {name: np.zeros(len(rows), np.int64) for name, (rows, _, _) in self._matrices.items()}
 
     @torch.no_grad()
     def step(self, updates: list[Update], lr: float) -> Tensor:
@@ -48,25 +50,23 @@ class SampledAdamW:
         norm = torch.nn.utils.get_total_norm([update.gradient for update in updates])
         clip = None if self.config.grad_clip is None else (self.config.grad_clip / (norm + 1e-6)).clamp(max=1.0)
         by_name = {update.name: update for update in updates}
-        for name, parameter in self.parameters.items():
-            self._move(name, parameter, by_name.get(name), lr, clip)
+        moves = [self._move(name, by_name.get(name), lr) for name in self.parameters]
+        self.kernels.adamw_step([move for move in moves if move is not None], clip)
         return norm
 
-    def _move(self, name: str, parameter: Tensor, update: Update | None, lr: float, clip: Tensor | None) -> None:
+    def _move(self, name: str, update: Update | None, lr: float) -> Move | None:
+        """Count a parameter's step; None where it takes none."""
         freeze = self.config.unsampled == "freeze"
         if update is None and freeze:
-            return
+            return None
         rows = update.rows if update else None
         counts = self.counts[name]
         moving = slice(None) if rows is None or not freeze else rows.host
         counts[moving] += 1
-        matrices = [as_rows(name, t, self.model) for t in (parameter, self.moments[name], self.squares[name])]
+        matrices = self._matrices[name]
         gradient = None if update is None else update.gradient.reshape(-1, matrices[0].shape[1])
-        hyper = self._hyperparameters(parameter, lr)
-        if freeze:
-            step_sampled_rows(*matrices, gradient, rows, hyper, clip, counts[moving])
-        else:
-            step_all_rows(*matrices, gradient, rows, hyper, clip, int(counts[0]))
+        taken = counts[moving] if freeze else int(counts[0])
+        return Move(*matrices, gradient, rows, taken, self._hyperparameters(self.parameters[name], lr))
 
     def _hyperparameters(self, parameter: Tensor, lr: float) -> Hyperparameters:
         decay = self.config.weight_decay if parameter.dim() >= 2 else 0.0

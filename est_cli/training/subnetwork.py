@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from est_cli.config import ModelConfig
 from est_cli.kernels.adamw import Rows
-from est_cli.kernels.pack import gather_rows
+from est_cli.kernels.upload import upload
 from est_cli.model.transformer import BlockMask, Transformer, layer_of, row_kind
 from est_cli.subnet.plan import Plan, Subnetwork
 from est_cli.subnet.rows import n_rows, sampled_rows
@@ -36,15 +36,18 @@ class PackedSubnetwork:
 
     def __init__(self, master: Transformer, shape: Subnetwork, dtype: torch.dtype):
         self.master = dict(master.named_parameters())
-        self.full, self.small = master.config, shape.model
+        self.full, self.small, self.kernels = master.config, shape.model, master.kernels
         self.casts = dtype != next(iter(self.master.values())).dtype
         self.is_master = self.small == self.full and not self.casts
         if self.is_master:
             self.module = master
         else:
-            self.module = Transformer(shape, device="meta", dtype=dtype, recompute=master.recompute)
+            self.module = Transformer(shape, "meta", dtype, master.recompute, master.kernels)
             self._allocate(dtype)
         self.parameters = dict(self.module.named_parameters())
+        self._matrices = {name: as_rows(name, p.data, self.full) for name, p in self.master.items()}
+        self._slots = {name: as_rows(name, p.data, self.small) for name, p in self.parameters.items()}
+        self._sampled = {name: (row_kind(name), layer_of(name)) for name in self.parameters if self._is_sampled(name)}
         self.rows: dict[str, Rows] = {}
         self.names: dict[str, str] = {name: name for name in self.parameters}
         self.accumulators: dict[str, Tensor] = {}
@@ -53,19 +56,21 @@ class PackedSubnetwork:
 
     def load(self, plan: Plan) -> None:
         """Fill the slots with the rows of `plan`, and drop the gradients of the step before."""
-        for name, parameter in self.parameters.items():
+        for parameter in self.parameters.values():
             parameter.grad = None
-            self.names[name] = _in_master(name, plan)
         self._started: set[str] = set()
         if self.is_master:
             return
+        if self.small.n_layers != self.full.n_layers:
+            self.names = {name: _in_master(name, plan) for name in self.parameters}
         self.rows = self._rows_of(plan)
-        self._share_or_copy()
-        sampled = list(self.rows)
-        gather_rows(
-            [self._matrix(self.names[name]) for name in sampled],
-            [self.rows[name].device for name in sampled],
-            [self.parameters[name].data.view(len(self.rows[name].host), -1) for name in sampled],
+        if not self.casts:
+            self._share()
+        copied = list(self.parameters if self.casts else self.rows)
+        self.kernels.gather_rows(
+            [self._matrices[self.names[name]] for name in copied],
+            [self.rows[name].device if name in self.rows else None for name in copied],
+            [self._slots[name] for name in copied],
         )
 
     def loss(self, inputs: Tensor, targets: Tensor) -> Tensor:
@@ -107,32 +112,28 @@ class PackedSubnetwork:
             self._started.add(name)
         slot.grad = None
 
-    def _share_or_copy(self) -> None:
-        """Tensors that are not sampled by rows: point at the master's storage, or cast it."""
+    def _share(self) -> None:
+        """Point the tensors that are not sampled by rows at the master's storage."""
         for name, parameter in self.parameters.items():
-            if name in self.rows:
-                continue
-            source = self.master[self.names[name]].data
-            if self.casts:
-                parameter.data.copy_(source)
-            elif parameter.data_ptr() != source.data_ptr():
-                parameter.data = source
+            source = self.master[self.names[name]]
+            if name not in self.rows and parameter.data_ptr() != source.data_ptr():
+                parameter.data = source.data
 
     def _rows_of(self, plan: Plan) -> dict[str, Rows]:
         """Sampled rows of every packed parameter; the indices travel to the device in one copy."""
-        names = [name for name in self.parameters if self._is_sampled(name)]
-        if not names:
+        if not self._sampled:
             return {}
-        hosts = [sampled_rows(row_kind(name), self.full, plan, layer_of(name)) for name in names]
-        device = next(iter(self.master.values())).device
-        indices = torch.from_numpy(np.concatenate(hosts)).to(device, non_blocking=True)
-        return {
-            name: Rows(host, index)
-            for name, host, index in zip(names, hosts, indices.split([len(h) for h in hosts]), strict=True)
+        hosts = {
+            (kind, position): sampled_rows(kind, self.full, plan, position)
+            for kind, position in dict.fromkeys(self._sampled.values())
         }
-
-    def _matrix(self, name: str) -> Tensor:
-        return as_rows(name, self.master[name].data, self.full)
+        indices = np.concatenate(list(hosts.values()))
+        sizes = [len(host) for host in hosts.values()]
+        assert _ascends(indices, np.cumsum(sizes)[:-1]), "a row is sampled once, and in order"
+        device = next(iter(self.master.values())).device
+        parts = upload(indices, device).split(sizes)
+        rows = {unit: Rows(host, part) for (unit, host), part in zip(hosts.items(), parts, strict=True)}
+        return {name: rows[unit] for name, unit in self._sampled.items()}
 
 
 class MaskedSubnetwork:
@@ -187,6 +188,13 @@ def as_rows(name: str, tensor: Tensor, model: ModelConfig) -> Tensor:
     """A parameter, or its moment, as the matrix [R, C] of its rows; one row where it is not sampled by rows."""
     kind = row_kind(name)
     return tensor.view(1 if kind is None else n_rows(kind, model), -1)
+
+
+def _ascends(indices: np.ndarray, starts: np.ndarray) -> bool:
+    """Whether the indices ascend strictly, but for where a new run of them starts."""
+    rises = np.diff(indices) > 0
+    rises[starts - 1] = True
+    return bool(rises.all())
 
 
 def _in_master(name: str, plan: Plan) -> str:

@@ -11,14 +11,20 @@ from est_cli.training.subnetwork import PackedSubnetwork
 
 @torch.no_grad()
 def validation_loss(
-    model: Transformer, windows: np.ndarray, batch_size: int, dtype: torch.dtype, world: World
+    model: Transformer,
+    windows: np.ndarray,
+    batch_size: int,
+    dtype: torch.dtype,
+    world: World,
+    whole: PackedSubnetwork | None = None,
 ) -> float:
     """Mean cross-entropy in nats of the full model, in the run's precision.
 
-    windows [n, T + 1] of token ids; ranks share the windows.
+    windows [n, T + 1] of token ids; ranks share the windows. `whole` is a packed copy of the full model to use
+    again; its gradients are dropped.
     """
     every = np.arange(model.config.n_layers)
-    subnetwork = PackedSubnetwork(model, Subnetwork(model.config), dtype)
+    subnetwork = whole or PackedSubnetwork(model, Subnetwork(model.config), dtype)
     if not subnetwork.is_master:
         subnetwork.load(Plan(every, *(np.empty((len(every), 0), int),) * 3))
     total = torch.zeros((), dtype=torch.float64, device=world.device)
