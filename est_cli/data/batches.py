@@ -71,5 +71,5 @@ def _mix(words: np.ndarray) -> np.ndarray:
 def _gather(tokens: np.ndarray, seq_len: int, windows: np.ndarray) -> np.ndarray:
     gathered = np.empty((len(windows), seq_len + 1), dtype=np.int64)
     for row, window in zip(gathered, windows.tolist(), strict=True):
-        row[:] = tokens[window * seq_len:window * seq_len + seq_len + 1]
+        row[:] = tokens[window * seq_len : window * seq_len + seq_len + 1]
     return gathered

@@ -17,8 +17,16 @@ from est_cli.data import hub
 from est_cli.data.text_files import hash_files, missing, path_entries, show_paths, walk
 from est_cli.errors import UserError, nearest
 
-_BUILDERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".ndjson": "json", ".csv": "csv",
-             ".tsv": "csv", ".txt": "text", ".arrow": "arrow"}
+_BUILDERS = {
+    ".parquet": "parquet",
+    ".jsonl": "json",
+    ".json": "json",
+    ".ndjson": "json",
+    ".csv": "csv",
+    ".tsv": "csv",
+    ".txt": "text",
+    ".arrow": "arrow",
+}
 _COMPRESSIONS = {".gz", ".zst", ".xz", ".bz2"}
 _FORMATS = "parquet, jsonl, json, csv, tsv, txt or arrow"
 
@@ -83,8 +91,15 @@ class HFCorpus:
 def describe_origin(data: DataConfig, files: list[Path]) -> dict:
     """What the manifest says of a dataset."""
     revision = None if files else hub.dataset_commit(path_entries(data.path)[0], data.revision)
-    return {"kind": "hf", "path": data.path, "name": data.name, "split": data.split, "val_split": data.val_split,
-            "revision": revision, "column": data.column}
+    return {
+        "kind": "hf",
+        "path": data.path,
+        "name": data.name,
+        "split": data.split,
+        "val_split": data.val_split,
+        "revision": revision,
+        "column": data.column,
+    }
 
 
 def load_split(data: DataConfig, files: list[Path], split: str, streaming: bool = False):
@@ -145,8 +160,9 @@ def _expand(entry: str) -> list[Path]:
 
 def _must_be_local(entry: str) -> bool:
     """Whether a path that does not exist cannot be meant for the hub, where names are OWNER/NAME."""
-    return bool(_builder(Path(entry)) or glob.has_magic(entry) or entry.count("/") > 1
-                or entry.startswith((".", "~", os.sep)))
+    return bool(
+        _builder(Path(entry)) or glob.has_magic(entry) or entry.count("/") > 1 or entry.startswith((".", "~", os.sep))
+    )
 
 
 def _builder(file: Path) -> str | None:
@@ -227,4 +243,5 @@ def _explain(error: Exception, data: DataConfig, split: str, local: bool) -> Use
         f"{where}: there is no such file or folder, and the Hugging Face hub {why}. On a machine that reaches the hub "
         f"run `hf download {path} --repo-type dataset --local-dir {path}` and copy the folder to {path}, below the "
         f"folder that you start from; or put it elsewhere and give data.path=FOLDER. It must hold {_FORMATS} files "
-        f"with a column '{data.column}'")
+        f"with a column '{data.column}'"
+    )

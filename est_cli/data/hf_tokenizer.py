@@ -45,8 +45,10 @@ class HFTokenizer:
     def open(cls, path: str | None) -> "HFTokenizer":
         """Reads a tokenizer.json, or the folder that holds it, or what a model on the hub has of both."""
         if path is None:
-            raise UserError("tokenizer.path: is missing; must be a tokenizer.json, its folder, or a model's name on "
-                            "the Hugging Face hub, for tokenizer=hf")
+            raise UserError(
+                "tokenizer.path: is missing; must be a tokenizer.json, its folder, or a model's name on "
+                "the Hugging Face hub, for tokenizer=hf"
+            )
         file = Path(os.path.expanduser(path))
         file = file / _FILE if file.is_dir() else file
         if not file.exists() and _HUB_NAME.fullmatch(path) and file.suffix != ".json":
@@ -57,24 +59,31 @@ class HFTokenizer:
             raise UserError("tokenizer=hf: needs the `tokenizers` library (pip install tokenizers)") from None
         except OSError as error:
             names = os.listdir(file.parent) if file.parent.is_dir() else []
-            raise UserError(f"tokenizer.path={path}: cannot be read ({error.strerror})"
-                            f"{nearest(file.name, names)}") from None
+            raise UserError(
+                f"tokenizer.path={path}: cannot be read ({error.strerror}){nearest(file.name, names)}"
+            ) from None
         except Exception as error:  # The library raises bare Exceptions.
             raise UserError(f"tokenizer.path={path}: must be a Hugging Face tokenizer.json ({error})") from None
         if tokenizer.eot < 0:
-            raise UserError(f"tokenizer.path={path}: must have a token that ends documents: {' or '.join(_USUAL_EOT)}, "
-                            f"or the eos_token of a {_CONFIG_FILE} beside it")
+            raise UserError(
+                f"tokenizer.path={path}: must have a token that ends documents: {' or '.join(_USUAL_EOT)}, "
+                f"or the eos_token of a {_CONFIG_FILE} beside it"
+            )
         return tokenizer
 
     def encode(self, text: str) -> list[int]:
         return self._tokenizer.encode(text, add_special_tokens=False).ids
 
-    def encode_batch(self, texts: Sequence[str], continued: Sequence[bool] | None = None,
-                     threads: int | None = None) -> list[np.ndarray]:
+    def encode_batch(
+        self, texts: Sequence[str], continued: Sequence[bool] | None = None, threads: int | None = None
+    ) -> list[np.ndarray]:
         # The library splits a batch over all cores, or not at all.
         batches = [[text] for text in texts] if threads == 1 else [list(texts)]
-        encodings = (encoding for batch in batches
-                     for encoding in self._tokenizer.encode_batch_fast(batch, add_special_tokens=False))
+        encodings = (
+            encoding
+            for batch in batches
+            for encoding in self._tokenizer.encode_batch_fast(batch, add_special_tokens=False)
+        )
         return [np.array(encoding.ids, dtype=np.int32) for encoding in encodings]
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -109,10 +118,12 @@ def _fetch(name: str) -> Path:
         hub.fetch(name, _CONFIG_FILE)
         return file
     why = f"has no {_FILE} of such a model for you" if hub.answers() else "could not be reached"
-    raise UserError(f"tokenizer.path={name}: there is no such file or folder{nearest(name, os.listdir())}, and the "
-                    f"Hugging Face hub {why}. On a machine that reaches the hub run `hf download {name} {_FILE} "
-                    f"{_CONFIG_FILE} --local-dir {name}` and copy the folder to {name}, below the folder that you "
-                    "start from; or put it elsewhere and give tokenizer.path=FOLDER")
+    raise UserError(
+        f"tokenizer.path={name}: there is no such file or folder{nearest(name, os.listdir())}, and the "
+        f"Hugging Face hub {why}. On a machine that reaches the hub run `hf download {name} {_FILE} "
+        f"{_CONFIG_FILE} --local-dir {name}` and copy the folder to {name}, below the folder that you "
+        "start from; or put it elsewhere and give tokenizer.path=FOLDER"
+    )
 
 
 def _eos_token(config: Path) -> str | None:

@@ -39,18 +39,22 @@ def count_tokens(tokens: np.ndarray, vocab_size: int) -> np.ndarray:
     """How often each id occurs, int64 [vocab_size]; reads a memory-mapped file piece by piece."""
     counts = np.zeros(vocab_size, dtype=np.int64)
     for start in range(0, len(tokens), _CHUNK_TOKENS):
-        counts += np.bincount(tokens[start:start + _CHUNK_TOKENS], minlength=vocab_size)
+        counts += np.bincount(tokens[start : start + _CHUNK_TOKENS], minlength=vocab_size)
     return counts
 
 
 def _describe(store: TokenStore, name: str) -> dict:
     counts = store.manifest["splits"][name]
     nats = unigram_entropy(getattr(store, name), store.manifest["vocab_size"])
-    return {**counts, "bytes_per_token": counts["bytes"] / counts["tokens"],
-            "unigram_entropy_nats": nats, "unigram_entropy_bits": nats / np.log(2).item()}
+    return {
+        **counts,
+        "bytes_per_token": counts["bytes"] / counts["tokens"],
+        "unigram_entropy_nats": nats,
+        "unigram_entropy_bits": nats / np.log(2).item(),
+    }
 
 
 def _samples(store: TokenStore, n_samples: int, sample_tokens: int) -> list[str]:
     last = max(0, len(store.train) - sample_tokens)
     starts = np.linspace(0, last, n_samples).astype(int)
-    return [store.tokenizer.decode(store.train[start:start + sample_tokens].tolist()) for start in starts]
+    return [store.tokenizer.decode(store.train[start : start + sample_tokens].tolist()) for start in starts]

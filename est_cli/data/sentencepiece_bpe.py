@@ -61,13 +61,16 @@ class SentencePieceTokenizer:
             tokenizer = cls(file.read_bytes())
         except OSError as error:
             names = os.listdir(file.parent) if file.parent.is_dir() else []
-            raise UserError(f"tokenizer.path={path}: cannot be read ({error.strerror}){nearest(file.name, names)}; "
-                            "must be a SentencePiece model: place it there, or give "
-                            f"tokenizer.path=FILE. Llama's is the {cls.FILE} that `hf download "
-                            f"TinyLlama/TinyLlama_v1.1 {cls.FILE} --local-dir FOLDER` brings") from None
+            raise UserError(
+                f"tokenizer.path={path}: cannot be read ({error.strerror}){nearest(file.name, names)}; "
+                "must be a SentencePiece model: place it there, or give "
+                f"tokenizer.path=FILE. Llama's is the {cls.FILE} that `hf download "
+                f"TinyLlama/TinyLlama_v1.1 {cls.FILE} --local-dir FOLDER` brings"
+            ) from None
         except (RuntimeError, ValueError):
-            raise UserError(f"tokenizer.path={path}: must be a SentencePiece model (tokenizer=hf reads a "
-                            "tokenizer.json)") from None
+            raise UserError(
+                f"tokenizer.path={path}: must be a SentencePiece model (tokenizer=hf reads a tokenizer.json)"
+            ) from None
         if tokenizer.eot < 0:
             raise UserError(f"tokenizer.path={path}: must have an end-of-sentence piece to end documents with")
         return tokenizer
@@ -75,8 +78,9 @@ class SentencePieceTokenizer:
     def encode(self, text: str) -> list[int]:
         return self.encode_batch([text])[0].tolist()
 
-    def encode_batch(self, texts: Sequence[str], continued: Sequence[bool] | None = None,
-                     threads: int | None = None) -> list[np.ndarray]:
+    def encode_batch(
+        self, texts: Sequence[str], continued: Sequence[bool] | None = None, threads: int | None = None
+    ) -> list[np.ndarray]:
         inner: list[str] = []
         bounds = [0]
         marks: list[int] = []
@@ -151,14 +155,20 @@ class SentencePieceTraining:
         self.vocab_size = min(model_vocab_size, _LARGEST_AUTO_VOCAB) if auto else config.vocab_size
         self.train_bytes = config.train_bytes
         if self.vocab_size > model_vocab_size:
-            raise UserError(f"tokenizer.vocab_size={self.vocab_size}: must be at most "
-                            f"model.vocab_size={model_vocab_size}")
+            raise UserError(
+                f"tokenizer.vocab_size={self.vocab_size}: must be at most model.vocab_size={model_vocab_size}"
+            )
         if self.vocab_size < _SMALLEST_VOCAB:
             key = "model.vocab_size" if auto else "tokenizer.vocab_size"
-            raise UserError(f"{key}={self.vocab_size}: must be at least {_SMALLEST_VOCAB} for tokenizer=sentencepiece, "
-                            f"which has {_FIXED_PIECES} ids for bytes and control; tokenizer=byte has 257")
-        self.definition = {"kind": SentencePieceTokenizer.kind, "vocab_size": self.vocab_size,
-                           "train_bytes": self.train_bytes}
+            raise UserError(
+                f"{key}={self.vocab_size}: must be at least {_SMALLEST_VOCAB} for tokenizer=sentencepiece, "
+                f"which has {_FIXED_PIECES} ids for bytes and control; tokenizer=byte has 257"
+            )
+        self.definition = {
+            "kind": SentencePieceTokenizer.kind,
+            "vocab_size": self.vocab_size,
+            "train_bytes": self.train_bytes,
+        }
 
     def train(self, texts: Sequence[str], say: Say) -> SentencePieceTokenizer:
         """`texts` should be a sample of the training split of at most `train_bytes`."""
@@ -170,8 +180,10 @@ class SentencePieceTraining:
             highest = re.search(r"value <= (\d+)", str(error))
             if highest is None:
                 raise
-            say(f"tokenizer.vocab_size: lowered from {self.vocab_size} to {highest[1]}, "
-                "all that a text this small supports")
+            say(
+                f"tokenizer.vocab_size: lowered from {self.vocab_size} to {highest[1]}, "
+                "all that a text this small supports"
+            )
             proto = _train(lines, int(highest[1]))
         return SentencePieceTokenizer(proto)
 
@@ -181,22 +193,37 @@ class SentencePieceTraining:
         counts = np.bincount(points, minlength=1)
         # U+2585 is the trainer's own mark: it would drop every line that has one.
         for character in f"\0\n\t\u2585{_SPACE_MARK}":
-            counts[ord(character):ord(character) + 1] = 0
-        frequent = np.argsort(-counts, kind="stable")[:(self.vocab_size - _FIXED_PIECES) // 2]
+            counts[ord(character) : ord(character) + 1] = 0
+        frequent = np.argsort(-counts, kind="stable")[: (self.vocab_size - _FIXED_PIECES) // 2]
         kept = "".join(re.escape(chr(point)) for point in frequent if counts[point])
         lines = [line for text in texts for line in re.split(f"[^{kept}]+", text)] if kept else []
         longest = _LONGEST_TRAINING_LINE
-        return [line[i:i + longest] for line in lines for i in range(0, len(line), longest)] or [" "]
+        return [line[i : i + longest] for line in lines for i in range(0, len(line), longest)] or [" "]
 
 
 def _train(lines: list[str], vocab_size: int) -> bytes:
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(lines), model_writer=model, model_type="bpe", vocab_size=vocab_size,
-        byte_fallback=True, character_coverage=1.0, user_defined_symbols=["\n", "\t"],
-        normalization_rule_name="identity", remove_extra_whitespaces=False, add_dummy_prefix=False,
-        allow_whitespace_only_pieces=True, unk_id=0, eos_id=1, bos_id=-1, pad_id=-1,
-        input_sentence_size=0, max_sentence_length=4 * _LONGEST_TRAINING_LINE + 1, num_threads=1, minloglevel=2)
+        sentence_iterator=iter(lines),
+        model_writer=model,
+        model_type="bpe",
+        vocab_size=vocab_size,
+        byte_fallback=True,
+        character_coverage=1.0,
+        user_defined_symbols=["\n", "\t"],
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        add_dummy_prefix=False,
+        allow_whitespace_only_pieces=True,
+        unk_id=0,
+        eos_id=1,
+        bos_id=-1,
+        pad_id=-1,
+        input_sentence_size=0,
+        max_sentence_length=4 * _LONGEST_TRAINING_LINE + 1,
+        num_threads=1,
+        minloglevel=2,
+    )
     return model.getvalue()
 
 

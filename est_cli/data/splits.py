@@ -75,8 +75,10 @@ class Split:
         numbers = (np.cumsum(sizes) - sizes) // n_bytes
         firsts = np.flatnonzero(np.diff(numbers, prepend=-1))
         inside = np.concatenate([[False], documents[1:] == documents[:-1], [False]])
-        return [Split(self.corpus, documents[a:b], starts[a:b], ends[a:b], bool(inside[a]), bool(inside[b]))
-                for a, b in itertools.pairwise([*firsts.tolist(), len(documents)])]
+        return [
+            Split(self.corpus, documents[a:b], starts[a:b], ends[a:b], bool(inside[a]), bool(inside[b]))
+            for a, b in itertools.pairwise([*firsts.tolist(), len(documents)])
+        ]
 
     def sample(self, n_bytes: int) -> list[str]:
         """About `n_bytes` of text at most, taken in blocks spread evenly over the split."""
@@ -102,8 +104,11 @@ class Split:
         cuts = [self._cuts(int(self.documents[i]), int(self.starts[i]), int(self.ends[i]), n_bytes) for i in long]
         places = np.repeat(long, [len(own) for own in cuts])
         inside = np.array([cut for own in cuts for cut in own], dtype=np.int64)
-        return (np.insert(self.documents, places, self.documents[places]),
-                np.insert(self.starts, places + 1, inside), np.insert(self.ends, places, inside))
+        return (
+            np.insert(self.documents, places, self.documents[places]),
+            np.insert(self.starts, places + 1, inside),
+            np.insert(self.ends, places, inside),
+        )
 
     def _cuts(self, document: int, start: int, end: int, n_bytes: int) -> list[int]:
         window = min(_CUT_WINDOW_BYTES, n_bytes)
@@ -175,8 +180,9 @@ def _cut_position(corpus: Corpus, document: int, size: int, tail_bytes: int) -> 
     return near + _last_character(corpus.read(document, near, first + 1))
 
 
-def _document_pieces(corpus: Corpus, document: int, start: int, end: int, continued: bool = False,
-                     last: bool = True) -> Iterator[Piece]:
+def _document_pieces(
+    corpus: Corpus, document: int, start: int, end: int, continued: bool = False, last: bool = True
+) -> Iterator[Piece]:
     rest, position = b"", start
     while position < end:
         step = min(PIECE_BYTES, end - position)

@@ -14,8 +14,17 @@ from est_cli.data import Say
 from est_cli.errors import UserError, nearest
 
 # Tests repeat themselves, tables are not prose, and the rest is not the standard library's.
-_STDLIB_FOLDERS_LEFT_OUT = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__",
-                            "encodings", "pydoc_data", "_bundled"}
+_STDLIB_FOLDERS_LEFT_OUT = {
+    "test",
+    "tests",
+    "idle_test",
+    "site-packages",
+    "dist-packages",
+    "__pycache__",
+    "encodings",
+    "pydoc_data",
+    "_bundled",
+}
 _STDLIB_FILES_LEFT_OUT = {"html/entities.py", "_opcode_metadata.py", "stringprep.py"}
 
 _STRANGE_SHARE = 0.3
@@ -30,17 +39,23 @@ def find_stdlib_files() -> tuple[list[Path], dict]:
     root = Path(sysconfig.get_paths()["stdlib"])
     files = []
     for folder, folders, names in os.walk(root):
-        folders[:] = sorted(name for name in folders
-                            if name not in _STDLIB_FOLDERS_LEFT_OUT and not name.startswith("config-"))
+        folders[:] = sorted(
+            name for name in folders if name not in _STDLIB_FOLDERS_LEFT_OUT and not name.startswith("config-")
+        )
         for name in sorted(names):
             file = Path(folder, name)
             # A distribution's own additions (sitecustomize) are links, build settings name its machines.
-            if name.endswith(".py") and not name.startswith("_sysconfigdata") and not file.is_symlink() \
-                    and file.relative_to(root).as_posix() not in _STDLIB_FILES_LEFT_OUT:
+            if (
+                name.endswith(".py")
+                and not name.startswith("_sysconfigdata")
+                and not file.is_symlink()
+                and file.relative_to(root).as_posix() not in _STDLIB_FILES_LEFT_OUT
+            ):
                 files.append(file)
     if not files:
-        raise UserError(f"data=stdlib: there is no Python source in {root}; "
-                        "use data=text data.path=FOLDER with text of your own")
+        raise UserError(
+            f"data=stdlib: there is no Python source in {root}; use data=text data.path=FOLDER with text of your own"
+        )
     return files, {"kind": "stdlib", "python": platform.python_version()}
 
 
@@ -97,8 +112,9 @@ def missing(entry: str) -> UserError:
     while not os.path.isdir(folder):
         folder, name = os.path.split(folder)
     names = os.listdir(folder) if os.access(folder, os.R_OK) else []
-    return UserError(f"data.path={entry}: must be a file, a folder or a glob; "
-                     f"there is no '{name}' in {folder}{nearest(name, names)}")
+    return UserError(
+        f"data.path={entry}: must be a file, a folder or a glob; there is no '{name}' in {folder}{nearest(name, names)}"
+    )
 
 
 def walk(root: str) -> Iterator[Path]:

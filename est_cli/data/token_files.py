@@ -26,8 +26,12 @@ class Counts:
     """Invalid UTF-8 sequences that became U+FFFD."""
 
     def __add__(self, other: "Counts") -> "Counts":
-        return Counts(self.documents + other.documents, self.bytes + other.bytes, self.tokens + other.tokens,
-                      self.replaced + other.replaced)
+        return Counts(
+            self.documents + other.documents,
+            self.bytes + other.bytes,
+            self.tokens + other.tokens,
+            self.replaced + other.replaced,
+        )
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
@@ -35,8 +39,9 @@ def token_dtype(vocab_size: int) -> np.dtype:
     return np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
 
 
-def write_tokens(split: Split, tokenizer: Tokenizer, file: Path, threads: int | None,
-                 advance: Callable[[int], None]) -> Counts:
+def write_tokens(
+    split: Split, tokenizer: Tokenizer, file: Path, threads: int | None, advance: Callable[[int], None]
+) -> Counts:
     """Tokens of every document of `split`, each that ends followed by `tokenizer.eot`, in one raw file on the disk.
 
     `advance` is told the bytes of each batch of text that was written.
@@ -47,13 +52,17 @@ def write_tokens(split: Split, tokenizer: Tokenizer, file: Path, threads: int | 
     with file.open("wb") as stream:
         for batch in _batches(split.pieces()):
             ids = tokenizer.encode_batch([piece.text for piece in batch], [piece.continued for piece in batch], threads)
-            parts = [part for piece, own in zip(batch, ids, strict=True)
-                     for part in ((own, end_of_text) if piece.last else (own,))]
+            parts = [
+                part
+                for piece, own in zip(batch, ids, strict=True)
+                for part in ((own, end_of_text) if piece.last else (own,))
+            ]
             tokens = np.concatenate(parts).astype(dtype)
             tokens.tofile(stream)
             n_bytes = sum(piece.n_bytes for piece in batch)
-            counts += Counts(sum(piece.last for piece in batch), n_bytes, len(tokens),
-                             sum(piece.replaced for piece in batch))
+            counts += Counts(
+                sum(piece.last for piece in batch), n_bytes, len(tokens), sum(piece.replaced for piece in batch)
+            )
             advance(n_bytes)
         stream.flush()
         os.fsync(stream.fileno())

@@ -23,8 +23,9 @@ class Tokenizer(Protocol):
 
     def encode(self, text: str) -> list[int]: ...
 
-    def encode_batch(self, texts: Sequence[str], continued: Sequence[bool] | None = None,
-                     threads: int | None = None) -> list[np.ndarray]:
+    def encode_batch(
+        self, texts: Sequence[str], continued: Sequence[bool] | None = None, threads: int | None = None
+    ) -> list[np.ndarray]:
         """Ids of each text, on all cores or on `threads`. A `continued` text goes on where an earlier one stopped."""
 
     def decode(self, ids: Sequence[int]) -> str: ...
@@ -47,8 +48,9 @@ class ByteTokenizer:
     def encode(self, text: str) -> list[int]:
         return list(text.encode("utf-8"))
 
-    def encode_batch(self, texts: Sequence[str], continued: Sequence[bool] | None = None,
-                     threads: int | None = None) -> list[np.ndarray]:
+    def encode_batch(
+        self, texts: Sequence[str], continued: Sequence[bool] | None = None, threads: int | None = None
+    ) -> list[np.ndarray]:
         return [np.frombuffer(text.encode("utf-8"), dtype=np.uint8) for text in texts]
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -75,8 +77,9 @@ def choose_tokenizer(config: TokenizerConfig, model_vocab_size: int) -> Tokenize
         tokenizer = ByteTokenizer()
     if tokenizer.vocab_size > model_vocab_size:
         name = f"tokenizer.path={config.path}" if config.path else f"tokenizer={config.kind}"
-        raise UserError(f"{name}: has {tokenizer.vocab_size} ids, and must have at most "
-                        f"model.vocab_size={model_vocab_size}")
+        raise UserError(
+            f"{name}: has {tokenizer.vocab_size} ids, and must have at most model.vocab_size={model_vocab_size}"
+        )
     return tokenizer
 
 

@@ -79,13 +79,17 @@ class TokenStore:
         val_tokens = splits["val"]["tokens"]
         if (train_tokens - 1) // seq_len < sequences_per_step:
             fitting = (train_tokens - 1) // sequences_per_step
-            problems.append(f"data.seq_len={seq_len}: a step of {sequences_per_step} sequences (trainer.batch_size, "
-                            f"grad_accum, devices) needs {seq_len * sequences_per_step + 1} training tokens, and the "
-                            f"text has {train_tokens}; use more text, fewer sequences, or data.seq_len of at most "
-                            f"{max(1, fitting)}")
+            problems.append(
+                f"data.seq_len={seq_len}: a step of {sequences_per_step} sequences (trainer.batch_size, "
+                f"grad_accum, devices) needs {seq_len * sequences_per_step + 1} training tokens, and the "
+                f"text has {train_tokens}; use more text, fewer sequences, or data.seq_len of at most "
+                f"{max(1, fitting)}"
+            )
         if val_tokens - 1 < seq_len:
-            problems.append(f"data.seq_len={seq_len}: validation needs {seq_len + 1} tokens, and has {val_tokens}; "
-                            "use more text, a larger data.val_fraction, or a smaller data.seq_len")
+            problems.append(
+                f"data.seq_len={seq_len}: validation needs {seq_len + 1} tokens, and has {val_tokens}; "
+                "use more text, a larger data.val_fraction, or a smaller data.seq_len"
+            )
         if problems:
             raise UserError(*problems)
 
@@ -93,8 +97,9 @@ class TokenStore:
         return np.memmap(self.folder / f"{split}.bin", dtype=self.manifest["dtype"], mode="r")
 
 
-def prepare(data: DataConfig, tokenizer: TokenizerConfig, model_vocab_size: int, say: Say,
-            show_progress: bool) -> TokenStore:
+def prepare(
+    data: DataConfig, tokenizer: TokenizerConfig, model_vocab_size: int, say: Say, show_progress: bool
+) -> TokenStore:
     """The token files of `data` under `tokenizer`: from the cache, or made now. Safe in several processes at once.
 
     Raises UserError for text, tokenizers and caches that cannot be used.
@@ -111,13 +116,17 @@ def prepare(data: DataConfig, tokenizer: TokenizerConfig, model_vocab_size: int,
                 if _read_manifest(folder) is None:
                     _build(folder, fingerprint, sources, data, chosen, say, show_progress)
         except OSError as error:
-            raise UserError(f"data.cache_dir={cache}: cannot be written ({error.strerror or error}); "
-                            "must be a folder with room that you may write to") from None
+            raise UserError(
+                f"data.cache_dir={cache}: cannot be written ({error.strerror or error}); "
+                "must be a folder with room that you may write to"
+            ) from None
     store = TokenStore(folder, sources)
     splits = store.manifest["splits"]
     training = "streamed" if store.is_streamed else f"{splits['train']['tokens']:,}"
-    say(f"data: {training} training and {splits['val']['tokens']:,} validation tokens, "
-        f"vocabulary of {store.manifest['vocab_size']:,}, in {folder}")
+    say(
+        f"data: {training} training and {splits['val']['tokens']:,} validation tokens, "
+        f"vocabulary of {store.manifest['vocab_size']:,}, in {folder}"
+    )
     return store
 
 
@@ -161,8 +170,15 @@ def _locked(folder: Path, say: Say) -> Iterator[None]:
         lock.release()
 
 
-def _build(folder: Path, fingerprint: str, sources: Sequence[Source], data: DataConfig,
-           chosen: Tokenizer | SentencePieceTraining, say: Say, show_progress: bool) -> None:
+def _build(
+    folder: Path,
+    fingerprint: str,
+    sources: Sequence[Source],
+    data: DataConfig,
+    chosen: Tokenizer | SentencePieceTraining,
+    say: Say,
+    show_progress: bool,
+) -> None:
     """Writes the store beside `folder` and renames it. The caller holds the lock."""
     if folder.exists():
         say(f"data: the token files in {folder} were cut short; making them again")

@@ -111,7 +111,7 @@ def step_sampled_rows(
     if counts.min() == counts.max() and rows is None:
         step_all_rows(parameter, moment, square, gradient, None, hyper, clip, int(counts[0]))
         return
-    first, second = (torch.from_numpy(c).to(parameter)[:, None] for c in corrections(hyper, counts.astype(np.float64)))
+    first, second = (torch.from_numpy(c).to(parameter)[:, None] for c in corrections(hyper, counts))
     height = _chunk_height(parameter)
     scratch = torch.empty_like(parameter[:height])
     for start in range(0, len(gradient), height):

@@ -4,8 +4,8 @@ A job is what one matrix needs. Its elements are cut into groups of WIDTH neighb
 tiles, and the tiles are numbered through all jobs: one program, one tile. The jobs travel to the GPU as a table
 of int64 [fields, JOBS], made anew for every launch: a few kilobytes, against the megabytes that a launch moves.
 
-Three fields are common: the number of a job's first tile, its groups, and its groups per row. The others are
-addresses, so that one launch can reach any number of tensors.
+Three fields are common: the number of a job's first tile, its groups, and its groups per row. The kernel's own
+are addresses of matrices, so that one launch can reach any number of tensors, and whatever else it needs.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,7 +14,8 @@ import numpy as np
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
+
+from est_cli.kernels.upload import upload
 
 WIDTH = 16
 """Neighbours that a group holds where every row allows it: 16-byte accesses need rows that are so aligned."""
@@ -24,34 +25,34 @@ THREADS = 128
 _NO_JOB = np.iinfo(np.int64).max
 
 
-def width_of(columns: int, addresses: Sequence[int]) -> int:
-    """WIDTH, or 1 where a row of a matrix at one of these addresses may start anywhere."""
-    return 1 if columns % WIDTH or any(address % 16 for address in addresses) else WIDTH
-
-
 def launch(
-    kernel: Callable, rows: Sequence[int], columns: Sequence[int], fields: Sequence[Sequence[int]], device, **arguments
+    kernel: Callable,
+    shapes: Sequence[tuple[int, int]],
+    addresses: Sequence[Sequence[int]],
+    others: Sequence[Sequence[int]],
+    device: torch.device,
+    **arguments,
 ) -> None:
-    """Run `kernel` on jobs of [rows, columns] elements; `fields` are those that are its own, addresses first."""
-    fields = np.array(fields, np.int64)
-    widths = np.array([width_of(c, addresses) for c, addresses in zip(columns, fields.T.tolist(), strict=True)])
-    for width in np.unique(widths).tolist():
-        chosen = widths == width
-        per_row = np.array(columns, np.int64)[chosen] // width
-        groups = np.array(rows, np.int64)[chosen] * per_row
+    """Run `kernel` on jobs of [rows, columns] elements, one launch for each width.
+
+    addresses and others: a sequence for each of the kernel's own fields, numbered in this order, with an entry a
+    job. Only matrices whose every row starts at a multiple of 16 bytes have groups of WIDTH.
+    """
+    rows, columns = np.array(shapes, np.int64).T
+    addresses, others = np.array(addresses, np.int64), np.array(others, np.int64)
+    aligned = (columns % WIDTH == 0) & (addresses % 16 == 0).all(axis=0)
+    for width, chosen in ((WIDTH, aligned), (1, ~aligned)):
+        if not chosen.any():
+            continue
+        per_row = columns[chosen] // width
+        groups = rows[chosen] * per_row
         tiles = -(-groups * width // TILE)
         jobs = triton.next_power_of_2(len(tiles))
-        table = np.full((3 + len(fields), jobs), _NO_JOB)
-        table[:, : len(tiles)] = (np.cumsum(tiles) - tiles, groups, per_row, *fields[:, chosen])
+        table = np.full((3 + len(addresses) + len(others), jobs), _NO_JOB)
+        table[:, : len(tiles)] = (np.cumsum(tiles) - tiles, groups, per_row, *addresses[:, chosen], *others[:, chosen])
         kernel[(int(tiles.sum()),)](
             upload(table, device), JOBS=jobs, GROUPS=TILE // width, WIDTH=width, num_warps=THREADS // 32, **arguments
         )
-
-
-def upload(array: np.ndarray, device) -> Tensor:
-    """A copy on the device that the host does not wait for."""
-    tensor = torch.from_numpy(array)
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
 @triton.jit
@@ -73,7 +74,7 @@ def locate(table, JOBS: tl.constexpr, GROUPS: tl.constexpr, WIDTH: tl.constexpr)
 
 @triton.jit
 def field(table, number: tl.constexpr, job, JOBS: tl.constexpr):
-    """A field of the kernel's own; the first is number 0."""
+    """A field of the kernel's own."""
     return tl.load(table + (3 + number) * JOBS + job)
 
 

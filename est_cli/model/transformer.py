@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from est_cli.config import ModelConfig
-from est_cli.kernels.linear_cross_entropy import linear_cross_entropy
+from est_cli.kernels.dispatch import TORCH, Kernels
 from est_cli.subnet.plan import Subnetwork
 from est_cli.subnet.rows import RowKind
 
@@ -143,11 +143,18 @@ class Transformer(nn.Module):
     `shape` is a `Subnetwork`, or a `ModelConfig` for the full model.
     """
 
-    def __init__(self, shape: Subnetwork | ModelConfig, device=None, dtype=None, recompute: bool = False):
+    def __init__(
+        self,
+        shape: Subnetwork | ModelConfig,
+        device=None,
+        dtype=None,
+        recompute: bool = False,
+        kernels: Kernels = TORCH,
+    ):
         super().__init__()
         shape = Subnetwork(shape) if isinstance(shape, ModelConfig) else shape
         model = self.config = shape.model
-        self.recompute = recompute
+        self.recompute, self.kernels = recompute, kernels
         self.embedding = _table(model.vocab_size, model.d_model, device, dtype)
         self.positions = (
             _table(model.max_seq_len, model.d_model, device, dtype) if model.position == "learned" else None
@@ -188,7 +195,7 @@ class Transformer(nn.Module):
     def forward(self, inputs: Tensor, targets: Tensor, masks: list[BlockMask] | None = None) -> Tensor:
         """Mean cross-entropy, in nats, of `targets` [B, T] given `inputs` [B, T]."""
         hidden = self.hidden(inputs, masks)
-        return linear_cross_entropy(hidden.flatten(0, 1), self.head_weight, targets.flatten())
+        return self.kernels.linear_cross_entropy(hidden.flatten(0, 1), self.head_weight, targets.flatten())
 
     def _rope_tables(self, x: Tensor) -> tuple[Tensor, Tensor] | None:
         if self.config.position != "rope":

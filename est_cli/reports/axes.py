@@ -28,11 +28,14 @@ class Axis:
 
     def unit(self, runs: Sequence[RunRecord]) -> tuple[float, str]:
         """The factor to divide by, and the axis label with the unit."""
-        largest = max((float(np.nanmax(values)) for values in map(self.values, runs) if np.isfinite(values).any()),
-                      default=0.0)
+        largest = max(
+            (float(np.nanmax(values)) for values in map(self.values, runs) if np.isfinite(values).any()), default=0.0
+        )
         if self.key == "seconds":
-            scale, word = next((pair for pair in ((86400 * 3, "days"), (7200, "hours"), (180, "minutes"))
-                                if largest >= pair[0]), (1, "seconds"))
+            scale, word = next(
+                (pair for pair in ((86400 * 3, "days"), (7200, "hours"), (180, "minutes")) if largest >= pair[0]),
+                (1, "seconds"),
+            )
             return float({"days": 86400, "hours": 3600, "minutes": 60, "seconds": 1}[word]), f"{self.title} ({word})"
         scale, letter = prefix(largest, largest=1e9 if self.key == "tokens" else 1e24)
         if self.key == "flops":
@@ -43,8 +46,12 @@ class Axis:
         return scale, f"{self.title} ({word})" if word else self.title
 
 
-AXES = (Axis("steps", "Optimizer steps", "step"), Axis("tokens", "Tokens", "tokens"),
-        Axis("flops", "Training compute", "flops/total"), Axis("seconds", "Training time", "seconds"))
+AXES = (
+    Axis("steps", "Optimizer steps", "step"),
+    Axis("tokens", "Tokens", "tokens"),
+    Axis("flops", "Training compute", "flops/total"),
+    Axis("seconds", "Training time", "seconds"),
+)
 
 
 def known_axes(comparison: Comparison) -> list[Axis]:
@@ -62,7 +69,10 @@ def run_with_shared_stages(comparison: Comparison, axis: Axis) -> RunRecord | No
         return None
     furthest = max(staged, key=lambda run: run.steps_done)
     tolerance = 0.01 * axis.at_step(furthest, furthest.steps_done)
-    agree = all(abs(axis.at_step(run, stage.first_step) - axis.at_step(furthest, other.first_step)) <= tolerance
-                for run in staged for stage, other in zip(run.stages, furthest.stages, strict=True)
-                if stage.first_step < run.steps_done)
+    agree = all(
+        abs(axis.at_step(run, stage.first_step) - axis.at_step(furthest, other.first_step)) <= tolerance
+        for run in staged
+        for stage, other in zip(run.stages, furthest.stages, strict=True)
+        if stage.first_step < run.steps_done
+    )
     return furthest if agree else None

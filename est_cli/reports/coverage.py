@@ -92,9 +92,16 @@ def _count(run: RunRecord, model: ModelConfig, sampling: SamplingConfig, seed: i
     edges = _block_edges(model.d_ff, sampling.mlp_block)
     sizes = np.diff(np.append(edges, model.d_ff))
     done = float(run.steps_done)
-    return Coverage(run, tally.layers / done, tally.heads / done,
-                    np.add.reduceat(by_neuron.neurons, edges, axis=1) / sizes / done, int(sizes.max()),
-                    tally.plans_drawn, tally.plans_in_run, float(np.sqrt(tally.variance)) / done)
+    return Coverage(
+        run,
+        tally.layers / done,
+        tally.heads / done,
+        np.add.reduceat(by_neuron.neurons, edges, axis=1) / sizes / done,
+        int(sizes.max()),
+        tally.plans_drawn,
+        tally.plans_in_run,
+        float(np.sqrt(tally.variance)) / done,
+    )
 
 
 def _tally(run: RunRecord, model: ModelConfig, sampling: SamplingConfig, seed: int, max_plans: int) -> _Tally:

@@ -38,8 +38,9 @@ def draw_coverage(figure: Figure, found: Coverage) -> None:
 
 
 def _draw_strip(ax: Axes, shares: np.ndarray, title: str):
-    drawn = ax.imshow(100 * shares, vmin=0, vmax=100, cmap=matplotlib.colormaps[palette.HEAT_MAP], aspect="auto",
-                      interpolation="none")
+    drawn = ax.imshow(
+        100 * shares, vmin=0, vmax=100, cmap=matplotlib.colormaps[palette.HEAT_MAP], aspect="auto", interpolation="none"
+    )
     if shares.size <= _MOST_NUMBERED_CELLS and shares.shape[1] <= 12 and len(shares) <= 16:
         for (row, column), share in np.ndenumerate(shares):
             colour = palette.text_on(drawn.cmap(drawn.norm(100 * share)))

@@ -14,9 +14,17 @@ from est_cli.reports.records import RunRecord
 from est_cli.reports.stage_times import stage_times
 
 _MAX_CURVE_ROWS = 2000
-_CURVE_COLUMNS = {"step": "step", "stage": "stage", "tokens": "tokens", "seconds": "seconds",
-                  "flops_total": "flops/total", "train_loss": "train/loss", "val_loss": "val/loss",
-                  "flops_saved": "flops/saved", "flops_saved_blocks": "flops/saved_blocks"}
+_CURVE_COLUMNS = {
+    "step": "step",
+    "stage": "stage",
+    "tokens": "tokens",
+    "seconds": "seconds",
+    "flops_total": "flops/total",
+    "train_loss": "train/loss",
+    "val_loss": "val/loss",
+    "flops_saved": "flops/saved",
+    "flops_saved_blocks": "flops/saved_blocks",
+}
 
 
 def write_runs(comparison: Comparison, path: Path) -> None:
@@ -27,11 +35,15 @@ def write_runs(comparison: Comparison, path: Path) -> None:
     for index, run in enumerate(comparison.runs):
         arm = arm_of[id(run)]
         medians = {entry.stage.number: entry.median for entry in stage_times(type(arm)(0, run.name, (run,)))}
-        rows.append({"arm": arm.letter, "run": run.name, "folder": str(run.folder), "status": run.status}
-                    | {key: difference.values[index] for key, difference in comparison.differing.items()}
-                    | {name: _cell(value) for name, value in run.outcome.items()}
-                    | {f"stage{number}_step_s_median": _cell(medians.get(number, math.nan))
-                       for number in range(1, n_stages + 1)})
+        rows.append(
+            {"arm": arm.letter, "run": run.name, "folder": str(run.folder), "status": run.status}
+            | {key: difference.values[index] for key, difference in comparison.differing.items()}
+            | {name: _cell(value) for name, value in run.outcome.items()}
+            | {
+                f"stage{number}_step_s_median": _cell(medians.get(number, math.nan))
+                for number in range(1, n_stages + 1)
+            }
+        )
     _write(path, rows)
 
 
@@ -49,8 +61,9 @@ def _curve_rows(run: RunRecord) -> list[dict[str, Any]]:
     train = train_curve(run, AXES[0])
     if len(train):
         columns["train_loss_smoothed"] = np.interp(run.column("step")[chosen] + 1, train.x, train.y)
-    return [{"run": run.name} | {name: _cell(values[i]) for name, values in columns.items()}
-            for i in range(len(chosen))]
+    return [
+        {"run": run.name} | {name: _cell(values[i]) for name, values in columns.items()} for i in range(len(chosen))
+    ]
 
 
 def _cell(value: float) -> Any:

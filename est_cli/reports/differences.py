@@ -96,8 +96,11 @@ def _without_constant_schedule_keys(flat: list[dict[str, Any]]) -> list[dict[str
 
 def stages_as_text(run: RunRecord) -> str:
     """`0.5/0.5/0.5 to step 20, 1/1/1 to step 150`: the rates of heads, MLP and layers."""
-    return ", ".join("/".join(setting(rate) for rate in (stage.rates.heads, stage.rates.mlp, stage.rates.layers))
-                     + f" to step {stage.end}" for stage in run.stages)
+    return ", ".join(
+        "/".join(setting(rate) for rate in (stage.rates.heads, stage.rates.mlp, stage.rates.layers))
+        + f" to step {stage.end}"
+        for stage in run.stages
+    )
 
 
 def _plainest_first(key: str) -> tuple[bool, bool, str]:

@@ -21,16 +21,33 @@ from est_cli.reports.sweep_plot import draw_sweep, sweep_grid
 _WIDE, _PANEL, _NARROW = 9.2, 4.5, 3.9
 
 _STYLE = {
-    "figure.constrained_layout.use": True, "font.size": 8.5, "font.family": "DejaVu Sans",
+    "figure.constrained_layout.use": True,
+    "font.size": 8.5,
+    "font.family": "DejaVu Sans",
     # A dollar sign in a run's name is not mathematics.
     "text.parse_math": False,
-    "text.color": palette.INK, "axes.labelcolor": palette.MUTED, "axes.edgecolor": palette.MUTED,
-    "xtick.color": palette.MUTED, "ytick.color": palette.MUTED, "axes.linewidth": 0.7,
-    "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "axes.axisbelow": True,
-    "grid.color": palette.GRID, "grid.linewidth": 0.7, "xtick.major.width": 0.7, "ytick.major.width": 0.7,
-    "axes.formatter.useoffset": False, "axes.formatter.limits": (-4, 6),
-    "figure.facecolor": "none", "axes.facecolor": "none", "savefig.facecolor": "none",
-    "svg.fonttype": "none", "svg.hashsalt": "est", "path.simplify": True,
+    "text.color": palette.INK,
+    "axes.labelcolor": palette.MUTED,
+    "axes.edgecolor": palette.MUTED,
+    "xtick.color": palette.MUTED,
+    "ytick.color": palette.MUTED,
+    "axes.linewidth": 0.7,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": palette.GRID,
+    "grid.linewidth": 0.7,
+    "xtick.major.width": 0.7,
+    "ytick.major.width": 0.7,
+    "axes.formatter.useoffset": False,
+    "axes.formatter.limits": (-4, 6),
+    "figure.facecolor": "none",
+    "axes.facecolor": "none",
+    "savefig.facecolor": "none",
+    "svg.fonttype": "none",
+    "svg.hashsalt": "est",
+    "path.simplify": True,
 }
 
 
@@ -67,15 +84,27 @@ def laid_out(figure: Figure) -> Figure:
 
 def loss_drawings(comparison: Comparison) -> list[Drawing]:
     """Loss against each axis that the runs know."""
-    return [Drawing(f"loss_{axis.key}", f"Training and validation loss against {axis.title.lower()}",
-                    _curves(draw_loss, comparison, axis, _WIDE, 4.1),
-                    _curves(draw_loss, comparison, axis, _NARROW, 3.2, narrow=True), axis, "loss")
-            for axis in known_axes(comparison)]
+    return [
+        Drawing(
+            f"loss_{axis.key}",
+            f"Training and validation loss against {axis.title.lower()}",
+            _curves(draw_loss, comparison, axis, _WIDE, 4.1),
+            _curves(draw_loss, comparison, axis, _NARROW, 3.2, narrow=True),
+            axis,
+            "loss",
+        )
+        for axis in known_axes(comparison)
+    ]
 
 
 def savings_drawing(comparison: Comparison) -> Drawing:
-    return Drawing("savings", "Share of FLOPs saved so far, for the whole model and for the transformer blocks alone",
-                   _curves(draw_savings, comparison, AXES[0], _PANEL, 3.1), axis=AXES[0], hover="saved")
+    return Drawing(
+        "savings",
+        "Share of FLOPs saved so far, for the whole model and for the transformer blocks alone",
+        _curves(draw_savings, comparison, AXES[0], _PANEL, 3.1),
+        axis=AXES[0],
+        hover="saved",
+    )
 
 
 def stage_time_drawing(comparison: Comparison) -> Drawing | None:
@@ -92,15 +121,15 @@ def sweep_drawing(comparison: Comparison, pair: tuple[str, str], number: int) ->
     rows, columns, _, _ = sweep_grid(comparison, pair)
     figure = Figure(figsize=(min(_WIDE, 1.6 + 0.85 * len(columns)), 0.9 + 0.55 * len(rows)))
     draw_sweep(figure.subplots(), comparison, pair)
-    return Drawing(f"sweep_{number}", f"Final validation loss over {pair[0]} and {pair[1]}",
-                   laid_out(figure))
+    return Drawing(f"sweep_{number}", f"Final validation loss over {pair[0]} and {pair[1]}", laid_out(figure))
 
 
 def coverage_drawing(found: Coverage) -> Drawing:
     figure = Figure(figsize=(_WIDE, coverage_height(found)))
     draw_coverage(figure, found)
-    return Drawing("coverage", "Share of optimizer steps in which every layer, head and neuron block was trained",
-                   laid_out(figure))
+    return Drawing(
+        "coverage", "Share of optimizer steps in which every layer, head and neuron block was trained", laid_out(figure)
+    )
 
 
 def overview(comparison: Comparison) -> Figure:

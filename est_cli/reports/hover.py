@@ -20,9 +20,19 @@ def hover_json(comparison: Comparison) -> str:
     n_runs = sum(len(arm.runs) for arm in arms)
     rows = min(_MAX_ROWS, max(40, _MAX_ROWS_IN_ALL // max(1, n_runs)))
     axes = {axis.key: axis.unit(comparison.runs)[0] for axis in known_axes(comparison)}
-    data = {"scale": axes, "single": comparison.single,
-            "arms": [{"letter": arm.letter, "label": arm.label, "series": arm.rank,
-                      "runs": [_columns(run, rows) for run in arm.runs if run.n_rows]} for arm in arms]}
+    data = {
+        "scale": axes,
+        "single": comparison.single,
+        "arms": [
+            {
+                "letter": arm.letter,
+                "label": arm.label,
+                "series": arm.rank,
+                "runs": [_columns(run, rows) for run in arm.runs if run.n_rows],
+            }
+            for arm in arms
+        ],
+    }
     return json.dumps(data, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
 
 
@@ -31,8 +41,13 @@ def _columns(run: RunRecord, rows: int) -> dict[str, list[float | None]]:
     train = train_curve(run, AXES[0])
     smooth = np.interp(run.column("step") + 1, train.x, train.y) if len(train) else run.column("train/loss")
     columns = {axis.key: axis.values(run) for axis in AXES}
-    columns |= {"train": smooth, "val": _carried_forward(run.column("val/loss")), "stage": run.column("stage"),
-                "saved": run.column("flops/saved"), "blocks": run.column("flops/saved_blocks")}
+    columns |= {
+        "train": smooth,
+        "val": _carried_forward(run.column("val/loss")),
+        "stage": run.column("stage"),
+        "saved": run.column("flops/saved"),
+        "blocks": run.column("flops/saved_blocks"),
+    }
     return {key: [_short(value) for value in values[chosen]] for key, values in columns.items()}
 
 

@@ -13,15 +13,35 @@ from est_cli.reports.stage_times import StageTime, stage_times
 def results_table(comparison: Comparison) -> str:
     """One row an arm, best first: mean over seeds, and their sample standard deviation."""
     baseline = full_model_arm(comparison)
-    head = ["", "Configuration", "Runs", "Validation loss", "Saved", "Saved, blocks", "FLOPs", "Training time",
-            "Tokens", "Status"]
+    head = [
+        "",
+        "Configuration",
+        "Runs",
+        "Validation loss",
+        "Saved",
+        "Saved, blocks",
+        "FLOPs",
+        "Training time",
+        "Tokens",
+        "Status",
+    ]
     rows = []
     for arm in comparison.arms:
         statuses = sorted({run.status for run in arm.runs})
-        rows.append([chip(arm), escape(arm.label), str(len(arm.runs)), _with_spread(arm),
-                     quantities.percent(arm.mean("flops_saved")), quantities.percent(arm.mean("flops_saved_blocks")),
-                     quantities.flops(arm.mean("flops_total")), _time(arm, baseline),
-                     quantities.count(arm.mean("tokens")), escape(", ".join(statuses))])
+        rows.append(
+            [
+                chip(arm),
+                escape(arm.label),
+                str(len(arm.runs)),
+                _with_spread(arm),
+                quantities.percent(arm.mean("flops_saved")),
+                quantities.percent(arm.mean("flops_saved_blocks")),
+                quantities.flops(arm.mean("flops_total")),
+                _time(arm, baseline),
+                quantities.count(arm.mean("tokens")),
+                escape(", ".join(statuses)),
+            ]
+        )
     return table(head, rows, numeric=range(2, 9))
 
 
@@ -45,21 +65,42 @@ def _time(arm: Arm, baseline: Arm | None) -> str:
 
 def stages_table(comparison: Comparison) -> str:
     """One row a stage; arm by arm where there are several."""
-    head = ["Stage", "Steps", "Heads", "MLP", "Layers", "FLOPs of a step", "against full", "Median step",
-            "against full"]
+    head = [
+        "Stage",
+        "Steps",
+        "Heads",
+        "MLP",
+        "Layers",
+        "FLOPs of a step",
+        "against full",
+        "Median step",
+        "against full",
+    ]
     if not comparison.single:
         head = ["", *head]
-    rows = [([] if comparison.single else [chip(arm)]) + _stage_row(entry)
-            for arm in comparison.arms for entry in stage_times(arm)]
+    rows = [
+        ([] if comparison.single else [chip(arm)]) + _stage_row(entry)
+        for arm in comparison.arms
+        for entry in stage_times(arm)
+    ]
     return table(head, rows, numeric=range(0 if comparison.single else 1, len(head)))
 
 
 def _stage_row(entry: StageTime) -> list[str]:
     stage = entry.stage
-    rates = [f"{rate:.3g}" if math.isfinite(rate) else quantities.MISSING
-             for rate in (stage.rates.heads, stage.rates.mlp, stage.rates.layers)]
-    return [str(stage.number), f"{stage.first_step}–{stage.last_step}", *rates, quantities.flops(entry.flops),
-            _ratio(entry.flops_ratio), quantities.duration(entry.median), _ratio(entry.time_ratio)]
+    rates = [
+        f"{rate:.3g}" if math.isfinite(rate) else quantities.MISSING
+        for rate in (stage.rates.heads, stage.rates.mlp, stage.rates.layers)
+    ]
+    return [
+        str(stage.number),
+        f"{stage.first_step}–{stage.last_step}",
+        *rates,
+        quantities.flops(entry.flops),
+        _ratio(entry.flops_ratio),
+        quantities.duration(entry.median),
+        _ratio(entry.time_ratio),
+    ]
 
 
 def _ratio(value: float) -> str:
@@ -71,10 +112,15 @@ def differences_table(comparison: Comparison) -> str:
     arm_of = {id(run): arm for arm in comparison.arms for run in arm.runs}
     order = sorted(range(len(comparison.runs)), key=lambda i: (arm_of[id(comparison.runs[i])].rank, i))
     head = ["", "Run", *map(_key_cell, comparison.differing.values()), "Validation loss"]
-    rows = [[chip(arm_of[id(run)]), f'<span title="{escape(str(run.folder))}">{escape(run.name)}</span>',
-             *(escape(quantities.setting(difference.values[i])) for difference in comparison.differing.values()),
-             quantities.loss(run.outcome["val_loss"])]
-            for i, run in ((i, comparison.runs[i]) for i in order)]
+    rows = [
+        [
+            chip(arm_of[id(run)]),
+            f'<span title="{escape(str(run.folder))}">{escape(run.name)}</span>',
+            *(escape(quantities.setting(difference.values[i])) for difference in comparison.differing.values()),
+            quantities.loss(run.outcome["val_loss"]),
+        ]
+        for i, run in ((i, comparison.runs[i]) for i in order)
+    ]
     return table(head, rows, numeric=[len(head) - 1])
 
 
@@ -93,8 +139,11 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]], numeric: Sequence[
     """Cells are HTML already. `numeric` columns are set flush right."""
 
     def row(cells: Sequence[str], tag: str) -> str:
-        return "<tr>" + "".join(f'<{tag}{" class=n" if i in numeric else ""}>{cell}</{tag}>'
-                                for i, cell in enumerate(cells)) + "</tr>"
+        return (
+            "<tr>"
+            + "".join(f"<{tag}{' class=n' if i in numeric else ''}>{cell}</{tag}>" for i, cell in enumerate(cells))
+            + "</tr>"
+        )
 
     body = "".join(row(cells, "td") for cells in rows)
     return f'<div class="scroll"><table><thead>{row(head, "th")}</thead><tbody>{body}</tbody></table></div>'

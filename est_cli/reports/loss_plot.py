@@ -27,8 +27,10 @@ def draw_loss(ax: Axes, comparison: Comparison, axis: Axis, narrow: bool = False
             _draw_run(ax, comparison, arm, train, val)
             shown += [train, val]
             if comparison.single:
-                ends += [(val, palette.SERIES[0], "validation" if narrow else "validation, full model"),
-                         (train, palette.SERIES[1], "training")]
+                ends += [
+                    (val, palette.SERIES[0], "validation" if narrow else "validation, full model"),
+                    (train, palette.SERIES[1], "training"),
+                ]
             elif position == 0 and arm.coloured:
                 ends.append((val if len(val) else train, palette.series(arm.rank), _label(arm, narrow)))
     limits = final_loss_window(shown)
@@ -56,23 +58,31 @@ def _magnify_end(ax: Axes, comparison: Comparison, narrow: bool) -> None:
     inset = ax.inset_axes(_CORNER, facecolor=palette.PAPER, zorder=6)
     inset.set_in_layout(False)
     for line, x, y in parts:
-        inset.plot(x, y, color=line.get_color(), linewidth=line.get_linewidth() * 0.9, marker=line.get_marker(),
-                   markersize=line.get_markersize())
+        inset.plot(
+            x,
+            y,
+            color=line.get_color(),
+            linewidth=line.get_linewidth() * 0.9,
+            marker=line.get_marker(),
+            markersize=line.get_markersize(),
+        )
     room = 0.05 * (top - bottom)
     inset.set(xlim=(low, high), ylim=(bottom - room, top + room))
     inset.locator_params(nbins=3 if narrow else 5)
     inset.tick_params(labelsize=6 if narrow else 7)
     inset.spines[:].set_visible(True)
     inset.spines[:].set_color(palette.GRID)
-    inset.set_title("the end, larger", fontsize=6 if narrow else 7.5, loc="right", color=palette.MUTED, pad=-9,
-                    x=0.98)
+    inset.set_title("the end, larger", fontsize=6 if narrow else 7.5, loc="right", color=palette.MUTED, pad=-9, x=0.98)
 
 
 def _corner_is_empty(ax: Axes) -> bool:
     (left, right), (bottom, top) = ax.get_xlim(), ax.get_ylim()
     highest = bottom + (_CORNER[1] - 0.08) * (top - bottom)
-    lines = [(np.asarray(line.get_xdata(), float), np.asarray(line.get_ydata(), float))
-             for line in ax.lines if line.get_zorder() in (_TRAINING, _GREY, _VALIDATION)]
+    lines = [
+        (np.asarray(line.get_xdata(), float), np.asarray(line.get_ydata(), float))
+        for line in ax.lines
+        if line.get_zorder() in (_TRAINING, _GREY, _VALIDATION)
+    ]
     return all((y[x >= left + (_CORNER[0] - 0.06) * (right - left)] <= highest).all() for x, y in lines)
 
 
@@ -86,9 +96,16 @@ def _draw_run(ax: Axes, comparison: Comparison, arm: Arm, train: Curve, val: Cur
         ax.plot(train.x, train.y, color=colour, linewidth=0.7, alpha=0.35, zorder=_TRAINING)
     many = len(thin_val) > _MOST_MARKERS
     width = 0.8 if not arm.coloured else 1.8 if len(arm.runs) == 1 else 1.2
-    ax.plot(thin_val.x, thin_val.y, color=colour, linewidth=width, solid_capstyle="round",
-            zorder=_VALIDATION if arm.coloured else _GREY, marker="" if many or not arm.coloured else "o",
-            markersize=3.2 if len(arm.runs) == 1 else 2.4)
+    ax.plot(
+        thin_val.x,
+        thin_val.y,
+        color=colour,
+        linewidth=width,
+        solid_capstyle="round",
+        zorder=_VALIDATION if arm.coloured else _GREY,
+        marker="" if many or not arm.coloured else "o",
+        markersize=3.2 if len(arm.runs) == 1 else 2.4,
+    )
 
 
 def draw_savings(ax: Axes, comparison: Comparison, axis: Axis, narrow: bool = False) -> None:
@@ -110,8 +127,9 @@ def draw_savings(ax: Axes, comparison: Comparison, axis: Axis, narrow: bool = Fa
                 ends.append((saved, colour, arm.letter))
     ends = [end for end in ends if len(end[0])]
     ax.set_xlim(0, max((float(c.x[-1]) for c, _, _ in ends), default=1.0))
-    ax.set_ylim(0, max(1.0, 1.08 * max((line.get_ydata().max() for line in ax.lines if len(line.get_ydata())),
-                                       default=1.0)))
+    ax.set_ylim(
+        0, max(1.0, 1.08 * max((line.get_ydata().max() for line in ax.lines if len(line.get_ydata())), default=1.0))
+    )
     draw_stages(ax, comparison, axis, scale)
     label_ends(ax, ends)
     ax.set_xlabel(title)
@@ -133,8 +151,16 @@ def label_ends(ax: Axes, ends: list[tuple[Curve, str, str]]) -> None:
             ax.plot([line.x[-1], right], [line.y[-1]] * 2, color=colour, linewidth=0.7, linestyle=":", zorder=1)
         y = (np.clip(line.y[-1], low, high) - low) / (high - low)
         ax.plot([1.0, 1.022], [y, at], color=colour, linewidth=1.2, transform=ax.transAxes, clip_on=False, zorder=5)
-        ax.annotate(label, (1.03, at), xycoords="axes fraction", va="center", ha="left", fontsize=8.5,
-                    color=palette.INK, annotation_clip=False)
+        ax.annotate(
+            label,
+            (1.03, at),
+            xycoords="axes fraction",
+            va="center",
+            ha="left",
+            fontsize=8.5,
+            color=palette.INK,
+            annotation_clip=False,
+        )
 
 
 def spread_apart(wanted: np.ndarray, gap: float) -> np.ndarray:

@@ -84,5 +84,7 @@ def _without_rewritten(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def _columns(rows: list[dict[str, Any]]) -> dict[str, np.ndarray]:
     keys = dict.fromkeys(key for row in rows for key, value in row.items() if _is_number(value))
-    return {key: np.array([row[key] if _is_number(row.get(key)) else np.nan for row in rows], dtype=np.float64)
-            for key in keys}
+    return {
+        key: np.array([row[key] if _is_number(row.get(key)) else np.nan for row in rows], dtype=np.float64)
+        for key in keys
+    }

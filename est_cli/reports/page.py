@@ -18,8 +18,12 @@ from est_cli.reports.tiles import tiles
 
 def page(comparison: Comparison, drawings: Sequence[Drawing], found: Coverage | str) -> str:
     """The whole document. `found` is the coverage, or why there is none."""
-    body = [_header(comparison), tiles(comparison), *sections.sections(comparison, drawings, found),
-            _footer(comparison)]
+    body = [
+        _header(comparison),
+        tiles(comparison),
+        *sections.sections(comparison, drawings, found),
+        _footer(comparison),
+    ]
     return Template(_beside("page.html")).substitute(
         title=escape(_title(comparison)),
         style=palette.css_rules() + _beside("page.css") + sections.choice_rules(drawings),
@@ -55,11 +59,22 @@ def _header(comparison: Comparison) -> str:
 
 def _model_line(run: RunRecord, shared: Comparison | None = None) -> str:
     """The settings that a reader asks for first; in a comparison only those that all runs share."""
-    parts = [("{} layers", "model.n_layers"), ("{} heads", "model.n_heads"), ("width {}", "model.d_model"),
-             ("MLP {}", "model.d_ff"), ("vocabulary {}", "model.vocab_size"), ("data {}", "data.kind"),
-             ("sequences of {}", "data.seq_len"), ("learning rate {}", "optimizer.lr"), ("seed {}", "seed")]
-    known = [text.format(quantities.setting(run.setting(key))) for text, key in parts
-             if run.setting(key) is not None and (shared is None or key not in shared.differing)]
+    parts = [
+        ("{} layers", "model.n_layers"),
+        ("{} heads", "model.n_heads"),
+        ("width {}", "model.d_model"),
+        ("MLP {}", "model.d_ff"),
+        ("vocabulary {}", "model.vocab_size"),
+        ("data {}", "data.kind"),
+        ("sequences of {}", "data.seq_len"),
+        ("learning rate {}", "optimizer.lr"),
+        ("seed {}", "seed"),
+    ]
+    known = [
+        text.format(quantities.setting(run.setting(key)))
+        for text, key in parts
+        if run.setting(key) is not None and (shared is None or key not in shared.differing)
+    ]
     return " · ".join(known)
 
 
@@ -79,9 +94,11 @@ def _footer(comparison: Comparison) -> str:
     read = f"Read {lines:,} logged lines"
     read += f", of which {rows:,}, evenly taken, and every validation loss are drawn." if rows < lines else "."
     problems: Iterable[str] = (problem for run in comparison.runs for problem in run.problems)
-    parts = [f"Made {datetime.now().strftime('%Y-%m-%d %H:%M')}. {read}",
-             "FLOPs are matrix-multiplication FLOPs, forward and backward. Validation is always the full model. "
-             "Method: Evolving Subnetwork Training, arXiv 2406.06962."]
+    parts = [
+        f"Made {datetime.now().strftime('%Y-%m-%d %H:%M')}. {read}",
+        "FLOPs are matrix-multiplication FLOPs, forward and backward. Validation is always the full model. "
+        "Method: Evolving Subnetwork Training, arXiv 2406.06962.",
+    ]
     if any(math.isnan(run.outcome["val_loss"]) for run in comparison.runs if run.n_rows):
         parts.append("Runs without a validation loss stand last.")
     return "<footer>" + "".join(f"<p>{escape(part)}</p>" for part in [*parts, *problems]) + "</footer>"

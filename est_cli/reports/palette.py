@@ -10,11 +10,34 @@ SERIES = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#00
 _SERIES_DARK = ("#56b4e9", "#e8762b", "#00b386", "#d98fb8", "#e69f00", "#f0e442", "#fefefe")
 
 INK, MUTED, GRID, REST, BAND, PAPER, TINT = (
-    "#1b1f24", "#5b646d", "#e1e5e9", "#b3bac2", "#93a5b8", "#ffffff", "#f5f7f9")
-_DARK = {INK: "#e7eaee", MUTED: "#a0a9b3", GRID: "#30373f", REST: "#59626c", BAND: "#5d7186", PAPER: "#14181d",
-         TINT: "#1c2229", **dict(zip(SERIES, _SERIES_DARK, strict=True))}
-_ROLES = {INK: "ink", MUTED: "muted", GRID: "grid", REST: "rest", BAND: "band", PAPER: "paper", TINT: "tint",
-          **{colour: f"series-{i}" for i, colour in enumerate(SERIES)}}
+    "#1b1f24",
+    "#5b646d",
+    "#e1e5e9",
+    "#b3bac2",
+    "#93a5b8",
+    "#ffffff",
+    "#f5f7f9",
+)
+_DARK = {
+    INK: "#e7eaee",
+    MUTED: "#a0a9b3",
+    GRID: "#30373f",
+    REST: "#59626c",
+    BAND: "#5d7186",
+    PAPER: "#14181d",
+    TINT: "#1c2229",
+    **dict(zip(SERIES, _SERIES_DARK, strict=True)),
+}
+_ROLES = {
+    INK: "ink",
+    MUTED: "muted",
+    GRID: "grid",
+    REST: "rest",
+    BAND: "band",
+    PAPER: "paper",
+    TINT: "tint",
+    **{colour: f"series-{i}" for i, colour in enumerate(SERIES)},
+}
 
 ON_LIGHT, ON_DARK = "#0b0b0b", "#fdfdfd"
 """Text on a heat map's cells, the same in both themes."""

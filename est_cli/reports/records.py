@@ -16,9 +16,15 @@ from est_cli.reports.metrics import read_metrics
 from est_cli.subnet.schedule import Rates, Stage, StageSpec, build_stages
 
 _NOT_RUNS = {"checkpoints", "report", "wandb", ".hydra", ".git"}
-_LAST_VALUES = {"val_loss": "val/loss", "tokens": "tokens", "flops_total": "flops/total",
-                "flops_full_total": "flops/full_total", "flops_saved": "flops/saved",
-                "flops_saved_blocks": "flops/saved_blocks", "train_s": "seconds"}
+_LAST_VALUES = {
+    "val_loss": "val/loss",
+    "tokens": "tokens",
+    "flops_total": "flops/total",
+    "flops_full_total": "flops/full_total",
+    "flops_saved": "flops/saved",
+    "flops_saved_blocks": "flops/saved_blocks",
+    "train_s": "seconds",
+}
 
 
 @dataclass(frozen=True)
@@ -71,8 +77,9 @@ class RunRecord:
         last = {name: _last_number(self.column(key)) for name, key in _LAST_VALUES.items()}
         last["steps"] = float(self.steps_done)
         if self._summary_is_current:
-            last |= {name: float(self.summary[name]) for name in last
-                     if isinstance(self.summary.get(name), int | float)}
+            last |= {
+                name: float(self.summary[name]) for name in last if isinstance(self.summary.get(name), int | float)
+            }
         return last
 
     @cached_property
@@ -80,8 +87,10 @@ class RunRecord:
         """The config's stages; where it does not tell, those that the metrics show."""
         try:
             known = {field.name for field in fields(StageSpec)}
-            specs = [StageSpec(**{key: spec[key] for key in known & spec.keys()})
-                     for spec in self.config["scheduler"]["stages"]]
+            specs = [
+                StageSpec(**{key: spec[key] for key in known & spec.keys()})
+                for spec in self.config["scheduler"]["stages"]
+            ]
             return build_stages(specs, self.config["trainer"]["max_steps"])
         except (KeyError, TypeError, ValueError, AttributeError):
             return self._logged_stages()
@@ -91,8 +100,10 @@ class RunRecord:
         starts = [i for i in range(self.n_rows) if number[i] == number[i] and (i == 0 or number[i] != number[i - 1])]
         ends = [*(int(step[i]) for i in starts[1:]), self.steps_done][: len(starts)]
         kept = [self.column(f"subnet/{unit}") for unit in ("heads", "mlp", "layers")]
-        return tuple(Stage(int(number[i]), int(step[i]) if position else 0, end, Rates(*(float(k[i]) for k in kept)))
-                     for position, (i, end) in enumerate(zip(starts, ends, strict=True)))
+        return tuple(
+            Stage(int(number[i]), int(step[i]) if position else 0, end, Rates(*(float(k[i]) for k in kept)))
+            for position, (i, end) in enumerate(zip(starts, ends, strict=True))
+        )
 
 
 def _last_number(values: np.ndarray) -> float:
@@ -141,10 +152,11 @@ def _explain_nothing(path: Path) -> str:
 
 
 def _names(found: Sequence[tuple[Path, Path]]) -> list[str]:
-    names = [folder.relative_to(root).as_posix() if folder != root else folder.resolve().name
-             for folder, root in found]
-    return [f"{folder.resolve().parent.name}/{folder.resolve().name}" if names.count(name) > 1 else name
-            for name, (folder, _) in zip(names, found, strict=True)]
+    names = [folder.relative_to(root).as_posix() if folder != root else folder.resolve().name for folder, root in found]
+    return [
+        f"{folder.resolve().parent.name}/{folder.resolve().name}" if names.count(name) > 1 else name
+        for name, (folder, _) in zip(names, found, strict=True)
+    ]
 
 
 def _read_run(name: str, folder: Path) -> RunRecord:

@@ -22,8 +22,11 @@ def write_report(runs: Sequence[RunRecord], out: Path, formats: Sequence[str] = 
     _check(out, formats)
     comparison = Comparison.of(runs)
     out.mkdir(parents=True, exist_ok=True)
-    files = {name: out / file for name, file in
-             (("html", "report.html"), ("png", "report.png"), ("csv", "runs.csv")) if name in formats}
+    files = {
+        name: out / file
+        for name, file in (("html", "report.html"), ("png", "report.png"), ("csv", "runs.csv"))
+        if name in formats
+    }
     if "csv" in files:
         from est_cli.reports.csv_files import write_curves, write_runs
 
@@ -36,8 +39,11 @@ def write_report(runs: Sequence[RunRecord], out: Path, formats: Sequence[str] = 
 
 
 def _check(out: Path, formats: Sequence[str]) -> None:
-    problems = [f"formats={name}: must be one of {', '.join(FORMATS)}{nearest(name, FORMATS)}"
-                for name in formats if name not in FORMATS]
+    problems = [
+        f"formats={name}: must be one of {', '.join(FORMATS)}{nearest(name, FORMATS)}"
+        for name in formats
+        if name not in FORMATS
+    ]
     taken = next((path for path in (out, *out.parents) if path.exists()), out)
     if taken.exists() and not taken.is_dir():
         problems.append(f"out={out}: {taken} is a file; must be a folder, or the name of a new one")
@@ -58,8 +64,10 @@ def _draw(comparison: Comparison, out: Path, files: dict[str, Path]) -> None:
         if any(run.n_rows for run in comparison.runs):
             drawings += figures.loss_drawings(comparison)
             drawings += [figures.savings_drawing(comparison), figures.stage_time_drawing(comparison)]
-        drawings += [figures.sweep_drawing(comparison, pair, number)
-                     for number, pair in enumerate(swept_pairs(comparison.differing), 1)]
+        drawings += [
+            figures.sweep_drawing(comparison, pair, number)
+            for number, pair in enumerate(swept_pairs(comparison.differing), 1)
+        ]
         drawings += [] if isinstance(found, str) else [figures.coverage_drawing(found)]
         drawings = [drawing for drawing in drawings if drawing is not None]
         if "html" in files:

@@ -21,24 +21,37 @@ def sections(comparison: Comparison, drawings: Sequence[Drawing], found: Coverag
         first = [_loss_section(comparison, losses), _cost_section(comparison, by_name)]
     else:
         first = ["<p>No step has been logged yet. Make the report again once the first ones are done.</p>"]
-    return [*first, _results_section(comparison), _sweep_section(by_name), _stages_section(comparison),
-            _coverage_section(comparison, by_name, found), _config_section(comparison)]
+    return [
+        *first,
+        _results_section(comparison),
+        _sweep_section(by_name),
+        _stages_section(comparison),
+        _coverage_section(comparison, by_name, found),
+        _config_section(comparison),
+    ]
 
 
 def _loss_section(comparison: Comparison, losses: Sequence[Drawing]) -> str:
-    inputs = "".join(f'<input class="choice" type="radio" name="axis" id="axis-{d.axis.key}"'
-                     f'{"" if position else " checked"}>' for position, d in enumerate(losses))
+    inputs = "".join(
+        f'<input class="choice" type="radio" name="axis" id="axis-{d.axis.key}"{"" if position else " checked"}>'
+        for position, d in enumerate(losses)
+    )
     labels = "".join(f'<label for="axis-{d.axis.key}">{escape(d.axis.title)}</label>' for d in losses)
     views = "".join(f'<div class="view view-{d.axis.key}">{_figure(comparison, d)}</div>' for d in losses)
-    caption = ("Dots: validation loss of the full model. Thin line: training loss, smoothed over 1% of the run; "
-               "in stages that sample it is the loss of the subnetworks.")
+    caption = (
+        "Dots: validation loss of the full model. Thin line: training loss, smoothed over 1% of the run; "
+        "in stages that sample it is the loss of the subnetworks."
+    )
     grey = len(comparison.arms) > len([arm for arm in comparison.arms if arm.coloured])
     caption += " The best configurations are coloured, the others grey." if grey else ""
     if any(len(run.stages) > 1 for run in comparison.runs) and any(
-            run_with_shared_stages(comparison, drawing.axis) is None for drawing in losses):
+        run_with_shared_stages(comparison, drawing.axis) is None for drawing in losses
+    ):
         caption += " Strips above a plot are the stages of each configuration, darker for smaller subnetworks."
-    return (f'<section><h2>Loss</h2>{inputs}<div class="choices">{labels}</div><div class="views">{views}</div>'
-            f'{_legend(comparison)}<p class="caption">{caption}</p></section>')
+    return (
+        f'<section><h2>Loss</h2>{inputs}<div class="choices">{labels}</div><div class="views">{views}</div>'
+        f'{_legend(comparison)}<p class="caption">{caption}</p></section>'
+    )
 
 
 def choice_rules(drawings: Sequence[Drawing]) -> str:
@@ -47,10 +60,12 @@ def choice_rules(drawings: Sequence[Drawing]) -> str:
 
 
 def _rules_of_choice(key: str) -> str:
-    return (f"@media screen{{#axis-{key}:checked~.views .view-{key}{{display:block}}"
-            f"#axis-{key}:checked~.choices label[for=axis-{key}]{{background:var(--paper);color:var(--ink);"
-            f"box-shadow:0 0 2px var(--rest)}}"
-            f"#axis-{key}:focus-visible~.choices label[for=axis-{key}]{{outline:2px solid var(--series-0)}}}}\n")
+    return (
+        f"@media screen{{#axis-{key}:checked~.views .view-{key}{{display:block}}"
+        f"#axis-{key}:checked~.choices label[for=axis-{key}]{{background:var(--paper);color:var(--ink);"
+        f"box-shadow:0 0 2px var(--rest)}}"
+        f"#axis-{key}:focus-visible~.choices label[for=axis-{key}]{{outline:2px solid var(--series-0)}}}}\n"
+    )
 
 
 def _legend(comparison: Comparison, css_class: str = "legend") -> str:
@@ -61,14 +76,18 @@ def _legend(comparison: Comparison, css_class: str = "legend") -> str:
 
 
 def _cost_section(comparison: Comparison, by_name: dict[str, Drawing]) -> str:
-    saved = (f'<section><h2>FLOPs saved</h2>{_figure(comparison, by_name["savings"])}'
-             '<p class="caption">Solid: of the whole model, LM head included. Dashed: of the transformer blocks alone, '
-             "as the paper counts. Both up to that step, against training the full model.</p></section>")
+    saved = (
+        f"<section><h2>FLOPs saved</h2>{_figure(comparison, by_name['savings'])}"
+        '<p class="caption">Solid: of the whole model, LM head included. Dashed: of the transformer blocks alone, '
+        "as the paper counts. Both up to that step, against training the full model.</p></section>"
+    )
     if "stage_time" not in by_name:
         return saved
-    time = (f'<section><h2>Step time</h2>{_figure(comparison, by_name["stage_time"])}'
-            '<p class="caption">Median, middle half and 5–95% of the steps; × is against the full model’s stage. '
-            "A diamond marks where the FLOPs alone would put the median.</p></section>")
+    time = (
+        f"<section><h2>Step time</h2>{_figure(comparison, by_name['stage_time'])}"
+        '<p class="caption">Median, middle half and 5–95% of the steps; × is against the full model’s stage. '
+        "A diamond marks where the FLOPs alone would put the median.</p></section>"
+    )
     legend = _legend(comparison, "legend always")
     return f'<div class="pair">{saved}{time}</div>{legend}'
 
@@ -80,8 +99,7 @@ def _results_section(comparison: Comparison) -> str:
     caption = "Means over seeds ± sample standard deviation. " if spread else ""
     baseline = full_model_arm(comparison)
     caption += f"Times with × are against {baseline.letter}, {escape(baseline.label)}." if baseline else ""
-    return (f"<section><h2>Results, best first</h2>{results_table(comparison)}"
-            f'<p class="caption">{caption}</p></section>')
+    return f'<section><h2>Results, best first</h2>{results_table(comparison)}<p class="caption">{caption}</p></section>'
 
 
 def _sweep_section(by_name: dict[str, Drawing]) -> str:
@@ -89,16 +107,21 @@ def _sweep_section(by_name: dict[str, Drawing]) -> str:
     if not maps:
         return ""
     figures = "".join(_figure(None, drawing) for drawing in maps)
-    return (f'<section><h2>Sweep</h2><div>{figures}</div><p class="caption">Final validation loss, the mean '
-            "over all runs of a cell. Brighter is better; the best cell is framed.</p></section>")
+    return (
+        f'<section><h2>Sweep</h2><div>{figures}</div><p class="caption">Final validation loss, the mean '
+        "over all runs of a cell. Brighter is better; the best cell is framed.</p></section>"
+    )
 
 
 def _stages_section(comparison: Comparison) -> str:
     if not any(run.n_rows for run in comparison.runs):
         return ""
     content = stages_table(comparison)
-    return f"<section><h2>Stages</h2>{content}</section>" if comparison.single or len(comparison.arms) <= 3 else \
-        f"<section><details><summary>Stages of all configurations</summary>{content}</details></section>"
+    return (
+        f"<section><h2>Stages</h2>{content}</section>"
+        if comparison.single or len(comparison.arms) <= 3
+        else f"<section><details><summary>Stages of all configurations</summary>{content}</details></section>"
+    )
 
 
 def _coverage_section(comparison: Comparison, by_name: dict[str, Drawing], found: Coverage | str) -> str:
@@ -108,12 +131,16 @@ def _coverage_section(comparison: Comparison, by_name: dict[str, Drawing], found
     whose = "" if comparison.single else f"The best run that samples, {escape(found.run.name)}. "
     counted = "Every plan counted."
     if found.thinned:
-        counted = (f"Counted on {found.plans_drawn:,} of the run’s {found.plans_in_run:,} plans, evenly taken from "
-                   f"every stage and scaled, so a head’s share is good to ±{100 * found.noise:.1f} points.")
+        counted = (
+            f"Counted on {found.plans_drawn:,} of the run’s {found.plans_in_run:,} plans, evenly taken from "
+            f"every stage and scaled, so a head’s share is good to ±{100 * found.noise:.1f} points."
+        )
     figure = _figure(comparison, by_name["coverage"])
-    return (f'<section>{heading}<div class="strips">{figure}</div><p class="caption">{whose}Share of '
-            f"{found.run.steps_done:,} optimizer steps, in percent. {counted} Even rows mean that no part was left "
-            "behind.</p></section>")
+    return (
+        f'<section>{heading}<div class="strips">{figure}</div><p class="caption">{whose}Share of '
+        f"{found.run.steps_done:,} optimizer steps, in percent. {counted} Even rows mean that no part was left "
+        "behind.</p></section>"
+    )
 
 
 def _config_section(comparison: Comparison) -> str:
@@ -121,8 +148,10 @@ def _config_section(comparison: Comparison) -> str:
         return ""
     if comparison.single:
         text = yaml.safe_dump(comparison.runs[0].config, sort_keys=False)
-        return ("<section><h2>Configuration</h2><details><summary>config.yaml</summary>"
-                f"<pre>{escape(text)}</pre></details></section>")
+        return (
+            "<section><h2>Configuration</h2><details><summary>config.yaml</summary>"
+            f"<pre>{escape(text)}</pre></details></section>"
+        )
     if not comparison.differing:
         return "<section><h2>What differs</h2><p>The runs have equal configurations.</p></section>"
     return f"<section><h2>What differs</h2>{differences_table(comparison)}</section>"
@@ -130,8 +159,11 @@ def _config_section(comparison: Comparison) -> str:
 
 def _figure(comparison: Comparison | None, drawing: Drawing) -> str:
     pictures = [("wide", drawing.figure), ("narrow", drawing.narrow)]
-    svgs = [inline_svg(figure, f"{drawing.name}-{kind}", drawing.description, kind)
-            for kind, figure in pictures if figure is not None]
+    svgs = [
+        inline_svg(figure, f"{drawing.name}-{kind}", drawing.description, kind)
+        for kind, figure in pictures
+        if figure is not None
+    ]
     if drawing.hover and comparison is not None:
         title = drawing.axis.unit(comparison.runs)[1]
         extra = f'<svg data-hover="{drawing.hover}" data-axis="{drawing.axis.key}" data-title="{escape(title)}" '

@@ -37,8 +37,17 @@ def _name_stage(ax: Axes, stage: Stage, low: float, high: float) -> None:
     share = (high - low) / (ax.get_xlim()[1] - ax.get_xlim()[0])
     text = "" if share < 0.03 else str(stage.number) if share < 0.14 else f"stage {stage.number}"
     text += ", full model" if stage.rates == Rates() and share > 0.3 else ""
-    ax.annotate(text, ((low + high) / 2, 1), xycoords=("data", "axes fraction"), xytext=(0, -4),
-                textcoords="offset points", ha="center", va="top", fontsize=7.5, color=palette.MUTED)
+    ax.annotate(
+        text,
+        ((low + high) / 2, 1),
+        xycoords=("data", "axes fraction"),
+        xytext=(0, -4),
+        textcoords="offset points",
+        ha="center",
+        va="top",
+        fontsize=7.5,
+        color=palette.MUTED,
+    )
 
 
 def _smallness(rates: Rates) -> float:
@@ -54,6 +63,15 @@ def _draw_strips(ax: Axes, comparison: Comparison, axis: Axis, scale: float) -> 
         bottom = 1.012 + 1.25 * height * row
         run = max(arm.runs, key=lambda run: run.steps_done)
         for stage, low, high in _stretches(run, axis, scale, axis.at_step(run, run.steps_done) / scale):
-            ax.add_patch(Rectangle((low, bottom), high - low, height, transform=ax.get_xaxis_transform(),
-                                   color=palette.series(arm.rank), alpha=0.1 + 0.9 * _smallness(stage.rates),
-                                   linewidth=0, clip_on=False))
+            ax.add_patch(
+                Rectangle(
+                    (low, bottom),
+                    high - low,
+                    height,
+                    transform=ax.get_xaxis_transform(),
+                    color=palette.series(arm.rank),
+                    alpha=0.1 + 0.9 * _smallness(stage.rates),
+                    linewidth=0,
+                    clip_on=False,
+                )
+            )

@@ -30,8 +30,9 @@ def draw_stage_times(ax: Axes, comparison: Comparison, groups: Sequence[Sequence
     for group in groups:
         for entry in group:
             _draw_box(ax, entry, y, scale, palette.SERIES[0] if comparison.single else palette.series(entry.arm.rank))
-            names.append(f"stage {entry.stage.number}" if comparison.single
-                         else f"{entry.arm.letter} · {entry.stage.number}")
+            names.append(
+                f"stage {entry.stage.number}" if comparison.single else f"{entry.arm.letter} · {entry.stage.number}"
+            )
             at.append(y)
             y += 1
         y += 0.45
@@ -52,7 +53,15 @@ def _draw_box(ax: Axes, entry: StageTime, y: float, scale: float, colour: str) -
     text = quantities.duration(entry.median)
     if np.isfinite(entry.time_ratio) and entry.stage.rates != Rates():
         text += f" · {entry.time_ratio:.2f}×"
-        ax.plot([entry.flops_ratio * entry.full_step_s / scale], [y], marker="D", markersize=4.5, zorder=5,
-                linestyle="none", markerfacecolor="none", color=palette.INK, markeredgewidth=0.9)
-    ax.annotate(text, (high, y), xytext=(5, 0), textcoords="offset points", va="center", fontsize=8,
-                color=palette.INK)
+        ax.plot(
+            [entry.flops_ratio * entry.full_step_s / scale],
+            [y],
+            marker="D",
+            markersize=4.5,
+            zorder=5,
+            linestyle="none",
+            markerfacecolor="none",
+            color=palette.INK,
+            markeredgewidth=0.9,
+        )
+    ax.annotate(text, (high, y), xytext=(5, 0), textcoords="offset points", va="center", fontsize=8, color=palette.INK)

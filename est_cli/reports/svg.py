@@ -26,8 +26,10 @@ def inline_svg(figure: Figure, ident: str, description: str, css_class: str = ""
     rest = re.sub(r'href="#', f'href="#{ident}-', rest)
     rest = rest.replace("url(#", f"url(#{ident}-")
     title = html.escape(description, quote=True)
-    return (f'<svg {view_box} class="plot {css_class}" role="img" aria-label="{title}"'
-            f' style="max-width:{_max_width(figure)}px" {_geometry(figure)}>{palette.as_css_variables(rest)}')
+    return (
+        f'<svg {view_box} class="plot {css_class}" role="img" aria-label="{title}"'
+        f' style="max-width:{_max_width(figure)}px" {_geometry(figure)}>{palette.as_css_variables(rest)}'
+    )
 
 
 def _max_width(figure: Figure) -> int:
@@ -41,5 +43,7 @@ def _geometry(figure: Figure) -> str:
     box = ax.get_position()
     frame = (box.x0 * width, (1 - box.y1) * height, box.width * width, box.height * height)
     limits = (*ax.get_xlim(), *ax.get_ylim())
-    return (f'data-frame="{" ".join(f"{value:.2f}" for value in frame)}"'
-            f' data-range="{" ".join(f"{value:.8g}" for value in limits)}"')
+    return (
+        f'data-frame="{" ".join(f"{value:.2f}" for value in frame)}"'
+        f' data-range="{" ".join(f"{value:.8g}" for value in limits)}"'
+    )

@@ -33,8 +33,7 @@ def sweep_grid(comparison: Comparison, pair: tuple[str, str]) -> tuple[list[Any]
 def draw_sweep(ax: Axes, comparison: Comparison, pair: tuple[str, str]) -> None:
     """Lower is better and brighter; the best cell is framed."""
     rows, columns, loss, n = sweep_grid(comparison, pair)
-    drawn = ax.imshow(loss, cmap=matplotlib.colormaps[palette.HEAT_MAP].reversed(), aspect="auto",
-                      interpolation="none")
+    drawn = ax.imshow(loss, cmap=matplotlib.colormaps[palette.HEAT_MAP].reversed(), aspect="auto", interpolation="none")
     ax.set_xticks(range(len(columns)), [_shown(value) for value in columns])
     ax.set_yticks(range(len(rows)), [_shown(value) for value in rows])
     ax.set_ylabel(pair[0])
@@ -49,8 +48,18 @@ def draw_sweep(ax: Axes, comparison: Comparison, pair: tuple[str, str]) -> None:
         ax.text(column, row, text, ha="center", va="center", fontsize=8.5, color=colour)
     if np.isfinite(loss).any():
         row, column = np.unravel_index(np.nanargmin(loss), loss.shape)
-        ax.add_patch(Rectangle((column - 0.5, row - 0.5), 1, 1, fill=False, edgecolor=palette.INK, linewidth=2.2,
-                               clip_on=False, zorder=5))
+        ax.add_patch(
+            Rectangle(
+                (column - 0.5, row - 0.5),
+                1,
+                1,
+                fill=False,
+                edgecolor=palette.INK,
+                linewidth=2.2,
+                clip_on=False,
+                zorder=5,
+            )
+        )
 
 
 def _shown(value: Any) -> str:

@@ -59,10 +59,16 @@ def _print_run(run: RunRecord, console: Console) -> None:
     for name, value in (
         ("status", f"{run.status}, step {steps}"),
         ("validation loss", quantities.loss(outcome["val_loss"])),
-        ("FLOPs saved", f"{quantities.percent(outcome['flops_saved'])} of the whole model, "
-                        f"{quantities.percent(outcome['flops_saved_blocks'])} of the blocks"),
-        ("training", f"{quantities.duration(outcome['train_s'])}, {quantities.count(outcome['tokens'])} tokens, "
-                     f"{quantities.flops(outcome['flops_total'])}"),
+        (
+            "FLOPs saved",
+            f"{quantities.percent(outcome['flops_saved'])} of the whole model, "
+            f"{quantities.percent(outcome['flops_saved_blocks'])} of the blocks",
+        ),
+        (
+            "training",
+            f"{quantities.duration(outcome['train_s'])}, {quantities.count(outcome['tokens'])} tokens, "
+            f"{quantities.flops(outcome['flops_total'])}",
+        ),
     ):
         facts.add_row(Text(name, "dim"), Text(value))
     console.print(facts)
@@ -71,10 +77,14 @@ def _print_run(run: RunRecord, console: Console) -> None:
 def _print_ranking(comparison: Comparison, console: Console) -> None:
     """As many columns as the window has room for; the label and the loss always."""
     loss = _with_spread if console.width >= 48 else lambda arm: quantities.loss(arm.mean("val_loss"))
-    columns = [("val loss", loss, 0), ("saved", _percent("flops_saved"), 58),
-               ("blocks", _percent("flops_saved_blocks"), 68), ("time", _duration, 82),
-               ("runs", lambda arm: str(len(arm.runs)), 90),
-               ("status", lambda arm: ", ".join(sorted({run.status for run in arm.runs})), 104)]
+    columns = [
+        ("val loss", loss, 0),
+        ("saved", _percent("flops_saved"), 58),
+        ("blocks", _percent("flops_saved_blocks"), 68),
+        ("time", _duration, 82),
+        ("runs", lambda arm: str(len(arm.runs)), 90),
+        ("status", lambda arm: ", ".join(sorted({run.status for run in arm.runs})), 104),
+    ]
     columns = [column for column in columns if console.width >= column[2]]
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
     table.add_column("")
@@ -112,8 +122,11 @@ def _print_loss(comparison: Comparison, console: Console, unicode: bool) -> None
         curves = [TextCurve("t", "red", train_curve(run, axis)), TextCurve("v", "blue", curve(run, axis, "val/loss"))]
         legend = Text.assemble(("v validation, full model", "blue"), "   ", ("t training, subnetwork", "red"))
     else:
-        curves = [TextCurve(arm.letter, _colour(arm), curve(arm.runs[0], axis, "val/loss"))
-                  for arm in reversed(comparison.arms) if arm.coloured]
+        curves = [
+            TextCurve(arm.letter, _colour(arm), curve(arm.runs[0], axis, "val/loss"))
+            for arm in reversed(comparison.arms)
+            if arm.coloured
+        ]
         legend = Text("Validation loss, full model; letters as in the table", "dim")
     curves = [TextCurve(c.letter, c.colour, Curve(c.curve.x / scale, c.curve.y)) for c in curves if len(c.curve)]
     limits = final_loss_window([c.curve for c in curves])
@@ -148,8 +161,14 @@ def _print_stages(arm: Arm, console: Console) -> None:
         rates = entry.stage.rates
         kept = [f"{rate:.3g}" for rate in (rates.heads, rates.mlp, rates.layers)] if wide else []
         steps = [] if narrow else [f"{entry.stage.first_step}–{entry.stage.last_step}"]
-        table.add_row(str(entry.stage.number), *steps, *kept, quantities.duration(entry.median),
-                      _ratio(entry.time_ratio), _ratio(entry.flops_ratio))
+        table.add_row(
+            str(entry.stage.number),
+            *steps,
+            *kept,
+            quantities.duration(entry.median),
+            _ratio(entry.time_ratio),
+            _ratio(entry.flops_ratio),
+        )
     console.print(table)
     console.print("step: median time; time and FLOPs: against the full model's stage", style="dim")
 

@@ -21,8 +21,14 @@ class TextCurve:
     curve: Curve
 
 
-def text_plot(curves: Sequence[TextCurve], width: int, height: int, limits: tuple[float, float],
-              x_title: str, braille: bool = True) -> Text:
+def text_plot(
+    curves: Sequence[TextCurve],
+    width: int,
+    height: int,
+    limits: tuple[float, float],
+    x_title: str,
+    braille: bool = True,
+) -> Text:
     """Lines of `width` cells: `height` rows of curves with loss labels, then the horizontal axis.
 
     Later curves are drawn over earlier ones. `limits` are the lowest and the highest value shown.
@@ -51,8 +57,9 @@ def _blank(height: int, columns: int) -> tuple[np.ndarray, np.ndarray]:
     return np.full((height, columns), " ", dtype="<U1"), np.full((height, columns), "", dtype=object)
 
 
-def _draw(curve: TextCurve, cells: np.ndarray, colours: np.ndarray, right: float, low: float, high: float,
-          braille: bool) -> None:
+def _draw(
+    curve: TextCurve, cells: np.ndarray, colours: np.ndarray, right: float, low: float, high: float, braille: bool
+) -> None:
     height, columns = cells.shape
     fine_rows, fine_columns = (4, 2) if braille else (1, 1)
     x, y = _resampled(curve.curve, right, columns * fine_columns)
@@ -83,7 +90,7 @@ def _axis(gutter: int, columns: int, right: float, title: str, braille: bool) ->
     room = columns - len(end) - 1
     middle = title if len(title) + 2 <= room else ""
     corner, line = ("└", "─") if braille else ("+", "-")
-    return (" " * gutter + corner + line * columns + "\n" + " " * gutter + " 0" + f"{middle:^{room - 1}}" + end + "\n")
+    return " " * gutter + corner + line * columns + "\n" + " " * gutter + " 0" + f"{middle:^{room - 1}}" + end + "\n"
 
 
 def _label(value: float) -> str:

@@ -13,10 +13,15 @@ from est_cli.reports.records import RunRecord
 def tiles(comparison: Comparison) -> str:
     """One run: its outcome. Several: the best of them, and the totals."""
     content = _of_run(comparison.runs[0]) if comparison.single else _of_comparison(comparison)
-    return '<section class="tiles">' + "".join(
-        f'<div class="tile"><span>{escape(name)}</span><strong>{escape(value)}</strong>'
-        f"<small>{escape(note)}</small></div>"
-        for name, value, note in content) + "</section>"
+    return (
+        '<section class="tiles">'
+        + "".join(
+            f'<div class="tile"><span>{escape(name)}</span><strong>{escape(value)}</strong>'
+            f"<small>{escape(note)}</small></div>"
+            for name, value, note in content
+        )
+        + "</section>"
+    )
 
 
 def _of_run(run: RunRecord) -> list[tuple[str, str, str]]:
@@ -28,8 +33,11 @@ def _of_run(run: RunRecord) -> list[tuple[str, str, str]]:
         ("Validation loss", quantities.loss(loss), f"perplexity {_perplexity(loss)}, full model"),
         ("FLOPs saved", quantities.percent(outcome["flops_saved"]), "whole model, LM head included"),
         ("FLOPs saved, blocks", quantities.percent(outcome["flops_saved_blocks"]), "blocks alone, as the paper counts"),
-        ("Training compute", quantities.flops(outcome["flops_total"]),
-         f"full model: {quantities.flops(outcome['flops_full_total'])}"),
+        (
+            "Training compute",
+            quantities.flops(outcome["flops_total"]),
+            f"full model: {quantities.flops(outcome['flops_full_total'])}",
+        ),
         ("Training time", quantities.duration(outcome["train_s"]), f"median step {median}"),
         ("Tokens", quantities.count(outcome["tokens"]), f"{int(outcome['steps']):,} optimizer steps"),
     ]
@@ -37,8 +45,10 @@ def _of_run(run: RunRecord) -> list[tuple[str, str, str]]:
 
 def _of_comparison(comparison: Comparison) -> list[tuple[str, str, str]]:
     best = comparison.arms[0]
-    total = {name: math.fsum(value for run in comparison.runs if math.isfinite(value := run.outcome[name]))
-             for name in ("train_s", "tokens", "flops_total")}
+    total = {
+        name: math.fsum(value for run in comparison.runs if math.isfinite(value := run.outcome[name]))
+        for name in ("train_s", "tokens", "flops_total")
+    }
     note = f"{best.letter}  {best.label}"
     return [
         ("Best validation loss", quantities.loss(best.mean("val_loss")), note),

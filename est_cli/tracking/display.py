@@ -95,25 +95,39 @@ class Display:
     def _is_due(self, step: int) -> bool:
         if self._printed_step is None or step == self._run.max_steps - 1:
             return True
-        return (step - self._printed_step >= _PLAIN_LINE_EVERY_SHARE * self._run.max_steps
-                and time.monotonic() - self._printed_at >= _PLAIN_LINE_EVERY_S)
+        return (
+            step - self._printed_step >= _PLAIN_LINE_EVERY_SHARE * self._run.max_steps
+            and time.monotonic() - self._printed_at >= _PLAIN_LINE_EVERY_S
+        )
 
     def _describe(self, stage: Stage, how: str, step: int) -> str:
-        rates = ", ".join(f"{rate:g} of the {what}" for what, rate in
-                          (("heads", stage.rates.heads), ("neurons", stage.rates.mlp), ("layers", stage.rates.layers))
-                          if rate < 1) or "the full model"
+        rates = (
+            ", ".join(
+                f"{rate:g} of the {what}"
+                for what, rate in (
+                    ("heads", stage.rates.heads),
+                    ("neurons", stage.rates.mlp),
+                    ("layers", stage.rates.layers),
+                )
+                if rate < 1
+            )
+            or "the full model"
+        )
         share = self._run.flops_per_step[stage.number - 1] / self._run.full_flops_per_step
-        return f"stage {stage.number} of {len(self._run.stages)}, {how} step {step}: {rates}" \
-               + (f" ({100 * share:.0f}% of full FLOPs)" if share < 1 else "")
+        return f"stage {stage.number} of {len(self._run.stages)}, {how} step {step}: {rates}" + (
+            f" ({100 * share:.0f}% of full FLOPs)" if share < 1 else ""
+        )
 
     def _line(self, record: Record) -> str:
         done, total = record["step"] + 1, self._run.max_steps
         parts = [f"{done:>{len(str(total))}}/{total}", f"loss {format_loss(record['train/loss'])}"]
         if self._live is None:
             parts[1:1] = [f"{100 * done // total:>3}%", f"stage {record['stage']}"]
-            parts += [f"{format_count(record['perf/tokens_per_s'])} tokens/s",
-                      f"saved {format_percent(record['flops/saved'])}",
-                      f"left {format_clock(self._panel.seconds_left)}"]
+            parts += [
+                f"{format_count(record['perf/tokens_per_s'])} tokens/s",
+                f"saved {format_percent(record['flops/saved'])}",
+                f"left {format_clock(self._panel.seconds_left)}",
+            ]
         if record["val/loss"] is not None:
             parts.append(f"validation {format_loss(record['val/loss'])}")
         return "  ".join(parts)

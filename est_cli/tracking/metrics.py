@@ -15,11 +15,24 @@ except ImportError:
     from json import loads
 
 METRIC_KEYS = (
-    "step", "tokens", "stage",
-    "train/loss", "train/lr", "train/grad_norm", "val/loss",
-    "subnet/heads", "subnet/mlp", "subnet/layers",
-    "flops/step", "flops/total", "flops/full_total", "flops/saved", "flops/saved_blocks",
-    "perf/step_s", "perf/tokens_per_s", "perf/mfu",
+    "step",
+    "tokens",
+    "stage",
+    "train/loss",
+    "train/lr",
+    "train/grad_norm",
+    "val/loss",
+    "subnet/heads",
+    "subnet/mlp",
+    "subnet/layers",
+    "flops/step",
+    "flops/total",
+    "flops/full_total",
+    "flops/saved",
+    "flops/saved_blocks",
+    "perf/step_s",
+    "perf/tokens_per_s",
+    "perf/mfu",
 )
 
 METRICS_NAME = "metrics.jsonl"
@@ -72,7 +85,7 @@ class MetricsFile:
         before = os.fstat(self._file.fileno()).st_size
         try:
             while lines:
-                lines = lines[self._file.write(lines):]
+                lines = lines[self._file.write(lines) :]
         except OSError:
             os.ftruncate(self._file.fileno(), before)  # a full disk may have taken half a line
             raise
@@ -81,8 +94,9 @@ class MetricsFile:
 
 def to_line(record: Record) -> bytes:
     """One line of JSON. Numbers that are not finite, which JSON does not have, become null."""
-    finite = {key: None if isinstance(value, float) and not math.isfinite(value) else value
-              for key, value in record.items()}
+    finite = {
+        key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in record.items()
+    }
     return json.dumps(finite, allow_nan=False).encode() + b"\n"
 
 

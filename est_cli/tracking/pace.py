@@ -51,7 +51,10 @@ class Pace:
         next_step = self._last[0] + 1
         if next_step >= self._run.max_steps:
             return 0.0
-        steps_s = sum((stage.end - max(stage.first_step, next_step)) * self.step_s(stage.number)
-                      for stage in self._run.stages if stage.end > next_step)
+        steps_s = sum(
+            (stage.end - max(stage.first_step, next_step)) * self.step_s(stage.number)
+            for stage in self._run.stages
+            if stage.end > next_step
+        )
         overhead = self._other_s / self._training_s if self._training_s else 0.0
         return max(0.0, steps_s * (1 + overhead) - (now - self._last[1]))

@@ -77,10 +77,13 @@ class Panel:
         record, run = self._record, self._run
         done = record["step"] + 1
         validation = self._validation
-        validation_text = "-" if validation is None else \
-            f"{format_loss(validation['val/loss'])} after {validation['step'] + 1} steps"
-        speed = f"{format_count(record.get('perf/tokens_per_s'))} tokens/s, " \
-                f"{format_step_time(record.get('perf/step_s'))}/step"
+        validation_text = (
+            "-" if validation is None else f"{format_loss(validation['val/loss'])} after {validation['step'] + 1} steps"
+        )
+        speed = (
+            f"{format_count(record.get('perf/tokens_per_s'))} tokens/s, "
+            f"{format_step_time(record.get('perf/step_s'))}/step"
+        )
         if record.get("perf/mfu") is not None:
             speed += f", MFU {format_percent(record['perf/mfu'])}"
         lr = record.get("train/lr")

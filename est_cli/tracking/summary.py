@@ -20,8 +20,9 @@ from est_cli.tracking.units import (
 )
 
 
-def summarize(run: RunInfo, records: Iterable[Record], *, status: str, steps: int, train_s: float,
-              peak_memory_bytes: int | None) -> dict[str, Any]:
+def summarize(
+    run: RunInfo, records: Iterable[Record], *, status: str, steps: int, train_s: float, peak_memory_bytes: int | None
+) -> dict[str, Any]:
     """summary.json of a run that took `steps` optimizer steps, counting those before it was resumed.
 
     `records` are the whole of metrics.jsonl and are read once; `val_loss` is the last one among them. FLOPs are
@@ -36,8 +37,11 @@ def summarize(run: RunInfo, records: Iterable[Record], *, status: str, steps: in
         if last["val/loss"] is not None:
             val_loss = last["val/loss"]
     tokens_per_step = last["tokens"] // (last["step"] + 1) if last else 0
-    stages = [_summarize_stage(run, stage, min(stage.end, steps), step_s[stage.number], tokens_per_step)
-              for stage in run.stages if stage.first_step < steps]
+    stages = [
+        _summarize_stage(run, stage, min(stage.end, steps), step_s[stage.number], tokens_per_step)
+        for stage in run.stages
+        if stage.first_step < steps
+    ]
     flops_total = sum(stage["flops"] for stage in stages)
     flops_full_total = run.full_flops_per_step * steps
     return {
@@ -72,18 +76,36 @@ def _summarize_stage(run: RunInfo, stage: Stage, end: int, step_s: list[float], 
 
 def stage_table(summary: dict[str, Any]) -> Table:
     """What each stage did and what all of them saved. Readable from 40 columns on."""
-    table = Table(box=box.SIMPLE_HEAD, show_footer=True, show_edge=False, padding=(0, 1, 0, 0), pad_edge=False,
-                  caption=_totals(summary), caption_justify="left", caption_style="")
+    table = Table(
+        box=box.SIMPLE_HEAD,
+        show_footer=True,
+        show_edge=False,
+        padding=(0, 1, 0, 0),
+        pad_edge=False,
+        caption=_totals(summary),
+        caption_justify="left",
+        caption_style="",
+    )
     # The longest words: what a narrow window may wrap, but not tear apart.
-    columns = (("stage", "all", 5), ("steps", _steps(summary["steps"]), 5),
-               ("FLOPs", format_flops(summary["flops_total"]), 5), ("saved", format_percent(summary["flops_saved"]), 5),
-               ("time per step", "", 4), ("tok/s", "", 5))
+    columns = (
+        ("stage", "all", 5),
+        ("steps", _steps(summary["steps"]), 5),
+        ("FLOPs", format_flops(summary["flops_total"]), 5),
+        ("saved", format_percent(summary["flops_saved"]), 5),
+        ("time per step", "", 4),
+        ("tok/s", "", 5),
+    )
     for header, footer, longest_word in columns:
         table.add_column(header, footer, justify="left" if header == "stage" else "right", min_width=longest_word)
     for stage in summary["stages"]:
-        table.add_row(str(stage["stage"]), _steps(stage["last_step"] - stage["first_step"] + 1),
-                      format_flops(stage["flops"]), format_percent(stage["saved"]),
-                      format_step_time(stage["step_s_median"]), format_count(stage["tokens_per_s"]))
+        table.add_row(
+            str(stage["stage"]),
+            _steps(stage["last_step"] - stage["first_step"] + 1),
+            format_flops(stage["flops"]),
+            format_percent(stage["saved"]),
+            format_step_time(stage["step_s_median"]),
+            format_count(stage["tokens_per_s"]),
+        )
     return table
 
 
@@ -93,7 +115,9 @@ def _steps(steps: int) -> str:
 
 def _totals(summary: dict[str, Any]) -> str:
     steps = "" if summary["status"] == "done" else f" ({summary['status']} after {summary['steps']} steps)"
-    return (f"\nValidation loss of the full model: {format_loss(summary['val_loss'])}{steps}\n"
-            f"FLOPs saved: {format_percent(summary['flops_saved'])} of the whole model, "
-            f"{format_percent(summary['flops_saved_blocks'])} on its blocks (as the paper counts)\n"
-            f"Trained for {format_clock(summary['train_s'])} on {format_count(summary['tokens'])} tokens")
+    return (
+        f"\nValidation loss of the full model: {format_loss(summary['val_loss'])}{steps}\n"
+        f"FLOPs saved: {format_percent(summary['flops_saved'])} of the whole model, "
+        f"{format_percent(summary['flops_saved_blocks'])} on its blocks (as the paper counts)\n"
+        f"Trained for {format_clock(summary['train_s'])} on {format_count(summary['tokens'])} tokens"
+    )

@@ -87,19 +87,29 @@ def _start(job: dict[str, Any], say: Callable[[str], None]) -> Any:
         try:
             return wandb.init(**init, resume="allow", settings=settings)
         except Exception as error:
-            say(f"W&B is not to be had online ({_first_line(error)}): recording offline, "
-                f"`wandb sync {init['dir']}/wandb/offline-run-*` uploads it")
+            say(
+                f"W&B is not to be had online ({_first_line(error)}): recording offline, "
+                f"`wandb sync {init['dir']}/wandb/offline-run-*` uploads it"
+            )
     return wandb.init(**init | {"mode": "offline"}, settings=settings)
 
 
 def _settings(job: dict[str, Any]) -> Any:
     training = os.getppid()
     wanted = {
-        "program": job["init"]["notes"], "silent": True, "quiet": True, "console": "off",
-        "disable_git": True, "disable_code": True, "save_code": False, "x_save_requirements": False,
-        "x_disable_stats": not job["system_metrics"], "x_stats_pid": training,
+        "program": job["init"]["notes"],
+        "silent": True,
+        "quiet": True,
+        "console": "off",
+        "disable_git": True,
+        "disable_code": True,
+        "save_code": False,
+        "x_save_requirements": False,
+        "x_disable_stats": not job["system_metrics"],
+        "x_stats_pid": training,
         "use_dot_wandb": False,
-        "finish_timeout": job["finish_timeout_s"], "finish_timeout_raises": True,
+        "finish_timeout": job["finish_timeout_s"],
+        "finish_timeout_raises": True,
         # The stop button of the web page stops the training as Ctrl-C does.
         "stop_fn": lambda: os.kill(training, signal.SIGINT),
     }
@@ -139,8 +149,7 @@ def main() -> None:
     try:
         track(job, Ending(iter(sys.stdin.readline, ""), job["patience_s"]), say)
     except TimeoutError:
-        say("W&B has not taken everything in time; "
-            f"`wandb sync {job['init']['dir']}/wandb/run-*` uploads the rest")
+        say(f"W&B has not taken everything in time; `wandb sync {job['init']['dir']}/wandb/run-*` uploads the rest")
     except Exception as error:
         say(f"W&B failed ({_first_line(error)}); training goes on, {Path(job['metrics']).name} has every step")
     finally:

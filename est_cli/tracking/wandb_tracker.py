@@ -44,8 +44,14 @@ class WandbTracker:
         try:
             job = self._job(run)
             self._process = subprocess.Popen(
-                [sys.executable, "-P", "-m", "est_cli.tracking.wandb_process"], env=_environment(), text=True,
-                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True)
+                [sys.executable, "-P", "-m", "est_cli.tracking.wandb_process"],
+                env=_environment(),
+                text=True,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                start_new_session=True,
+            )
             self._send(job)
         except OSError as error:
             self._say(f"W&B could not start ({error}); training goes on, {METRICS_NAME} has every step")
@@ -83,10 +89,18 @@ class WandbTracker:
         logger = run.config.logger
         return {
             "metrics": str(run.run_dir / METRICS_NAME),
-            "init": {"mode": logger.mode, "project": logger.project, "entity": logger.entity, "group": logger.group,
-                     "tags": list(logger.tags), "name": f"{run.config.name}-{run.run_dir.name}",
-                     "id": _saved_run_id(folder / "run_id.txt"), "dir": str(run.run_dir), "notes": run.command,
-                     "config": run.plain_config},
+            "init": {
+                "mode": logger.mode,
+                "project": logger.project,
+                "entity": logger.entity,
+                "group": logger.group,
+                "tags": list(logger.tags),
+                "name": f"{run.config.name}-{run.run_dir.name}",
+                "id": _saved_run_id(folder / "run_id.txt"),
+                "dir": str(run.run_dir),
+                "notes": run.command,
+                "config": run.plain_config,
+            },
             "finish_timeout_s": self._finish_timeout_s * 0.8,
             "patience_s": self._finish_timeout_s * 1.2,
             "system_metrics": run.config.trainer.device == "cuda",
@@ -101,8 +115,9 @@ class WandbTracker:
         for line in process.stdout:
             self._say(line.rstrip("\n"))
         if process.wait() != 0 and not self._finishing:
-            self._say(f"W&B's process ended (exit code {process.returncode}); "
-                      f"training goes on, {METRICS_NAME} has every step")
+            self._say(
+                f"W&B's process ended (exit code {process.returncode}); training goes on, {METRICS_NAME} has every step"
+            )
 
 
 def _saved_run_id(path: Path) -> str:

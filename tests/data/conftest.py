@@ -37,9 +37,17 @@ def llama_model():
     """Bytes of a SentencePiece model with Llama's settings: dummy prefix, bos and eos, byte fallback."""
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(prose(200).split("\n")), model_writer=model, model_type="bpe", vocab_size=400,
-        byte_fallback=True, normalization_rule_name="identity", remove_extra_whitespaces=False,
-        allow_whitespace_only_pieces=True, split_digits=True, minloglevel=2)
+        sentence_iterator=iter(prose(200).split("\n")),
+        model_writer=model,
+        model_type="bpe",
+        vocab_size=400,
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        allow_whitespace_only_pieces=True,
+        split_digits=True,
+        minloglevel=2,
+    )
     return model.getvalue()
 
 
@@ -64,8 +72,13 @@ def said():
 @pytest.fixture
 def text_data(tmp_path):
     """Makes a DataConfig of kind text whose cache is the test's own."""
+
     def make(path, **options) -> DataConfig:
-        return DataConfig(kind="text", path=path if isinstance(path, tuple) else str(path),
-                          cache_dir=str(tmp_path / "cache"), **options)
+        return DataConfig(
+            kind="text",
+            path=path if isinstance(path, tuple) else str(path),
+            cache_dir=str(tmp_path / "cache"),
+            **options,
+        )
 
     return make

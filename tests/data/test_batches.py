@@ -60,8 +60,8 @@ def test_windows_overlap_by_one_token_and_cover_the_text():
 def test_an_epoch_goes_on_into_the_next_without_replacement():
     windows = training_windows(TOKENS, 100, seed=0, first=0, count=30)[:, 0] // 100
     for epoch in range(3):
-        assert sorted(windows[10 * epoch:10 * epoch + 10]) == list(range(10))
-    assert len({tuple(windows[10 * epoch:10 * epoch + 10]) for epoch in range(3)}) == 3
+        assert sorted(windows[10 * epoch : 10 * epoch + 10]) == list(range(10))
+    assert len({tuple(windows[10 * epoch : 10 * epoch + 10]) for epoch in range(3)}) == 3
 
 
 @pytest.mark.parametrize("first", [0, 7, 12, 10**9])

@@ -28,8 +28,9 @@ def quiet(monkeypatch):
 @pytest.fixture
 def hf(tmp_path):
     def make(path, **options) -> DataConfig:
-        return DataConfig(kind="hf", path=path if isinstance(path, tuple) else str(path),
-                          cache_dir=str(tmp_path / "cache"), **options)
+        return DataConfig(
+            kind="hf", path=path if isinstance(path, tuple) else str(path), cache_dir=str(tmp_path / "cache"), **options
+        )
 
     return make
 
@@ -40,9 +41,13 @@ def rows(corpus: HFCorpus) -> list[str]:
 
 def write(file, texts, column="text"):
     dataset = datasets.Dataset.from_dict({column: texts, "number": list(range(len(texts)))})
-    {".parquet": dataset.to_parquet, ".jsonl": dataset.to_json, ".csv": dataset.to_csv,
-     ".tsv": lambda name: dataset.to_csv(name, sep="\t"), ".gz": lambda name: dataset.to_json(name, compression="gzip"),
-     }[file.suffix](str(file))
+    {
+        ".parquet": dataset.to_parquet,
+        ".jsonl": dataset.to_json,
+        ".csv": dataset.to_csv,
+        ".tsv": lambda name: dataset.to_csv(name, sep="\t"),
+        ".gz": lambda name: dataset.to_json(name, compression="gzip"),
+    }[file.suffix](str(file))
     return file
 
 
@@ -58,8 +63,12 @@ def test_a_text_file_is_one_document(tmp_path, hf):
 
 def test_arrow_files_and_saved_datasets_are_read(tmp_path, hf):
     datasets.Dataset.from_dict({"text": ROWS}).save_to_disk(tmp_path / "saved")
-    datasets.DatasetDict({"train": datasets.Dataset.from_dict({"text": ROWS[:20]}),
-                          "test": datasets.Dataset.from_dict({"text": ROWS[20:]})}).save_to_disk(tmp_path / "splits")
+    datasets.DatasetDict(
+        {
+            "train": datasets.Dataset.from_dict({"text": ROWS[:20]}),
+            "test": datasets.Dataset.from_dict({"text": ROWS[20:]}),
+        }
+    ).save_to_disk(tmp_path / "splits")
     assert rows(HFCorpus(hf(tmp_path / "saved"))) == ROWS
     assert rows(HFCorpus(hf(str(tmp_path / "saved" / "*.arrow")))) == ROWS
     assert rows(HFCorpus(hf(tmp_path / "splits", split="test"))) == ROWS[20:]
@@ -76,7 +85,7 @@ def test_a_folder_has_the_splits_that_its_files_are_named_for(tmp_path, hf):
 
 
 def test_lists_and_globs_are_one_dataset(tmp_path, hf):
-    files = [write(tmp_path / f"{i}.jsonl", ROWS[10 * i:10 * i + 10]) for i in range(3)]
+    files = [write(tmp_path / f"{i}.jsonl", ROWS[10 * i : 10 * i + 10]) for i in range(3)]
     assert rows(HFCorpus(hf(tuple(map(str, files))))) == ROWS
     assert rows(HFCorpus(hf(str(tmp_path / "*.jsonl")))) == ROWS
 
@@ -160,8 +169,14 @@ def test_an_unreachable_hub_is_told_at_once_with_what_to_place_where(hf, monkeyp
     start = time.perf_counter()
     said = refusal(hf(("someone/some-corpus",)))
     assert time.perf_counter() - start < 5
-    for words in ("data.path=someone/some-corpus", "hf download someone/some-corpus", "data.path=FOLDER", "parquet",
-                  "column 'text'", "could not be reached"):
+    for words in (
+        "data.path=someone/some-corpus",
+        "hf download someone/some-corpus",
+        "data.path=FOLDER",
+        "parquet",
+        "column 'text'",
+        "could not be reached",
+    ):
         assert words in said
     assert datasets.config.HF_HUB_OFFLINE is False
 

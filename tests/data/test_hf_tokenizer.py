@@ -21,8 +21,11 @@ def byte_level(special_tokens: list[str], vocab_size: int = 400):
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = tokenizers.decoders.ByteLevel()
     trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=vocab_size, special_tokens=special_tokens, show_progress=False,
-        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet())
+        vocab_size=vocab_size,
+        special_tokens=special_tokens,
+        show_progress=False,
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+    )
     tokenizer.train_from_iterator([prose(50)], trainer)
     return tokenizer
 
@@ -45,11 +48,13 @@ def gpt2(gpt2_file):
 def llama_json(folder):
     """A tokenizer.json of Llama's kind: spaces as U+2581, byte fallback."""
     vocab = {"<unk>": 0, "<s>": 1, "</s>": 2, "<0xC3>": 3, "<0xA9>": 4, "\u2581": 5, "a": 6, "\u2581a": 7}
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(
-        vocab=vocab, merges=[("\u2581", "a")], unk_token="<unk>", byte_fallback=True))
+    tokenizer = tokenizers.Tokenizer(
+        tokenizers.models.BPE(vocab=vocab, merges=[("\u2581", "a")], unk_token="<unk>", byte_fallback=True)
+    )
     tokenizer.normalizer = tokenizers.normalizers.Replace(" ", "\u2581")
-    tokenizer.decoder = tokenizers.decoders.Sequence([
-        tokenizers.decoders.Replace("\u2581", " "), tokenizers.decoders.ByteFallback(), tokenizers.decoders.Fuse()])
+    tokenizer.decoder = tokenizers.decoders.Sequence(
+        [tokenizers.decoders.Replace("\u2581", " "), tokenizers.decoders.ByteFallback(), tokenizers.decoders.Fuse()]
+    )
     tokenizer.add_special_tokens(["<unk>", "<s>", "</s>"])
     tokenizer.save(str(folder / "tokenizer.json"))
 
@@ -141,8 +146,12 @@ def test_a_tokenizer_that_the_hub_does_not_give_says_what_to_place_where(answers
     monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda *_, **__: 1 / 0)
     with pytest.raises(UserError) as caught:
         HFTokenizer.open("owner/name-of-none")
-    for words in ("tokenizer.path=owner/name-of-none", why, "hf download owner/name-of-none tokenizer.json",
-                  "tokenizer.path=FOLDER"):
+    for words in (
+        "tokenizer.path=owner/name-of-none",
+        why,
+        "hf download owner/name-of-none tokenizer.json",
+        "tokenizer.path=FOLDER",
+    ):
         assert words in str(caught.value)
 
 

@@ -18,8 +18,15 @@ def test_stdlib_is_source_without_tests_tables_and_installed_packages():
     names = [file.relative_to(root).as_posix() for file in files]
     assert {"argparse.py", "json/decoder.py", "logging/__init__.py"} <= set(names)
     assert source["kind"] == "stdlib"
-    unwanted = ("test/", "idlelib/idle_test/", "site-packages/", "dist-packages/", "encodings/", "pydoc_data/",
-                "_sysconfigdata")
+    unwanted = (
+        "test/",
+        "idlelib/idle_test/",
+        "site-packages/",
+        "dist-packages/",
+        "encodings/",
+        "pydoc_data/",
+        "_sysconfigdata",
+    )
     assert not [name for name in names if name.startswith(unwanted) or "/tests/" in name]
     assert "html/entities.py" not in names
     assert sum(file.stat().st_size for file in files) > 5_000_000
@@ -86,17 +93,20 @@ def test_paths_are_relative_to_the_current_folder_and_know_home(corpus_folder, m
     assert find_text_files("~/01.txt", print) == [corpus_folder / "sub" / "01.txt"]
 
 
-@pytest.mark.parametrize(("path", "words"), [
-    ("corpus/sud/00.txt", ["data.path=corpus/sud/00.txt", "did you mean 'sub'?"]),
-    ("corpsu", ["data.path=corpsu", "did you mean 'corpus'?"]),
-    ("corpus/*.md", ["data.path=corpus/*.md", "no file matches"]),
-    ("~nobody-here/x", ["data.path=~nobody-here/x"]),
-    ("a" * 5000, ["data.path=aaa"]),
-    ("a\0b", ["data.path=a"]),
-    ("", ["data.path: is missing"]),
-    (None, ["data.path: is missing"]),
-    ((), ["data.path: is missing"]),
-])
+@pytest.mark.parametrize(
+    ("path", "words"),
+    [
+        ("corpus/sud/00.txt", ["data.path=corpus/sud/00.txt", "did you mean 'sub'?"]),
+        ("corpsu", ["data.path=corpsu", "did you mean 'corpus'?"]),
+        ("corpus/*.md", ["data.path=corpus/*.md", "no file matches"]),
+        ("~nobody-here/x", ["data.path=~nobody-here/x"]),
+        ("a" * 5000, ["data.path=aaa"]),
+        ("a\0b", ["data.path=a"]),
+        ("", ["data.path: is missing"]),
+        (None, ["data.path: is missing"]),
+        ((), ["data.path: is missing"]),
+    ],
+)
 def test_a_missing_path_is_named_with_the_nearest_that_exists(path, words, tmp_path, monkeypatch):
     (tmp_path / "corpus" / "sub").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)

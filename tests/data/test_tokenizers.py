@@ -14,8 +14,18 @@ from est_cli.data.tokenizers import ByteTokenizer, choose_tokenizer, load_tokeni
 from est_cli.errors import UserError
 
 ANY_TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=200)
-TRICKY = ["", " ", "\u2581", "a\u2581 b\u2581\u2581", "<s></s><unk><0x41>", "\0\r\n\t  x\ufffe\U0001f600", "\u2585",
-          " \n" * 3000, "ab\u5b57" * 50_000, "def f(x):\n    return x\n" * 200]
+TRICKY = [
+    "",
+    " ",
+    "\u2581",
+    "a\u2581 b\u2581\u2581",
+    "<s></s><unk><0x41>",
+    "\0\r\n\t  x\ufffe\U0001f600",
+    "\u2585",
+    " \n" * 3000,
+    "ab\u5b57" * 50_000,
+    "def f(x):\n    return x\n" * 200,
+]
 
 
 def sample_of(*texts: str, n_bytes: int = 20_000_000) -> list[str]:
@@ -52,9 +62,15 @@ def test_a_batch_is_its_texts_one_by_one(trained, llama, texts, cut):
         assert [ids.tolist() for ids in batch] == [tokenizer.encode(text) for text in texts]
 
 
-@pytest.mark.parametrize("text", [
-    "def f(x):\n    return x  # a list\n\n" * 300, "the  value of a list is   not None " * 300,
-    "".join(f"{i} \t" + "\n" * (i % 3) + " " * (i % 4) for i in range(3000))], ids=["code", "one line", "spaces"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "def f(x):\n    return x  # a list\n\n" * 300,
+        "the  value of a list is   not None " * 300,
+        "".join(f"{i} \t" + "\n" * (i % 3) + " " * (i % 4) for i in range(3000)),
+    ],
+    ids=["code", "one line", "spaces"],
+)
 def test_a_text_encoded_in_chunks_has_the_tokens_of_the_whole(text, trained, llama, llama_model):
     cut = (text.find("\n", 5000) + 1) or text.find("e ", 5000) + 1
     for tokenizer, proto in ((trained, trained.proto), (llama, llama_model)):
@@ -81,9 +97,10 @@ def test_a_small_text_lowers_the_vocabulary_and_says_so(text, said):
 
 
 def test_more_kinds_of_characters_than_pieces_train_a_tokenizer_that_loses_nothing(said):
-    text = "".join(chr(0x4e00 + i % 3000 * (i % 7) % 3000) for i in range(20_000))
+    text = "".join(chr(0x4E00 + i % 3000 * (i % 7) % 3000) for i in range(20_000))
     tokenizer = SentencePieceTraining(TokenizerConfig("sentencepiece", vocab_size=400), 400).train(
-        sample_of(text), said.append)
+        sample_of(text), said.append
+    )
     assert tokenizer.vocab_size == 400
     assert tokenizer.decode(tokenizer.encode(text)) == text
 
@@ -95,13 +112,16 @@ def test_auto_takes_the_models_size_up_to_4096():
     assert (auto(512), auto(4096), auto(50304)) == (512, 4096, 4096)
 
 
-@pytest.mark.parametrize(("config", "model_vocab_size", "words"), [
-    (TokenizerConfig("sentencepiece", vocab_size=600), 512, ["tokenizer.vocab_size=600", "model.vocab_size=512"]),
-    (TokenizerConfig("sentencepiece", vocab_size=100), 512, ["tokenizer.vocab_size=100", "at least 262"]),
-    (TokenizerConfig("sentencepiece"), 200, ["model.vocab_size=200", "at least 262", "257"]),
-    (TokenizerConfig("byte"), 256, ["tokenizer=byte", "257", "model.vocab_size=256"]),
-    (TokenizerConfig("hf"), 512, ["tokenizer.path: is missing"]),
-])
+@pytest.mark.parametrize(
+    ("config", "model_vocab_size", "words"),
+    [
+        (TokenizerConfig("sentencepiece", vocab_size=600), 512, ["tokenizer.vocab_size=600", "model.vocab_size=512"]),
+        (TokenizerConfig("sentencepiece", vocab_size=100), 512, ["tokenizer.vocab_size=100", "at least 262"]),
+        (TokenizerConfig("sentencepiece"), 200, ["model.vocab_size=200", "at least 262", "257"]),
+        (TokenizerConfig("byte"), 256, ["tokenizer=byte", "257", "model.vocab_size=256"]),
+        (TokenizerConfig("hf"), 512, ["tokenizer.path: is missing"]),
+    ],
+)
 def test_sizes_that_do_not_fit_are_refused_with_both_numbers(config, model_vocab_size, words):
     with pytest.raises(UserError) as caught:
         choose_tokenizer(config, model_vocab_size)
@@ -139,6 +159,7 @@ def test_a_missing_model_names_the_nearest(llama_file):
 
 def test_a_model_without_an_end_is_refused(corpus_folder, tmp_path):
     sentencepiece.SentencePieceTrainer.train(
-        input=str(corpus_folder / "00.txt"), model_prefix=str(tmp_path / "m"), vocab_size=35, eos_id=-1, minloglevel=2)
+        input=str(corpus_folder / "00.txt"), model_prefix=str(tmp_path / "m"), vocab_size=35, eos_id=-1, minloglevel=2
+    )
     with pytest.raises(UserError, match="end-of-sentence"):
         SentencePieceTokenizer.open(str(tmp_path / "m.model"))

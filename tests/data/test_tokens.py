@@ -72,9 +72,12 @@ def test_the_cache_is_used_again_and_follows_what_decides_it(corpus_folder, text
     assert prepare_quietly(data, say=said.append).folder == first.folder
     assert not is_built(said)
     assert len(said) == 1
-    changed = [prepare_quietly(replace(data, val_fraction=0.2)), prepare_quietly(data, PIECES),
-               prepare_quietly(data, replace(PIECES, train_bytes=1000)),
-               prepare_quietly(replace(data, path=str(corpus_folder / "sub")))]
+    changed = [
+        prepare_quietly(replace(data, val_fraction=0.2)),
+        prepare_quietly(data, PIECES),
+        prepare_quietly(data, replace(PIECES, train_bytes=1000)),
+        prepare_quietly(replace(data, path=str(corpus_folder / "sub"))),
+    ]
     assert len({store.folder for store in [first, *changed]}) == 5
 
 
@@ -86,13 +89,17 @@ def test_a_copy_of_the_text_elsewhere_is_the_same_corpus(corpus_folder, text_dat
     assert not is_built(said)
 
 
-@pytest.mark.parametrize("damage", [
-    lambda folder: os.truncate(folder / "train.bin", 100),
-    lambda folder: (folder / "val.bin").unlink(),
-    lambda folder: (folder / "manifest.json").write_text("{"),
-    lambda folder: (folder / "manifest.json").unlink(),
-    lambda folder: (folder / "tokenizer.model").unlink(),
-], ids=["cut", "missing", "broken manifest", "no manifest", "no tokenizer"])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda folder: os.truncate(folder / "train.bin", 100),
+        lambda folder: (folder / "val.bin").unlink(),
+        lambda folder: (folder / "manifest.json").write_text("{"),
+        lambda folder: (folder / "manifest.json").unlink(),
+        lambda folder: (folder / "tokenizer.model").unlink(),
+    ],
+    ids=["cut", "missing", "broken manifest", "no manifest", "no tokenizer"],
+)
 def test_a_cache_cut_short_is_told_and_made_again(damage, corpus_folder, text_data):
     data, said = text_data(corpus_folder), []
     store = prepare_quietly(data, PIECES)
@@ -136,14 +143,23 @@ def test_problems_of_the_tokenizer_and_of_the_text_come_together(text_data, tmp_
 
 def test_two_processes_that_start_at_once_make_it_once(corpus_folder, text_data):
     data = text_data(corpus_folder)
-    script = ("import sys\n"
-              "from est_cli.config import DataConfig, TokenizerConfig\n"
-              "from est_cli.data.tokens import prepare\n"
-              "data = DataConfig(kind='text', path=sys.argv[1], cache_dir=sys.argv[2])\n"
-              "store = prepare(data, TokenizerConfig('sentencepiece', vocab_size=400), 512, print, False)\n"
-              "print(int(store.train.sum()), int(store.val.sum()))\n")
-    processes = [subprocess.Popen([sys.executable, "-c", script, str(corpus_folder), data.cache_dir],
-                                  stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    script = (
+        "import sys\n"
+        "from est_cli.config import DataConfig, TokenizerConfig\n"
+        "from est_cli.data.tokens import prepare\n"
+        "data = DataConfig(kind='text', path=sys.argv[1], cache_dir=sys.argv[2])\n"
+        "store = prepare(data, TokenizerConfig('sentencepiece', vocab_size=400), 512, print, False)\n"
+        "print(int(store.train.sum()), int(store.val.sum()))\n"
+    )
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", script, str(corpus_folder), data.cache_dir],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for _ in range(2)
+    ]
     outputs = [process.communicate(timeout=60) for process in processes]
     assert [process.returncode for process in processes] == [0, 0], outputs
     assert sum("data: tokenizing" in output for output, _ in outputs) == 1
@@ -250,7 +266,9 @@ def test_a_store_opens_by_its_folder_alone(corpus_folder, text_data):
 
 
 def test_data_imports_no_torch():
-    script = ("import sys, est_cli.data.tokens, est_cli.data.inspection, est_cli.data.batches, "
-              "est_cli.data.hf_corpus, est_cli.data.hf_tokenizer; "
-              "print([name for name in ('torch', 'datasets', 'tokenizers') if name in sys.modules])")
+    script = (
+        "import sys, est_cli.data.tokens, est_cli.data.inspection, est_cli.data.batches, "
+        "est_cli.data.hf_corpus, est_cli.data.hf_tokenizer; "
+        "print([name for name in ('torch', 'datasets', 'tokenizers') if name in sys.modules])"
+    )
     assert subprocess.run([sys.executable, "-c", script], capture_output=True, text=True).stdout.strip() == "[]"

@@ -4,14 +4,35 @@ import hashlib
 
 import numpy as np
 
-WORDS = ["def", "return", "self", "the", "value", "of", "a", "list", "is", "not", "None", "and", "in", "for",
-         "while", "class", "import", "raise", "error"]
+WORDS = [
+    "def",
+    "return",
+    "self",
+    "the",
+    "value",
+    "of",
+    "a",
+    "list",
+    "is",
+    "not",
+    "None",
+    "and",
+    "in",
+    "for",
+    "while",
+    "class",
+    "import",
+    "raise",
+    "error",
+]
 
 
 def prose(n_lines: int, seed: int = 0) -> str:
     """Text that repeats words, not lines."""
-    return "".join(" ".join(WORDS[(seed + i * (j + 3) + j * j) % len(WORDS)] for j in range(9)) + f" {seed} {i}\n"
-                   for i in range(n_lines))
+    return "".join(
+        " ".join(WORDS[(seed + i * (j + 3) + j * j) % len(WORDS)] for j in range(9)) + f" {seed} {i}\n"
+        for i in range(n_lines)
+    )
 
 
 class Documents:

@@ -14,42 +14,77 @@ from est_cli.subnet.flops import Ledger, training_flops
 from est_cli.subnet.plan import subnetwork
 from est_cli.subnet.schedule import StageSpec, build_stages
 
-NANO = {"n_layers": 4, "n_heads": 4, "n_kv_heads": 2, "d_model": 128, "d_ff": 384, "vocab_size": 4096,
-        "max_seq_len": 256, "norm": "rmsnorm", "position": "rope", "mlp": "swiglu", "bias": False,
-        "tie_embeddings": False, "norm_eps": 1e-5, "rope_theta": 10000.0, "init": "tinyllama", "head_dim": 32}
+NANO = {
+    "n_layers": 4,
+    "n_heads": 4,
+    "n_kv_heads": 2,
+    "d_model": 128,
+    "d_ff": 384,
+    "vocab_size": 4096,
+    "max_seq_len": 256,
+    "norm": "rmsnorm",
+    "position": "rope",
+    "mlp": "swiglu",
+    "bias": False,
+    "tie_embeddings": False,
+    "norm_eps": 1e-5,
+    "rope_theta": 10000.0,
+    "init": "tinyllama",
+    "head_dim": 32,
+}
 FULL = [{"end": None, "heads": 1.0, "mlp": 1.0, "layers": 1.0}]
 
 
 def three_stages(stage1_end=2 / 15, stage2_end=7 / 15, rate=0.5) -> list[dict]:
-    return [{"end": stage1_end, "heads": rate, "mlp": rate, "layers": rate},
-            {"end": stage2_end, "heads": rate, "mlp": rate, "layers": 1.0}, *FULL]
+    return [
+        {"end": stage1_end, "heads": rate, "mlp": rate, "layers": rate},
+        {"end": stage2_end, "heads": rate, "mlp": rate, "layers": 1.0},
+        *FULL,
+    ]
 
 
 def make_config(*, steps=300, seed=0, stages=None, name="est", sampling=None, model=None, **more) -> dict:
     stages = three_stages() if stages is None else stages
-    names = [f"scheduler.stage{i + 1}_end" if stage["end"] is not None else f"scheduler.stages[{i}].end"
-             for i, stage in enumerate(stages)]
+    names = [
+        f"scheduler.stage{i + 1}_end" if stage["end"] is not None else f"scheduler.stages[{i}].end"
+        for i, stage in enumerate(stages)
+    ]
     return {
         "model": {**NANO, **(model or {})},
         "data": {"kind": "stdlib", "seq_len": 256, "val_fraction": 0.05},
         "tokenizer": {"kind": "sentencepiece", "vocab_size": 4096},
         "scheduler": {"stages": stages, "names": names},
-        "sampling": {"heads": 0.5, "mlp": 0.5, "layers": 0.5, "mlp_block": 1, "gqa": "group", "strategy": "random",
-                     "resample_every": 1, "rescale_layers": False, **(sampling or {})},
+        "sampling": {
+            "heads": 0.5,
+            "mlp": 0.5,
+            "layers": 0.5,
+            "mlp_block": 1,
+            "gqa": "group",
+            "strategy": "random",
+            "resample_every": 1,
+            "rescale_layers": False,
+            **(sampling or {}),
+        },
         "optimizer": {"kind": "adamw", "lr": 1e-3, "weight_decay": 0.1, "betas": [0.9, 0.95], "warmup": 0.02},
         "trainer": {"max_steps": steps, "batch_size": 8, "grad_accum": 2, "precision": "fp32"},
-        "logger": {"kind": "none", "project": "est"}, "seed": seed, "kernels": "auto", "name": name,
-        "run_id": f"run-{seed}", **more,
+        "logger": {"kind": "none", "project": "est"},
+        "seed": seed,
+        "kernels": "auto",
+        "name": name,
+        "run_id": f"run-{seed}",
+        **more,
     }
 
 
 def make_run(folder: Path, *, done: int | None = None, finished=True, eval_every=20, loss_offset=0.0, **config) -> Path:
     """A run of `done` steps (default: all of them); an unfinished one has no summary.json."""
     config = make_config(**config)
-    stages = build_stages([StageSpec(**stage) for stage in config["scheduler"]["stages"]],
-                          config["trainer"]["max_steps"])
-    records = make_records(config, stages, config["trainer"]["max_steps"] if done is None else done, eval_every,
-                           loss_offset)
+    stages = build_stages(
+        [StageSpec(**stage) for stage in config["scheduler"]["stages"]], config["trainer"]["max_steps"]
+    )
+    records = make_records(
+        config, stages, config["trainer"]["max_steps"] if done is None else done, eval_every, loss_offset
+    )
     folder.mkdir(parents=True)
     (folder / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
     (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
@@ -74,25 +109,43 @@ def make_records(config, stages, done, eval_every, loss_offset) -> list[dict]:
             evaluated = (step + 1) % eval_every == 0 or step + 1 == config["trainer"]["max_steps"]
             step_s = 0.08 * (0.12 + 0.88 * share) * noise.lognormal(0, 0.06)
             step_s += 0.4 if step == stage.first_step else 0.0
-            records.append({
-                "step": step, "tokens": (step + 1) * 4096, "stage": stage.number,
-                "train/loss": loss + 0.28 * (1 - share) + noise.normal(0, 0.06),
-                "train/lr": 1e-3 * min(1.0, (step + 1) / 20), "train/grad_norm": float(noise.lognormal(0, 0.2)),
-                "val/loss": loss + 0.04 + noise.normal(0, 0.004) if evaluated else None,
-                "subnet/heads": shape.n_heads / model.n_heads, "subnet/mlp": shape.d_ff / model.d_ff,
-                "subnet/layers": shape.n_layers / model.n_layers, **ledger.record(step),
-                "perf/step_s": float(step_s), "perf/tokens_per_s": 4096 / float(step_s), "perf/mfu": None,
-            })
+            records.append(
+                {
+                    "step": step,
+                    "tokens": (step + 1) * 4096,
+                    "stage": stage.number,
+                    "train/loss": loss + 0.28 * (1 - share) + noise.normal(0, 0.06),
+                    "train/lr": 1e-3 * min(1.0, (step + 1) / 20),
+                    "train/grad_norm": float(noise.lognormal(0, 0.2)),
+                    "val/loss": loss + 0.04 + noise.normal(0, 0.004) if evaluated else None,
+                    "subnet/heads": shape.n_heads / model.n_heads,
+                    "subnet/mlp": shape.d_ff / model.d_ff,
+                    "subnet/layers": shape.n_layers / model.n_layers,
+                    **ledger.record(step),
+                    "perf/step_s": float(step_s),
+                    "perf/tokens_per_s": 4096 / float(step_s),
+                    "perf/mfu": None,
+                }
+            )
     return records
 
 
 def make_summary(records, status="done") -> dict:
     last = records[-1]
     val_loss = next(record["val/loss"] for record in reversed(records) if record["val/loss"] is not None)
-    return {"status": status, "steps": last["step"] + 1, "tokens": last["tokens"], "val_loss": val_loss,
-            "flops_total": last["flops/total"], "flops_full_total": last["flops/full_total"],
-            "flops_saved": last["flops/saved"], "flops_saved_blocks": last["flops/saved_blocks"],
-            "train_s": sum(record["perf/step_s"] for record in records), "peak_memory_bytes": 123456789, "stages": []}
+    return {
+        "status": status,
+        "steps": last["step"] + 1,
+        "tokens": last["tokens"],
+        "val_loss": val_loss,
+        "flops_total": last["flops/total"],
+        "flops_full_total": last["flops/full_total"],
+        "flops_saved": last["flops/saved"],
+        "flops_saved_blocks": last["flops/saved_blocks"],
+        "train_s": sum(record["perf/step_s"] for record in records),
+        "peak_memory_bytes": 123456789,
+        "stages": [],
+    }
 
 
 def make_sweep(folder: Path, **options) -> Path:
@@ -100,8 +153,12 @@ def make_sweep(folder: Path, **options) -> Path:
     for stage1_end in (0.1, 0.2):
         for stage2_end in (0.4, 0.5):
             for seed in (0, 1):
-                make_run(folder / f"stage1_end-{stage1_end}_stage2_end-{stage2_end}_seed-{seed}", seed=seed,
-                         stages=three_stages(stage1_end, stage2_end), **options)
+                make_run(
+                    folder / f"stage1_end-{stage1_end}_stage2_end-{stage2_end}_seed-{seed}",
+                    seed=seed,
+                    stages=three_stages(stage1_end, stage2_end),
+                    **options,
+                )
     return folder
 
 

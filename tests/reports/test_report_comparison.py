@@ -30,15 +30,22 @@ def test_keys_that_are_equal_everywhere_are_not_told():
 
 
 def test_names_and_logging_are_not_settings():
-    assert not differences([a_run(name="a", run_id="1", logger={"project": "x"}),
-                            a_run(name="b", run_id="2", logger={"project": "y"})])
+    assert not differences(
+        [a_run(name="a", run_id="1", logger={"project": "x"}), a_run(name="b", run_id="2", logger={"project": "y"})]
+    )
 
 
 def test_keys_that_always_agree_are_told_once(new_run, tmp_path):
-    stages = {rate: [{"end": 0.5, "heads": rate, "mlp": 0.5, "layers": 1.0},
-                     {"end": None, "heads": 1.0, "mlp": 1.0, "layers": 1.0}] for rate in (0.25, 0.5)}
-    runs = load_runs([new_run(tmp_path / str(rate), steps=60, sampling={"heads": rate}, stages=stages[rate])
-                      for rate in stages])
+    stages = {
+        rate: [
+            {"end": 0.5, "heads": rate, "mlp": 0.5, "layers": 1.0},
+            {"end": None, "heads": 1.0, "mlp": 1.0, "layers": 1.0},
+        ]
+        for rate in (0.25, 0.5)
+    }
+    runs = load_runs(
+        [new_run(tmp_path / str(rate), steps=60, sampling={"heads": rate}, stages=stages[rate]) for rate in stages]
+    )
     found = differences(runs)
     assert list(found) == ["sampling.heads"]
     assert found["sampling.heads"].also == ["scheduler.stages[0].heads"]
@@ -54,8 +61,9 @@ def test_schedules_of_different_lengths_are_told_as_text(new_run, tmp_path):
     config["scheduler"] |= {"stage1_end": 2 / 15}
     (est / "config.yaml").write_text(yaml.safe_dump(config))
     found = differences(load_runs([est, full]))
-    assert {key: difference.values for key, difference in found.items()} == {"scheduler.stages": [
-        "0.5/0.5/0.5 to step 8, 0.5/0.5/1 to step 28, 1/1/1 to step 60", "1/1/1 to step 60"]}
+    assert {key: difference.values for key, difference in found.items()} == {
+        "scheduler.stages": ["0.5/0.5/0.5 to step 8, 0.5/0.5/1 to step 28, 1/1/1 to step 60", "1/1/1 to step 60"]
+    }
 
 
 def test_an_integer_and_a_float_boundary_differ():
@@ -92,8 +100,10 @@ def test_only_crossed_keys_make_a_heat_map(sweep):
 
 
 def test_a_cell_of_the_heat_map_is_the_mean_of_its_runs():
-    runs = [a_run("", loss, a=a, b=b, seed=seed) for loss, a, b, seed in
-            [(3.0, 1, 1, 0), (3.2, 1, 1, 1), (4.0, 2, 1, 0), (5.0, 2, 2, 0)]]
+    runs = [
+        a_run("", loss, a=a, b=b, seed=seed)
+        for loss, a, b, seed in [(3.0, 1, 1, 0), (3.2, 1, 1, 1), (4.0, 2, 1, 0), (5.0, 2, 2, 0)]
+    ]
     rows, columns, loss, n = sweep_grid(Comparison.of(runs), ("a", "b"))
     assert (rows, columns) == ([1, 2], [1, 2])
     np.testing.assert_allclose(loss, [[3.1, np.nan], [4.0, 5.0]])
@@ -107,7 +117,7 @@ def test_bands_are_drawn_only_where_all_stages_agree(sweep):
 
 
 def test_a_stage_starts_where_its_first_step_would_be_on_every_axis(one_run):
-    run, = load_runs([one_run])
+    (run,) = load_runs([one_run])
     second = run.stages[1]
     assert AXES[0].at_step(run, second.first_step) == second.first_step
     assert AXES[1].at_step(run, second.first_step) == second.first_step * 4096
@@ -115,8 +125,9 @@ def test_a_stage_starts_where_its_first_step_would_be_on_every_axis(one_run):
 
 def test_smoothing_does_not_reach_across_a_stage():
     jump = a_run()
-    jump.columns.update({"step": np.arange(400.0), "stage": np.repeat([1.0, 2.0], 200),
-                         "train/loss": np.repeat([5.0, 1.0], 200)})
+    jump.columns.update(
+        {"step": np.arange(400.0), "stage": np.repeat([1.0, 2.0], 200), "train/loss": np.repeat([5.0, 1.0], 200)}
+    )
     np.testing.assert_array_equal(train_curve(jump, AXES[0]).y, jump.columns["train/loss"])
 
 
@@ -149,7 +160,7 @@ def test_the_end_is_magnified_only_where_the_corner_is_empty(loss, insets):
 
 
 def test_the_step_time_of_a_stage_leaves_out_the_step_that_compiles(one_run):
-    arm, = Comparison.of(load_runs([one_run])).arms
+    (arm,) = Comparison.of(load_runs([one_run])).arms
     times = stage_times(arm)
     assert [entry.stage.number for entry in times] == [1, 2, 3]
     assert max(entry.step_s.max() for entry in times) < 0.4

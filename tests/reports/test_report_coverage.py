@@ -29,7 +29,7 @@ def plain_count(run):
 @pytest.mark.parametrize("done", [60, 25])
 def test_coverage_is_what_a_plain_count_says(new_run, tmp_path, resample_every, done):
     folder = new_run(tmp_path / "run", steps=60, done=done, sampling={"resample_every": resample_every})
-    run, = load_runs([folder])
+    (run,) = load_runs([folder])
     found = coverage(run)
     layers, heads = plain_count(run)
     np.testing.assert_allclose(found.layers, layers)
@@ -38,7 +38,7 @@ def test_coverage_is_what_a_plain_count_says(new_run, tmp_path, resample_every, 
 
 
 def test_neurons_are_trained_as_often_as_their_layers_times_their_rate(one_run):
-    run, = load_runs([one_run])
+    (run,) = load_runs([one_run])
     found = coverage(run)
     sampled = sum(stage.steps * stage.rates.mlp * stage.rates.layers for stage in run.stages) / run.steps_done
     assert found.blocks.mean() == pytest.approx(sampled)
@@ -46,7 +46,7 @@ def test_neurons_are_trained_as_often_as_their_layers_times_their_rate(one_run):
 
 
 def test_a_thinned_count_is_close_and_says_so(one_run, monkeypatch):
-    run, = load_runs([one_run])
+    (run,) = load_runs([one_run])
     whole = coverage(run)
     monkeypatch.setattr(coverage_module, "MAX_PLANS_PER_STAGE", 25)
     thin = coverage(run)
@@ -58,7 +58,7 @@ def test_a_thinned_count_is_close_and_says_so(one_run, monkeypatch):
 
 
 def test_leaving_neurons_out_changes_no_head(one_run, monkeypatch):
-    run, = load_runs([one_run])
+    (run,) = load_runs([one_run])
     whole = coverage(run)
     monkeypatch.setattr(coverage_module, "_MAX_RANKED_NEURONS", 1)
     without = coverage(run)
@@ -68,14 +68,14 @@ def test_leaving_neurons_out_changes_no_head(one_run, monkeypatch):
 
 
 def test_blocks_follow_the_neurons_that_are_sampled_together(new_run, tmp_path):
-    run, = load_runs([new_run(tmp_path / "run", steps=60, sampling={"mlp_block": 48})])
+    (run,) = load_runs([new_run(tmp_path / "run", steps=60, sampling={"mlp_block": 48})])
     found = coverage(run)
     assert found.blocks.shape == (4, 8)
     assert found.neurons_per_block == 48
 
 
 def test_a_strategy_of_ones_own_is_not_run(one_run):
-    run, = load_runs([one_run])
+    (run,) = load_runs([one_run])
     sampling = {**run.config["sampling"], "strategy": "os.system"}
     own = dataclasses.replace(run, config={**run.config, "sampling": sampling})
     assert "os.system" in coverage(own)

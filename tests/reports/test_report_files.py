@@ -37,12 +37,22 @@ class Page(HTMLParser):
 
 
 def test_all_formats_are_written_and_named(one_report):
-    assert {kind: path.name for kind, path in one_report.items()} == \
-        {"html": "report.html", "png": "report.png", "csv": "runs.csv"}
+    assert {kind: path.name for kind, path in one_report.items()} == {
+        "html": "report.html",
+        "png": "report.png",
+        "csv": "runs.csv",
+    }
     assert one_report["png"].read_bytes().startswith(b"\x89PNG")
     pictures = {path.name for path in (one_report["png"].parent / "figures").iterdir()}
-    assert pictures == {"loss_steps.png", "loss_tokens.png", "loss_flops.png", "loss_seconds.png", "savings.png",
-                        "stage_time.png", "coverage.png"}
+    assert pictures == {
+        "loss_steps.png",
+        "loss_tokens.png",
+        "loss_flops.png",
+        "loss_seconds.png",
+        "savings.png",
+        "stage_time.png",
+        "coverage.png",
+    }
 
 
 def test_the_page_is_well_formed_and_refers_to_nothing_outside(sweep_report):
@@ -87,8 +97,10 @@ HOSTILE_NAMES = ("<script>alert(1)</script>", "$\\frac{", "../../escape", "a\nb\
 
 def test_names_are_shown_and_not_obeyed(new_run, tmp_path):
     folders = [new_run(tmp_path / "in" / str(i), steps=40, kernels=f"kernel-{i}") for i in range(len(HOSTILE_NAMES))]
-    runs = [dataclasses.replace(run, name=name, config=run.config | {"name": name})
-            for run, name in zip(load_runs(folders), HOSTILE_NAMES, strict=True)]
+    runs = [
+        dataclasses.replace(run, name=name, config=run.config | {"name": name})
+        for run, name in zip(load_runs(folders), HOSTILE_NAMES, strict=True)
+    ]
     files = write_report(runs, tmp_path / "deep" / "er" / "out")
     text = files["html"].read_text()
     Page(text)
@@ -136,9 +148,11 @@ def test_wrong_formats_and_a_file_as_folder_are_told_at_once(one_run, tmp_path):
 
 
 def test_reports_import_neither_torch_nor_wandb(one_run, tmp_path):
-    code = ("import sys; from pathlib import Path; from est_cli.reports import FORMATS, load_runs, write_report;"
-            f"write_report(load_runs([Path({str(one_run)!r})]), Path({str(tmp_path)!r}), ('csv',));"
-            "print(sorted({'torch', 'wandb', 'matplotlib'} & set(sys.modules)))")
+    code = (
+        "import sys; from pathlib import Path; from est_cli.reports import FORMATS, load_runs, write_report;"
+        f"write_report(load_runs([Path({str(one_run)!r})]), Path({str(tmp_path)!r}), ('csv',));"
+        "print(sorted({'torch', 'wandb', 'matplotlib'} & set(sys.modules)))"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 

@@ -58,7 +58,7 @@ def test_without_a_summary_the_last_line_tells_the_outcome(new_run, tmp_path):
 def test_an_old_summary_gives_way_once_a_stopped_run_goes_on(new_run, tmp_path):
     folder = new_run(tmp_path / "run", steps=60, done=40, eval_every=10)
     (folder / "summary.json").write_text(json.dumps({"status": "stopped", "steps": 20, "val_loss": 99.0, "tokens": 1}))
-    run, = load_runs([folder])
+    (run,) = load_runs([folder])
     assert run.status == "unfinished"
     assert run.outcome["steps"] == 40
     assert run.outcome["val_loss"] < 99
@@ -80,11 +80,11 @@ def test_stages_come_from_the_metrics_where_the_config_does_not_tell(new_run, tm
 def test_a_config_that_cannot_be_read_is_a_problem_and_not_the_end(new_run, tmp_path):
     folder = new_run(tmp_path / "run", steps=60)
     (folder / "config.yaml").write_text("a: [")
-    run, = load_runs([folder])
+    (run,) = load_runs([folder])
     assert "config.yaml cannot be read" in run.problems[0]
     assert run.steps_done == 60
 
 
 def test_a_column_that_was_never_logged_is_all_missing(one_run):
-    run, = load_runs([one_run])
+    (run,) = load_runs([one_run])
     assert np.isnan(run.column("perf/mfu")).all()

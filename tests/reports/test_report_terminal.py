@@ -28,7 +28,7 @@ def test_no_line_is_wider_than_the_window(one_run, sweep, width, encoding):
 
 
 def test_one_run_shows_its_numbers_and_stages(one_run):
-    run, = load_runs([one_run])
+    (run,) = load_runs([one_run])
     text = shown([run], 100)
     assert f"{run.outcome['val_loss']:.4f}" in text
     assert "26.7% of the blocks" in text

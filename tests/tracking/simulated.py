@@ -26,11 +26,22 @@ def record(step: int, val_loss: float | None = None, loss: float | None = None) 
     stage = past[-1]
     total, blocks = sum(FLOPS[i] for i in past), sum(BLOCK_FLOPS[i] for i in past)
     return {
-        "step": step, "tokens": TOKENS_PER_STEP * (step + 1), "stage": stage + 1,
-        "train/loss": 4.0 - 0.1 * step if loss is None else loss, "train/lr": 1e-3, "train/grad_norm": 1.0,
-        "val/loss": val_loss, "subnet/heads": 0.5, "subnet/mlp": 0.5, "subnet/layers": 1.0,
-        "flops/step": FLOPS[stage], "flops/total": total, "flops/full_total": FLOPS[-1] * (step + 1),
+        "step": step,
+        "tokens": TOKENS_PER_STEP * (step + 1),
+        "stage": stage + 1,
+        "train/loss": 4.0 - 0.1 * step if loss is None else loss,
+        "train/lr": 1e-3,
+        "train/grad_norm": 1.0,
+        "val/loss": val_loss,
+        "subnet/heads": 0.5,
+        "subnet/mlp": 0.5,
+        "subnet/layers": 1.0,
+        "flops/step": FLOPS[stage],
+        "flops/total": total,
+        "flops/full_total": FLOPS[-1] * (step + 1),
         "flops/saved": 1 - total / (FLOPS[-1] * (step + 1)),
         "flops/saved_blocks": 1 - blocks / (BLOCK_FLOPS[-1] * (step + 1)),
-        "perf/step_s": STEP_S[stage], "perf/tokens_per_s": TOKENS_PER_STEP / STEP_S[stage], "perf/mfu": None,
+        "perf/step_s": STEP_S[stage],
+        "perf/tokens_per_s": TOKENS_PER_STEP / STEP_S[stage],
+        "perf/mfu": None,
     }

@@ -33,8 +33,17 @@ def test_the_panel_shows_its_numbers_in_any_window(tmp_path, width):
     text = rendered(run_info(tmp_path), width, [record(s, val_loss=3.25 if s == 9 else None) for s in range(20)])
     assert max(map(len, text.splitlines())) <= width
     assert "…" not in text
-    for part in ("20 of 30 (66.7%)", "3 of 3", "2.100", "3.250 after 10 steps", "711 tokens/s, 90.0 ms/step",
-                 "1.00e-03", "35.6% (64.0 TFLOP)", "40.0%", "0:00"):
+    for part in (
+        "20 of 30 (66.7%)",
+        "3 of 3",
+        "2.100",
+        "3.250 after 10 steps",
+        "711 tokens/s, 90.0 ms/step",
+        "1.00e-03",
+        "35.6% (64.0 TFLOP)",
+        "40.0%",
+        "0:00",
+    ):
         assert part in text
 
 
@@ -69,9 +78,13 @@ def test_a_live_display_leaves_messages_stages_and_evaluations_above_it(tmp_path
         display.log(record(step, val_loss=3.25 if step == 9 else None))
     display.finish("done", None)
     text = console.file.getvalue()
-    for part in ("checkpoint written: [a]/path", "stage 2 of 3, from step 4",
-                 "stage 3 of 3, from step 14: the full model", "10/30  loss 3.100  validation 3.250",
-                 "30 of 30 (100.0%)"):
+    for part in (
+        "checkpoint written: [a]/path",
+        "stage 2 of 3, from step 4",
+        "stage 3 of 3, from step 14: the full model",
+        "10/30  loss 3.100  validation 3.250",
+        "30 of 30 (100.0%)",
+    ):
         assert part in text
 
 

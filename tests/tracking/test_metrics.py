@@ -77,7 +77,7 @@ class FullDisk:
         if not self.full:
             return self._file.write(data)
         if len(data) > 20:
-            return self._file.write(data[:len(data) - 20])
+            return self._file.write(data[: len(data) - 20])
         raise OSError(errno.ENOSPC, "No space left on device")
 
     def fileno(self):

@@ -15,10 +15,28 @@ def finished(tmp_path, steps=30, every=1, **how):
 
 def test_a_summary_has_the_keys_of_the_contract(tmp_path):
     summary = finished(tmp_path)
-    assert list(summary) == ["status", "steps", "tokens", "val_loss", "flops_total", "flops_full_total", "flops_saved",
-                             "flops_saved_blocks", "train_s", "peak_memory_bytes", "stages"]
-    assert list(summary["stages"][0]) == ["stage", "first_step", "last_step", "flops", "saved", "step_s_median",
-                                          "tokens_per_s"]
+    assert list(summary) == [
+        "status",
+        "steps",
+        "tokens",
+        "val_loss",
+        "flops_total",
+        "flops_full_total",
+        "flops_saved",
+        "flops_saved_blocks",
+        "train_s",
+        "peak_memory_bytes",
+        "stages",
+    ]
+    assert list(summary["stages"][0]) == [
+        "stage",
+        "first_step",
+        "last_step",
+        "flops",
+        "saved",
+        "step_s_median",
+        "tokens_per_s",
+    ]
 
 
 def test_totals_equal_the_last_record(tmp_path):

@@ -16,6 +16,7 @@ def test_the_record_comes_first_and_the_display_last(tmp_path):
 
 
 def test_tracking_loads_neither_torch_nor_wandb():
-    code = ("import sys, est_cli.tracking.trackers, est_cli.tracking.summary\n"
-            "print({'torch', 'wandb'} & set(sys.modules))")
+    code = (
+        "import sys, est_cli.tracking.trackers, est_cli.tracking.summary\nprint({'torch', 'wandb'} & set(sys.modules))"
+    )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "set()\n"

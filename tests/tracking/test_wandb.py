@@ -53,8 +53,10 @@ def test_an_offline_run_is_written_by_the_real_wandb(tmp_path):
     [folder] = (tmp_path / "wandb").glob("offline-run-*")
     assert folder.name.endswith("0123456789abcdef") and folder != old
     records = list(read_wandb_file(folder / "run-0123456789abcdef.wandb"))
-    of_kind = {kind: [getattr(r, kind) for r in records if r.WhichOneof("record_type") == kind]
-               for kind in ("run", "history", "summary", "exit")}
+    of_kind = {
+        kind: [getattr(r, kind) for r in records if r.WhichOneof("record_type") == kind]
+        for kind in ("run", "history", "summary", "exit")
+    }
     [header] = of_kind["run"]
     assert (header.project, header.run_group, list(header.tags)) == ("mine", "sweep", ["a", "b"])
     config = values(header.config.update)
@@ -153,11 +155,14 @@ def test_no_process_is_left_behind_by_a_killed_training_and_a_wandb_that_hangs(t
     assert tracker._process.wait(10) == 1
 
 
-@pytest.mark.parametrize(("fault", "said"), [
-    ("killed service", "W&B failed (Connection lost); training goes on"),
-    ("dies", "W&B's process ended (exit code 7); training goes on"),
-    ("slow network", "W&B has not taken everything in time"),
-])
+@pytest.mark.parametrize(
+    ("fault", "said"),
+    [
+        ("killed service", "W&B failed (Connection lost); training goes on"),
+        ("dies", "W&B's process ended (exit code 7); training goes on"),
+        ("slow network", "W&B has not taken everything in time"),
+    ],
+)
 def test_what_happens_to_wandb_is_said_once_and_does_not_reach_the_training(tmp_path, calls, monkeypatch, fault, said):
     monkeypatch.setenv("FAKE_WANDB", fault)
     messages = []

@@ -22,7 +22,7 @@ def read_wandb_file(path: Path) -> Iterator[Any]:
             continue
         _, length, kind = _CHUNK_HEADER.unpack_from(data, position)
         position += _CHUNK_HEADER.size
-        body += data[position:position + length]
+        body += data[position : position + length]
         position += length
         if kind in (_WHOLE, _LAST):
             record = Record()
