@@ -15,7 +15,7 @@ run: $(STAMP) ## Train a small model in three stages on real text: about two min
 	$(BIN)/est-train experiment=quickstart
 
 test: $(STAMP) ## Run the tests
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto --dist loadfile
 
 lint: $(STAMP) ## Check style
 	$(BIN)/ruff check .
