@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-CPU_CHUNK_ELEMENTS = 1 << 18
+CPU_CHUNK_ELEMENTS = 1 << 19
 CUDA_CHUNK_ELEMENTS = 1 << 26
 
 

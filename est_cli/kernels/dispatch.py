@@ -24,22 +24,24 @@ TORCH = Kernels(pack.gather_rows, adamw.adamw_step, linear_cross_entropy.linear_
 
 
 def kernels_for(choice: str, device: torch.device | str) -> Kernels:
-    """The version for kernels=`choice`: Triton's on a GPU where it is installed, unless `torch` was chosen.
+    """The version for kernels=`choice`: Triton's where it is asked for, PyTorch's otherwise.
 
-    kernels=masked differs in the model alone. Raises UserError where kernels=triton cannot be had.
+    `auto` stays with PyTorch's until Triton's have been measured on a GPU. kernels=masked differs in the model
+    alone. Raises UserError where kernels=triton cannot be had.
     """
     check_kernels(choice, device)
-    return triton_kernels() if choice != "torch" and _has_triton(device) else TORCH
+    return triton_kernels() if choice == "triton" else TORCH
 
 
 def check_kernels(choice: str, device: torch.device | str) -> None:
     """Raises UserError where kernels=triton cannot be had."""
-    if choice == "triton" and not _has_triton(device):
+    if choice == "triton" and not has_triton(device):
         missing = "a GPU" if torch.device(device).type != "cuda" else "the package triton, which is not installed"
         raise UserError(f"kernels=triton: needs {missing}; allowed here: auto, torch, masked")
 
 
-def _has_triton(device: torch.device | str) -> bool:
+def has_triton(device: torch.device | str) -> bool:
+    """Whether Triton's version runs on this device."""
     return torch.device(device).type == "cuda" and find_spec("triton") is not None
 
 

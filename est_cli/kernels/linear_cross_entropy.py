@@ -100,19 +100,27 @@ class _SumOfProducts:
 
 
 def softmax_gradient_(logits: Tensor, targets: Tensor) -> Tensor:
-    """`SoftmaxGradient`, block by block: five passes that a CPU makes in its cache."""
+    """`SoftmaxGradient` in PyTorch."""
     losses = torch.empty(len(logits), dtype=exact(logits), device=logits.device)
+    if logits.dtype == losses.dtype:
+        _exact_softmax_gradient_(logits, targets, losses)
+        return losses
     cast = torch.empty_like(logits[: _block_height(logits)], dtype=losses.dtype)
-    for part, target, loss in _blocks(logits, targets[:, None], losses):
-        x = part if part.dtype == cast.dtype else cast[: len(part)].copy_(part)
-        chosen, largest = x.gather(1, target), x.amax(1)
-        torch.softmax(x, 1, out=x)
-        # log Σ exp(x) from the largest probability, the one that cannot underflow.
-        torch.sub(largest - x.amax(1).log(), chosen[:, 0], out=loss)
-        x.scatter_(1, target, x.gather(1, target) - 1)
-        if x is not part:
-            part.copy_(x)
+    for part, target, loss in _blocks(logits, targets, losses):
+        x = cast[: len(part)].copy_(part)
+        _exact_softmax_gradient_(x, target, loss)
+        part.copy_(x)
     return losses
+
+
+def _exact_softmax_gradient_(x: Tensor, targets: Tensor, losses: Tensor) -> None:
+    """x becomes softmax − onehot; losses are written."""
+    target = targets[:, None]
+    chosen, largest = x.gather(1, target)[:, 0], x.amax(1)
+    torch.softmax(x, 1, out=x)
+    # log Σ exp(x) from the largest probability, the one that cannot underflow.
+    torch.sub(largest - chosen, x.amax(1).log(), out=losses)
+    x.scatter_(1, target, x.gather(1, target) - 1)
 
 
 def exact(tensor: Tensor) -> torch.dtype:

@@ -46,10 +46,9 @@ def _softmax_gradient_row(logits, targets, target_stride, losses, COLUMNS: tl.co
         larger = tl.maximum(largest, tl.max(x, 0))
         total = total * tl.exp(largest - larger) + tl.sum(tl.exp(x - larger), 0)
         largest = larger
-    normaliser = largest + tl.log(total)
-    tl.store(losses + row, normaliser - chosen)
+    tl.store(losses + row, largest - chosen + tl.log(total))
     for start in range(0, COLUMNS, BLOCK):
         columns = start + tl.arange(0, BLOCK)
         x = tl.load(logits + columns, columns < COLUMNS, other=float("-inf")).to(tl.float32)
-        gradient = tl.exp(x - normaliser) - (columns == target).to(tl.float32)
+        gradient = tl.exp(x - largest) / total - (columns == target).to(tl.float32)
         tl.store(logits + columns, gradient.to(logits.dtype.element_ty), columns < COLUMNS)

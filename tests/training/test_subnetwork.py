@@ -179,3 +179,13 @@ def test_validation_is_the_full_model_without_a_rescale(dtype):
         logits = master.logits(windows[:, :-1])
         expected = torch.nn.functional.cross_entropy(logits.mT, windows[:, 1:])
     assert found == pytest.approx(expected.item(), abs=1e-6 if dtype == torch.float32 else 0.05)
+
+
+@pytest.mark.parametrize("neurons", [[1, 1], [3, 2]], ids=["twice", "out of order"])
+def test_a_plan_that_names_a_row_twice_or_out_of_order_is_a_programmers_error(neurons):
+    """Its scatter would lose an update: the kernels rely on rows that ascend."""
+    master = random_master(LLAMA, torch.float32)
+    plan = plan_of(master, HALF)
+    plan.neurons[0, :2] = neurons
+    with pytest.raises(AssertionError, match="sampled once"):
+        packed(master, HALF).load(plan)

@@ -1,0 +1,66 @@
+"""Which version of the kernels a choice means, and where it is refused."""
+
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+from tiny import LLAMA, train_config
+
+from est_cli.errors import UserError
+from est_cli.kernels.dispatch import TORCH, kernels_for
+from est_cli.model.transformer import Transformer
+from est_cli.subnet.plan import subnetwork
+from est_cli.subnet.sampler import sample
+from est_cli.subnet.schedule import Rates, Stage
+from est_cli.training.device import available_device
+from est_cli.training.optimizer import SampledAdamW
+from est_cli.training.subnetwork import PackedSubnetwork
+
+
+@pytest.mark.parametrize("choice", ["auto", "torch", "masked"])
+def test_on_a_cpu_every_other_choice_is_pytorchs(choice):
+    assert kernels_for(choice, "cpu") is TORCH
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here")
+def test_triton_without_a_gpu_is_refused_before_anything_is_made():
+    with pytest.raises(UserError, match="^kernels=triton: needs a GPU; allowed here: auto, torch, masked$"):
+        available_device(train_config().trainer, "triton")
+    for choice in ("auto", "torch", "masked"):
+        assert available_device(train_config().trainer, choice).kind == "cpu"
+
+
+def test_triton_on_a_cpu_is_refused_on_a_machine_with_a_gpu_too():
+    with pytest.raises(UserError, match="needs a GPU"):
+        available_device(replace(train_config().trainer, device="cpu"), "triton")
+
+
+def test_triton_that_is_not_installed_is_named(monkeypatch):
+    monkeypatch.setattr("est_cli.kernels.dispatch.find_spec", lambda name: None)
+    with pytest.raises(UserError, match="needs the package triton, which is not installed"):
+        kernels_for("triton", "cuda")
+
+
+def test_a_run_on_a_cpu_never_imports_triton():
+    program = "import sys, est_cli.training.loop, est_cli.benchmark.kernels; sys.exit('triton' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program]).returncode == 0
+
+
+def test_subnetwork_and_optimizer_use_their_models_kernels():
+    calls = []
+
+    def watched(name: str):
+        return lambda *arguments: calls.append(name) or getattr(TORCH, name)(*arguments)
+
+    model = Transformer(LLAMA, kernels=TORCH._replace(**{name: watched(name) for name in TORCH._fields}))
+    for parameter in model.parameters():
+        parameter.data.fill_(0.1)
+    subnet = PackedSubnetwork(model, subnetwork(LLAMA, train_config().sampling, Rates(0.5, 0.5)), torch.float32)
+    optimizer = SampledAdamW(model, train_config().optimizer)
+    subnet.load(sample(0, 0, Stage(1, 0, 9, Rates(0.5, 0.5)), LLAMA, train_config().sampling))
+    tokens = torch.ones(1, 4, dtype=torch.int64)
+    subnet.loss(tokens, tokens).backward()
+    optimizer.step(subnet.updates(), 1e-3)
+    assert calls == ["gather_rows", "linear_cross_entropy", "adamw_step"]
