@@ -26,7 +26,7 @@ def test_on_a_cpu_every_other_choice_is_pytorchs(choice):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here")
 def test_triton_without_a_gpu_is_refused_before_anything_is_made():
-    with pytest.raises(UserError, match="^kernels=triton: needs a GPU; allowed here: auto, torch, masked$"):
+    with pytest.raises(UserError, match=r"^kernels=triton: needs a GPU; allowed here: auto, torch, masked$"):
         available_device(train_config().trainer, "triton")
     for choice in ("auto", "torch", "masked"):
         assert available_device(train_config().trainer, choice).kind == "cpu"
