@@ -1,9 +1,11 @@
 """est-plan: what a run would cost, without torch."""
 
 import json
+from textwrap import shorten
 from typing import Any
 
 import numpy as np
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -19,6 +21,10 @@ from est_cli.subnet.plan import effective_rates, subnetwork
 from est_cli.subnet.sampler import sample, strategy_named
 from est_cli.subnet.schedule import stage_at
 from est_cli.tracking.units import format_bytes, format_count, format_flops, format_percent
+
+RATES = ("heads", "mlp", "layers")
+_LONGEST = 40
+"""Characters of a list of indices that people are shown."""
 
 
 def main() -> None:
@@ -92,18 +98,24 @@ def memory_bytes(config: TrainConfig) -> int:
 def _print_plan(config: TrainConfig, notes: list[str], console: Console) -> None:
     facts = describe(config)
     table = Table(
-        title=f"{config.name}: {format_count(facts['params'])} parameters, {facts['steps']} steps of "
-        f"{config.tokens_per_step} tokens"
+        title=f"{config.name}: {format_count(facts['params'])} parameters, {facts['steps']:,} steps of "
+        f"{config.tokens_per_step:,} tokens",
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
+        show_edge=False,
+        pad_edge=False,
+        padding=(0, 2, 0, 0),
     )
-    table.add_column("stage")
-    for column in ("steps", "tokens", "heads", "mlp", "layers", "FLOPs/step", "saved", "saved, blocks"):
-        table.add_column(column, justify="right")
+    table.add_column("stage", no_wrap=True)
+    for column in ("steps", "tokens", "heads", "mlp", "layers", "FLOPs/step", "saved", "saved,\nblocks"):
+        # Where the window is narrow, only the rates may wrap: they are two numbers.
+        table.add_column(column, justify="right", no_wrap=column not in RATES, min_width=len(column.split("\n")[0]))
     for stage in facts["stages"]:
         table.add_row(
             str(stage["stage"]),
             f"{stage['first_step']}-{stage['last_step']}",
             format_count(stage["tokens"]),
-            *(_rate(stage["rates"][d], stage["effective_rates"][d]) for d in ("heads", "mlp", "layers")),
+            *(_rate(stage["rates"][name], stage["effective_rates"][name]) for name in RATES),
             format_flops(stage["flops_per_step"]),
             format_percent(stage["saved"]),
             format_percent(stage["saved_blocks"]),
@@ -140,10 +152,11 @@ def _print_step(config: TrainConfig, step: int, console: Console) -> None:
         print(json.dumps({"step": step, "stage": stage.number, **plan.as_dict()}))
         return
     console.print(f"step {step}, stage {stage.number}: layers {_ranges(plan.layers)}")
-    table = Table("layer", "heads", "key/value heads", "neurons")
+    table = Table("layer", "heads", "key/value heads", f"neurons, {plan.neurons.shape[1]} each", box=box.SIMPLE_HEAD)
     for layer, *units in zip(plan.layers.tolist(), plan.heads, plan.kv_heads, plan.neurons, strict=True):
-        table.add_row(str(layer), *map(_ranges, units))
+        table.add_row(str(layer), *(shorten(_ranges(indices), _LONGEST, placeholder=" …") for indices in units))
     console.print(table)
+    console.print("format=json lists every index", style="dim")
 
 
 def _ranges(indices: np.ndarray) -> str:
