@@ -104,7 +104,7 @@ def _print_plan(config: TrainConfig, notes: list[str], console: Console) -> None
         box=box.SIMPLE_HEAD,
         show_edge=False,
         pad_edge=False,
-        padding=(0, 2, 0, 0),
+        padding=(0, 1, 0, 0),
     )
     table.add_column("stage", no_wrap=True)
     for column in ("steps", "tokens", "heads", "mlp", "layers", "FLOPs/step", "saved", "saved,\nblocks"):
