@@ -18,7 +18,7 @@ from est_cli.subnet.boundaries import scale_boundaries, with_boundaries
 from est_cli.subnet.flops import config_ledger
 from est_cli.subnet.memory import count_parameters, training_bytes
 from est_cli.subnet.plan import effective_rates, subnetwork
-from est_cli.subnet.sampler import sample, strategy_named
+from est_cli.subnet.sampler import check_strategy, sample, strategy_named
 from est_cli.subnet.schedule import stage_at
 from est_cli.tracking.units import format_bytes, format_count, format_flops, format_percent
 
@@ -43,6 +43,7 @@ def run(plain: dict[str, Any]) -> None:
     if problems:
         raise UserError(*problems)
     config, notes = auto.choose(config, auto.expected_device(config))
+    check_strategy(config)
     console = Console()
     if target is not None:
         _solve(config, target, console)

@@ -111,12 +111,14 @@ def read_config(composed: dict[str, Any]) -> tuple[TrainConfig, list[str]]:
     """The config with numbers that suit this machine's device, and what was chosen. Raises UserError."""
     arm = composed.pop("arm", None)
     config = read_train_config(composed)
+    from est_cli.subnet.sampler import check_strategy
     from est_cli.training.device import available_device
     from est_cli.training.pretrained import check_pretrained
 
     if config.model.init_from is not None:
         check_pretrained(config.model)
     config, notes = auto.choose(config, available_device(config.trainer))
+    check_strategy(config)
     return (config if arm is None else with_arm(config, arm)), notes
 
 

@@ -94,14 +94,14 @@ class Verdict:
             time = 1 - est.seconds.mean() / full.seconds.mean()
             said.append(
                 f"For the same tokens EST saves {format_percent(flops)} of the FLOPs and {format_percent(time)} of "
-                f"the time; {_against(est, full)} the full model's."
+                f"the time; {against(est, full)} the full model's."
             )
         if FULL_SAME_FLOPS in arms:
-            said.append(f"For the same FLOPs {_against(est, arms[FULL_SAME_FLOPS])} the full model's.")
+            said.append(f"For the same FLOPs {against(est, arms[FULL_SAME_FLOPS])} the full model's.")
         return said
 
 
-def _against(est: ArmResult, other: ArmResult) -> str:
+def against(est: ArmResult, other: ArmResult) -> str:
     """`its loss is 0.021 ± 0.004 below`: paired by seed, since a seed's arms share data and initial weights."""
     losses = dict(zip(other.seeds, other.val_loss, strict=True))
     pairs = zip(est.seeds, est.val_loss, strict=True)

@@ -5,7 +5,7 @@ from functools import partial
 
 import numpy as np
 
-from est_cli.config import ModelConfig, SamplingConfig
+from est_cli.config import ModelConfig, SamplingConfig, TrainConfig
 from est_cli.errors import UserError
 from est_cli.plugins import named_function
 from est_cli.subnet.plan import Plan, grouped, subnetwork
@@ -23,7 +23,8 @@ def sample(
     def choose(dimension: str, total: int, kept: int, layer: int = 0, group: int = 0) -> np.ndarray:
         if kept == total:
             return np.arange(total)
-        draw = Draw(seed, stage.first_step, number, layer, dimension, group)
+        turns = 1 if dimension == "layers" else model.n_layers // small.n_layers
+        draw = Draw(seed, stage.first_step, number, layer, dimension, group, turns)
         chosen = np.sort(np.asarray(strategy(draw, total, kept)))
         if (
             chosen.shape != (kept,)
@@ -62,6 +63,14 @@ def _choose_heads(
 def _members(blocks: np.ndarray, size: int) -> np.ndarray:
     """The units of contiguous blocks: block b holds b·size … b·size + size − 1."""
     return (blocks[:, None] * size + np.arange(size)).reshape(-1)
+
+
+def check_strategy(config: TrainConfig) -> None:
+    """Draws the first plan of every stage, so that counts which the strategy cannot serve are found before a run
+    begins. Raises UserError."""
+    strategy = strategy_named(config.sampling.strategy)
+    for stage in config.stages:
+        sample(config.seed, stage.first_step, stage, config.model, config.sampling, strategy)
 
 
 def strategy_named(name: str) -> Strategy:

@@ -117,7 +117,7 @@ class Training:
             loss += micro_loss.detach()
         updates = subnet.updates()
         self.world.average_([loss, *(update.gradient for update in updates)])
-        lr = learning_rate(config.optimizer, self.step, config.trainer.max_steps)
+        lr = learning_rate(config.optimizer, self.step, config.trainer.max_steps, self.stages)
         grad_norm = self.optimizer.step(updates, lr)
         self.step += 1
         self._finish_step(stage, subnet, plan, loss, lr, grad_norm, started)
