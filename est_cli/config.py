@@ -192,7 +192,7 @@ class TrainerConfig:
 
 @dataclass(frozen=True)
 class LoggerConfig:
-    kind: Literal["wandb", "none"] = "wandb"
+    kind: Literal["wandb", "tensorboard", "csv", "none"] = "wandb"
     mode: Literal["offline", "online", "disabled"] = "offline"
     project: str = "est"
     entity: str | None = None

@@ -1,6 +1,7 @@
-"""Functions that a config names: ours by a word, a person's own by a dotted path."""
+"""What a config names and Python finds: ours by a word, a person's own by a dotted path, packages that are extras."""
 
 import importlib
+import importlib.util
 from collections.abc import Callable, Mapping
 
 from est_cli.errors import UserError, nearest
@@ -23,3 +24,14 @@ def named_function(name: str, known: Mapping[str, Callable], key: str) -> Callab
     if not callable(function):
         raise UserError(f"{key}={name}: must be a function, and is of type {type(function).__name__}")
     return function
+
+
+def require_package(package: str, option: str, requirement: str, otherwise: str) -> None:
+    """Raises UserError where `package`, which `option` needs, is not installed."""
+    try:
+        spec = importlib.util.find_spec(package)
+    except ModuleNotFoundError:  # a package that it lies in is missing
+        spec = None
+    # A folder of that name, as runs leave behind, is found too, but has no origin.
+    if spec is None or spec.origin is None:
+        raise UserError(f"{option}: {package} is not installed; `pip install '{requirement}'`, or say {otherwise}")

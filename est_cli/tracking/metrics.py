@@ -93,11 +93,15 @@ class MetricsFile:
 
 
 def to_line(record: Record) -> bytes:
-    """One line of JSON. Numbers that are not finite, which JSON does not have, become null."""
-    finite = {
+    """One line of JSON."""
+    return json.dumps(finite(record), allow_nan=False).encode() + b"\n"
+
+
+def finite(record: Record) -> Record:
+    """The record with null for numbers that are not finite, which JSON does not have."""
+    return {
         key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in record.items()
     }
-    return json.dumps(finite, allow_nan=False).encode() + b"\n"
 
 
 def truncate(path: Path, before_step: int) -> None:

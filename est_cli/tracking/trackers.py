@@ -1,8 +1,10 @@
 """The trackers that a configuration asks for."""
 
 from est_cli.config import TrainConfig
+from est_cli.tracking.csv_tracker import CsvTracker
 from est_cli.tracking.display import Display, console_for
 from est_cli.tracking.metrics import MetricsFile
+from est_cli.tracking.tensorboard_tracker import TensorBoardTracker
 from est_cli.tracking.tracker import Tracker
 from est_cli.tracking.wandb_tracker import WandbTracker
 
@@ -14,6 +16,11 @@ def trackers_for(config: TrainConfig) -> list[Tracker]:
     """
     display = Display(console_for(config.format))
     trackers: list[Tracker] = [MetricsFile(display.say)]
-    if config.logger.kind == "wandb" and config.logger.mode != "disabled":
-        trackers.append(WandbTracker(display.say))
+    match config.logger.kind:
+        case "wandb" if config.logger.mode != "disabled":
+            trackers.append(WandbTracker(display.say))
+        case "tensorboard":
+            trackers.append(TensorBoardTracker(display.say))
+        case "csv":
+            trackers.append(CsvTracker(display.say))
     return [*trackers, display]

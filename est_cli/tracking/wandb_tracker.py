@@ -5,7 +5,6 @@ records cost the training nothing, W&B shows what the file says (also after a re
 and whatever happens to wandb, its service or the network cannot reach the training.
 """
 
-import importlib.util
 import json
 import os
 import secrets
@@ -16,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from est_cli.errors import UserError
+from est_cli.plugins import require_package
 from est_cli.tracking.metrics import METRICS_NAME
 from est_cli.tracking.tracker import Record, RunInfo
 
@@ -30,10 +29,7 @@ class WandbTracker:
     """
 
     def __init__(self, say: Callable[[str], None], finish_timeout_s: float = _FINISH_TIMEOUT_S):
-        # A folder named wandb, as runs leave behind, is found too, but has no origin.
-        spec = importlib.util.find_spec("wandb")
-        if spec is None or spec.origin is None:
-            raise UserError("logger=wandb: wandb is not installed; `pip install wandb`, or say logger=none")
+        require_package("wandb", "logger=wandb", "wandb", "logger=none")
         self._say = say
         self._finish_timeout_s = finish_timeout_s
         self._process: subprocess.Popen[str] | None = None

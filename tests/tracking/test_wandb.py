@@ -206,5 +206,5 @@ def test_a_missing_wandb_is_the_users_mistake(tmp_path, monkeypatch, found):
     places = [str(tmp_path / "wandb")]
     folder = importlib.util.spec_from_file_location("wandb", None, submodule_search_locations=places)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if found == "nothing" else folder)
-    with pytest.raises(UserError, match=r"pip install wandb.*logger=none"):
+    with pytest.raises(UserError, match=r"pip install 'wandb'.*logger=none"):
         WandbTracker(print)
