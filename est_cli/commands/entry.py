@@ -13,7 +13,9 @@ import hydra
 from hydra._internal.utils import get_args_parser
 from omegaconf import DictConfig, OmegaConf
 
+import est_cli
 from est_cli.commands.composition import Composer, conf_dir, plain
+from est_cli.commands.help import help_text
 from est_cli.errors import UserError
 
 DONE, FAILED, BAD_INPUT, STOPPED = 0, 1, 2, 75
@@ -45,7 +47,10 @@ def read_arguments() -> argparse.Namespace:
     """
     if not {"", os.getcwd()} & set(sys.path):
         sys.path.append(os.getcwd())
-    return get_args_parser().parse_intermixed_args()
+    parser = get_args_parser()
+    versions = f"est-cli {est_cli.__version__} (Hydra {hydra.__version__})"
+    next(action for action in parser._actions if action.dest == "version").version = versions
+    return parser.parse_intermixed_args()
 
 
 def read_only(config_name: str, call: Callable[[dict[str, Any]], int | None]) -> NoReturn:
@@ -56,7 +61,7 @@ def read_only(config_name: str, call: Callable[[dict[str, Any]], int | None]) ->
         call(plain(config))
 
     if needs_hydra(arguments):
-        hand_to_hydra(config_name, task)
+        hand_to_hydra(config_name, arguments, task)
     exit_with(lambda: call(compose(config_name, arguments)[0]))
 
 
@@ -106,7 +111,9 @@ def asks_hydra(arguments: Any) -> bool:
     return any(getattr(arguments, flag) for flag in flags)
 
 
-def hand_to_hydra(config_name: str, task: Callable[[DictConfig], Any]) -> NoReturn:
+def hand_to_hydra(config_name: str, arguments: Any, task: Callable[[DictConfig], Any]) -> NoReturn:
+    if arguments.help:
+        exit_with(lambda: print(help_text(config_name, arguments)))
     exit_with(lambda: run_hydra(config_name, task))
 
 

@@ -50,7 +50,7 @@ class Prepared:
 def main() -> None:
     arguments = entry.read_arguments()
     if entry.asks_hydra(arguments):
-        entry.hand_to_hydra("train", lambda _: None)
+        entry.hand_to_hydra("train", arguments, lambda _: None)
     entry.exit_with(lambda: sweep.run(arguments, job_of_sweep) if sweep.is_sweep(arguments) else _run(arguments))
 
 
