@@ -188,6 +188,8 @@ class TrainerConfig:
     """Peak FLOP/s of one device, for perf/mfu; null looks it up."""
     threads: Count | None = None
     """CPU threads; null leaves torch's choice."""
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    """A loss or gradient that is not finite ends the run, or its step is skipped and counted."""
 
 
 @dataclass(frozen=True)
@@ -204,7 +206,7 @@ class LoggerConfig:
 class CheckpointConfig:
     keep: Count = 2
     """Newest checkpoints that stay."""
-    keep_best: bool = False
+    keep_best: bool = True
     """Also keep the one with the lowest validation loss."""
 
 
@@ -248,7 +250,8 @@ def read_train_config(plain: Mapping[str, Any]) -> TrainConfig:
     go together.
     """
     problems: list[str] = []
-    plain = dict(plain)
+    # A job's number is a name too.
+    plain = {key: str(v) if key in ("name", "run_id") and type(v) is int else v for key, v in plain.items()}
     sections = [f.name for f in dataclasses.fields(TrainConfig)]
     scheduler = plain.get("scheduler")
     read_sections: dict[str, Any] = {}

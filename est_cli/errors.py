@@ -12,6 +12,10 @@ class UserError(ValueError):
         self.problems = problems
 
 
+class RunFailed(RuntimeError):
+    """A run that ended for a reason it can name. The outermost entry point prints it and exits with code 1."""
+
+
 def nearest(word: str, allowed: Iterable[str]) -> str:
     """`; did you mean 'x'?` for the entry of `allowed` closest to `word`, or an empty string."""
     matches = get_close_matches(word, list(allowed), n=1, cutoff=0.5)

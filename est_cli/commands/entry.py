@@ -16,7 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 import est_cli
 from est_cli.commands.composition import Composer, conf_dir, plain
 from est_cli.commands.help import help_text
-from est_cli.errors import UserError
+from est_cli.errors import RunFailed, UserError
 
 DONE, FAILED, BAD_INPUT, STOPPED = 0, 1, 2, 75
 PROBLEM = "error: "
@@ -79,6 +79,9 @@ def exit_with(call: Callable[[], int | None]) -> NoReturn:
     except UserError as error:
         print_problems(error)
         code = BAD_INPUT
+    except RunFailed as error:
+        print(f"{PROBLEM}{error}", file=sys.stderr)
+        code = FAILED
     except KeyboardInterrupt:
         code = 130
     except BrokenPipeError:
@@ -120,14 +123,14 @@ def hand_to_hydra(config_name: str, arguments: Any, task: Callable[[DictConfig],
 def run_hydra(config_name: str, task: Callable[[DictConfig], Any]) -> None:
     """Hydra's own main: it makes the run directory and calls `task` with the composed config.
 
-    A UserError passes through, where Hydra would print a traceback and exit with 1.
+    A UserError and a RunFailed pass through, where Hydra would print a traceback and exit with 1.
     """
-    errors: list[UserError] = []
+    errors: list[Exception] = []
 
     def guarded(config: DictConfig) -> None:
         try:
             task(config)
-        except UserError as error:
+        except (UserError, RunFailed) as error:
             errors.append(error)
 
     hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name=config_name)(guarded)()

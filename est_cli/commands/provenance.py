@@ -11,6 +11,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from est_cli.commands.run_directory import write_whole
+
 PACKAGES = (
     "est-cli", "torch", "triton", "numpy", "hydra-core", "omegaconf", "safetensors", "sentencepiece", "tokenizers",
     "datasets", "transformers", "wandb",
@@ -24,7 +26,7 @@ def write_environment(path: Path, overrides: list[str]) -> None:
     with contextlib.suppress(OSError, ValueError, AttributeError):
         before = json.loads(path.read_text())
         record["earlier_starts"] = [*before.pop("earlier_starts", []), before]
-    path.write_text(json.dumps(record, indent=1) + "\n")
+    write_whole(path, json.dumps(record, indent=1) + "\n")
 
 
 def environment(overrides: list[str]) -> dict[str, Any]:

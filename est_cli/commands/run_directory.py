@@ -1,6 +1,8 @@
 """The folder of a run: what is in it decides whether a run starts, continues or is refused."""
 
+import contextlib
 import json
+import re
 import shlex
 import sys
 from collections.abc import Iterator
@@ -32,12 +34,13 @@ HARMLESS = (
     "trainer.save_final",
     "trainer.peak_flops",
     "trainer.threads",
+    "trainer.on_nonfinite",
     "data.cache_dir",
 )
 """Keys, and whole sections, that may change when a run continues: they do not reach its weights."""
 
 
-_BEFORE_A_RUN = {".hydra", ERROR, ENVIRONMENT}
+_BEFORE_A_RUN = {".hydra", ERROR, ENVIRONMENT, f".{CONFIG}"}
 """What a folder may hold in which no run has begun."""
 
 
@@ -48,6 +51,10 @@ class RunDirectory:
     @property
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
+
+    @property
+    def nonfinite(self) -> Path:
+        return self.path / "nonfinite"
 
     def check(self, config: TrainConfig) -> list[str]:
         """Whether a run of this config may start or continue here; returns what to say of changed keys.
@@ -85,8 +92,7 @@ class RunDirectory:
         return [line for _, line in changed if _key(line) != "run_id"]
 
     def write_config(self, config: TrainConfig) -> None:
-        text = yaml.safe_dump(as_plain(config), sort_keys=False)
-        (self.path / CONFIG).write_text(text)
+        write_whole(self.path / CONFIG, yaml.safe_dump(as_plain(config), sort_keys=False))
 
     def write_tokenizer(self, tokenizer: "Tokenizer") -> None:
         """So that the run can be read without its corpus."""
@@ -104,20 +110,28 @@ class RunDirectory:
 
     def write_summary(self, summary: dict[str, Any]) -> None:
         (self.path / ERROR).unlink(missing_ok=True)
-        temporary = self.path / f".{SUMMARY}"
-        temporary.write_text(json.dumps(summary, indent=1) + "\n")
-        temporary.rename(self.path / SUMMARY)
+        write_whole(self.path / SUMMARY, json.dumps(summary, indent=1) + "\n")
 
     def write_error(self, text: str) -> None:
-        """What ended a failed run."""
-        (self.path / ERROR).write_text(text)
+        """What ended a failed run, where there is room for it."""
+        with contextlib.suppress(OSError):
+            (self.path / ERROR).write_text(text)
+
+
+def write_whole(path: Path, text: str) -> None:
+    """A process that dies here leaves the file of before, or the new one."""
+    temporary = path.with_name(f".{path.name}")
+    temporary.write_text(text)
+    temporary.rename(path)
 
 
 def continue_command(overrides: list[str], config: TrainConfig, run_dir: Path) -> str:
     """The exact command line that goes on with a stopped run."""
     kept = [override for override in overrides if not override.startswith("run_id=")]
     by_folder = any(override.startswith("hydra.run.dir=") for override in kept)
-    kept += [] if by_folder else [f"run_id={config.run_id}"]
+    # Quoted where Hydra would read a number: 12_3, of an array job, is 123 to it.
+    name = config.run_id if re.search("[A-Za-z.-]", config.run_id) else f"'{config.run_id}'"
+    kept += [] if by_folder else [f"run_id={name}"]
     return shlex.join([*program(), *kept])
 
 

@@ -22,7 +22,7 @@ from omegaconf import DictConfig, OmegaConf
 from est_cli.commands import entry
 from est_cli.commands.composition import Composer
 from est_cli.commands.run_directory import RunDirectory, program
-from est_cli.errors import UserError
+from est_cli.errors import RunFailed, UserError
 
 Job = Callable[[DictConfig, RunDirectory, str], float]
 """Trains the composed config in the folder and returns the validation loss; the last argument is the sweep's command.
@@ -79,6 +79,8 @@ def _guarded(job: Job, command: str, composed: DictConfig) -> float:
         return job(composed, directory, command)
     except UserError as error:
         text = entry.problems_text(error)
+    except RunFailed as error:
+        text = f"{entry.PROBLEM}{error}"
     except Exception:
         text = traceback.format_exc()
     print(f"{directory.path.name} failed\n{text}", file=sys.stderr, flush=True)

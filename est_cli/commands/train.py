@@ -1,7 +1,9 @@
 """est-train: validate, prepare the data, make the run directory, train, say what was saved."""
 
+import contextlib
 import functools
 import json
+import shlex
 import sys
 import traceback
 from dataclasses import dataclass, replace
@@ -11,13 +13,13 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import DictConfig
 
 from est_cli import auto
-from est_cli.commands import entry, sweep
+from est_cli.commands import entry, replay, sweep
 from est_cli.commands.arms import with_arm
 from est_cli.commands.composition import plain
-from est_cli.commands.run_directory import ENVIRONMENT, METRICS, RunDirectory, continue_command
+from est_cli.commands.run_directory import ENVIRONMENT, METRICS, RunDirectory, continue_command, program
 from est_cli.commands.stopping import StopRequest
 from est_cli.config import TrainConfig, as_plain, read_train_config
-from est_cli.errors import UserError
+from est_cli.errors import RunFailed, UserError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -25,6 +27,8 @@ if TYPE_CHECKING:
     from est_cli.data.tokens import TokenStore
     from est_cli.tracking.tracker import Tracker
     from est_cli.training.distributed import World
+    from est_cli.training.loop import Training
+    from est_cli.training.nonfinite import NonFinite
 
 
 @dataclass(frozen=True)
@@ -51,6 +55,8 @@ def main() -> None:
     arguments = entry.read_arguments()
     if entry.asks_hydra(arguments):
         entry.hand_to_hydra("train", arguments, lambda _: None)
+    if (folder := replay.take_folder(arguments)) is not None:
+        entry.exit_with(lambda: replay.run(folder, arguments))
     entry.exit_with(lambda: sweep.run(arguments, job_of_sweep) if sweep.is_sweep(arguments) else _run(arguments))
 
 
@@ -134,7 +140,7 @@ def _tokens(config: TrainConfig, quiet: bool = False) -> "TokenStore":
 
 def execute(prepared: Prepared, world: "World") -> int:
     """Train in the run directory, which exists; returns the exit code."""
-    from est_cli.commands.provenance import write_environment
+    from est_cli.commands.provenance import git_state, write_environment
     from est_cli.tracking.metrics import iterate_metrics
     from est_cli.tracking.summary import summarize
     from est_cli.tracking.tracker import RunInfo
@@ -142,15 +148,17 @@ def execute(prepared: Prepared, world: "World") -> int:
     from est_cli.training.loop import Training
 
     config, directory, trackers = prepared.config, prepared.directory, prepared.trackers
-    checkpoints = Checkpoints(directory.checkpoints, config.checkpoint.keep, config.checkpoint.keep_best)
+    code = git_state(Path(__file__).parent)
+    checkpoints = Checkpoints(directory.checkpoints, config.checkpoint.keep, config.checkpoint.keep_best, code)
     stop_request = _stop_request()
     training = Training(config, prepared.store, world, trackers)
-    found = checkpoints.newest(warn=prepared.say)
+    found = checkpoints.to_resume(config.trainer.max_steps, warn=prepared.say)
     if found is not None:
         training.restore(found)
     if not world.is_main:
-        status = training.run(checkpoints, stop_request).status
-        return entry.STOPPED if status == "stopped" else entry.DONE
+        with contextlib.suppress(RunFailed):  # rank 0 tells
+            return _exit_code(training.run(checkpoints, stop_request).status)
+        return entry.FAILED
     directory.write_config(config)
     directory.write_tokenizer(prepared.store.tokenizer)
     write_environment(directory.path / ENVIRONMENT, prepared.overrides)
@@ -170,24 +178,58 @@ def execute(prepared: Prepared, world: "World") -> int:
         tracker.start(run)
     try:
         outcome = training.run(checkpoints, stop_request)
-    except BaseException:
-        directory.write_error(traceback.format_exc())
+        summary = summarize(
+            run,
+            iterate_metrics(directory.path / METRICS),
+            status=outcome.status,
+            steps=outcome.steps,
+            train_s=outcome.train_s,
+            peak_memory_bytes=outcome.peak_memory_bytes,
+            skipped_steps=outcome.skipped_steps,
+        )
         for tracker in trackers:
-            tracker.finish("failed", None)
+            tracker.finish(outcome.status, summary)
+        directory.write_summary(summary)
+    except BaseException as error:
+        _end_failed(prepared, training, error)
         raise
-    summary = summarize(
-        run,
-        iterate_metrics(directory.path / METRICS),
-        status=outcome.status,
-        steps=outcome.steps,
-        train_s=outcome.train_s,
-        peak_memory_bytes=outcome.peak_memory_bytes,
-    )
-    directory.write_summary(summary)
-    for tracker in trackers:
-        tracker.finish(outcome.status, summary)
     _print_result(prepared, summary)
-    return entry.STOPPED if outcome.status == "stopped" else entry.DONE
+    return _exit_code(outcome.status)
+
+
+def _exit_code(status: str) -> int:
+    return entry.STOPPED if status == "stopped" else entry.DONE
+
+
+def _end_failed(prepared: Prepared, training: "Training", error: BaseException) -> None:
+    """Leave the reason in the run directory and tell how to go on. Raises RunFailed in the place of a known one."""
+    from est_cli.training.nonfinite import NonFinite
+
+    if isinstance(error, NonFinite):
+        error = RunFailed(f"{error}; {_keep_step(prepared, training, error)}")
+    elif isinstance(error, OSError):
+        error = RunFailed(f"the run directory cannot be written: {error}")
+    known = isinstance(error, RunFailed)
+    prepared.directory.write_error(f"{error}\n" if known else traceback.format_exc())
+    for tracker in prepared.trackers:
+        tracker.finish("failed", None)
+    if not prepared.job and not isinstance(error, Exception | SystemExit):
+        prepared.say(f"quit at once; continue with: {prepared.command}")
+    elif known:
+        prepared.say(f"failed at step {training.step}; continue with: {prepared.command}")
+        raise error
+
+
+def _keep_step(prepared: Prepared, training: "Training", failed: "NonFinite") -> str:
+    """What to do with a step that was not finite, and is kept where the disk takes it."""
+    from est_cli.training.nonfinite import keep
+
+    skip = "trainer.on_nonfinite=skip goes on without such steps"
+    try:
+        folder = keep(prepared.directory.nonfinite, failed, training.model, training.step_windows(), training.config)
+    except OSError as error:
+        return f"it could not be kept for a replay ({error}); {skip}"
+    return f"`{shlex.join([*program(), f'replay={folder}'])}` runs it again; {skip}"
 
 
 @functools.cache

@@ -79,6 +79,7 @@ class MetricsFile:
                 raise
         finally:
             self._file.close()
+            self._file = None
 
     def _write_waiting(self) -> None:
         lines = b"".join(self._waiting)

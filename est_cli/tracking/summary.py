@@ -21,7 +21,14 @@ from est_cli.tracking.units import (
 
 
 def summarize(
-    run: RunInfo, records: Iterable[Record], *, status: str, steps: int, train_s: float, peak_memory_bytes: int | None
+    run: RunInfo,
+    records: Iterable[Record],
+    *,
+    status: str,
+    steps: int,
+    train_s: float,
+    peak_memory_bytes: int | None,
+    skipped_steps: int = 0,
 ) -> dict[str, Any]:
     """summary.json of a run that took `steps` optimizer steps, counting those before it was resumed.
 
@@ -55,6 +62,7 @@ def summarize(
         "flops_saved_blocks": last.get("flops/saved_blocks", 0.0),
         "train_s": train_s,
         "peak_memory_bytes": peak_memory_bytes,
+        "skipped_steps": skipped_steps,
         "stages": stages,
     }
 

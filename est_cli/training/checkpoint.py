@@ -3,7 +3,7 @@
 step-00001000/
   model.safetensors       the full model's weights, in parameter order
   optimizer.safetensors   moments and step counts (absent where only weights were saved)
-  state.json              step, config, versions
+  state.json              step, config, versions, the commit of the code
   checksums.json          the SHA-256 of each file beside it
 
 Tensors only in the safetensors, JSON for the rest: loading runs no code.
@@ -11,16 +11,18 @@ Tensors only in the safetensors, JSON for the rest: loading runs no code.
 
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 import est_cli
@@ -31,6 +33,7 @@ from est_cli.training.optimizer import SampledAdamW
 MODEL, OPTIMIZER, STATE = "model.safetensors", "optimizer.safetensors", "state.json"
 CHECKSUMS = "checksums.json"
 _NAME = re.compile(r"step-(\d{8,})")
+_IO_PREFIX = re.compile(r"^.*?(?:I/O|IO) error:? ")
 
 
 @dataclass(frozen=True)
@@ -51,11 +54,11 @@ class Checkpoint:
 
     def load_model(self, model: Transformer) -> None:
         """Fill the model's parameters; raises ValueError where names or shapes differ."""
-        _fill(dict(model.named_parameters()), load_file(self.folder / MODEL))
+        fill(dict(model.named_parameters()), load_file(self.folder / MODEL))
 
     def load_optimizer(self, optimizer: SampledAdamW) -> None:
         """Fill the moments and step counts."""
-        _fill(optimizer.state(), load_file(self.folder / OPTIMIZER))
+        fill(optimizer.state(), load_file(self.folder / OPTIMIZER))
 
 
 @dataclass(frozen=True)
@@ -65,47 +68,79 @@ class Checkpoints:
     folder: Path
     keep: int = 2
     keep_best: bool = False
+    code: dict[str, Any] | None = None
+    """Commit of the code that trains, where it is a checkout."""
 
     def save(self, step: int, model: Transformer, optimizer: SampledAdamW | None, facts: dict[str, Any]) -> Path:
-        """Write the state after `step` optimizer steps; `facts` go into state.json."""
-        final = self.folder / f"step-{step:08d}"
-        for leftover in self.folder.glob(".writing-*"):
-            shutil.rmtree(leftover, ignore_errors=True)
+        """Write the state after `step` optimizer steps; `facts` go into state.json.
+
+        Raises OSError, and leaves what was there, where the disk does not take it.
+        """
+        self._remove_leftovers()
         temporary = self.folder / f".writing-step-{step:08d}"
-        temporary.mkdir(parents=True)
-        save_file({name: p.detach().cpu().contiguous() for name, p in model.named_parameters()}, temporary / MODEL)
-        if optimizer is not None:
-            save_file({name: t.cpu().contiguous() for name, t in optimizer.state().items()}, temporary / OPTIMIZER)
-        versions = {"est_cli": est_cli.__version__, "torch": torch.__version__, "numpy": np.__version__}
-        _write_json(temporary / STATE, {"step": step, **facts, "versions": versions})
-        _write_json(temporary / CHECKSUMS, {path.name: _checksum(path) for path in sorted(temporary.iterdir())})
-        for path in temporary.iterdir():
-            _sync(path)
-        _sync(temporary)
+        try:
+            temporary.mkdir(parents=True)
+            self._write(temporary, step, model, optimizer, facts)
+        except OSError:
+            shutil.rmtree(temporary, ignore_errors=True)  # the room is needed
+            raise
         for folder in self._folders():
             if _step_of(folder) >= step:
                 # Of a run that went on from an earlier, sound checkpoint: this one takes its place.
-                shutil.rmtree(folder)
+                self._drop(folder)
+        final = self.folder / f"step-{step:08d}"
         temporary.rename(final)
         _sync(self.folder)
         self._prune()
         return final
+
+    def _write(
+        self, temporary: Path, step: int, model: Transformer, optimizer: SampledAdamW | None, facts: dict[str, Any]
+    ) -> None:
+        write_tensors(dict(model.named_parameters()), temporary / MODEL)
+        if optimizer is not None:
+            write_tensors(optimizer.state(), temporary / OPTIMIZER)
+        versions = {"est_cli": est_cli.__version__, "torch": torch.__version__, "numpy": np.__version__}
+        write_json(temporary / STATE, {"step": step, **facts, "versions": versions, "code": self.code})
+        write_json(temporary / CHECKSUMS, {path.name: _checksum(path) for path in sorted(temporary.iterdir())})
+        for path in temporary.iterdir():
+            _sync(path)
+        _sync(temporary)
 
     def newest(self, warn: Callable[[str], None]) -> Checkpoint | None:
         """The sound checkpoint of the highest step; damaged ones are named and passed over.
 
         Raises UserError where there are checkpoints and none is sound.
         """
-        damaged = []
-        for folder in reversed(self._folders()):
+        return next(self.sound(warn), None)
+
+    def to_resume(self, max_steps: int, warn: Callable[[str], None]) -> Checkpoint | None:
+        """The newest from which a run of `max_steps` can go on: weights alone do only after its last step.
+
+        Raises UserError where there are checkpoints and none will do.
+        """
+        weights_alone = []
+        for checkpoint in self.sound(warn):
+            if checkpoint.can_resume or checkpoint.step == max_steps:
+                return checkpoint
+            weights_alone.append(f"{checkpoint.folder}: holds weights alone, which cannot be trained further")
+            warn(weights_alone[-1])
+        if weights_alone:
+            raise UserError("no checkpoint of this run can be continued:", *weights_alone)
+        return None
+
+    def sound(self, warn: Callable[[str], None]) -> Iterator[Checkpoint]:
+        """Every sound checkpoint, the newest first; see `newest`."""
+        damaged, folders = [], self._folders()
+        for folder in reversed(folders):
             problem = _damage(folder)
             if problem is None:
-                return Checkpoint(folder, json.loads((folder / STATE).read_text()))
+                yield Checkpoint(folder, json.loads((folder / STATE).read_text()))
+                continue
             damaged.append(f"{folder}: {problem}")
             warn(f"damaged checkpoint passed over: {damaged[-1]}")
-        if damaged:
+        if damaged and len(damaged) == len(folders):
             raise UserError("no checkpoint of this run is sound:", *damaged)
-        return None
 
     def _folders(self) -> list[Path]:
         """Checkpoint folders in the order of their steps."""
@@ -118,12 +153,31 @@ class Checkpoints:
         best = _best(folders) if self.keep_best else None
         for folder in folders[: -self.keep]:
             if folder != best:
-                shutil.rmtree(folder, ignore_errors=True)
+                self._drop(folder)
+
+    def _drop(self, folder: Path) -> None:
+        """Remove a checkpoint. It loses its name first: a process that dies here leaves no half of one."""
+        dropped = self.folder / f".dropped-{folder.name}"
+        folder.rename(dropped)
+        shutil.rmtree(dropped, ignore_errors=True)
+
+    def _remove_leftovers(self) -> None:
+        """What a process that died while it wrote or removed a checkpoint left behind."""
+        for kind in (".writing-*", ".dropped-*"):
+            for leftover in self.folder.glob(kind):
+                shutil.rmtree(leftover, ignore_errors=True)
 
 
 def _best(folders: list[Path]) -> Path | None:
-    losses = [(loss, folder) for folder in folders if (loss := _state(folder).get("val_loss")) is not None]
+    """The checkpoint of the lowest validation loss, among those of steps that were evaluated."""
+    losses = [(loss, folder) for folder in folders if (loss := _own_loss(folder)) is not None]
     return min(losses)[1] if losses else None
+
+
+def _own_loss(folder: Path) -> float | None:
+    state = _state(folder)
+    loss = state.get("val_loss")
+    return loss if loss is not None and math.isfinite(loss) and state.get("val_step") == state["step"] else None
 
 
 def _step_of(folder: Path) -> int:
@@ -159,12 +213,24 @@ def _read_json(path: Path) -> dict[str, Any]:
     return content if isinstance(content, dict) else {}
 
 
-def _write_json(path: Path, content: dict[str, Any]) -> None:
+def write_json(path: Path, content: dict[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=1) + "\n")
 
 
+def write_tensors(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
+    """A .safetensors file. Raises OSError where it cannot be written."""
+    try:
+        save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, path)
+    except SafetensorError as error:
+        raise OSError(_IO_PREFIX.sub("", str(error))) from error
+
+
+def read_tensors(path: Path) -> dict[str, torch.Tensor]:
+    return load_file(path)
+
+
 @torch.no_grad()
-def _fill(targets: dict[str, torch.Tensor], tensors: dict[str, torch.Tensor]) -> None:
+def fill(targets: dict[str, torch.Tensor], tensors: dict[str, torch.Tensor]) -> None:
     if targets.keys() != tensors.keys():
         raise ValueError(f"checkpoint and model differ in {sorted(targets.keys() ^ tensors.keys())[:5]}")
     for name, target in targets.items():

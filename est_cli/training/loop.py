@@ -1,5 +1,6 @@
 """The training loop: rates → plan → packed subnetwork → gradients → optimizer on the sampled rows → log."""
 
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from est_cli.config import TrainConfig, as_plain
 from est_cli.data.batches import training_windows, validation_windows
+from est_cli.errors import RunFailed
 from est_cli.kernels.dispatch import kernels_for
 from est_cli.model.initialisation import initialise
 from est_cli.model.transformer import Transformer
@@ -21,6 +23,7 @@ from est_cli.subnet.schedule import Stage, stage_at
 from est_cli.training.checkpoint import Checkpoint, Checkpoints
 from est_cli.training.device import peak_flops, peak_memory_bytes, reset_peak_memory
 from est_cli.training.distributed import World
+from est_cli.training.nonfinite import NonFinite
 from est_cli.training.optimizer import SampledAdamW, learning_rate
 from est_cli.training.pretrained import load_pretrained
 from est_cli.training.subnetwork import DTYPES, MaskedSubnetwork, PackedSubnetwork
@@ -51,6 +54,8 @@ class Outcome:
     val_loss: float | None
     train_s: float
     peak_memory_bytes: int
+    skipped_steps: int
+    """Steps that were not taken, because their loss or gradient was not finite."""
 
 
 class Training:
@@ -72,13 +77,19 @@ class Training:
         self.step = 0
         self.train_s = 0.0
         self.val_loss: float | None = None
+        self.val_step: int | None = None
+        self.skipped_steps = 0
+        self.saved_step: int | None = None
+        self.told_of_unwritten = False
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Go on after the last step of `checkpoint`."""
         checkpoint.load_model(self.model)
-        checkpoint.load_optimizer(self.optimizer)
-        self.step = checkpoint.step
-        self.train_s, self.val_loss = checkpoint.state["train_s"], checkpoint.state["val_loss"]
+        if checkpoint.can_resume:
+            checkpoint.load_optimizer(self.optimizer)
+        self.step = self.saved_step = checkpoint.step
+        for name in _CARRIED:
+            setattr(self, name, checkpoint.state.get(name, getattr(self, name)))
 
     def run(self, checkpoints: Checkpoints, stopping: Callable[[], bool]) -> Outcome:
         """Train to the end, or until `stopping` asks; either way the last step has a checkpoint."""
@@ -92,11 +103,11 @@ class Training:
                 self._train_step(stage, subnet)
                 stopped = self.world.any(stopping()) and self.step < trainer.max_steps
                 if not stopped and _due(self.step, trainer.checkpoint_every) and self.step < trainer.max_steps:
-                    self._save(checkpoints, "full")
+                    self._save(checkpoints, "full", is_last=False)
             del subnet
-        self._save(checkpoints, "full" if stopped else trainer.save_final)
-        status = "stopped" if stopped else "done"
-        return Outcome(status, self.step, self.val_loss, self.train_s, peak_memory_bytes(self.world.device))
+        self._save(checkpoints, "full" if stopped else trainer.save_final, is_last=True)
+        status, memory = "stopped" if stopped else "done", peak_memory_bytes(self.world.device)
+        return Outcome(status, self.step, self.val_loss, self.train_s, memory, self.skipped_steps)
 
     def _build(self, stage: Stage) -> PackedSubnetwork | MaskedSubnetwork:
         shape = subnetwork(self.config.model, self.config.sampling, stage.rates)
@@ -118,7 +129,11 @@ class Training:
         updates = subnet.updates()
         self.world.average_([loss, *(update.gradient for update in updates)])
         lr = learning_rate(config.optimizer, self.step, config.trainer.max_steps, self.stages)
-        grad_norm = self.optimizer.step(updates, lr)
+        grad_norm = self.optimizer.norm(updates)
+        if (loss + grad_norm).isfinite():  # waits for the device: microseconds, and the weights stay sound
+            self.optimizer.step(updates, lr, grad_norm)
+        else:
+            self._refuse(NonFinite(self.step, stage, plan, loss.item(), grad_norm.item()))
         self.step += 1
         self._finish_step(stage, subnet, plan, loss, lr, grad_norm, started)
 
@@ -142,7 +157,9 @@ class Training:
         step_s = time.perf_counter() - started
         self.train_s += step_s
         if evaluates:
-            self.val_loss = self.validate(subnet)
+            self.val_loss, self.val_step = self.validate(subnet), self.step
+            if not math.isfinite(self.val_loss) and config.trainer.on_nonfinite == "stop":
+                raise RunFailed(f"the validation loss after step {self.step - 1} is {self.val_loss}")
         self._log(
             {
                 "step": self.step - 1,
@@ -160,6 +177,14 @@ class Training:
             }
         )
 
+    def _refuse(self, step: NonFinite) -> None:
+        """A step that is not finite is not taken: it ends the run, or is counted."""
+        if self.config.trainer.on_nonfinite == "stop":
+            raise step
+        self.skipped_steps += 1
+        if self.skipped_steps == 1:
+            self._say(f"{step}: skipped (trainer.on_nonfinite=skip); the summary counts all that will be")
+
     def _micro_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         """This rank's share of the step's sequences: inputs and targets [B, T] each."""
         config, size = self.config, self.config.trainer.batch_size
@@ -168,6 +193,11 @@ class Training:
             windows = training_windows(self.tokens.train, config.data.seq_len, config.seed, first, size)
             batch = torch.from_numpy(windows).to(self.world.device, non_blocking=True)
             yield batch[:, :-1], batch[:, 1:]
+
+    def step_windows(self) -> np.ndarray:
+        """The token windows of the step at hand, of every rank and micro-batch in order: [n, T + 1]."""
+        config, n = self.config, self.config.sequences_per_step
+        return training_windows(self.tokens.train, config.data.seq_len, config.seed, self.step * n, n)
 
     def validate(self, subnet: PackedSubnetwork | MaskedSubnetwork) -> float:
         """Loss of the full model on the first eval_tokens of the validation split.
@@ -192,13 +222,33 @@ class Training:
             for observer in self.observers:
                 observer.log(record)
 
-    def _save(self, checkpoints: Checkpoints, contents: str) -> None:
-        if contents == "none" or not self.world.is_main:
+    def _say(self, message: str) -> None:
+        if self.world.is_main:
+            for observer in self.observers:
+                observer.say(message)
+
+    def _save(self, checkpoints: Checkpoints, contents: str, is_last: bool) -> None:
+        """Write a checkpoint. Where the disk does not take it, training goes on, but cannot end: RunFailed."""
+        if contents == "none" or not self.world.is_main or self.saved_step == self.step:
             return
-        facts = {"config": as_plain(self.config), "train_s": self.train_s, "val_loss": self.val_loss}
-        path = checkpoints.save(self.step, self.model, self.optimizer if contents == "full" else None, facts)
-        for observer in self.observers:
-            observer.say(f"checkpoint written: {path}")
+        facts = {"config": as_plain(self.config), **{name: getattr(self, name) for name in _CARRIED}}
+        try:
+            path = checkpoints.save(self.step, self.model, self.optimizer if contents == "full" else None, facts)
+        except OSError as error:
+            before = "there is none before it" if self.saved_step is None else f"step {self.saved_step}'s stays"
+            message = f"the checkpoint of step {self.step} could not be written ({error.strerror or error}); {before}"
+            if is_last:
+                raise RunFailed(message) from error
+            if not self.told_of_unwritten:
+                self._say(f"{message}; training goes on")
+            self.told_of_unwritten = True
+        else:
+            self.saved_step = self.step
+            self._say(f"checkpoint written: {path}")
+
+
+_CARRIED = ("train_s", "val_loss", "val_step", "skipped_steps")
+"""What a run that goes on knows of its past, beside its weights and moments."""
 
 
 def _due(step: int, every: int) -> bool:

@@ -56,9 +56,14 @@ class SampledAdamW:
         self.counts = {name: np.zeros(len(rows), np.int64) for name, (rows, _, _) in self._matrices.items()}
 
     @torch.no_grad()
-    def step(self, updates: list[Update], lr: float) -> Tensor:
+    def norm(self, updates: list[Update]) -> Tensor:
+        """The global norm of the gradients, a scalar tensor."""
+        return torch.nn.utils.get_total_norm([update.gradient for update in updates])
+
+    @torch.no_grad()
+    def step(self, updates: list[Update], lr: float, norm: Tensor | None = None) -> Tensor:
         """Clip by the global norm and move; returns the norm before clipping, a scalar tensor."""
-        norm = torch.nn.utils.get_total_norm([update.gradient for update in updates])
+        norm = self.norm(updates) if norm is None else norm
         clip = None if self.config.grad_clip is None else (self.config.grad_clip / (norm + 1e-6)).clamp(max=1.0)
         by_name = {update.name: update for update in updates}
         moves = [self._move(name, by_name.get(name), lr) for name in self.parameters]

@@ -21,7 +21,7 @@ METRIC_KEYS = [
 ]  # fmt: skip
 SUMMARY_KEYS = {
     "status", "steps", "tokens", "val_loss", "flops_total", "flops_full_total", "flops_saved", "flops_saved_blocks",
-    "train_s", "peak_memory_bytes", "stages", "run_dir",
+    "train_s", "peak_memory_bytes", "skipped_steps", "stages", "run_dir",
 }  # fmt: skip
 
 

@@ -26,6 +26,7 @@ def test_a_summary_has_the_keys_of_the_contract(tmp_path):
         "flops_saved_blocks",
         "train_s",
         "peak_memory_bytes",
+        "skipped_steps",
         "stages",
     ]
     assert list(summary["stages"][0]) == [

@@ -1,12 +1,15 @@
 """Checkpoints round-trip bit for bit, and a damaged one is noticed, named and passed over."""
 
 import json
+import math
 import os
+import shutil
 import struct
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from tiny import GPT2, LLAMA, random_batch, random_master, snapshot, train_config
 
 from est_cli.config import OptimizerConfig
@@ -107,10 +110,12 @@ def test_only_the_newest_stay(tmp_path):
 
 def test_the_best_stays_too_where_that_is_asked_for(tmp_path):
     checkpoints = Checkpoints(tmp_path, keep=1, keep_best=True)
-    for step, loss in ((10, 3.0), (20, 1.0), (30, 2.0), (40, None)):
-        checkpoints.save(step, *trained(step), {"val_loss": loss})
-    assert names(tmp_path) == ["step-00000020", "step-00000040"]
-    assert checkpoints.newest(silent).step == 40
+    for step, loss in ((10, 3.0), (20, 1.0), (30, 2.0), (40, math.nan)):
+        checkpoints.save(step, *trained(step), {"val_loss": loss, "val_step": step})
+    # The loss of another step says nothing of this one.
+    checkpoints.save(50, *trained(50), {"val_loss": 0.5, "val_step": 45})
+    assert names(tmp_path) == ["step-00000020", "step-00000050"]
+    assert checkpoints.newest(silent).step == 50
 
 
 def test_a_checkpoint_that_was_just_written_is_never_dropped_for_a_damaged_one(tmp_path):
@@ -119,6 +124,53 @@ def test_a_checkpoint_that_was_just_written_is_never_dropped_for_a_damaged_one(t
     truncate(tmp_path / "step-00000020", "model.safetensors")
     checkpoints = saved(tmp_path, 15, keep=1)
     assert checkpoints.newest(lambda message: None).step == 15
+
+
+def test_a_process_that_dies_while_it_removes_a_checkpoint_leaves_no_half_of_one(tmp_path, monkeypatch):
+    def die(path, **_):
+        (path / "model.safetensors").unlink()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("est_cli.training.checkpoint.shutil.rmtree", die)
+        with pytest.raises(KeyboardInterrupt):
+            saved(tmp_path, 10, 20, keep=1)
+    assert names(tmp_path) == [".dropped-step-00000010", "step-00000020"]
+    saved(tmp_path, 30, keep=2)
+    assert names(tmp_path) == ["step-00000020", "step-00000030"]
+
+
+def full_disk(*_):
+    raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+
+def test_a_full_disk_leaves_the_checkpoints_of_before_and_no_half_of_one(tmp_path, monkeypatch):
+    checkpoints = saved(tmp_path, 10, 20)
+    monkeypatch.setattr("est_cli.training.checkpoint.save_file", full_disk)
+    with pytest.raises(OSError, match=r"^No space left on device"):
+        saved(tmp_path, 30)
+    assert names(tmp_path) == ["step-00000010", "step-00000020"]
+    assert checkpoints.newest(silent).step == 20
+
+
+def test_weights_alone_are_passed_over_by_a_run_that_has_steps_to_go(tmp_path):
+    """A run with trainer.save_final=weights was killed before its summary, and is started again with more steps."""
+    checkpoints, said = saved(tmp_path, 10), []
+    checkpoints.save(15, trained()[0], None, FACTS)
+    assert checkpoints.to_resume(15, silent).step == 15
+    assert checkpoints.to_resume(20, said.append).step == 10
+    assert len(said) == 1 and "step-00000015: holds weights alone" in said[0]
+    shutil.rmtree(tmp_path / "step-00000010")
+    with pytest.raises(UserError, match="no checkpoint of this run can be continued"):
+        checkpoints.to_resume(20, said.append)
+
+
+def test_a_checkpoint_says_which_code_wrote_it(tmp_path):
+    code = {"commit": "0123abc", "dirty": False}
+    Checkpoints(tmp_path, code=code).save(7, *trained(), {**FACTS, "config": {"seed": 3}})
+    state = Checkpoints(tmp_path).newest(silent).state
+    assert (state["code"], state["config"]) == (code, {"seed": 3})
+    assert set(state["versions"]) == {"est_cli", "torch", "numpy"}
 
 
 def truncate(folder: Path, name: str) -> None:

@@ -10,6 +10,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from est_cli.config import OptimizerConfig, SamplingConfig, TrainConfig
+from est_cli.errors import RunFailed
 from est_cli.subnet.schedule import stage_at
 from est_cli.training.checkpoint import Checkpoints
 from est_cli.training.distributed import World
@@ -148,3 +149,52 @@ def test_bf16_trains_fp32_weights(tmp_path, kernels):
     assert fp32[-1]["train/loss"] < fp32[0]["train/loss"] - 0.1, "far enough from the start to tell runs apart"
     for a, b in zip(recorder.records, fp32, strict=True):
         assert a["train/loss"] == pytest.approx(b["train/loss"], abs=0.03)
+
+
+def test_a_disk_that_fills_up_costs_no_step_and_is_told_once(tmp_path, monkeypatch):
+    """Checkpoints 4 to 12 find no room; the run goes on, and the last one is written again."""
+    config = train_config(LLAMA, checkpoint_every=2, save_final="full")
+    training, recorder = start(config)
+    write = Checkpoints._write
+
+    def sometimes_full(self, temporary, step, *rest):
+        if 3 < step < 13:
+            raise OSError(28, "No space left on device")
+        write(self, temporary, step, *rest)
+
+    monkeypatch.setattr(Checkpoints, "_write", sometimes_full)
+    assert training.run(Checkpoints(tmp_path), stopping=lambda: False).status == "done"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000014", "step-00000015"]
+    told = [message for message in recorder.messages if "No space left" in message]
+    assert told == [
+        "the checkpoint of step 4 could not be written (No space left on device); step 2's stays; training goes on"
+    ]
+    assert repeatable(recorder.records) == repeatable(run(config, tmp_path / "whole")[1].records)
+
+
+@pytest.mark.parametrize("ends", ["at its end", "when it is asked to stop"])
+def test_a_run_whose_last_checkpoint_finds_no_room_is_not_done(tmp_path, monkeypatch, ends):
+    training, _ = start(train_config(LLAMA, checkpoint_every=6, save_final="full"))
+    write = Checkpoints._write
+
+    def full_later(self, temporary, step, *rest):
+        if step > 6:
+            raise OSError(28, "No space left on device")
+        write(self, temporary, step, *rest)
+
+    monkeypatch.setattr(Checkpoints, "_write", full_later)
+    with pytest.raises(RunFailed, match=r"No space left on device\); step 6's stays$"):
+        training.run(Checkpoints(tmp_path), stopping=lambda: ends != "at its end" and training.step == 8)
+    assert Checkpoints(tmp_path).newest(pytest.fail).step == 6
+
+
+def test_a_run_that_was_killed_after_its_last_checkpoint_is_done_without_writing_it_again(tmp_path, monkeypatch):
+    """Between the final checkpoint and the summary; weights alone suffice then."""
+    config = train_config(LLAMA, checkpoint_every=6, save_final="weights")
+    run(config, tmp_path)
+    again, recorder = start(config)
+    again.restore(Checkpoints(tmp_path).to_resume(15, pytest.fail))
+    monkeypatch.setattr(Checkpoints, "save", lambda *_: pytest.fail("nothing is new"))
+    outcome = again.run(Checkpoints(tmp_path), stopping=lambda: False)
+    assert (outcome.status, outcome.steps, recorder.records) == ("done", 15, [])
+    assert outcome.val_loss is not None

@@ -1,0 +1,91 @@
+"""est-train replay=FOLDER: runs a step that was not finite again, and says where that begins."""
+
+import argparse
+import dataclasses
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from est_cli.commands import entry
+from est_cli.config import TrainConfig, read_train_config
+from est_cli.errors import UserError
+
+if TYPE_CHECKING:
+    from est_cli.training.nonfinite import Kept, Replay
+
+KEY = "replay="
+ALLOWED = ("format", "kernels", "trainer.device", "trainer.precision")
+"""What may be asked for beside it: the rest is the run's own."""
+_NAMES_SHOWN = 8
+
+
+def take_folder(arguments: argparse.Namespace) -> str | None:
+    """The value of replay=…, as it was typed, taken out of the overrides; None where there is none."""
+    values = [text.removeprefix(KEY) for text in arguments.overrides if text.startswith(KEY)]
+    arguments.overrides = [text for text in arguments.overrides if not text.startswith(KEY)]
+    return values[-1] if values else None
+
+
+def run(value: str, arguments: argparse.Namespace) -> None:
+    """Replay and print. Raises UserError for a folder of something else, and for overrides that have no meaning."""
+    keys = [text.partition("=")[0] for text in arguments.overrides]
+    strange = [key for key in keys if key not in ALLOWED] + ["-m"] * arguments.multirun
+    if strange:
+        raise UserError(f"{KEY}{value}: goes with {', '.join(ALLOWED)} alone, and not with {', '.join(strange)}")
+    composed, _ = entry.compose("train", arguments)
+    from est_cli.training.device import available_device
+    from est_cli.training.nonfinite import read, replay
+
+    folder = Path(value).expanduser()
+    folder = folder.parent if folder.is_file() else folder
+    try:
+        config = _config(folder, dict.fromkeys(keys, composed))
+        kept = read(folder)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(
+            f"{KEY}{value}: must be a folder that a run has left below nonfinite/ ({type(error).__name__}: {error})"
+        ) from error
+    device = available_device(config.trainer, config.kernels).kind
+    import torch
+
+    _print(kept, config, replay(kept, config, torch.device(device)), folder, device, composed["format"])
+
+
+def _config(folder: Path, given: dict[str, dict[str, Any]]) -> TrainConfig:
+    """The run's config, with what was asked for in its place."""
+    from est_cli.training.nonfinite import STEP
+
+    plain = json.loads((folder / STEP).read_text())["config"]
+    for key, composed in given.items():
+        section, _, name = key.rpartition(".")
+        source, target = (composed[section], plain[section]) if section else (composed, plain)
+        target[name] = source[name]
+    import torch
+
+    if plain["trainer"]["device"] == "cuda" and "trainer.device" not in given and not torch.cuda.is_available():
+        plain["trainer"]["device"] = "cpu"
+    if plain["trainer"]["precision"] == "auto":
+        plain["trainer"]["precision"] = "fp32"
+    plain["trainer"]["devices"], plain["trainer"]["strategy"] = 1, "single"
+    return read_train_config(plain)
+
+
+def _print(kept: "Kept", config: TrainConfig, seen: "Replay", folder: Path, device: str, format: str) -> None:
+    facts = {"step": kept.step, "stage": kept.stage, **dataclasses.asdict(seen)}
+    if format == "json":
+        print(json.dumps(facts))
+        return
+    losses = ", ".join("not finite" if loss is None else f"{loss:.6g}" for loss in seen.losses)
+    print(f"step {kept.step}, stage {kept.stage}, of {folder}, on {device} in {config.trainer.precision}")
+    print(f"  loss of each micro-batch: {losses}")
+    print(f"  gradient norm: {'not finite' if seen.grad_norm is None else f'{seen.grad_norm:.6g}'}")
+    print(f"  first module whose output is not finite: {seen.first or 'none'}")
+    print(f"  weights that are not finite, before the step: {_some(seen.weights)}")
+    print(f"  gradients that are not finite: {_some(seen.gradients)}")
+
+
+def _some(names: list[str]) -> str:
+    more = f" and {len(names) - _NAMES_SHOWN} more" if len(names) > _NAMES_SHOWN else ""
+    return ", ".join(names[:_NAMES_SHOWN]) + more if names else "none"

@@ -1,0 +1,145 @@
+"""A step whose loss or gradient is not finite: kept in a folder, and run again from there.
+
+nonfinite/step-00000743/
+  model.safetensors  the weights before the step
+  batch.safetensors  its token windows [n, T + 1], in the order of ranks and micro-batches
+  step.json          the step, its stage and plan, what was seen, the run's config
+"""
+
+import json
+import math
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from est_cli.config import TrainConfig, as_plain
+from est_cli.errors import RunFailed
+from est_cli.kernels.dispatch import kernels_for
+from est_cli.model.transformer import Transformer
+from est_cli.subnet.plan import Plan, subnetwork
+from est_cli.subnet.schedule import Rates, Stage
+from est_cli.training.checkpoint import MODEL, fill, read_tensors, write_json, write_tensors
+from est_cli.training.subnetwork import DTYPES, MaskedSubnetwork, PackedSubnetwork
+
+BATCH, STEP = "batch.safetensors", "step.json"
+
+
+class NonFinite(RunFailed):
+    """An optimizer step that was not taken."""
+
+    def __init__(self, step: int, stage: Stage, plan: Plan, loss: float, grad_norm: float):
+        super().__init__(
+            f"step {step} (stage {stage.number}) is not finite: the training loss is {loss}, "
+            f"the gradient norm {grad_norm}"
+        )
+        self.step, self.stage, self.plan, self.loss, self.grad_norm = step, stage, plan, loss, grad_norm
+
+
+def keep(parent: Path, failed: NonFinite, model: Transformer, windows: np.ndarray, config: TrainConfig) -> Path:
+    """Write the folder of a step; windows [n, T + 1]. Raises OSError where the disk does not take it."""
+    folder = parent / f"step-{failed.step:08d}"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    write_tensors(dict(model.named_parameters()), folder / MODEL)
+    write_tensors({"windows": torch.from_numpy(windows)}, folder / BATCH)
+    content = {
+        "step": failed.step,
+        "seen": str(failed),
+        "loss": _finite(failed.loss),
+        "grad_norm": _finite(failed.grad_norm),
+        "stage": failed.stage.number,
+        "rates": as_plain(failed.stage.rates),
+        "plan": failed.plan.as_dict(),
+        "config": as_plain(config),
+    }
+    write_json(folder / STEP, content)
+    return folder
+
+
+@dataclass(frozen=True)
+class Kept:
+    """A step that was kept, read back."""
+
+    step: int
+    stage: int
+    rates: Rates
+    plan: Plan
+    windows: Tensor
+    weights: Mapping[str, Tensor]
+
+
+def read(folder: Path) -> Kept:
+    """What `keep` wrote. Raises OSError, ValueError or KeyError for anything else."""
+    content = json.loads((folder / STEP).read_text())
+    # An empty list, of a skipped layer's units, has no type of its own.
+    plan = Plan(**{name: np.array(units, np.int64) for name, units in content["plan"].items()})
+    windows, weights = read_tensors(folder / BATCH)["windows"], read_tensors(folder / MODEL)
+    return Kept(content["step"], content["stage"], Rates(**content["rates"]), plan, windows, weights)
+
+
+@dataclass(frozen=True)
+class Replay:
+    """What running the step again showed; None stands for a number that is not finite."""
+
+    losses: list[float | None]
+    """One a micro-batch."""
+    grad_norm: float | None
+    first: str | None
+    """The first module, in the numbering of the full model, whose output is not finite."""
+    weights: list[str]
+    """Parameters that held such values before the step."""
+    gradients: list[str]
+    """Parameters whose gradient does."""
+
+
+def replay(kept: Kept, config: TrainConfig, device: torch.device) -> Replay:
+    """Run the step again on `device`, micro-batch by micro-batch, in the precision of `config`; no update."""
+    model = Transformer(config.model, kernels=kernels_for(config.kernels, device))
+    fill(dict(model.named_parameters()), kept.weights)
+    model = model.to(device)
+    kind = MaskedSubnetwork if config.kernels == "masked" else PackedSubnetwork
+    subnet = kind(model, subnetwork(config.model, config.sampling, kept.rates), DTYPES[config.trainer.precision])
+    subnet.load(kept.plan)
+    micro_batches = kept.windows.to(device).split(config.trainer.batch_size)
+    losses, first = [], []
+    hooks = [module.register_forward_hook(_watch(name, first)) for name, module in _modules(subnet.module, kept.plan)]
+    for batch in micro_batches:
+        loss = subnet.loss(batch[:, :-1], batch[:, 1:]) / len(micro_batches)
+        loss.backward()
+        losses.append(_finite(loss.item() * len(micro_batches)))
+    for hook in hooks:
+        hook.remove()
+    gradients = {update.name: update.gradient for update in subnet.updates()}
+    norm = torch.nn.utils.get_total_norm(list(gradients.values())).item()
+    return Replay(losses, _finite(norm), next(iter(first), None), _broken(kept.weights), _broken(gradients))
+
+
+def _modules(module: nn.Module, plan: Plan) -> Iterator[tuple[str, nn.Module]]:
+    """A packed model's modules by the names that they have in the full one."""
+    for name, part in module.named_modules():
+        words = name.split(".")
+        if words[0] == "blocks" and len(words) > 1 and len(module.blocks) == len(plan.layers):
+            words[1] = str(plan.layers[int(words[1])])
+        if not isinstance(part, nn.ModuleList) and name:
+            yield ".".join(words), part
+
+
+def _watch(name: str, found: list[str]):
+    def hook(module: nn.Module, inputs: tuple, output: Tensor) -> None:
+        if not found and not output.isfinite().all():
+            found.append(name)
+
+    return hook
+
+
+def _broken(tensors: Mapping[str, Tensor]) -> list[str]:
+    return [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
+
+
+def _finite(number: float) -> float | None:
+    return number if math.isfinite(number) else None

@@ -1,0 +1,155 @@
+"""A loss or gradient that is not finite: no weight moves, the step can be run again, and what follows is as asked."""
+
+import json
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from tiny import GPT2, LLAMA, RandomTokens, Recorder, snapshot, train_config
+
+from est_cli.data.batches import training_windows
+from est_cli.errors import RunFailed
+from est_cli.subnet.plan import Plan
+from est_cli.subnet.sampler import sample
+from est_cli.subnet.schedule import stage_at
+from est_cli.training.checkpoint import Checkpoints
+from est_cli.training.distributed import World
+from est_cli.training.loop import Training
+from est_cli.training.nonfinite import NonFinite, keep, read, replay
+
+CPU = torch.device("cpu")
+BAD_STEP = 5
+"""In stage 2 of `train_config`."""
+
+
+def start(kind=Training, model=LLAMA, **trainer) -> tuple[Training, Recorder]:
+    recorder = Recorder()
+    config = train_config(model, grad_accum=2, **trainer)
+    return kind(config, RandomTokens(model.vocab_size), World(CPU), [recorder]), recorder
+
+
+class BrokenGradient(Training):
+    """The loss is finite, and one gradient is not: what an overflow in the backward pass looks like."""
+
+    bad_steps = (BAD_STEP,)
+
+    def _build(self, stage):
+        subnet = super()._build(stage)
+        updates = subnet.updates
+
+        def broken_updates():
+            found = updates()
+            if self.step in self.bad_steps:
+                found[-1].gradient.view(-1)[0] = math.inf
+            return found
+
+        subnet.updates = broken_updates
+        return subnet
+
+
+def test_the_run_stops_with_weights_moments_and_counts_as_they_were_before_the_step(tmp_path):
+    sound, _ = start(max_steps=15)
+    sound.run(Checkpoints(tmp_path / "sound"), stopping=lambda: sound.step == BAD_STEP)
+    broken, recorder = start(BrokenGradient)
+    with pytest.raises(NonFinite) as caught:
+        broken.run(Checkpoints(tmp_path / "broken"), stopping=lambda: False)
+    assert (caught.value.step, caught.value.stage.number) == (BAD_STEP, 2)
+    assert math.isfinite(caught.value.loss) and not math.isfinite(caught.value.grad_norm)
+    assert "step 5 (stage 2) is not finite" in str(caught.value)
+    expected = snapshot(sound.model)
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in snapshot(broken.model).items())
+    moments = sound.optimizer.state()
+    assert all(torch.equal(tensor, moments[name]) for name, tensor in broken.optimizer.state().items())
+    assert [record["step"] for record in recorder.records] == list(range(BAD_STEP))
+
+
+def test_skip_leaves_the_step_out_counts_it_and_says_so_once(tmp_path):
+    broken, recorder = start(BrokenGradient, on_nonfinite="skip")
+    broken.bad_steps = (BAD_STEP, 9)
+    outcome = broken.run(Checkpoints(tmp_path), stopping=lambda: False)
+    assert (outcome.status, outcome.steps, outcome.skipped_steps) == ("done", 15, 2)
+    assert [record["step"] for record in recorder.records] == list(range(15))
+    assert not math.isfinite(recorder.records[BAD_STEP]["train/grad_norm"])
+    assert all(math.isfinite(record["train/loss"]) for record in recorder.records)
+    said = [message for message in recorder.messages if "not finite" in message]
+    assert len(said) == 1 and "step 5" in said[0] and "trainer.on_nonfinite=skip" in said[0]
+    assert set(broken.optimizer.counts["embedding"]) == {13}
+
+
+def test_the_count_of_skipped_steps_survives_a_restart(tmp_path):
+    first, _ = start(BrokenGradient, on_nonfinite="skip")
+    first.run(Checkpoints(tmp_path), stopping=lambda: first.step == 8)
+    second, recorder = start(BrokenGradient, on_nonfinite="skip")
+    second.bad_steps = (9,)
+    second.restore(Checkpoints(tmp_path).newest(pytest.fail))
+    assert second.run(Checkpoints(tmp_path), stopping=lambda: False).skipped_steps == 2
+    assert not any("not finite" in message for message in recorder.messages)
+
+
+@pytest.mark.parametrize(("on_nonfinite", "ends"), [("stop", True), ("skip", False)])
+def test_a_validation_loss_that_is_not_finite_is_no_result(tmp_path, monkeypatch, on_nonfinite, ends):
+    training, _ = start(eval_every=4, on_nonfinite=on_nonfinite, save_final="full")
+    monkeypatch.setattr(training, "validate", lambda subnet: math.nan)
+    if ends:
+        with pytest.raises(RunFailed, match="the validation loss after step 3 is nan"):
+            training.run(Checkpoints(tmp_path), stopping=lambda: False)
+        assert Checkpoints(tmp_path).newest(pytest.fail) is None
+    else:
+        assert training.run(Checkpoints(tmp_path), stopping=lambda: False).status == "done"
+
+
+def kept_step(tmp_path, training: Training):
+    with pytest.raises(NonFinite) as caught:
+        training.run(Checkpoints(tmp_path / "checkpoints"), stopping=lambda: False)
+    return keep(tmp_path / "nonfinite", caught.value, training.model, training.step_windows(), training.config)
+
+
+def test_step_plan_and_batch_are_kept_in_files_that_run_no_code(tmp_path):
+    training, _ = start(BrokenGradient)
+    folder = kept_step(tmp_path, training)
+    assert sorted(path.name for path in folder.iterdir()) == ["batch.safetensors", "model.safetensors", "step.json"]
+    content = json.loads((folder / "step.json").read_text())
+    assert (content["step"], content["stage"], content["grad_norm"]) == (BAD_STEP, 2, None)
+    assert math.isfinite(content["loss"])
+    kept, n = read(folder), training.config.sequences_per_step
+    expected = training_windows(training.tokens.train, 8, training.config.seed, BAD_STEP * n, n)
+    np.testing.assert_array_equal(kept.windows.numpy(), expected)
+    assert kept.plan.as_dict() == content["plan"]
+    weights = snapshot(training.model)
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in kept.weights.items())
+
+
+@pytest.mark.parametrize("kernels", ["torch", "masked"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_replay_computes_the_steps_own_losses(tmp_path, kernels, precision):
+    """The replayed mean loss and gradient norm are those of the run's own step, here one that is finite."""
+    training, recorder = start(model=GPT2)
+    config = replace(training.config, kernels=kernels, trainer=replace(training.config.trainer, precision=precision))
+    training = Training(config, training.tokens, World(CPU), [recorder])
+    training.run(Checkpoints(tmp_path), stopping=lambda: training.step == BAD_STEP)
+    step = NonFinite(BAD_STEP, stage_at(training.stages, BAD_STEP), plan_of(training, BAD_STEP), 0.0, 0.0)
+    folder = keep(tmp_path, step, training.model, training.step_windows(), config)
+    training.run(Checkpoints(tmp_path), stopping=lambda: training.step == BAD_STEP + 1)
+    seen, record = replay(read(folder), config, CPU), recorder.records[BAD_STEP]
+    assert (len(seen.losses), seen.first, seen.weights, seen.gradients) == (2, None, [], [])
+    assert np.mean(seen.losses) == pytest.approx(record["train/loss"], rel=1e-6)
+    assert seen.grad_norm == pytest.approx(record["train/grad_norm"], rel=1e-6)
+
+
+def test_a_replay_names_where_it_begins_in_the_full_models_numbering(tmp_path):
+    """A NaN in a layer that the packed model calls by another number."""
+    training = next(run for run, _ in (start(seed=seed) for seed in range(9)) if 0 not in plan_of(run, 0).layers)
+    layer = plan_of(training, 0).layers[0]
+    broken = f"blocks.{layer}.mlp.down"
+    dict(training.model.named_parameters())[f"{broken}.weight"].data.fill_(math.nan)
+    seen = replay(read(kept_step(tmp_path, training)), training.config, CPU)
+    assert (seen.first, seen.weights) == (broken, [f"{broken}.weight"])
+    assert seen.losses == [None, None] and seen.grad_norm is None
+    assert "embedding" in seen.gradients
+
+
+def plan_of(training: Training, step: int) -> Plan:
+    config = training.config
+    return sample(config.seed, step, stage_at(training.stages, step), config.model, config.sampling)
