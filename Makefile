@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help install run test lint format bench clean
+.PHONY: help install run test lint format bench study clean
 
 help: ## Explain the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -27,6 +27,9 @@ format: $(STAMP) ## Format the code
 
 bench: $(STAMP) ## Measure this machine's step times against their goals
 	$(BIN)/est-bench experiment=bench_cpu
+
+study: $(STAMP) ## Train what docs/study.md lacks (hours; stop and start as you like) and rebuild it
+	$(BIN)/python -m study
 
 clean: ## Remove the virtual environment, caches and build products; runs in outputs/ stay
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -1,0 +1,122 @@
+"""The grid of docs/study.md: every run that it asks for, the most telling first.
+
+A run is `experiment=study/base` with a few overrides. Runs whose record is committed are done; the others are trained
+in this order, so that whenever the time ends the records tell as much as they can.
+"""
+
+from dataclasses import dataclass
+from fnmatch import fnmatch
+
+from est_cli.commands.arms import ARMS, EST, FULL, FULL_SAME_FLOPS
+
+SHORT, LONG = 10_000, 30_000
+"""Optimizer steps of a screen (one seed) and of the headline (three)."""
+LEARNING_RATES = ("1e-3", "2e-3", "4e-3", "8e-3")
+TUNED = {EST: "4e-3", FULL: "4e-3", FULL_SAME_FLOPS: "4e-3"}
+"""The best of LEARNING_RATES at SHORT steps, by arm."""
+SEEDS = (0, 1, 2)
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run; `name` is also its record's file name."""
+
+    name: str
+    overrides: tuple[str, ...]
+    says: str = ""
+    """What a screen changes, in a table's words."""
+
+    @property
+    def group(self) -> str:
+        return self.name.partition("-")[0]
+
+
+def grid() -> list[Run]:
+    """All runs, the most telling first."""
+    first, *later = SEEDS
+    return [
+        *_learning_rates(),
+        *_headline(first),
+        *_beyond_the_paper(),
+        *(run for seed in later for run in _headline(seed)),
+        *_ablations(),
+    ]
+
+
+def matching(patterns: list[str]) -> list[Run]:
+    """The runs whose names match one of the shell patterns; all runs where there is none."""
+    return [run for run in grid() if not patterns or any(fnmatch(run.name, pattern) for pattern in patterns)]
+
+
+def _learning_rates() -> list[Run]:
+    """Every arm over the same learning rates: the tuned one first, then its neighbours."""
+    nearest_first = sorted(LEARNING_RATES, key=lambda lr: abs(LEARNING_RATES.index(lr) - LEARNING_RATES.index("4e-3")))
+    return [_run("lr", f"{arm}-{lr}", SHORT, lr, f"+arm={arm}") for lr in nearest_first for arm in ARMS]
+
+
+def _headline(seed: int) -> list[Run]:
+    return [_run("headline", f"{arm}-seed{seed}", LONG, TUNED[arm], f"+arm={arm}", f"seed={seed}") for arm in ARMS]
+
+
+def _beyond_the_paper() -> list[Run]:
+    """One seed, SHORT steps, with EST's learning rate: what could save more, or lose less."""
+    return [
+        _full(6500),
+        _full(5000),
+        _screen("rates-0.75", "rates 0.75", *_rates(0.75)),
+        _screen("balanced", "`balanced` instead of random subnetworks", "sampling.strategy=balanced"),
+        _screen("cyclic", "`cyclic` instead of random subnetworks", "sampling.strategy=cyclic"),
+        _screen("longer", "boundaries 0.2 and 0.7", *_boundaries(0.2, 0.7)),
+        _screen("longer-0.75", "rates 0.75, boundaries 0.3 and 0.8", *_rates(0.75), *_boundaries(0.3, 0.8)),
+        _screen("ramp", "`ramp`: four equal stages, rates from 0.5 to 1", "scheduler=ramp"),
+        _screen("rewarm", "learning rate warmed again over 100 steps", "optimizer.rewarm=100"),
+        _screen("shared-10", "a plan for every 10 steps", "sampling.resample_every=10"),
+    ]
+
+
+def _ablations() -> list[Run]:
+    """The paper's, one seed, SHORT steps, with EST's learning rate."""
+    granularity = [
+        _screen(what, f"{what} alone, until 7/15", "scheduler=two_stage", f"sampling={what}")
+        for what in ("heads", "mlp", "layers", "heads_mlp")
+    ]
+    stages = [
+        _screen("two-stage", "heads, neurons and layers until 7/15", "scheduler=two_stage"),
+        _screen("one-stage", "the subnetworks of stage 2 to the end", "scheduler.stages=[{heads: 0.5, mlp: 0.5}]"),
+    ]
+    boundaries = [
+        _screen(f"boundaries-{s1:g}-{s2:g}", f"boundaries {s1:g} and {s2:g}", *_boundaries(s1, s2))
+        for s1, s2 in ((0.067, 0.233), (0.067, 0.467), (0.267, 0.467), (0.133, 0.233), (0.133, 0.7))
+    ]
+    return [
+        _screen("rates-0.25", "rates 0.25", *_rates(0.25)),
+        _screen("freeze", "unsampled rows stand still", "optimizer.unsampled=freeze"),
+        _screen("rescaled", "kept layers rescaled", "sampling.rescale_layers=true"),
+        _screen("prefix", "`prefix`: nested subnetworks", "sampling.strategy=prefix"),
+        *granularity,
+        *stages,
+        *boundaries,
+    ]
+
+
+def _rates(rate: float) -> tuple[str, ...]:
+    return tuple(f"sampling.{unit}={rate}" for unit in ("heads", "mlp", "layers"))
+
+
+def _boundaries(stage1_end: float, stage2_end: float) -> tuple[str, ...]:
+    return f"scheduler.stage1_end={stage1_end}", f"scheduler.stage2_end={stage2_end}"
+
+
+def _full(steps: int) -> Run:
+    """The full model for fewer steps, with a learning-rate schedule of its own."""
+    run = _run("screen", f"full-{steps}", steps, TUNED[FULL], f"+arm={FULL}")
+    return Run(run.name, run.overrides, f"full model, {steps:,} steps")
+
+
+def _screen(name: str, says: str, *overrides: str) -> Run:
+    run = _run("screen", name, SHORT, TUNED[EST], *overrides)
+    return Run(run.name, run.overrides, says)
+
+
+def _run(group: str, name: str, steps: int, lr: str, *overrides: str) -> Run:
+    return Run(f"{group}-{name}", (f"trainer.max_steps={steps}", f"optimizer.lr={lr}", *overrides))

@@ -1,0 +1,131 @@
+"""Records: what the study keeps of a finished run, a few kilobytes of JSON that are committed.
+
+{name, overrides, corpus, environment, config, summary, curve}: `corpus` is the fingerprint of the token files (the
+standard library's text depends on the interpreter's version), `curve` has a value for every evaluation.
+"""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from est_cli.commands.composition import conf_dir
+from est_cli.commands.run_directory import ENVIRONMENT, HARMLESS, differences
+from est_cli.config import TrainConfig, as_plain, read_train_config
+from est_cli.errors import UserError
+from est_cli.reports.records import RunRecord, load_runs
+from study.grid import Run
+
+ROOT = conf_dir().parent
+_CURVE = ("step", "stage", "tokens", "val/loss", "flops/total", "seconds")
+_SPEED = ("train_s", "peak_memory_bytes", "step_s_median", "tokens_per_s")
+
+
+class Records:
+    """The records in a folder, by run name."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.contents = {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
+
+    def __contains__(self, run: Run) -> bool:
+        return run.name in self.contents
+
+    def of(self, runs: list[Run]) -> list[RunRecord]:
+        """Those of `runs` that are done, as the reports read runs."""
+        return [_as_run(self.folder, self.contents[run.name]) for run in runs if run in self]
+
+    @property
+    def corpus(self) -> str | None:
+        """The fingerprint of the text that all runs were trained on; None where there is no run.
+
+        Raises UserError where the records are of several texts: their losses say nothing about each other.
+        """
+        names: dict[str, str] = {}
+        for name, content in self.contents.items():
+            names.setdefault(content["corpus"], name)
+        if len(names) > 1:
+            raise UserError(f"{self.folder}: the records of {' and '.join(names.values())} are of different texts")
+        return next(iter(names), None)
+
+    def check(self, run: Run, config: TrainConfig) -> None:
+        """Raises UserError where the record of `run` is of another config than the grid's."""
+        recorded = read_train_config({"logger": {}, "checkpoint": {}, **self.contents[run.name]["config"]})
+        changed = [line for _, line in differences(_decisive(recorded), _decisive(config))]
+        if changed:
+            path = self.folder / f"{run.name}.json"
+            raise UserError(f"{path}: is of another config; remove it to train this run again", *changed)
+
+    def add(self, run: Run, run_folder: Path, corpus: str) -> None:
+        """Write the record of a finished run folder."""
+        [found] = load_runs([run_folder])
+        content = {
+            "name": run.name,
+            "overrides": list(run.overrides),
+            "corpus": corpus,
+            "environment": _environment(run_folder),
+            "config": _decisive(read_train_config(found.config)),
+            "summary": found.summary,
+            "curve": _curve(found),
+        }
+        self.folder.mkdir(parents=True, exist_ok=True)
+        partial = self.folder / f".{run.name}.json"
+        partial.write_text(_compact(content))
+        os.replace(partial, self.folder / f"{run.name}.json")
+        self.contents[run.name] = content
+
+
+def _as_run(folder: Path, content: dict[str, Any]) -> RunRecord:
+    columns = {key: np.array(values, float) for key, values in content["curve"].items()}
+    return RunRecord(content["name"], folder, content["config"], content["summary"], columns)
+
+
+def _decisive(config: TrainConfig) -> dict[str, Any]:
+    """What reaches a run's weights, or its evaluations."""
+    plain = as_plain(config)
+    for key in ("logger", "checkpoint", "run_id", "format"):
+        del plain[key]
+    evaluated = {f"trainer.{key}" for key in ("eval_every", "eval_tokens")}
+    for key in set(HARMLESS) - evaluated:
+        section, _, leaf = key.partition(".")
+        if leaf:
+            del plain[section][leaf]
+    return plain
+
+
+def _curve(run: RunRecord) -> dict[str, list[float]]:
+    """The columns, at the evaluations."""
+    evaluated = np.isfinite(run.column("val/loss"))
+    return {key: [_short(value) for value in run.column(key)[evaluated]] for key in _CURVE}
+
+
+def _short(value: float) -> float | int:
+    return int(value) if float(value).is_integer() else round(float(value), 5)
+
+
+def _environment(run_folder: Path) -> dict[str, Any]:
+    """Where the numbers come from, without what is nobody's business: host names, folders."""
+    known = json.loads((run_folder / ENVIRONMENT).read_text())
+    return {
+        "git": known["git"],
+        "python": known["python"],
+        "torch": known["packages"].get("torch"),
+        "numpy": known["packages"].get("numpy"),
+        "cpu": known["machine"]["cpu"],
+        "threads": known["machine"]["threads"],
+    }
+
+
+def _compact(content: dict[str, Any]) -> str:
+    """JSON with a line for each key of the two outer levels."""
+
+    def written(value: Any, depth: int) -> str:
+        if not isinstance(value, dict) or depth == 0:
+            return json.dumps(value)
+        pad = " " * (3 - depth)
+        lines = [f"{pad}{json.dumps(key)}: {written(inner, depth - 1)}" for key, inner in value.items()]
+        return "{\n" + ",\n".join(lines) + f"\n{pad[1:]}}}"
+
+    return written(content, 2) + "\n"

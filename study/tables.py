@@ -1,0 +1,236 @@
+"""The tables and sentences of docs/study.md, from the records alone."""
+
+import math
+from collections.abc import Callable, Sequence
+
+from est_cli.commands.arms import ARMS, EST, FULL, FULL_SAME_FLOPS
+from est_cli.commands.verdict import Verdict, against
+from est_cli.reports.records import RunRecord
+from est_cli.tracking.units import format_flops, format_percent
+from study import budget
+from study.frontier import Frontier
+from study.grid import LEARNING_RATES, SEEDS, TUNED, Run, grid
+from study.records import Records
+
+MISSING = "not yet run"
+
+
+def budget_table(records: Records) -> str:
+    rows, total = [], 0.0
+    for group, what in (
+        ("lr", "learning rates: three arms, one seed, 10,000 steps"),
+        ("headline", "headline: three arms, three seeds, 30,000 steps"),
+        ("screen", "screens: one seed, 10,000 steps"),
+    ):
+        runs = [run for run in grid() if run.group == group]
+        missing = [run for run in runs if run not in records]
+        minutes = sum(map(budget.minutes, missing))
+        total += minutes
+        rows.append((what, len(runs), len(runs) - len(missing), f"{minutes:.0f}"))
+    rows.append(("all", *(sum(row[i] for row in rows) for i in (1, 2)), f"{total:.0f}"))
+    return _table(("runs", "asked for", "done", "core-minutes to go"), rows)
+
+
+def learning_rates(records: Records) -> str:
+    """Loss of every arm at every learning rate; the best of an arm is bold."""
+    rows = []
+    for arm in ARMS:
+        losses = [_loss(records, f"lr-{arm}-{lr}") for lr in LEARNING_RATES]
+        best = min((loss for loss in losses if loss is not None), default=None)
+        rows.append((ARM_WORDS[arm], *(MISSING if x is None else _bold(f"{x:.4f}", x == best) for x in losses)))
+    table = _table(("arm", *(f"{float(lr):g}" for lr in LEARNING_RATES)), rows)
+    return table + _figure("learning-rates", "Final loss of the three arms over the learning rate", records, "lr-")
+
+
+def tuned_at_an_edge(records: Records) -> str:
+    """Which arms' best learning rate may lie outside of the grid, or is not known yet."""
+    open_arms = []
+    for arm in ARMS:
+        known = {lr: _loss(records, f"lr-{arm}-{lr}") for lr in LEARNING_RATES}
+        if None in known.values() or min(known, key=known.get) in (LEARNING_RATES[0], LEARNING_RATES[-1]):
+            open_arms.append(ARM_WORDS[arm])
+    if not open_arms:
+        return "Every arm's best rate lies inside the grid."
+    return f"Not settled, because rates are missing or the best one lies at an edge: {'; '.join(open_arms)}."
+
+
+def headline(records: Records) -> str:
+    table = _arms_table(records, [run for run in grid() if run.group == "headline"])
+    return table + _figure("headline", "Loss of the three arms against training compute", records, "headline-")
+
+
+def headline_says(records: Records) -> str:
+    return _sentences(records, [run for run in grid() if run.group == "headline"])
+
+
+def short_arms(records: Records) -> str:
+    table = _arms_table(records, _tuned_runs())
+    return table + _figure("short-runs", "Loss of the three arms against training compute", records, "lr-")
+
+
+def short_arms_say(records: Records) -> str:
+    return _sentences(records, _tuned_runs())
+
+
+def screens(records: Records) -> str:
+    """Every schedule against what the full model reaches for the same FLOPs, the best first."""
+    frontier, found = short_frontier(records), screened(records)
+    rows = [
+        (
+            run.says,
+            _saved(frontier, record),
+            f"{record.outcome['val_loss']:.4f}",
+            _number(frontier.loss_at(record.outcome["flops_total"])),
+            _signed(difference),
+            _saved_at_equal_loss(frontier, record),
+        )
+        for difference, run, record in found
+    ]
+    missing = [run.says for run in _schedules() if run not in records]
+    header = ("schedule", "saved", "loss", "full, same FLOPs", "difference", "saved at equal loss")
+    text = _table(header, rows)
+    if found:
+        text += _figure("screens", "Final loss of every schedule against the compute it spent", records, "")
+    return f"{text}\n\nNot yet run: {'; '.join(missing)}." if missing else text
+
+
+def screened(records: Records) -> list[tuple[float, Run, RunRecord]]:
+    """The schedules that were screened and their loss less the full model's for the same FLOPs; the best first."""
+    frontier, done = short_frontier(records), [run for run in _schedules() if run in records]
+    found = [(_against(frontier, record), run, record) for run, record in zip(done, records.of(done), strict=True)]
+    return sorted(found, key=lambda entry: (math.isnan(entry[0]), entry[0]))
+
+
+def full_frontier(records: Records) -> str:
+    """The runs of the full model that the screens are held against."""
+    runs = sorted(records.of(_frontier_runs()), key=lambda run: -run.outcome["steps"])
+    rows = [
+        (f"{run.outcome['steps']:,.0f}", format_flops(run.outcome["flops_total"]), f"{run.outcome['val_loss']:.4f}")
+        for run in runs
+    ]
+    return _table(("steps", "FLOPs", "loss"), rows)
+
+
+def short_frontier(records: Records) -> Frontier:
+    return Frontier.of(records.of(_frontier_runs()))
+
+
+def origins(records: Records) -> str:
+    """Code, interpreter and machine of the records."""
+    known = [content["environment"] for content in records.contents.values()]
+    commits = sorted({entry["git"]["commit"][:7] for entry in known if entry["git"]})
+    machines = sorted({f"Python {e['python']}, torch {e['torch']}, {e['cpu']}" for e in known})
+    corpus = (records.corpus or "")[:16]
+    return f"Code: {', '.join(commits)}. {'; '.join(machines)}; text `stdlib-{corpus}`." if known else "No run yet."
+
+
+TABLES: dict[str, Callable[[Records], str]] = {
+    "budget": budget_table,
+    "learning rates": learning_rates,
+    "learning rates, open": tuned_at_an_edge,
+    "headline": headline,
+    "headline, in words": headline_says,
+    "short runs": short_arms,
+    "short runs, in words": short_arms_say,
+    "full model": full_frontier,
+    "screens": screens,
+    "origins": origins,
+}
+"""By the name that docs/study.md has between its markers."""
+
+ARM_WORDS = {
+    EST: "EST",
+    FULL: "full, same tokens",
+    FULL_SAME_FLOPS: "full, same FLOPs",
+}
+
+
+def _schedules() -> list[Run]:
+    """What is screened; EST as the paper has it is the arm that the learning rates were tried on."""
+    paper = Run(f"lr-{EST}-{TUNED[EST]}", (), "**EST, the paper's schedule**")
+    return [paper, *(run for run in grid() if run.group == "screen" and not run.name.startswith("screen-full-"))]
+
+
+def _tuned_runs() -> list[Run]:
+    return [run for run in grid() if run.name in {f"lr-{arm}-{TUNED[arm]}" for arm in ARMS}]
+
+
+def _frontier_runs() -> list[Run]:
+    tuned = {f"lr-{arm}-{TUNED[arm]}" for arm in (FULL, FULL_SAME_FLOPS)}
+    return [run for run in grid() if run.name in tuned or run.name.startswith("screen-full-")]
+
+
+def _arms_table(records: Records, runs: list[Run]) -> str:
+    arms = {arm.name: arm for arm in Verdict.of(records.of(runs)).arms}
+    asked = len(SEEDS) if len(runs) > len(ARMS) else 1
+    full = arms[FULL].flops.mean() if FULL in arms else math.nan
+    rows = []
+    for name in ARMS:
+        if name not in arms:
+            rows.append((ARM_WORDS[name], f"0 of {asked}", MISSING, "", ""))
+            continue
+        arm = arms[name]
+        loss = f"{arm.val_loss.mean():.4f}"
+        loss += f" ± {arm.val_loss.std(ddof=1):.4f}" if len(arm.val_loss) > 1 else ""
+        relative = f"{arm.flops.mean() / full:.3f}" if math.isfinite(full) else "-"
+        rows.append((ARM_WORDS[name], f"{len(arm.seeds)} of {asked}", loss, format_flops(arm.flops.mean()), relative))
+    return _table(("arm", "seeds", "loss", "FLOPs", "of full"), rows)
+
+
+def _sentences(records: Records, runs: list[Run]) -> str:
+    """EST against the other two arms. Not in seconds: these runs share their cores with other work."""
+    arms = {arm.name: arm for arm in Verdict.of(records.of(runs)).arms}
+    if EST not in arms or len(arms) == 1:
+        return f"Nothing to compare: the arms are {MISSING}."
+    said, est = [], arms[EST]
+    if FULL in arms:
+        saved = format_percent(1 - est.flops.mean() / arms[FULL].flops.mean())
+        said.append(
+            f"For the same tokens EST spends {saved} fewer FLOPs, and {against(est, arms[FULL])} the full model's."
+        )
+    if FULL_SAME_FLOPS in arms:
+        said.append(f"For the same FLOPs {against(est, arms[FULL_SAME_FLOPS])} the full model's.")
+    return " ".join(said)
+
+
+def _loss(records: Records, name: str) -> float | None:
+    content = records.contents.get(name)
+    return None if content is None else content["summary"]["val_loss"]
+
+
+def _against(frontier: Frontier, run: RunRecord) -> float:
+    return run.outcome["val_loss"] - frontier.loss_at(run.outcome["flops_total"])
+
+
+def _saved(frontier: Frontier, run: RunRecord) -> str:
+    """Of the FLOPs of the full model's whole run."""
+    return format_percent(1 - run.outcome["flops_total"] / frontier.flops[-1]) if len(frontier.flops) else "-"
+
+
+def _saved_at_equal_loss(frontier: Frontier, run: RunRecord) -> str:
+    """How much less than the full model it spent for the loss that it reached."""
+    saved = 1 - run.outcome["flops_total"] / frontier.flops_at(run.outcome["val_loss"])
+    return format_percent(saved) if math.isfinite(saved) else "-"
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
+
+
+def _figure(name: str, shows: str, records: Records, prefix: str) -> str:
+    """The figure, where runs whose names begin with `prefix` are there to be shown."""
+    shown = any(run.startswith(prefix) for run in records.contents)
+    return f"\n\n![{shows}](study/{name}.svg)" if shown else ""
+
+
+def _bold(text: str, bold: bool) -> str:
+    return f"**{text}**" if bold else text
+
+
+def _number(value: float) -> str:
+    return f"{value:.4f}" if math.isfinite(value) else "-"
+
+
+def _signed(value: float) -> str:
+    return f"{value:+.4f}".replace("-", "−") if math.isfinite(value) else "-"

@@ -1,0 +1,127 @@
+"""Trains what the grid lacks: est-train in processes of their own, each stopped and continued as any run."""
+
+import fcntl
+import functools
+import os
+import signal
+import subprocess
+import sys
+import time
+from argparse import Namespace
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO
+
+from est_cli.commands import entry
+from est_cli.commands.run_directory import RunDirectory
+from est_cli.commands.train import read_config
+from est_cli.config import TrainConfig
+from est_cli.data.tokens import prepare
+from est_cli.errors import UserError
+from study.grid import Run
+from study.records import ROOT, Records
+
+RUNS = ROOT / "outputs" / "study"
+BASE = "experiment=study/base"
+_POLL_S = 1.0
+
+
+@functools.cache
+def config_of(run: Run) -> TrainConfig:
+    """What est-train makes of the run's overrides. Raises UserError."""
+    arguments = Namespace(overrides=[BASE, *run.overrides], config_name=None, config_dir=None)
+    composed, _ = entry.compose("train", arguments)
+    return read_config(composed)[0]
+
+
+def corpus_of(config: TrainConfig, records: Records) -> str:
+    """The fingerprint of the text that runs would be trained on here.
+
+    Raises UserError where it is another one than the records'.
+    """
+    store = prepare(config.data, config.tokenizer, config.model.vocab_size, _say, sys.stderr.isatty())
+    if records.corpus not in (None, store.fingerprint):
+        python = next(iter(records.contents.values()))["environment"]["python"]
+        raise UserError(
+            f"{records.folder}: its runs were trained on the standard library of Python {python}, and this one's text "
+            "differs; use that Python, or --out FOLDER for a study of your own"
+        )
+    return store.fingerprint
+
+
+def train(runs: list[Run], records: Records, corpus: str, workers: int) -> list[Run]:
+    """Train `runs` and record each as soon as it is done; returns those that failed.
+
+    Ctrl-C or SIGTERM stops the runs after their step, with checkpoints, and is passed on as KeyboardInterrupt.
+    """
+    waiting, going, failed = list(runs), {}, []
+    with _only_study() as lock, _terminated_as_interrupted():
+        try:
+            while waiting or going:
+                while waiting and len(going) < workers:
+                    run = waiting.pop(0)
+                    going[run] = _start(run, lock)
+                time.sleep(_POLL_S)
+                for run in [run for run, process in going.items() if process.poll() is not None]:
+                    code = going.pop(run).returncode
+                    if code == entry.DONE:
+                        records.add(run, RUNS / run.name, corpus)
+                        _say(
+                            f"{run.name}: done, validation loss {records.contents[run.name]['summary']['val_loss']:.4f}"
+                        )
+                    else:
+                        failed.append(run)
+                        _say(f"{run.name}: exit code {code}, see {_log(run)}")
+        except KeyboardInterrupt:
+            for process in going.values():
+                process.send_signal(signal.SIGTERM)
+            for process in going.values():
+                process.wait()
+            raise
+    return failed
+
+
+def _start(run: Run, lock: IO[str]) -> subprocess.Popen:
+    """Begin or go on with a run. It holds the study's lock too: an orphan must not meet a second study."""
+    folder = RUNS / run.name
+    if RunDirectory(folder).summary().get("status") == "done":
+        return subprocess.Popen([sys.executable, "-c", ""])
+    _say(f"{run.name}: {'goes on' if (folder / 'config.yaml').exists() else 'starts'}")
+    command = [sys.executable, "-m", "est_cli", BASE, *run.overrides, f"hydra.run.dir={folder}"]
+    with _log(run).open("a") as log:
+        return subprocess.Popen(
+            command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1"}, pass_fds=[lock.fileno()],
+        )  # fmt: skip
+
+
+def _log(run: Run) -> Path:
+    return RUNS / f"{run.name}.log"
+
+
+@contextmanager
+def _only_study() -> Iterator[IO[str]]:
+    RUNS.mkdir(parents=True, exist_ok=True)
+    with (RUNS / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError(f"{RUNS}: a study trains there already, or a run that it left behind") from None
+        yield lock
+
+
+@contextmanager
+def _terminated_as_interrupted() -> Iterator[None]:
+    def interrupt(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _say(message: str) -> None:
+    print(message, file=sys.stderr, flush=True)

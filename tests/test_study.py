@@ -1,0 +1,217 @@
+"""docs/study.md against the grid and the committed records, and its numbers on records made up here."""
+
+import json
+from copy import deepcopy
+from pathlib import Path
+from time import sleep
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from est_cli.commands.arms import ARMS, EST, FULL, FULL_SAME_FLOPS
+from est_cli.errors import UserError
+from study import figures, tables, training
+from study.document import rebuilt
+from study.frontier import Frontier
+from study.grid import LEARNING_RATES, LONG, TUNED, Run, grid, matching
+from study.records import ROOT, Records
+from tests.commands.cli import write_corpus
+
+FOLDER = ROOT / "docs" / "study"
+COMMITTED = Records(FOLDER / "records")
+DOCUMENT = (ROOT / "docs" / "study.md").read_text("utf-8")
+BY_NAME = {run.name: run for run in grid()}
+TEN_PFLOP = 1e16
+
+
+def test_run_names_are_unique_and_can_be_picked_by_a_pattern():
+    assert len(BY_NAME) == len(grid())
+    assert {run.name for run in matching(["headline-*-seed0"])} == {f"headline-{arm}-seed0" for arm in ARMS}
+
+
+@pytest.mark.slow
+def test_every_run_of_the_grid_composes_to_a_run_of_its_own():
+    configs = {run: training.config_of(run) for run in grid()}
+    assert len({repr(config) for config in configs.values()}) == len(configs)
+    for run, config in configs.items():
+        if run in COMMITTED:
+            COMMITTED.check(run, config)
+        if run.group == "headline":
+            assert config.trainer.max_steps == (23_000 if FULL_SAME_FLOPS in run.name else LONG)
+
+
+def test_the_committed_records_are_runs_of_the_grid_on_one_text():
+    assert set(COMMITTED.contents) <= set(BY_NAME)
+    assert COMMITTED.corpus is not None
+    for name, content in COMMITTED.contents.items():
+        assert content["overrides"] == list(BY_NAME[name].overrides)
+        assert content["summary"]["status"] == "done"
+        assert content["curve"]["val/loss"][-1] == pytest.approx(content["summary"]["val_loss"], abs=1e-5)
+
+
+def test_the_document_is_what_its_records_make_of_it():
+    assert rebuilt(DOCUMENT, COMMITTED) == DOCUMENT, "run python -m study --tables"
+
+
+def test_the_document_shows_every_table_and_figure():
+    for name in tables.TABLES:
+        assert f"<!-- begin: {name} -->" in DOCUMENT
+    for path in FOLDER.glob("*.svg"):
+        assert f"study/{path.name}" in DOCUMENT
+        assert path.stat().st_size < 80_000
+
+
+def test_the_headline_has_the_best_learning_rates_once_they_are_known():
+    for arm in ARMS:
+        losses = {lr: COMMITTED.contents.get(f"lr-{arm}-{lr}") for lr in LEARNING_RATES}
+        if None not in losses.values():
+            best = min(losses, key=lambda lr: losses[lr]["summary"]["val_loss"])
+            assert TUNED[arm] == best
+
+
+@pytest.fixture
+def made_up(tmp_path) -> Records:
+    """The runs at the tuned learning rate and a few screens, with losses that are easy to reckon with."""
+    records = Records(tmp_path)
+    template = next(iter(COMMITTED.contents.values()))
+    losses = {EST: (0.75, 2.1), FULL: (1.0, 2.0), FULL_SAME_FLOPS: (0.75, 2.2)}
+    for arm, (flops, loss) in losses.items():
+        _make_up(records, template, f"lr-{arm}-{TUNED[arm]}", arm, flops, loss)
+    _make_up(records, template, "screen-balanced", "study", 0.75, 1.9)
+    _make_up(records, template, "screen-cyclic", "study", 0.2, 2.1)
+    return records
+
+
+def _make_up(records: Records, template: dict, name: str, arm: str, flops: float, loss: float) -> None:
+    content = deepcopy(template)
+    content["name"], content["config"]["name"], content["config"]["seed"] = name, arm, 0
+    content["summary"] |= {"val_loss": loss, "flops_total": flops * TEN_PFLOP, "flops_saved": 1 - flops}
+    content["curve"]["val/loss"][-1] = loss
+    records.contents[name] = content
+
+
+def row(table: str, first: str) -> list[str]:
+    [line] = [line for line in table.splitlines() if line.startswith(f"| {first}")]
+    return [cell.strip() for cell in line.strip("|").split("|")]
+
+
+def test_a_schedule_is_held_against_the_full_model_at_its_own_flops(made_up):
+    """0.1 below the 2.2 that the full model reaches for 75% of the FLOPs."""
+    table = tables.screens(made_up)
+    est = row(table, "**EST")
+    assert est[1:5] == ["25.0%", "2.1000", "2.2000", "−0.1000"]
+    # The full model reaches 2.1 halfway between the logarithms of 0.75 and 1.
+    assert est[5] == f"{100 * (1 - 0.75 / 0.75**0.5):.1f}%"
+
+
+def test_a_schedule_outside_of_what_the_full_model_was_measured_on_has_no_verdict(made_up):
+    table = tables.screens(made_up)
+    assert row(table, "`cyclic`")[3:5] == ["-", "-"], "nobody trained the full model for so few steps"
+    assert row(table, "`balanced`")[4:] == ["−0.3000", "-"], "the full model never was as good as 1.9"
+    assert table.index("`balanced`") < table.index("**EST") < table.index("`cyclic`"), "the best first"
+    assert "Not yet run: rates 0.75" in table
+
+
+def test_what_is_missing_is_said(made_up):
+    assert row(tables.headline(made_up), "EST")[1:3] == ["0 of 3", "not yet run"]
+    assert "not yet run" in tables.headline_says(made_up)
+    assert all(tables.ARM_WORDS[arm] in tables.tuned_at_an_edge(made_up) for arm in ARMS)
+    assert row(tables.budget_table(made_up), "learning rates")[1:3] == ["12", "3"]
+
+
+def test_the_arms_in_words(made_up):
+    said = tables.short_arms_say(made_up)
+    assert "EST spends 25.0% fewer FLOPs, and its loss is 0.100 (one seed: no spread is known) above" in said
+    assert "For the same FLOPs its loss is 0.100 (one seed: no spread is known) below" in said
+
+
+def test_the_best_learning_rate_of_an_arm_is_bold(made_up):
+    template = made_up.contents[f"lr-{EST}-{TUNED[EST]}"]
+    _make_up(made_up, template, f"lr-{EST}-1e-3", EST, 0.75, 2.05)
+    cells = row(tables.learning_rates(made_up), "EST")
+    assert "**2.0500**" in cells
+    assert "2.1000" in cells
+
+
+def test_records_of_two_texts_are_refused(made_up):
+    made_up.contents["screen-cyclic"]["corpus"] = "another"
+    with pytest.raises(UserError, match=r"lr-est-.* and screen-cyclic are of different texts"):
+        made_up.corpus  # noqa: B018
+
+
+def test_the_frontier_is_linear_in_the_logarithm_of_the_flops_and_knows_its_ends():
+    frontier = Frontier(np.array([1e12, 4e12]), np.array([3.0, 2.0]))
+    assert frontier.loss_at(2e12) == pytest.approx(2.5)
+    assert frontier.flops_at(2.5) == pytest.approx(2e12)
+    assert np.isnan([frontier.loss_at(5e12), frontier.flops_at(1.9), frontier.flops_at(3.1)]).all()
+
+
+def test_the_same_records_give_the_same_figures_byte_for_byte(made_up, tmp_path):
+    drawn = [figures.draw(made_up, tmp_path / name) for name in "ab"]
+    assert {path.stem for path in drawn[0]} == {"learning-rates", "short-runs", "screens"}
+    for a, b in zip(*drawn, strict=True):
+        assert a.read_bytes() == b.read_bytes()
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch) -> Path:
+    monkeypatch.setattr(training, "RUNS", tmp_path / "runs")
+    write_corpus(tmp_path / "corpus")
+    return tmp_path
+
+
+def tiny(place: Path, name: str, *overrides: str) -> Run:
+    text = ("data=text", f"data.path={place / 'corpus'}", f"data.cache_dir={place / 'cache'}", "tokenizer=byte")
+    return Run(name, ("trainer.max_steps=4", "trainer.batch_size=1", "trainer.eval_every=2", *text, *overrides))
+
+
+@pytest.mark.slow
+def test_what_trains_is_recorded_and_what_fails_stops_nothing_else(place):
+    good, bad = tiny(place, "lr-good"), tiny(place, "lr-bad", "sampling.strategy=nonsense")
+    records = Records(place / "records")
+    assert training.train([bad, good], records, "some text", workers=2) == [bad]
+    found = json.loads((place / "records" / "lr-good.json").read_text())
+    assert found["corpus"] == "some text"
+    assert found["curve"]["step"] == [1, 3]
+    assert len(json.dumps(found)) < 8000
+    assert "nonsense" in (place / "runs" / "lr-bad.log").read_text()
+
+    again = Records(place / "records")
+    again.check(good, training.config_of(good))
+    with pytest.raises(UserError, match=r"lr-good\.json: is of another config.*\n.*optimizer\.lr"):
+        again.check(good, training.config_of(tiny(place, "lr-good", "optimizer.lr=0.5")))
+
+    (place / "records" / "lr-good.json").unlink()
+    before = (place / "runs" / "lr-good" / "metrics.jsonl").stat().st_mtime_ns
+    assert training.train([good], Records(place / "records"), "some text", workers=1) == []
+    assert (place / "records" / "lr-good.json").exists(), "a finished folder is recorded without training again"
+    assert (place / "runs" / "lr-good" / "metrics.jsonl").stat().st_mtime_ns == before
+
+
+@pytest.mark.slow
+def test_a_study_that_is_stopped_goes_on_where_it_was(place, monkeypatch):
+    run, folder = tiny(place, "lr-long", "trainer.max_steps=1500"), place / "runs" / "lr-long"
+
+    def sleep_until_it_trains(seconds: float) -> None:
+        if (folder / "metrics.jsonl").exists() and (folder / "metrics.jsonl").stat().st_size:
+            raise KeyboardInterrupt
+        sleep(0.05)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(training, "time", SimpleNamespace(sleep=sleep_until_it_trains))
+        training.train([run], Records(place / "records"), "some text", workers=1)
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["status"] == "stopped"
+    assert 0 < summary["steps"] < 1500
+
+    records = Records(place / "records")
+    assert training.train([run], records, "some text", workers=1) == []
+    assert records.contents["lr-long"]["summary"]["steps"] == 1500
+    assert f"step-{summary['steps']:08}" in (place / "runs" / "lr-long.log").read_text()
+    assert len(json.loads((folder / "environment.json").read_text())["earlier_starts"]) == 1
+
+
+def test_two_studies_do_not_train_at_once(place):
+    with training._only_study(), pytest.raises(UserError, match="a study trains there already"):
+        training.train([], Records(place / "records"), "some text", workers=1)
