@@ -208,6 +208,8 @@ class CheckpointConfig:
     """Newest checkpoints that stay."""
     keep_best: bool = True
     """Also keep the one with the lowest validation loss."""
+    at_boundaries: bool = False
+    """Also write one at the end of every stage, and keep it: est-analyze measures transitions there."""
 
 
 @dataclass(frozen=True)
@@ -241,6 +243,11 @@ class TrainConfig:
     @property
     def stages(self) -> tuple[Stage, ...]:
         return build_stages(self.scheduler.stages, self.trainer.max_steps, self.scheduler.names)
+
+    @property
+    def lasting_checkpoints(self) -> frozenset[int]:
+        """Steps whose checkpoints stay whatever checkpoint.keep says."""
+        return frozenset(stage.end for stage in self.stages[:-1]) if self.checkpoint.at_boundaries else frozenset()
 
 
 def read_train_config(plain: Mapping[str, Any]) -> TrainConfig:

@@ -50,7 +50,7 @@ def run(plain: dict[str, Any]) -> None:
     found = [_evaluate(folder, request) for folder in folders]
     if kind == "text":
         table = _tasks_table if request.tasks else _loss_table
-        Console().print(table(_short_names(folders), found))
+        Console().print(table(short_names(folders), found))
     elif isinstance(given, str):
         print(json.dumps(found[0]))
     else:
@@ -99,7 +99,7 @@ def _tasks(opened: "OpenRun", request: Request) -> dict[str, Any]:
     return {"tasks": evaluate_tasks(opened, tokenizer, request.tasks, tasks_dir, request.limit, request.num_fewshot)}
 
 
-def _short_names(folders: list[str]) -> list[str]:
+def short_names(folders: list[str]) -> list[str]:
     """What tells the runs apart: their paths without what they share."""
     paths = [Path(folder).absolute() for folder in folders]
     shared = Path(os.path.commonpath([path.parent for path in paths]))

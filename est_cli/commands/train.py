@@ -149,7 +149,8 @@ def execute(prepared: Prepared, world: "World") -> int:
 
     config, directory, trackers = prepared.config, prepared.directory, prepared.trackers
     code = git_state(Path(__file__).parent)
-    checkpoints = Checkpoints(directory.checkpoints, config.checkpoint.keep, config.checkpoint.keep_best, code)
+    kept = config.checkpoint
+    checkpoints = Checkpoints(directory.checkpoints, kept.keep, kept.keep_best, code, config.lasting_checkpoints)
     stop_request = _stop_request()
     training = Training(config, prepared.store, world, trackers)
     found = checkpoints.to_resume(config.trainer.max_steps, warn=prepared.say)

@@ -70,6 +70,8 @@ class Checkpoints:
     keep_best: bool = False
     code: dict[str, Any] | None = None
     """Commit of the code that trains, where it is a checkout."""
+    lasting: frozenset[int] = frozenset()
+    """Steps after which a checkpoint is written whatever the interval, and stays."""
 
     def save(self, step: int, model: Transformer, optimizer: SampledAdamW | None, facts: dict[str, Any]) -> Path:
         """Write the state after `step` optimizer steps; `facts` go into state.json.
@@ -152,7 +154,7 @@ class Checkpoints:
         folders = self._folders()
         best = _best(folders) if self.keep_best else None
         for folder in folders[: -self.keep]:
-            if folder != best:
+            if folder != best and _step_of(folder) not in self.lasting:
                 self._drop(folder)
 
     def _drop(self, folder: Path) -> None:

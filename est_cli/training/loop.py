@@ -102,7 +102,8 @@ class Training:
             while self.step < stage.end and not stopped:
                 self._train_step(stage, subnet)
                 stopped = self.world.any(stopping()) and self.step < trainer.max_steps
-                if not stopped and _due(self.step, trainer.checkpoint_every) and self.step < trainer.max_steps:
+                due = _due(self.step, trainer.checkpoint_every) or self.step in checkpoints.lasting
+                if due and not stopped and self.step < trainer.max_steps:
                     self._save(checkpoints, "full", is_last=False)
             del subnet
         self._save(checkpoints, "full" if stopped else trainer.save_final, is_last=True)

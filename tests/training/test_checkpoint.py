@@ -118,6 +118,13 @@ def test_the_best_stays_too_where_that_is_asked_for(tmp_path):
     assert checkpoints.newest(silent).step == 50
 
 
+def test_those_at_lasting_steps_stay(tmp_path):
+    checkpoints = Checkpoints(tmp_path, keep=1, lasting=frozenset({10, 30}))
+    for step in (10, 20, 30, 40, 50):
+        checkpoints.save(step, *trained(step), FACTS)
+    assert names(tmp_path) == ["step-00000010", "step-00000030", "step-00000050"]
+
+
 def test_a_checkpoint_that_was_just_written_is_never_dropped_for_a_damaged_one(tmp_path):
     """Step 20 is damaged, the run goes on from 10, and is stopped at 15."""
     saved(tmp_path, 10, 20)

@@ -9,7 +9,7 @@ from tiny import FAMILIES, GPT2, LLAMA, RandomTokens, Recorder, snapshot, train_
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from est_cli.config import OptimizerConfig, SamplingConfig, TrainConfig
+from est_cli.config import CheckpointConfig, OptimizerConfig, SamplingConfig, TrainConfig
 from est_cli.errors import RunFailed
 from est_cli.subnet.schedule import stage_at
 from est_cli.training.checkpoint import Checkpoints
@@ -135,6 +135,14 @@ def test_checkpoints_come_at_their_steps_and_at_the_end(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000012", "step-00000015"]
     assert [message.split("step-")[1] for message in recorder.messages] == ["00000006", "00000012", "00000015"]
     assert not Checkpoints(tmp_path).newest(pytest.fail).can_resume
+
+
+def test_checkpoints_at_boundaries_come_at_the_end_of_every_stage_but_the_last_and_stay(tmp_path):
+    config = train_config(GPT2, checkpoint_every=6, save_final="weights")
+    config = replace(config, checkpoint=CheckpointConfig(keep=1, at_boundaries=True))
+    training, _ = start(config)
+    training.run(Checkpoints(tmp_path, keep=1, lasting=config.lasting_checkpoints), stopping=lambda: False)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000002", "step-00000007", "step-00000015"]
 
 
 @pytest.mark.parametrize("kernels", ["torch", "masked"])

@@ -1,0 +1,158 @@
+"""What the paper argues from, measured on a run: its stage transitions, the spread over subnetworks, the sharpness."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import torch
+
+from est_cli.data.batches import validation_windows
+from est_cli.evaluation.measures import Measures
+from est_cli.evaluation.run import OpenRun
+from est_cli.evaluation.sharpness import hessian_product, largest_eigenvalue, loss_rises
+from est_cli.evaluation.spread import Spread, mean_loss, spread
+from est_cli.evaluation.transitions import transitions
+from est_cli.subnet.schedule import Rates, Stage, stage_at
+from est_cli.tracking.metrics import METRICS_NAME, iterate_metrics
+from est_cli.training.checkpoint import Checkpoints
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """The full model's loss and those of its subnetworks, at the weights of one checkpoint."""
+
+    updates: int
+    full_loss: float
+    spreads: list[Spread]
+
+    def losses(self, rates: Rates) -> np.ndarray:
+        """One for each plan of some rates; the full model's alone for full rates."""
+        if rates == Rates():
+            return np.array([self.full_loss])
+        return np.array(next(found.losses for found in self.spreads if found.rates == rates))
+
+
+def analyze(run: OpenRun, val: np.ndarray, rates: Sequence[Rates], measures: Measures, say: Say) -> dict[str, Any]:
+    """Everything about one run, as plain numbers; `rates` are those of the subnetworks to sample, the run's included.
+
+    val [n] of the validation split.
+    """
+    windows = validation_windows(val, run.config.data.seq_len, measures.tokens)
+    updates = run.checkpoint.step
+    say(f"{run.folder}: sharpness after {updates} updates")
+    sharpness, perturbation = _sharpness(run, val, measures), _perturbation(run, windows, measures)
+    measured = [_measure(run, updates, windows, rates, measures, say)]
+    if measures.checkpoints == "all":
+        measured += _measure_earlier(run, windows, rates, measures, say)
+    measured.reverse()
+    return {
+        "step": updates - 1,
+        "tokens": windows[:, 1:].size,
+        "transitions": _transitions(run, measured, measures.window),
+        "checkpoints": [_checkpoint_facts(run, entry) for entry in measured],
+        "sharpness": sharpness,
+        "perturbation": perturbation,
+    }
+
+
+def _measure_earlier(
+    run: OpenRun, windows: np.ndarray, rates: Sequence[Rates], measures: Measures, say: Say
+) -> Iterator[Measured]:
+    """The newest first, each in the place of the run's weights."""
+    for checkpoint in Checkpoints(run.folder / "checkpoints").sound(say):
+        if checkpoint.step < run.checkpoint.step:
+            checkpoint.load_model(run.model)
+            yield _measure(run, checkpoint.step, windows, rates, measures, say)
+
+
+def _measure(
+    run: OpenRun, updates: int, windows: np.ndarray, rates: Sequence[Rates], measures: Measures, say: Say
+) -> Measured:
+    say(f"{run.folder}: losses after {updates} updates")
+    batch_size = run.config.trainer.batch_size
+    full_loss = mean_loss(run.model, windows, batch_size)
+    sampling, plans, seed = run.config.sampling, measures.plans, measures.seed
+    spreads = [spread(run.model, sampling, each, windows, batch_size, plans, seed) for each in rates]
+    return Measured(updates, full_loss, spreads)
+
+
+def _checkpoint_facts(run: OpenRun, measured: Measured) -> dict[str, Any]:
+    subnetworks = [
+        {
+            "rates": asdict(found.rates),
+            "mean": found.mean,
+            "std": found.std,
+            "quantiles": found.quantiles,
+            "losses": list(found.losses),
+        }
+        for found in measured.spreads
+    ]
+    last_step = measured.updates - 1
+    stage = stage_at(run.config.stages, last_step).number
+    return {"step": last_step, "stage": stage, "full_loss": measured.full_loss, "subnetworks": subnetworks}
+
+
+def _transitions(run: OpenRun, measured: list[Measured], window: int) -> list[dict[str, Any]]:
+    """Each with what was logged around it, and what its checkpoint shows where there is one."""
+    stages, path = run.config.stages, run.folder / METRICS_NAME
+    at = {entry.updates: entry for entry in measured}
+    logged = transitions(stages, iterate_metrics(path) if path.exists() else (), window)
+    return [
+        {
+            "step": old.end,
+            "from_stage": old.number,
+            "to_stage": new.number,
+            "train_loss": None if found.train is None else asdict(found.train),
+            "val_loss": None if found.val is None else [asdict(entry) for entry in found.val],
+            "at_checkpoint": _growth(at[old.end], old, new) if old.end in at else None,
+        }
+        for (old, new), found in zip(pairwise(stages), logged, strict=True)
+    ]
+
+
+def _growth(measured: Measured, old: Stage, new: Stage) -> dict[str, float]:
+    """What the larger subnetworks alone do to the loss, weights unchanged; compared plan by plan."""
+    before, after = measured.losses(old.rates), measured.losses(new.rates)
+    drops = before - after
+    error = drops.std(ddof=1) / np.sqrt(len(drops)) if len(drops) > 1 else 0.0
+    return {
+        "full_loss": measured.full_loss,
+        "before": float(before.mean()),
+        "after": float(after.mean()),
+        "standard_error": float(error),
+    }
+
+
+def _sharpness(run: OpenRun, val: np.ndarray, measures: Measures) -> dict[str, Any]:
+    windows = validation_windows(val, run.config.data.seq_len, measures.hessian_tokens)
+    parameter = next(run.model.parameters())
+    size = sum(p.numel() for p in run.model.parameters())
+    start = torch.randn(size, generator=torch.Generator().manual_seed(measures.seed)).to(parameter)
+    found = largest_eigenvalue(hessian_product(run.model, windows), start, measures.iterations)
+    return {
+        "largest_eigenvalue": found.value,
+        "residual": found.residual,
+        "iterations": found.iterations,
+        "settled": found.settled,
+        "tokens": windows[:, 1:].size,
+    }
+
+
+def _perturbation(run: OpenRun, windows: np.ndarray, measures: Measures) -> list[dict[str, Any]]:
+    def loss() -> float:
+        return mean_loss(run.model, windows, run.config.trainer.batch_size)
+
+    return [
+        {
+            "relative_norm": found.relative_norm,
+            "norm": found.norm,
+            "mean": float(np.mean(found.rises)),
+            "std": float(np.std(found.rises, ddof=1)) if len(found.rises) > 1 else 0.0,
+            "rises": list(found.rises),
+        }
+        for found in loss_rises(run.model, loss, measures.norms, measures.draws, measures.seed)
+    ]

@@ -1,0 +1,126 @@
+"""How sharp the loss is around the weights: the Hessian's largest eigenvalue, and the rise under random noise.
+
+P parameters, as one vector
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from est_cli.model.transformer import Transformer
+
+_TOKENS_AT_ONCE = 2048
+"""Of a second backward pass, which keeps about three times what training keeps, and all attention scores."""
+_TOLERANCE = 1e-3
+"""Relative change of the eigenvalue from one iteration to the next at which it stands."""
+
+Product = Callable[[Tensor], Tensor]
+"""v [P] → H v [P]"""
+
+
+@dataclass(frozen=True)
+class Eigenvalue:
+    value: float
+    residual: float
+    """‖H v − λ v‖ / |λ| of the unit vector v that it was found with: 0 for an exact eigenvector."""
+    iterations: int
+    """Hessian-vector products that it took."""
+    settled: bool
+    """Whether the last iteration moved it by less than 0.1%."""
+
+
+@dataclass(frozen=True)
+class Rise:
+    """What random noise of a given size does to the loss."""
+
+    relative_norm: float
+    """Of the noise, as a share of the weights' norm: of every tensor, and so of the whole."""
+    norm: float
+    rises: tuple[float, ...]
+    """Loss with the noise minus loss without, one a draw."""
+
+
+def hessian_product(model: Transformer, windows: np.ndarray) -> Product:
+    """Products with the Hessian of the mean cross-entropy on `windows` [n, T + 1], by a second backward pass.
+
+    The plain head and the MATH attention stand in for the fused ones, which have no second derivative.
+    """
+    parameters = list(model.parameters())
+    sizes, size = [p.numel() for p in parameters], max(1, _TOKENS_AT_ONCE // (windows.shape[1] - 1))
+
+    def product(vector: Tensor) -> Tensor:
+        parts = [part.view_as(p) for part, p in zip(vector.split(sizes), parameters, strict=True)]
+        total = torch.zeros_like(vector)
+        with sdpa_kernel(SDPBackend.MATH):
+            for start in range(0, len(windows), size):
+                batch = torch.from_numpy(windows[start : start + size]).to(vector.device)
+                logits = model.logits(batch[:, :-1]).flatten(0, 1)
+                loss = F.cross_entropy(logits, batch[:, 1:].flatten()) * (len(batch) / len(windows))
+                gradients = torch.autograd.grad(loss, parameters, create_graph=True)
+                second = torch.autograd.grad(gradients, parameters, parts)
+                total += torch.cat([part.flatten() for part in second])
+        return total
+
+    return product
+
+
+def largest_eigenvalue(product: Product, start: Tensor, max_iterations: int) -> Eigenvalue:
+    """The largest eigenvalue of a symmetric matrix by power iteration from `start` [P].
+
+    Power iteration finds the eigenvalue that is largest in size. Where that one is negative, a second round on the
+    matrix minus it, which has no negative eigenvalue, finds the largest.
+    """
+    found = _power_iteration(product, start, max_iterations)
+    if found.value >= 0:
+        return found
+    above = _power_iteration(product, start, max_iterations, shift=found.value)
+    return replace(above, iterations=found.iterations + above.iterations)
+
+
+def _power_iteration(product: Product, start: Tensor, max_iterations: int, shift: float = 0.0) -> Eigenvalue:
+    """On the matrix minus `shift`; the eigenvalue is the matrix's own."""
+    image, values, settled = start, [], False
+    while not settled and len(values) < max_iterations:
+        vector = image / image.norm()
+        image = product(vector)
+        values.append(torch.dot(vector, image).item())
+        residual = (image - values[-1] * vector).norm().item() / abs(values[-1])
+        settled = len(values) > 1 and abs(values[-1] - values[-2]) <= _TOLERANCE * abs(values[-1])
+        image = image - shift * vector
+    return Eigenvalue(values[-1], residual, len(values), settled)
+
+
+def loss_rises(
+    model: Transformer, loss: Callable[[], float], relative_norms: Sequence[float], draws: int, seed: int
+) -> list[Rise]:
+    """How much `loss()` of the model rises when Gaussian noise is added to its weights, which are put back after.
+
+    Every tensor's noise has `relative_norm` times the tensor's norm. All norms share the directions of the draws.
+    """
+    weights = [(p, p.detach().clone()) for p in model.parameters()]
+    total = torch.stack([saved.norm() for _, saved in weights]).norm().item()
+    calm = loss()
+    rises = [[] for _ in relative_norms]
+    try:
+        for draw in range(draws):
+            for relative, found in zip(relative_norms, rises, strict=True):
+                for (parameter, saved), noise in zip(weights, _directions(weights, seed, draw), strict=True):
+                    parameter.data.copy_(saved + relative * saved.norm() * noise)
+                found.append(loss() - calm)
+    finally:
+        for parameter, saved in weights:
+            parameter.data.copy_(saved)
+    return [Rise(r, r * total, tuple(found)) for r, found in zip(relative_norms, rises, strict=True)]
+
+
+def _directions(weights: list[tuple[Tensor, Tensor]], seed: int, draw: int) -> Iterator[Tensor]:
+    """Noise of norm 1 for each tensor, the same every time that it is asked for."""
+    generator = torch.Generator().manual_seed((seed << 20) + draw)
+    for _, saved in weights:
+        noise = torch.randn(saved.shape, generator=generator)
+        yield (noise / noise.norm()).to(saved.device, saved.dtype)

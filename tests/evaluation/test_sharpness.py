@@ -1,0 +1,138 @@
+"""The curvature is that of the explicit Hessian, and noise has the norm that it says and leaves no trace."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from tiny import FAMILIES, random_master, snapshot
+from torch import Tensor
+from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from est_cli.evaluation.sharpness import hessian_product, largest_eigenvalue, loss_rises
+from est_cli.evaluation.spread import mean_loss
+from est_cli.model.transformer import Transformer
+
+WINDOWS = np.random.default_rng(0).integers(5, size=(3, 7))
+
+
+def tiny(family: str) -> Transformer:
+    """A hundred weights or two, so that the Hessian fits a test."""
+    small = {"n_layers": 1, "n_heads": 2, "n_kv_heads": {"gpt2": 2, "llama": 1}[family], "d_model": 4, "d_ff": 3}
+    return random_master(replace(FAMILIES[family], **small, head_dim=2, vocab_size=5, max_seq_len=8))
+
+
+class _Logits(torch.nn.Module):
+    """The logits as `forward`, which is what functional_call calls."""
+
+    def __init__(self, model: Transformer):
+        super().__init__()
+        self.model = model
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.model.logits(inputs)
+
+
+def explicit_hessian(model: Transformer) -> Tensor:
+    """[P, P] of the mean cross-entropy, by autograd's own function on one flat vector."""
+    parameters = {name: p.detach() for name, p in model.named_parameters()}
+    sizes = [p.numel() for p in parameters.values()]
+    tokens = torch.from_numpy(WINDOWS)
+
+    def loss(flat: Tensor) -> Tensor:
+        parts = zip(parameters.items(), flat.split(sizes), strict=True)
+        weights = {name: part.view_as(p) for (name, p), part in parts}
+        logits = functional_call(_Logits(model), {f"model.{n}": w for n, w in weights.items()}, (tokens[:, :-1],))
+        return F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
+
+    flat = torch.cat([p.flatten() for p in parameters.values()])
+    with sdpa_kernel(SDPBackend.MATH):
+        return torch.autograd.functional.hessian(loss, flat)
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def model(request):
+    return tiny(request.param)
+
+
+@pytest.fixture(scope="module")
+def hessian(model):
+    return explicit_hessian(model)
+
+
+def start(model: Transformer) -> Tensor:
+    size = sum(p.numel() for p in model.parameters())
+    return torch.randn(size, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+
+def test_a_product_is_that_of_the_explicit_hessian(model, hessian):
+    vector = start(model)
+    torch.testing.assert_close(hessian_product(model, WINDOWS)(vector), hessian @ vector)
+
+
+def test_batches_of_windows_add_up(model, hessian, monkeypatch):
+    monkeypatch.setattr("est_cli.evaluation.sharpness._TOKENS_AT_ONCE", 12)
+    vector = start(model)
+    torch.testing.assert_close(hessian_product(model, WINDOWS)(vector), hessian @ vector)
+
+
+def test_power_iteration_finds_the_largest_eigenvalue_of_the_hessian(model, hessian):
+    found = largest_eigenvalue(hessian_product(model, WINDOWS), start(model), 500)
+    expected = torch.linalg.eigvalsh(hessian)[-1].item()
+    assert found.settled
+    assert found.value == pytest.approx(expected, rel=0.01)
+
+
+@pytest.mark.parametrize("others", [(1.0, -9.0), (1.0, 0.5), (-2.0, -9.0)])
+def test_the_largest_eigenvalue_is_not_the_largest_in_size(others):
+    """Of 3 and the others; each direction has a share in the start."""
+    matrix = torch.diag(torch.tensor([3.0, *others], dtype=torch.float64))
+    found = largest_eigenvalue(lambda vector: matrix @ vector, torch.ones(3, dtype=torch.float64), 200)
+    assert found.value == pytest.approx(3, rel=0.01)
+    assert found.residual < 0.1
+
+
+def test_all_eigenvalues_can_be_negative():
+    matrix = torch.diag(torch.tensor([-1.0, -9.0], dtype=torch.float64))
+    found = largest_eigenvalue(lambda vector: matrix @ vector, torch.ones(2, dtype=torch.float64), 200)
+    assert found.value == pytest.approx(-1, rel=0.05)
+
+
+def test_too_few_iterations_are_said():
+    matrix = torch.diag(torch.tensor([1.0, 0.9], dtype=torch.float64))
+    assert not largest_eigenvalue(lambda vector: matrix @ vector, torch.ones(2, dtype=torch.float64), 1).settled
+
+
+def test_noise_has_the_norm_that_it_says_in_every_tensor_and_goes_away(model):
+    weights, seen = snapshot(model), []
+
+    def loss() -> float:
+        changes = [(p - weights[name]).norm() / weights[name].norm() for name, p in model.named_parameters()]
+        seen.append([change.item() for change in changes])
+        return mean_loss(model, WINDOWS, 2)
+
+    (small, large) = loss_rises(model, loss, (0.01, 0.3), draws=3, seed=0)
+    assert seen[0] == [0.0] * len(weights)
+    assert [row for relative in seen[1::2] for row in relative] == pytest.approx([0.01] * 3 * len(weights))
+    assert [row for relative in seen[2::2] for row in relative] == pytest.approx([0.3] * 3 * len(weights))
+    total = torch.cat([w.flatten() for w in weights.values()]).norm().item()
+    assert (small.norm, large.norm) == (pytest.approx(0.01 * total), pytest.approx(0.3 * total))
+    assert all(torch.equal(p, weights[name]) for name, p in model.named_parameters())
+
+
+def test_a_rise_is_the_loss_with_the_noise_minus_the_loss_without():
+    model, losses = tiny("llama"), iter([5.0, 5.5, 6.0, 4.0, 9.0])
+    assert [rise.rises for rise in loss_rises(model, lambda: next(losses), (0.1, 0.2), 2, 0)] == [
+        (0.5, -1.0),
+        (1.0, 4.0),
+    ]
+
+
+def test_the_seed_decides_the_noise(model):
+    def rises(seed: int) -> tuple[float, ...]:
+        return loss_rises(model, lambda: mean_loss(model, WINDOWS, 2), (0.1,), 3, seed)[0].rises
+
+    assert rises(0) == rises(0) != rises(1)
+    assert len(set(rises(0))) == 3
