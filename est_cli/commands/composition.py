@@ -20,6 +20,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from est_cli.commands.rerun import recorded_config
 from est_cli.errors import UserError, nearest
 
 
@@ -34,7 +35,9 @@ class Composer:
     """Composes one command's configuration; `with` it, since Hydra keeps a global."""
 
     def __init__(self, config_name: str, arguments: argparse.Namespace):
-        self.config_name = arguments.config_name or config_name
+        rerun = getattr(arguments, "rerun", None)
+        recorded = recorded_config(rerun, arguments.overrides) if rerun is not None else None
+        self.config_name = recorded or arguments.config_name or config_name
         self.arguments = arguments
 
     def __enter__(self) -> "Composer":

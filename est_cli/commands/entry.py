@@ -1,12 +1,13 @@
 """The outermost entry point of every command: flags, composition, exit codes."""
 
 import argparse
+import contextlib
 import functools
 import os
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
 import hydra
@@ -39,8 +40,8 @@ def run_id() -> str:
 OmegaConf.register_new_resolver("est.run_id", run_id, replace=True)
 
 
-def read_arguments() -> argparse.Namespace:
-    """Hydra's flags and the overrides of the command line.
+def read_arguments(reruns: bool = False) -> argparse.Namespace:
+    """Hydra's flags and the overrides of the command line; with `reruns` also --rerun.
 
     Also lets a config name a person's own functions by a dotted path: an installed command, unlike python -m, does
     not look for modules in the current directory. It comes last, so that no file there can take a library's place.
@@ -50,6 +51,8 @@ def read_arguments() -> argparse.Namespace:
     parser = get_args_parser()
     versions = f"est-cli {est_cli.__version__} (Hydra {hydra.__version__})"
     next(action for action in parser._actions if action.dest == "version").version = versions
+    if reruns:
+        parser.add_argument("--rerun", metavar="DIR")
     return parser.parse_intermixed_args()
 
 
@@ -120,19 +123,34 @@ def hand_to_hydra(config_name: str, arguments: Any, task: Callable[[DictConfig],
     exit_with(lambda: run_hydra(config_name, task))
 
 
+def run_in_directory(config_name: str, arguments: argparse.Namespace, task: Callable[[DictConfig], int]) -> int:
+    """Hydra makes the run directory, and calls `task` with the composed config; returns what that returns."""
+    outcome: list[int] = []
+    with Composer(config_name, arguments) as composer, _passed_by_hydra(task) as guarded:
+        composer.hydra.run(composer.config_name, lambda config: outcome.append(guarded(config)), arguments.overrides)
+    return outcome[0]
+
+
 def run_hydra(config_name: str, task: Callable[[DictConfig], Any]) -> None:
-    """Hydra's own main: it makes the run directory and calls `task` with the composed config.
+    """Hydra's own main.
 
     A UserError and a RunFailed pass through, where Hydra would print a traceback and exit with 1.
     """
+    with _passed_by_hydra(task) as guarded:
+        hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name=config_name)(guarded)()
+
+
+@contextlib.contextmanager
+def _passed_by_hydra(task: Callable[[DictConfig], Any]) -> Iterator[Callable[[DictConfig], Any]]:
+    """The task for Hydra to call; what it raises is raised in the end, past Hydra's own words on errors."""
     errors: list[Exception] = []
 
-    def guarded(config: DictConfig) -> None:
+    def guarded(config: DictConfig) -> Any:
         try:
-            task(config)
-        except (UserError, RunFailed) as error:
+            return task(config)
+        except Exception as error:
             errors.append(error)
 
-    hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name=config_name)(guarded)()
+    yield guarded
     if errors:
         raise errors[0]

@@ -125,10 +125,10 @@ def write_whole(path: Path, text: str) -> None:
     temporary.rename(path)
 
 
-def continue_command(overrides: list[str], config: TrainConfig, run_dir: Path) -> str:
-    """The exact command line that goes on with a stopped run."""
-    kept = [override for override in overrides if not override.startswith("run_id=")]
-    by_folder = any(override.startswith("hydra.run.dir=") for override in kept)
+def continue_command(arguments: list[str], config: TrainConfig) -> str:
+    """The exact command line that goes on with a stopped run that was called with `arguments`, flags included."""
+    kept = [argument for argument in arguments if not argument.startswith("run_id=")]
+    by_folder = any(argument.startswith("hydra.run.dir=") for argument in kept)
     # Quoted where Hydra would read a number: 12_3, of an array job, is 123 to it.
     name = config.run_id if re.search("[A-Za-z.-]", config.run_id) else f"'{config.run_id}'"
     kept += [] if by_folder else [f"run_id={name}"]

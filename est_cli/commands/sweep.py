@@ -93,6 +93,9 @@ def sweep_name(_root_: DictConfig) -> str:
     """`sweep-stage1_end-seed-1f0c93aa`: the swept keys, and a digest of all overrides in any order."""
     params = [f"{key}={value}" for key, value in _params(_root_).items()]
     overrides = sorted([*params, *_root_.hydra.overrides.task])
+    config_name = OmegaConf.select(_root_, "hydra.job.config_name")
+    if config_name not in (None, "train"):
+        overrides.append(f"--config-name={config_name}")
     keys = "-".join(_safe(key.rpartition(".")[2]) for key in sorted(_swept_keys(_root_)))
     return "-".join(filter(None, ("sweep", keys[:60].strip("-"), _digest(overrides))))
 

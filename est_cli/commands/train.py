@@ -1,5 +1,6 @@
 """est-train: validate, prepare the data, make the run directory, train, say what was saved."""
 
+import argparse
 import contextlib
 import functools
 import json
@@ -52,12 +53,25 @@ class Prepared:
 
 
 def main() -> None:
-    arguments = entry.read_arguments()
+    arguments = entry.read_arguments(reruns=True)
     if entry.asks_hydra(arguments):
-        entry.hand_to_hydra("train", arguments, lambda _: None)
+        entry.exit_with(lambda: _explain(arguments))
     if (folder := replay.take_folder(arguments)) is not None:
         entry.exit_with(lambda: replay.run(folder, arguments))
     entry.exit_with(lambda: sweep.run(arguments, job_of_sweep) if sweep.is_sweep(arguments) else _run(arguments))
+
+
+def _explain(arguments: Any) -> None:
+    """--help, --cfg and --info are Hydra's own words; it does not know --rerun."""
+    name = "train"
+    if arguments.rerun is not None:
+        from est_cli.commands.rerun import recorded_config
+
+        name = recorded_config(arguments.rerun, arguments.overrides)
+        ours = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+        ours.add_argument("--rerun")
+        sys.argv[1:] = ours.parse_known_args()[1]
+    entry.hand_to_hydra(name, arguments, lambda _: None)
 
 
 def _run(arguments: Any) -> int:
@@ -78,13 +92,11 @@ def _run(arguments: Any) -> int:
     directory = RunDirectory(Path(hydra_node.run.dir).absolute())
     notes += directory.check(config)
     trackers = trackers_for(config)
-    command = continue_command(arguments.overrides, config, directory.path)
+    command = continue_command(sys.argv[1:], config)
     prepared = Prepared(config, directory, _tokens(config), arguments.overrides, command, notes, trackers)
     world = join(config.trainer.device)
     world.from_main(str(directory.path))
-    codes: list[int] = []
-    entry.run_hydra("train", lambda _: codes.append(execute(prepared, world)))
-    return codes[0]
+    return entry.run_in_directory("train", arguments, lambda _: execute(prepared, world))
 
 
 def job_of_sweep(composed: DictConfig, directory: RunDirectory, command: str) -> float:

@@ -1,0 +1,73 @@
+"""est-train --rerun DIR: the config that a run recorded as the one that the command's overrides change."""
+
+import hashlib
+from pathlib import Path
+
+import yaml
+from hydra.core.config_store import ConfigStore
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+from omegaconf import OmegaConf
+
+from est_cli.commands.run_directory import CONFIG
+from est_cli.errors import UserError
+
+_OF_THE_CALL = ("run_id", "format")
+"""Keys that say how a run was called, not what it computes."""
+_RATES = ("sampling.heads", "sampling.mlp", "sampling.layers")
+
+
+def recorded_config(run_dir: str, overrides: list[str]) -> str:
+    """The name of a primary config, made for this process, that composes to DIR/config.yaml.
+
+    Raises UserError where DIR holds no run, and for overrides that cannot reach what is recorded.
+    """
+    path = Path(run_dir) / CONFIG
+    try:
+        text = path.read_text(encoding="utf-8")
+        config = yaml.safe_load(text)
+    except OSError:
+        raise UserError(f"--rerun={run_dir}: is no run directory: there is no {CONFIG} in it") from None
+    except (ValueError, yaml.YAMLError) as error:
+        raise UserError(f"--rerun={run_dir}: its {CONFIG} cannot be read: {error}") from error
+    if not isinstance(config, dict) or not isinstance(config.get("model"), dict):
+        raise UserError(f"--rerun={run_dir}: its {CONFIG} is not that of a run of est-train")
+    _check(run_dir, overrides)
+    name = f"rerun-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+    _store(name, _unbound(config))
+    return name
+
+
+def _check(run_dir: str, overrides: list[str]) -> None:
+    """The stages are recorded as numbers: what they were once made from does not reach them any more."""
+    keys = set()
+    for text in overrides:
+        try:
+            keys.add(OverridesParser.create().parse_override(text).key_or_group.lstrip("+~"))
+        except HydraException:
+            continue  # told, with all others, when the config is composed
+    if "scheduler" in keys:
+        return
+    dead = [key for key in sorted(keys) if key in _RATES or (key.startswith("scheduler.") and "stages" not in key)]
+    if dead:
+        anew = "name also the scheduler that makes them anew, as in scheduler=three_stage"
+        raise UserError(*(f"{key}: does not reach the stages that {run_dir} recorded; {anew}" for key in dead))
+
+
+def _unbound(config: dict) -> dict:
+    """Without what the call decides, and with a head width that follows from the other widths again, if it did."""
+    model = config["model"]
+    if model.get("head_dim") == model.get("d_model", 0) // max(1, model.get("n_heads", 1)):
+        model = {**model, "head_dim": None}
+    return {key: value for key, value in {**config, "model": model}.items() if key not in _OF_THE_CALL}
+
+
+def _store(name: str, config: dict) -> None:
+    """As options of the config groups, so that a group can still be exchanged as a whole."""
+    store = ConfigStore.instance()
+    groups = {key: value for key, value in config.items() if isinstance(value, dict)}
+    for group, section in groups.items():
+        store.store(group=group, name=name, node=OmegaConf.create(section))
+    rest = {key: value for key, value in config.items() if key not in groups}
+    defaults = ["train", *({f"override /{group}": name} for group in groups), "_self_"]
+    store.store(name=name, node=OmegaConf.create({"defaults": defaults, **rest}))
