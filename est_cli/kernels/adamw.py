@@ -1,12 +1,13 @@
 """AdamW (Loshchilov and Hutter, 2019) on sampled rows, one pass over what moves.
 
 Clip scale, decay, moments and the scatter of the sampled rows happen chunk by chunk: a chunk fits in the cache,
-and gradients of a sampled tensor's full size never exist. The arithmetic is torch.optim.AdamW's, operation by
-operation, so that equal gradients give equal bits.
+and gradients of a sampled tensor's full size never exist. Where all rows have taken as many steps, PyTorch's own
+fused kernel moves a chunk, so that the bits are those of torch.optim.AdamW(fused=True).
 
 A tensor is seen as a matrix [R, C] of rows; `rows` are the sampled ones, ascending.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -16,6 +17,8 @@ from torch import Tensor
 
 CPU_CHUNK_ELEMENTS = 1 << 19
 CUDA_CHUNK_ELEMENTS = 1 << 26
+LANES = 16
+"""Elements of a vector register: the fused kernel rounds what is left over of a chunk otherwise."""
 
 
 @dataclass(frozen=True)
@@ -80,18 +83,37 @@ def step_all_rows(
         flat = [None if t is None else t.reshape(-1, 1) for t in (parameter, moment, square, gradient)]
         parameter, moment, square, gradient = flat
     height = _chunk_height(parameter)
-    spread, scratch = (torch.empty_like(parameter[:height]) for _ in range(2))
+    scratch = torch.zeros_like(parameter[:height])
+    taken = torch.full((), count, dtype=torch.float32, device=parameter.device)
     for start in range(0, len(parameter), height):
-        stop = min(start + height, len(parameter))
-        p, g = parameter[start:stop], None
-        if gradient is not None and rows is None:
-            g = gradient[start:stop]
-        elif gradient is not None:
-            low, high = np.searchsorted(rows.host, (start, stop))
-            g = spread[: len(p)].zero_().index_copy_(0, rows.device[low:high] - start, gradient[low:high])
-        if g is not None and clip is not None:
-            g = torch.mul(g, clip, out=spread[: len(p)])
-        _step(p, moment[start:stop], square[start:stop], g, hyper, *corrections(hyper, count), scratch[: len(p)])
+        chunk = slice(start, min(start + height, len(parameter)))
+        g = scratch[: chunk.stop - start]
+        if gradient is not None:
+            g = _chunk_of_gradient(gradient, rows, chunk, clip, out=g)
+        torch._fused_adamw_(
+            [parameter[chunk]],
+            [g],
+            [moment[chunk]],
+            [square[chunk]],
+            [],
+            [taken],
+            lr=hyper.lr,
+            beta1=hyper.beta1,
+            beta2=hyper.beta2,
+            weight_decay=hyper.weight_decay,
+            eps=hyper.eps,
+            amsgrad=False,
+            maximize=False,
+        )
+
+
+def _chunk_of_gradient(gradient: Tensor, rows: Rows | None, chunk: slice, clip: Tensor | None, out: Tensor) -> Tensor:
+    """The clipped gradient of the rows in `chunk`, 0 where a row was not sampled."""
+    if rows is None:
+        return gradient[chunk] if clip is None else torch.mul(gradient[chunk], clip, out=out)
+    low, high = np.searchsorted(rows.host, (chunk.start, chunk.stop))
+    out.zero_().index_copy_(0, rows.device[low:high] - chunk.start, gradient[low:high])
+    return out if clip is None else out.mul_(clip)
 
 
 def step_sampled_rows(
@@ -113,33 +135,18 @@ def step_sampled_rows(
         return
     first, second = (torch.from_numpy(c).to(parameter)[:, None] for c in corrections(hyper, counts))
     height = _chunk_height(parameter)
-    scratch = torch.empty_like(parameter[:height])
     for start in range(0, len(gradient), height):
         part = slice(start, start + height)
         index = part if rows is None else rows.device[part]
         p, m, v = parameter[index], moment[index], square[index]
         g = gradient[part] if clip is None else gradient[part] * clip
-        _step(p, m, v, g, hyper, first[part], second[part], scratch[: len(p)])
+        p.mul_(1 - hyper.lr * hyper.weight_decay)
+        m.lerp_(g, 1 - hyper.beta1)
+        v.mul_(hyper.beta2).addcmul_(g, g, value=1 - hyper.beta2)
+        p.addcdiv_(m * (hyper.lr / first[part]), v.sqrt().div_(second[part]).add_(hyper.eps), value=-1)
         if rows is not None:
             for whole, moved in ((parameter, p), (moment, m), (square, v)):
                 whole.index_copy_(0, index, moved)
-
-
-def _step(
-    p: Tensor, m: Tensor, v: Tensor, g: Tensor | None, hyper: Hyperparameters, first, second, scratch: Tensor
-) -> None:
-    """One AdamW step in place, g = None for zeros; `first` and `second` are the corrections, numbers or [rows, 1]."""
-    if hyper.weight_decay:
-        p.mul_(1 - hyper.lr * hyper.weight_decay)
-    m.lerp_(m.new_zeros(()) if g is None else g, 1 - hyper.beta1)
-    v.mul_(hyper.beta2)
-    if g is not None:
-        v.addcmul_(g, g, value=1 - hyper.beta2)
-    denominator = torch.sqrt(v, out=scratch).div_(second).add_(hyper.eps)
-    if isinstance(first, Tensor):
-        p.sub_(m.mul(hyper.lr / first).div_(denominator))
-    else:
-        p.addcdiv_(m, denominator, value=-(hyper.lr / first))
 
 
 def corrections(hyper: Hyperparameters, count):
@@ -148,5 +155,7 @@ def corrections(hyper: Hyperparameters, count):
 
 
 def _chunk_height(matrix: Tensor) -> int:
+    """Rows of a chunk: a chunk ends where a vector register does."""
     elements = CUDA_CHUNK_ELEMENTS if matrix.is_cuda else CPU_CHUNK_ELEMENTS
-    return min(len(matrix), max(1, elements // matrix.shape[1]))
+    multiple = LANES // math.gcd(LANES, matrix.shape[1])
+    return min(len(matrix), max(1, elements // matrix.shape[1] // multiple) * multiple)

@@ -50,7 +50,7 @@ def sampled(step: int, rows: int = R, columns: int = C) -> tuple[Rows, Tensor]:
 def torch_adamw(parameter: Tensor, hyper: Hyperparameters = HYPER) -> torch.optim.AdamW:
     betas = (hyper.beta1, hyper.beta2)
     return torch.optim.AdamW(
-        [parameter], lr=hyper.lr, betas=betas, eps=hyper.eps, weight_decay=hyper.weight_decay, foreach=True
+        [parameter], lr=hyper.lr, betas=betas, eps=hyper.eps, weight_decay=hyper.weight_decay, fused=True
     )
 
 

@@ -46,7 +46,7 @@ def plain_loop(config: TrainConfig, tokens: RandomTokens) -> tuple[Transformer, 
         [{"params": decayed, "weight_decay": settings.weight_decay}, {"params": others, "weight_decay": 0.0}],
         betas=settings.betas,
         eps=settings.eps,
-        foreach=True,
+        fused=True,
     )
     records = []
     for step in range(config.trainer.max_steps):
