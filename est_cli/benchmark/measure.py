@@ -17,7 +17,7 @@ import torch
 from est_cli.benchmark.case import PHASES, Case
 from est_cli.benchmark.peer import Peer, fastest
 from est_cli.benchmark.stepper import Stepper
-from est_cli.training.device import peak_flops, peak_memory_bytes, reset_peak_memory
+from est_cli.training.device import keep_freed_memory, peak_flops, peak_memory_bytes, reset_peak_memory
 
 QUARTILES = (25, 75)
 
@@ -31,6 +31,7 @@ def measure(
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, Any]:
     """The contract's JSON of est-bench: medians over rounds, per-round ratios, and their quartiles."""
+    keep_freed_memory()
     stepper = Stepper(case)
     peer = fastest(case, warmup) if against else None
     stages = range(len(case.rates))
@@ -105,6 +106,7 @@ def peak_in_own_process(case: Case, index: int) -> int:
 
 def peak_of_stage(case: Case, index: int, steps: int = 2) -> int:
     """Peak memory of this process over a few steps of one stage."""
+    keep_freed_memory()
     stepper = Stepper(case)
     device = torch.device(case.device)
     reset_peak_memory(device)

@@ -157,6 +157,7 @@ def execute(prepared: Prepared, world: "World") -> int:
     from est_cli.tracking.summary import summarize
     from est_cli.tracking.tracker import RunInfo
     from est_cli.training.checkpoint import Checkpoints
+    from est_cli.training.device import keep_freed_memory
     from est_cli.training.loop import Training
 
     config, directory, trackers = prepared.config, prepared.directory, prepared.trackers
@@ -164,6 +165,7 @@ def execute(prepared: Prepared, world: "World") -> int:
     kept = config.checkpoint
     checkpoints = Checkpoints(directory.checkpoints, kept.keep, kept.keep_best, code, config.lasting_checkpoints)
     stop_request = _stop_request()
+    keep_freed_memory()
     training = Training(config, prepared.store, world, trackers)
     found = checkpoints.to_resume(config.trainer.max_steps, warn=prepared.say)
     if found is not None:

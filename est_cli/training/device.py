@@ -1,5 +1,7 @@
 """What the device is: its peak rate and how much memory the run has used."""
 
+import ctypes
+import sys
 from pathlib import Path
 
 import torch
@@ -23,6 +25,8 @@ PEAK_BF16_FLOPS = {
     "T4": 65e12,
 }
 
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
+"""Options of glibc's mallopt, see malloc.h."""
 _STATUS = Path("/proc/self/status")
 _RESET = Path("/proc/self/clear_refs")
 
@@ -49,6 +53,18 @@ def peak_flops(device: torch.device, given: float | None) -> float | None:
         return given
     name = torch.cuda.get_device_name(device)
     return next((peak for part, peak in PEAK_BF16_FLOPS.items() if part in name), None)
+
+
+def keep_freed_memory() -> None:
+    """Keep a CPU's memory in the process when a tensor is freed: the next step asks for the same sizes again.
+
+    glibc returns large blocks to the system at once, and every step then waits for the same pages to be made and
+    zeroed anew (docs/performance.md has the times). Other C libraries are left as they are.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None:
+        mallopt(_M_MMAP_MAX, 0)
+        mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def reset_peak_memory(device: torch.device) -> None:
