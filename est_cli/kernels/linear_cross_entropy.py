@@ -11,9 +11,9 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-CPU_CHUNK_ELEMENTS = 16 << 20
-CUDA_CHUNK_ELEMENTS = 128 << 20
-"""Logits at a time, of four bytes; twice as many of two bytes."""
+CPU_CHUNK_ELEMENTS = 32 << 20
+CUDA_CHUNK_ELEMENTS = 256 << 20
+"""Logits at a time."""
 ROW_MULTIPLE = 64
 """Matrix products are slower where a chunk is no multiple of their tiles."""
 CPU_BLOCK_ELEMENTS = 2 << 20
@@ -130,8 +130,7 @@ def exact(tensor: Tensor) -> torch.dtype:
 
 def _logits(hidden: Tensor, weight: Tensor) -> Iterator[tuple[slice, Tensor]]:
     """Equal chunks of tokens, and the logits of each in a buffer that the next one overwrites."""
-    limit = (CUDA_CHUNK_ELEMENTS if hidden.is_cuda else CPU_CHUNK_ELEMENTS) * 4 // hidden.element_size()
-    limit = max(1, limit // len(weight))
+    limit = max(1, (CUDA_CHUNK_ELEMENTS if hidden.is_cuda else CPU_CHUNK_ELEMENTS) // len(weight))
     multiple = ROW_MULTIPLE if limit >= ROW_MULTIPLE else 1
     limit = limit // multiple * multiple
     n_chunks = -(-len(hidden) // limit)

@@ -171,7 +171,8 @@ class Transformer(nn.Module):
 
     def hidden(self, inputs: Tensor, masks: list[BlockMask] | None = None) -> Tensor:
         """Token ids [B, T] → normalised final states [B, T, D]."""
-        x = F.embedding(inputs, self.embedding)
+        # A tied table gets the head's gradient too: a CPU adds the rows of these inputs to it, not a second [V, D].
+        x = F.embedding(inputs, self.embedding, sparse=self.head is None and inputs.device.type == "cpu")
         if self.positions is not None:
             x = x + self.positions[: inputs.shape[1]]
         rope = self._rope_tables(x)

@@ -13,9 +13,9 @@ CPU_PROCESS_BYTES = 300e6
 """Resident memory of the interpreter with torch and the tracking libraries loaded, measured on Linux x86-64."""
 CPU_BF16_BYTES_PER_PARAMETER = 4
 """What bf16 products on a CPU hold beyond the slots: measured on GPT-2 124M, not derived."""
-CPU_LOGITS_BYTES = 64 << 20
-CUDA_LOGITS_BYTES = 512 << 20
-"""The largest chunk of logits; see est_cli/kernels/linear_cross_entropy.py."""
+CPU_LOGITS = 32 << 20
+CUDA_LOGITS = 256 << 20
+"""Elements of the largest chunk of logits; see est_cli/kernels/linear_cross_entropy.py."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ def _stage_bytes(full: ModelConfig, small: ModelConfig, tokens: int, bf16: bool,
         slots_and_gradients = 4 * (packed + parameters.total)
         head_gradient = 4 * table
     element = 2 if bf16 else 4
-    logits = min(tokens * full.vocab_size * element, CPU_LOGITS_BYTES if cpu else CUDA_LOGITS_BYTES)
+    logits = element * min(tokens * full.vocab_size, CPU_LOGITS if cpu else CUDA_LOGITS)
     activations = tokens * element * _activation_elements(small, recompute)
     return slots_and_gradients + head_gradient + logits + activations
 
