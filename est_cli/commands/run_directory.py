@@ -2,16 +2,17 @@
 
 import contextlib
 import json
+import os
 import re
 import shlex
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from est_cli.commands.config_changes import changes
 from est_cli.config import TrainConfig, as_plain
 from est_cli.errors import UserError
 
@@ -21,24 +22,6 @@ if TYPE_CHECKING:
 CONFIG, METRICS, SUMMARY, ERROR = "config.yaml", "metrics.jsonl", "summary.json", "error.txt"
 ENVIRONMENT = "environment.json"
 TOKENIZER = "tokenizer"
-
-HARMLESS = (
-    "format",
-    "logger",
-    "checkpoint",
-    "run_id",
-    "trainer.log_every",
-    "trainer.eval_every",
-    "trainer.eval_tokens",
-    "trainer.checkpoint_every",
-    "trainer.save_final",
-    "trainer.peak_flops",
-    "trainer.threads",
-    "trainer.on_nonfinite",
-    "data.cache_dir",
-)
-"""Keys, and whole sections, that may change when a run continues: they do not reach its weights."""
-
 
 _BEFORE_A_RUN = {".hydra", ERROR, ENVIRONMENT, f".{CONFIG}"}
 """What a folder may hold in which no run has begun."""
@@ -61,16 +44,26 @@ class RunDirectory:
 
         Raises UserError for a finished run, for one of another config, and for a folder of something else.
         """
+        self._check_writable()
         if not self.path.exists() or {path.name for path in self.path.iterdir()} <= _BEFORE_A_RUN:
             return []
         if not (self.path / CONFIG).exists():
             raise UserError(f"hydra.run.dir={self.path}: holds other files and no run; name another folder")
         if self.summary().get("status") == "done":
             raise UserError(
-                f"run_id={config.run_id}: this run is finished ({self.path}); name another run_id, or "
-                "leave it out for a fresh one"
+                f"run_id={config.run_id}: this run is finished ({self.path}); name another run_id, or leave it out "
+                "for a fresh one. To train on from its weights: est-export run=… to=hf out=FOLDER, then "
+                "model.init_from=FOLDER"
             )
         return [f"continues with a changed {line}" for line in self._harmless_changes(config)]
+
+    def _check_writable(self) -> None:
+        """Raises UserError where the folder cannot be made, or not be written."""
+        nearest = next(folder for folder in (self.path, *self.path.parents) if folder.exists())
+        if not nearest.is_dir():
+            raise UserError(f"hydra.run.dir={self.path}: cannot be a folder, because {nearest} is a file")
+        if not os.access(nearest, os.W_OK | os.X_OK):
+            raise UserError(f"hydra.run.dir={self.path}: cannot be written, because {nearest} may not be")
 
     def is_done(self, config: TrainConfig) -> bool:
         """Whether this run is finished already. Raises UserError for a finished one of another config."""
@@ -81,15 +74,14 @@ class RunDirectory:
         return True
 
     def _harmless_changes(self, config: TrainConfig) -> list[str]:
-        changed = list(differences(self.config(), as_plain(config)))
-        matter = [line for key, line in changed if not _harmless(key)]
-        if matter:
+        changed = [change for change in changes(self.config(), as_plain(config)) if change.key != "run_id"]
+        if any(change.problem for change in changed):
             raise UserError(
                 f"run_id={config.run_id}: the run in {self.path} has another config; give the same "
                 "values, or another run_id",
-                *matter,
+                *(f"{change} ({change.problem or 'may change'})" for change in changed),
             )
-        return [line for _, line in changed if _key(line) != "run_id"]
+        return [str(change) for change in changed]
 
     def write_config(self, config: TrainConfig) -> None:
         write_whole(self.path / CONFIG, yaml.safe_dump(as_plain(config), sort_keys=False))
@@ -101,7 +93,16 @@ class RunDirectory:
         tokenizer.save(folder)
 
     def config(self) -> dict[str, Any]:
-        return yaml.safe_load((self.path / CONFIG).read_text())
+        """Raises UserError where the file is damaged."""
+        try:
+            plain = yaml.safe_load((self.path / CONFIG).read_text())
+        except (yaml.YAMLError, UnicodeDecodeError):
+            plain = None
+        if not isinstance(plain, dict):
+            raise UserError(
+                f"{self.path / CONFIG}: is damaged; the newest checkpoint's state.json holds the config too"
+            )
+        return plain
 
     def summary(self) -> dict[str, Any]:
         """summary.json, or an empty dict where there is none."""
@@ -139,20 +140,3 @@ def program() -> list[str]:
     """How this process was called: the installed command, or python -m."""
     name = Path(sys.argv[0])
     return ["python", "-m", "est_cli"] if name.name == "__main__.py" else [name.name]
-
-
-def differences(old: Any, new: Any, path: str = "") -> Iterator[tuple[str, str]]:
-    """Key and line of every value that differs between two plain configs."""
-    if isinstance(old, dict) and isinstance(new, dict):
-        for key in {**old, **new}:
-            yield from differences(old.get(key), new.get(key), f"{path}.{key}" if path else key)
-    elif old != new:
-        yield path, f"{path}: was {old}, is {new}"
-
-
-def _harmless(key: str) -> bool:
-    return any(key == allowed or key.startswith(f"{allowed}.") for allowed in HARMLESS)
-
-
-def _key(line: str) -> str:
-    return line.partition(":")[0]

@@ -1,0 +1,74 @@
+"""What may differ between a run's config and that of the command that continues it."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+HARMLESS = (
+    "format",
+    "logger",
+    "checkpoint",
+    "run_id",
+    "trainer.log_every",
+    "trainer.eval_every",
+    "trainer.eval_tokens",
+    "trainer.checkpoint_every",
+    "trainer.save_final",
+    "trainer.peak_flops",
+    "trainer.threads",
+    "trainer.on_nonfinite",
+    "data.cache_dir",
+)
+"""Keys, and whole sections, that may change when a run continues: they do not reach its weights."""
+
+MAX_STEPS = "trainer.max_steps"
+
+
+@dataclass(frozen=True)
+class Change:
+    """A key whose value differs between two plain configs, and why it may not, where it may not."""
+
+    key: str
+    old: Any
+    new: Any
+    problem: str | None
+
+    def __str__(self) -> str:
+        return f"{self.key}: was {self.old}, is {self.new}"
+
+
+def changes(old: dict[str, Any], new: dict[str, Any]) -> list[Change]:
+    """Every key that differs between the plain config of a run and a new one."""
+    return [Change(*difference, _problem(*difference, new)) for difference in _differences(old, new)]
+
+
+def _differences(old: Any, new: Any, path: str = "") -> Iterator[tuple[str, Any, Any]]:
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in {**old, **new}:
+            yield from _differences(old.get(key), new.get(key), f"{path}.{key}" if path else key)
+    elif old != new:
+        yield path, old, new
+
+
+def _problem(key: str, old: Any, new: Any, config: dict[str, Any]) -> str | None:
+    if any(key == allowed or key.startswith(f"{allowed}.") for allowed in HARMLESS):
+        return None
+    if key != MAX_STEPS:
+        return "decides the weights"
+    if new < old:
+        return "may grow only"
+    if fractions := ", ".join(f"{name}={value}" for name, value in _fractions(config)):
+        return f"may grow only where boundaries, warmup and decay are given in steps, and not as {fractions}"
+    return None
+
+
+def _fractions(config: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    """What the number of steps decides: a longer run would have had another past."""
+    for number, stage in enumerate(config["scheduler"]["stages"]):
+        if isinstance(stage["end"], float):
+            yield f"scheduler.stages[{number}].end", stage["end"]
+    optimizer = config["optimizer"]
+    if isinstance(optimizer["warmup"], float):
+        yield "optimizer.warmup", optimizer["warmup"]
+    if optimizer["decay"] != "none" and not isinstance(optimizer["decay_steps"], int):
+        yield "optimizer.decay_steps", "null" if optimizer["decay_steps"] is None else optimizer["decay_steps"]

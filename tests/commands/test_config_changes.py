@@ -1,0 +1,158 @@
+"""A run continues with the config that it had; what may change, and what is said of what may not."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from tiny import LLAMA, RandomTokens, Recorder, snapshot, train_config
+
+from est_cli.commands.run_directory import RunDirectory, continue_command
+from est_cli.config import LoggerConfig, OptimizerConfig, as_plain, read_train_config
+from est_cli.errors import UserError
+from est_cli.subnet.schedule import StageSpec
+from est_cli.training.checkpoint import Checkpoints
+from est_cli.training.distributed import World
+from est_cli.training.loop import Training
+
+IN_STEPS = (StageSpec(4, 0.5, 0.5, 0.5), StageSpec(9, 0.5, 0.5), StageSpec())
+STEADY = OptimizerConfig(warmup=3, decay_steps=12)
+
+
+@pytest.fixture
+def directory(tmp_path):
+    return RunDirectory(tmp_path / "run")
+
+
+def begun(directory: RunDirectory, config) -> RunDirectory:
+    directory.path.mkdir()
+    directory.write_config(config)
+    return directory
+
+
+def longer(config, max_steps: int):
+    return replace(config, trainer=replace(config.trainer, max_steps=max_steps))
+
+
+def test_an_equal_config_continues_in_silence(directory):
+    config = replace(train_config(), run_id="a")
+    assert begun(directory, config).check(replace(config, run_id="a")) == []
+
+
+def test_logging_evaluation_and_checkpoints_may_change_and_are_told(directory):
+    config = train_config()
+    trainer = replace(config.trainer, log_every=5, eval_every=7, checkpoint_every=3, on_nonfinite="skip")
+    changed = replace(config, trainer=trainer, logger=LoggerConfig(project="other"))
+    said = begun(directory, config).check(changed)
+    assert "continues with a changed trainer.eval_every: was 0, is 7" in said
+    assert {line.split()[4].rstrip(":") for line in said} == {
+        "trainer.log_every", "trainer.eval_every", "trainer.checkpoint_every", "trainer.on_nonfinite",
+        "logger.kind", "logger.project",
+    }  # fmt: skip
+
+
+def test_every_key_that_differs_is_listed_with_whether_it_matters(directory):
+    config = train_config()
+    changed = replace(
+        config, seed=3, optimizer=replace(config.optimizer, lr=0.5), trainer=replace(config.trainer, log_every=5)
+    )
+    with pytest.raises(UserError) as caught:
+        begun(directory, config).check(changed)
+    assert caught.value.problems[1:] == (
+        "optimizer.lr: was 0.0006, is 0.5 (decides the weights)",
+        "trainer.log_every: was 1, is 5 (may change)",
+        "seed: was 0, is 3 (decides the weights)",
+    )
+
+
+def test_max_steps_may_grow_where_everything_is_given_in_steps(directory):
+    config = train_config(optimizer=STEADY, stages=IN_STEPS)
+    assert begun(directory, config).check(longer(config, 20)) == [
+        "continues with a changed trainer.max_steps: was 15, is 20"
+    ]
+    with pytest.raises(UserError, match=r"trainer.max_steps: was 15, is 14 \(may grow only\)"):
+        directory.check(longer(config, 14))
+
+
+@pytest.mark.parametrize(
+    ("stages", "optimizer", "named"),
+    [
+        ((StageSpec(0.3, 0.5), StageSpec()), STEADY, "scheduler.stages[0].end=0.3"),
+        (IN_STEPS, replace(STEADY, warmup=0.1), "optimizer.warmup=0.1"),
+        (IN_STEPS, replace(STEADY, decay_steps=None), "optimizer.decay_steps=null"),
+        (IN_STEPS, replace(STEADY, decay_steps=0.9), "optimizer.decay_steps=0.9"),
+    ],
+)
+def test_max_steps_may_not_grow_where_a_fraction_would_change_the_past(directory, stages, optimizer, named):
+    config = train_config(optimizer=optimizer, stages=stages)
+    with pytest.raises(UserError) as caught:
+        begun(directory, config).check(longer(config, 20))
+    assert "may grow only where boundaries, warmup and decay are given in steps" in caught.value.problems[1]
+    assert named in caught.value.problems[1]
+
+
+@pytest.mark.parametrize("optimizer", [STEADY, OptimizerConfig(warmup=3, decay="none")], ids=["decay", "no decay"])
+def test_a_run_that_grew_has_the_weights_of_one_that_was_as_long_from_the_start(tmp_path, optimizer):
+    short = train_config(optimizer=optimizer, stages=IN_STEPS)
+    begun(RunDirectory(tmp_path / "run"), short).check(longer(short, 20))
+
+    def training(config):
+        return Training(config, RandomTokens(LLAMA.vocab_size), World(torch.device("cpu")), [Recorder()])
+
+    first, whole, grown = training(short), training(longer(short, 20)), training(longer(short, 20))
+    first.run(Checkpoints(tmp_path / "parts"), stopping=lambda: first.step == 11)
+    grown.restore(Checkpoints(tmp_path / "parts").to_resume(20, pytest.fail))
+    for run in (whole, grown):
+        run.run(Checkpoints(tmp_path / "end"), stopping=lambda: False)
+    expected = snapshot(whole.model)
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in snapshot(grown.model).items())
+
+
+def test_a_finished_run_is_refused_and_told_how_to_train_on(directory):
+    config = train_config(optimizer=STEADY, stages=IN_STEPS)
+    begun(directory, config).write_summary({"status": "done"})
+    with pytest.raises(UserError, match=r"this run is finished .* model.init_from=FOLDER"):
+        directory.check(longer(config, 20))
+
+
+def test_a_folder_of_something_else_is_never_written_to(directory):
+    directory.path.mkdir()
+    (directory.path / "thesis.tex").touch()
+    with pytest.raises(UserError, match="holds other files and no run"):
+        directory.check(train_config())
+
+
+def test_a_run_that_died_while_it_wrote_its_config_begins_again(directory):
+    directory.path.mkdir()
+    (directory.path / ".config.yaml").write_text("model:")
+    assert directory.check(train_config()) == []
+
+
+@pytest.mark.parametrize("content", [b"", b"a: [", b"\xff\xfe", b"5"])
+def test_a_damaged_config_is_named(directory, content):
+    begun(directory, train_config())
+    (directory.path / "config.yaml").write_bytes(content)
+    with pytest.raises(UserError, match=r"config.yaml: is damaged"):
+        directory.check(train_config())
+
+
+def test_a_run_directory_below_a_file_is_named(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"hydra.run.dir=.*file/run: cannot be a folder, because .*file is a file"):
+        RunDirectory(tmp_path / "file" / "run").check(train_config())
+
+
+@pytest.mark.parametrize("run_id", ["4711", "12_3", "20261123-163216-5bac", "a.b", "1e5"])
+def test_the_command_that_continues_names_the_run_as_hydra_reads_it(tmp_path, run_id):
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    command = continue_command(["trainer.max_steps=5"], replace(train_config(), run_id=run_id), tmp_path)
+    import shlex
+
+    override = OverridesParser.create().parse_override(shlex.split(command)[-1])
+    assert (override.key_or_group, override.value()) == ("run_id", run_id)
+
+
+def test_a_number_is_a_run_id_too():
+    plain = {**as_plain(train_config()), "run_id": 4711, "name": 5}
+    config = read_train_config(plain)
+    assert (config.run_id, config.name) == ("4711", "5")
