@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help install run test lint format bench study clean
+.PHONY: help install run test soak flat lint format bench study clean
 
 help: ## Explain the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -16,6 +16,12 @@ run: $(STAMP) ## Train a small model in three stages on real text: about two min
 
 test: $(STAMP) ## Run the tests
 	$(BIN)/python -m pytest --numprocesses auto --dist loadfile
+
+soak: $(STAMP) ## Kill and resume runs at 25 random moments and compare the bits: some minutes
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.soak --wandb
+
+flat: $(STAMP) ## Measure that memory, file handles and step time stay flat over 20,000 steps: some minutes
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.flat
 
 lint: $(STAMP) ## Check style
 	$(BIN)/ruff check .

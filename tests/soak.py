@@ -58,7 +58,7 @@ class Soak:
                 print(f"kill {self.fallen.total():>3}/{kills}  step {self._steps(name):>3}  {place}", flush=True)
             elif code != 0:
                 sys.exit(f"exit code {code}:\n{(self.folder / 'output.txt').read_text()[-4000:]}")
-            else:
+            if (self._run_dir(name) / "summary.json").exists():  # also where it was killed while it wrote the report
                 print(f"{name} is done", flush=True)
                 return
 

@@ -3,7 +3,6 @@
 import contextlib
 import json
 import os
-import re
 import shlex
 import sys
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
+from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from est_cli.commands.config_changes import changes
 from est_cli.config import TrainConfig, as_plain
@@ -130,9 +130,11 @@ def continue_command(arguments: list[str], config: TrainConfig) -> str:
     """The exact command line that goes on with a stopped run that was called with `arguments`, flags included."""
     kept = [argument for argument in arguments if not argument.startswith("run_id=")]
     by_folder = any(argument.startswith("hydra.run.dir=") for argument in kept)
-    # Quoted where Hydra would read a number: 12_3, of an array job, is 123 to it.
-    name = config.run_id if re.search("[A-Za-z.-]", config.run_id) else f"'{config.run_id}'"
-    kept += [] if by_folder else [f"run_id={name}"]
+    if not by_folder:
+        by_name = f"run_id={config.run_id}"
+        # To Hydra 12_3, of an array job, is the number 123.
+        is_text = OverridesParser.create().parse_override(by_name).value() == config.run_id
+        kept.append(by_name if is_text else f"run_id='{config.run_id}'")
     return shlex.join([*program(), *kept])
 
 

@@ -142,10 +142,10 @@ def test_a_run_directory_below_a_file_is_named(tmp_path):
 
 
 @pytest.mark.parametrize("run_id", ["4711", "12_3", "20261123-163216-5bac", "a.b", "1e5"])
-def test_the_command_that_continues_names_the_run_as_hydra_reads_it(tmp_path, run_id):
+def test_the_command_that_continues_names_the_run_as_hydra_reads_it(run_id):
     from hydra.core.override_parser.overrides_parser import OverridesParser
 
-    command = continue_command(["trainer.max_steps=5"], replace(train_config(), run_id=run_id), tmp_path)
+    command = continue_command(["trainer.max_steps=5"], replace(train_config(), run_id=run_id))
     import shlex
 
     override = OverridesParser.create().parse_override(shlex.split(command)[-1])
