@@ -55,7 +55,8 @@ def _change(losses: dict[str, float] | None) -> tuple[str, str, str]:
 
 def _losses_table(runs: Sequence[dict[str, Any]]) -> Table:
     numbers = ("loss", "std", "5%", "95%")
-    table = _table("Full model and sampled subnetworks", len(runs) > 1, "step", "stage", "model", numbers=numbers)
+    title = f"Full model and sampled subnetworks, on {runs[0]['tokens']:,} validation tokens"
+    table = _table(title, len(runs) > 1, "step", "stage", "model", numbers=numbers)
     for run in runs:
         name = [run["name"]] if len(runs) > 1 else []
         for entry in run["checkpoints"]:

@@ -42,7 +42,7 @@ def evaluate_tasks(
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     # Bootstraps of this size do not need processes, and forking is not safe beside torch's threads.
     os.environ.setdefault("DISABLE_MULTIPROC", "1")
-    manager = TaskManager(include_path=None if tasks_dir is None else str(tasks_dir))
+    manager = _manager(tasks, tasks_dir)
     problems = [
         f"tasks={task}: lm-eval has no such task{nearest(task, manager.all_tasks)}"
         for task in tasks
@@ -67,6 +67,14 @@ def evaluate_tasks(
             "files that name local data, and give tasks_dir=FOLDER"
         ) from None
     return {task: _numbers(metrics) for task, metrics in results.items()}
+
+
+def _manager(tasks: Sequence[str], tasks_dir: Path | None) -> TaskManager:
+    """The index of one's own tasks; with lm-eval's too, thousands of files to read, where a task is not among them."""
+    if tasks_dir is None:
+        return TaskManager()
+    own = TaskManager(include_path=str(tasks_dir), include_defaults=False)
+    return own if set(tasks) <= set(own.all_tasks) else TaskManager(include_path=str(tasks_dir))
 
 
 def _numbers(metrics: dict[str, Any]) -> dict[str, float]:

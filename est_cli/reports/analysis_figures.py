@@ -37,24 +37,33 @@ def write_figures(runs: Sequence[dict[str, Any]], records: Sequence[RunRecord], 
 
 def _transitions(runs: Sequence[dict[str, Any]], records: Sequence[RunRecord]) -> Figure:
     """A panel a run: training loss, and at the checkpoints the full model and its subnetworks at equal weights."""
-    figure = Figure(figsize=(_WIDTH, 3.6 * len(runs)))
+    figure = Figure(figsize=(_WIDTH, 4.0 * len(runs)))
     for ax, run, record in zip(figure.subplots(len(runs), squeeze=False)[:, 0], runs, records, strict=True):
         line = train_curve(record, AXES[0])
         ax.plot(line.x, line.y, color=palette.REST, linewidth=0.8, label="training loss, logged")
         at = [entry["step"] + 1 for entry in run["checkpoints"]]
         losses = [entry["full_loss"] for entry in run["checkpoints"]]
-        ax.plot(at, losses, color=palette.SERIES[0], marker="o", markersize=5, linewidth=1.2, label="full model")
+        ax.plot(
+            at, losses, color=palette.SERIES[0], marker="o", markersize=5, linewidth=1.2, label="full model, validation"
+        )
         for rank, found in enumerate(run["checkpoints"][0]["subnetworks"], 1):
             _draw_subnetworks(ax, run, at, rank, _kept(found["rates"]))
-        limits = final_loss_window([line])
-        if limits:
-            ax.set_ylim(*limits)
+        low, high = final_loss_window([line]) or ax.get_ylim()
+        ax.set_ylim(
+            min(low, 0.98 * min(losses)), max(high, 1.02 * max(_highest(entry) for entry in run["checkpoints"]))
+        )
         ax.set_xlim(0, max(1.0, *at, *line.x[-1:]) * 1.02)
-        draw_stages(ax, Comparison.of([record]), AXES[0], 1.0)
+        if len(record.stages) > 1:
+            draw_stages(ax, Comparison.of([record]), AXES[0], 1.0)
         ax.set(xlabel=AXES[0].title, ylabel="Loss (nats per token)")
         ax.set_title(run["name"] if len(runs) > 1 else "", loc="left", fontsize=9, color=palette.INK)
-        ax.legend(frameon=False, loc="upper right", bbox_to_anchor=(1, 0.94))
+        ax.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2)
     return figure
+
+
+def _highest(entry: dict[str, Any]) -> float:
+    """Loss that a panel must reach to show all of a checkpoint."""
+    return max([entry["full_loss"], *(found["quantiles"]["0.95"] for found in entry["subnetworks"])])
 
 
 def _draw_subnetworks(ax: Axes, run: dict[str, Any], at: list[int], rank: int, label: str) -> None:

@@ -14,6 +14,7 @@ MODULES = {
     "est-data": "data",
     "est-eval": "evaluate",
     "est-generate": "generate",
+    "est-analyze": "analyze",
     "est-export": "export",
     "est-report": "report",
     "est-bench": "bench",
