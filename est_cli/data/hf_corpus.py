@@ -233,7 +233,8 @@ def _explain(error: Exception, data: DataConfig, split: str, local: bool) -> Use
     path = show_paths(data.path)
     where = f"data.path={path}"
     if "split" in said and split in said:
-        return UserError(f"data.split={data.split}, data.val_split={data.val_split}: {said}")
+        key = "data.split" if split == data.split else "data.val_split"
+        return UserError(f"{key}={split}: {said}")
     if "BuilderConfig" in said or "Config name" in said:
         return UserError(f"data.name={data.name}: {said}")
     if local:
