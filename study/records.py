@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 
 from est_cli.commands.composition import conf_dir
-from est_cli.commands.run_directory import ENVIRONMENT, HARMLESS, differences
+from est_cli.commands.config_changes import HARMLESS, changes
+from est_cli.commands.run_directory import ENVIRONMENT
 from est_cli.config import TrainConfig, as_plain, read_train_config
 from est_cli.errors import UserError
 from est_cli.reports.records import RunRecord, load_runs
@@ -53,7 +54,7 @@ class Records:
     def check(self, run: Run, config: TrainConfig) -> None:
         """Raises UserError where the record of `run` is of another config than the grid's."""
         recorded = read_train_config({"logger": {}, "checkpoint": {}, **self.contents[run.name]["config"]})
-        changed = [line for _, line in differences(_decisive(recorded), _decisive(config))]
+        changed = [str(change) for change in changes(_decisive(recorded), _decisive(config))]
         if changed:
             path = self.folder / f"{run.name}.json"
             raise UserError(f"{path}: is of another config; remove it to train this run again", *changed)
@@ -85,13 +86,9 @@ def _as_run(folder: Path, content: dict[str, Any]) -> RunRecord:
 def _decisive(config: TrainConfig) -> dict[str, Any]:
     """What reaches a run's weights, or its evaluations."""
     plain = as_plain(config)
-    for key in ("logger", "checkpoint", "run_id", "format"):
-        del plain[key]
-    evaluated = {f"trainer.{key}" for key in ("eval_every", "eval_tokens")}
-    for key in set(HARMLESS) - evaluated:
+    for key in set(HARMLESS) - {"trainer.eval_every", "trainer.eval_tokens"}:
         section, _, leaf = key.partition(".")
-        if leaf:
-            del plain[section][leaf]
+        del (plain[section] if leaf else plain)[leaf or section]
     return plain
 
 
