@@ -13,6 +13,9 @@ from typing import Any, Literal
 
 from est_cli.errors import nearest
 
+_LARGEST = 2**64
+"""Nothing is counted beyond, and what is computed from two such numbers still is a float."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Within:
@@ -83,6 +86,9 @@ def read(kind: Any, value: Any, path: str, problems: list[str]) -> Any:
     if origin is dict and isinstance(value, Mapping):
         return dict(value)
     plain = origin or kind
+    if type(value) is int and abs(value) > _LARGEST:
+        problems.append(f"{path}={_show(value)}: must be {describe(kind)}, and of less than 20 digits")
+        return None
     if plain is float and type(value) is int:
         value = float(value)
     if type(value) is plain and not (plain is float and not math.isfinite(value)) and not _has_nul(value):

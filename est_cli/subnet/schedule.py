@@ -16,7 +16,9 @@ from est_cli.schema import Within
 Rate = Annotated[float, Within(0, 1, open_low=True)]
 Boundary = Annotated[int, Within(1)] | Annotated[float, Within(0, 1, open_low=True)]
 
-_LARGEST_MAX_STEPS_TRIED = 200_000
+_LARGEST_MAX_STEPS_TRIED = 20_000
+_LARGEST_FRACTION = 2**63
+_MOST_STAGES = 1000
 
 
 @dataclass(frozen=True)
@@ -124,10 +126,17 @@ def smallest_max_steps(specs: Sequence[StageSpec]) -> int | None:
     """The smallest run length at which no stage is empty, or None where there is none to be found."""
     steps = [spec.end for spec in specs if isinstance(spec.end, int)]
     floor = max([len(specs), *(step + 1 for step in steps)])
+    for index, spec in enumerate(specs):
+        if isinstance(spec.end, float):
+            # The boundary after index + 1 stages lies at that step at least.
+            floor = max(floor, (index + 0.5) / max(spec.end, 1 / _LARGEST_FRACTION))
+    floor = math.floor(floor)
     for earlier, later in itertools.combinations(specs, 2):
+        if isinstance(earlier.end, float) and isinstance(later.end, float) and earlier.end >= later.end:
+            return None
         if isinstance(earlier.end, int) and isinstance(later.end, float):
             # A fraction that follows a step must round to more than it.
-            floor = max(floor, math.floor((earlier.end + 0.5) / later.end))
+            floor = max(floor, math.floor((earlier.end + 0.5) / max(later.end, 1 / _LARGEST_FRACTION)))
     for max_steps in range(floor, floor + _LARGEST_MAX_STEPS_TRIED):
         ends = [0, *(boundary_step(spec.end, max_steps) for spec in specs)]
         if all(a < b for a, b in itertools.pairwise(ends)) and ends[-1] == max_steps:
@@ -142,8 +151,8 @@ def stage_at(stages: Sequence[Stage], step: int) -> Stage:
 
 def ramp(rates: Rates, n_stages: int = 4) -> list[StageSpec]:
     """Rates that rise from `rates` to 1 in `n_stages` equal stages; the last one trains the full model."""
-    if type(n_stages) is not int or n_stages < 1:
-        raise ValueError(f"scheduler.n_stages={n_stages}: must be an integer of at least 1")
+    if type(n_stages) is not int or not 1 <= n_stages <= _MOST_STAGES:
+        raise ValueError(f"scheduler.n_stages={n_stages}: must be an integer of at least 1 and at most {_MOST_STAGES}")
 
     def rate(low: float, i: int) -> float:
         return 1.0 if i == n_stages - 1 else low + (1.0 - low) * i / (n_stages - 1)

@@ -1,0 +1,66 @@
+"""Nothing that is read runs code, and nothing that is secret is written: held by the source itself."""
+
+import ast
+import json
+from pathlib import Path
+
+import pytest
+
+from est_cli.commands.provenance import environment
+from tests.test_imports import MODULES
+
+FORBIDDEN_CALLS = {"eval", "exec", "compile", "__import__"}
+FORBIDDEN_IMPORTS = {"pickle", "cPickle", "dill", "joblib", "marshal", "shelve", "cloudpickle"}
+UNSAFE_YAML = {"load", "full_load", "unsafe_load", "load_all"}
+
+
+def nodes(name: str):
+    return ast.walk(ast.parse(MODULES[name].read_text()))
+
+
+def called(node: ast.Call) -> str:
+    return ast.unparse(node.func)
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_no_module_unpickles_or_evaluates_text(name):
+    for node in nodes(name):
+        if isinstance(node, ast.Import):
+            assert not {alias.name.split(".")[0] for alias in node.names} & FORBIDDEN_IMPORTS
+        elif isinstance(node, ast.ImportFrom):
+            assert (node.module or "").split(".")[0] not in FORBIDDEN_IMPORTS
+        elif isinstance(node, ast.Call):
+            function = called(node)
+            assert function not in FORBIDDEN_CALLS, f"{name}, line {node.lineno}"
+            assert function not in {"torch.load", "torch.save", "np.load", "numpy.load"}, f"{name}, line {node.lineno}"
+            assert function not in {f"yaml.{word}" for word in UNSAFE_YAML}, f"{name}, line {node.lineno}"
+            assert not any(k.arg == "shell" and ast.unparse(k.value) != "False" for k in node.keywords), name
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_code_from_a_hub_is_never_trusted(name):
+    """trust_remote_code stands nowhere but as False, in a call or in what a call is given."""
+    for node in nodes(name):
+        if isinstance(node, ast.keyword) and node.arg == "trust_remote_code":
+            assert ast.unparse(node.value) == "False", name
+        if isinstance(node, ast.Dict):
+            for key, value in zip(node.keys, node.values, strict=True):
+                if isinstance(key, ast.Constant) and key.value == "trust_remote_code":
+                    assert ast.unparse(value) == "False", name
+
+
+def test_the_environment_of_a_run_names_no_environment_variable(monkeypatch):
+    monkeypatch.setenv("WANDB_API_KEY", "secret-of-wandb")
+    monkeypatch.setenv("HF_TOKEN", "secret-of-the-hub")
+    assert "secret-of" not in json.dumps(environment(["seed=1"]))
+
+
+def test_the_source_holds_no_secret():
+    """Whatever looks like a key: 40 hexadecimal digits, as W&B's, or the hub's hf_…"""
+    import re
+
+    root = Path(__file__).parents[1]
+    for folder in ("est_cli", "conf"):
+        for path in (root / folder).rglob("*.*"):
+            if path.suffix in {".py", ".yaml"}:
+                assert not re.search(r"\b[0-9a-f]{40}\b|\bhf_[A-Za-z0-9]{20,}", path.read_text()), path
