@@ -128,9 +128,13 @@ def _every_value_once(overrides: list[str]) -> list[list[str]]:
         except HydraException:
             values.append([text])
             continue
-        swept = override.is_discrete_sweep()
         key = override.get_key_element()
-        values.append([f"{key}={v}" for v in override.sweep_string_iterator()] if swept else [text])
+        if override.is_discrete_sweep():
+            values.append([f"{key}={value}" for value in override.sweep_string_iterator()])
+        elif override.is_interval_sweep():
+            values.append([f"{key}={end}" for end in (override.value().start, override.value().end)])
+        else:
+            values.append([text])
     longest = max(map(len, values), default=1)
     return [[options[min(index, len(options) - 1)] for options in values] for index in range(longest)]
 

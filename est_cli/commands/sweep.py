@@ -5,12 +5,17 @@ import functools
 import hashlib
 import json
 import math
+import multiprocessing
+import os
 import re
 import shlex
+import signal
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
@@ -22,10 +27,29 @@ from omegaconf import DictConfig, OmegaConf
 from est_cli.commands import entry
 from est_cli.commands.composition import Composer
 from est_cli.commands.run_directory import RunDirectory, program
+from est_cli.commands.stopping import STOP_SIGNALS
 from est_cli.errors import RunFailed, UserError
+from est_cli.plugins import require_package
 
-Job = Callable[[DictConfig, RunDirectory, str], float]
-"""Trains the composed config in the folder and returns the validation loss; the last argument is the sweep's command.
+
+@dataclass(frozen=True)
+class Call:
+    """How the sweep was called; a launcher sends it with every job to the process that runs the job."""
+
+    arguments: tuple[str, ...]
+    """sys.argv"""
+    command: str
+    """What continues the sweep."""
+    process: int
+
+    @property
+    def is_elsewhere(self) -> bool:
+        """Whether this process runs a job for the sweep's own."""
+        return os.getpid() != self.process
+
+
+Job = Callable[[DictConfig, RunDirectory, Call], float]
+"""Trains the composed config in the folder and returns the validation loss.
 
 A function of a module, so that a launcher can send it to another process. Raises SystemExit when asked to stop.
 """
@@ -45,10 +69,11 @@ def is_sweep(arguments: Any) -> bool:
 
 def run(arguments: Any, job: Job) -> int:
     """Run the sweep's jobs, then show all of them; returns the exit code. Raises UserError before any job has begun."""
-    command = shlex.join([*program(), *sys.argv[1:]])
-    stopped: SystemExit | None = None
+    call = Call(tuple(sys.argv), shlex.join([*program(), *sys.argv[1:]]), os.getpid())
+    stopped: int | None = None
     with Composer("train", arguments) as composer:
         master = composer.compose_sweep()
+        _check_installed(master)
         directory = Path(master.hydra.sweep.dir).absolute()
         # The jobs compose their own configs, whose overrides are other ones: the folder is settled here.
         fixed = [key for key, override in _overrides(master).items() if not override.is_sweep_override()]
@@ -59,24 +84,65 @@ def run(arguments: Any, job: Job) -> int:
             f"hydra.job.config.override_dirname.exclude_keys=[{','.join(map(_quoted, fixed))}]",
         ]
         try:
-            composer.hydra.multirun(composer.config_name, functools.partial(_guarded, job, command), overrides)
+            with _signals_for_workers(master) as received:
+                composer.hydra.multirun(composer.config_name, functools.partial(_guarded, job, call), overrides)
+            stopped = entry.STOPPED if received else None
         except SystemExit as error:
-            stopped = error
+            stopped = int(error.code or entry.DONE)
     from est_cli.commands.sweep_result import SweepResult
 
     result = SweepResult.of(directory, compared="arm" in _swept_keys(master))
     result.show(master.format)
     if stopped is None:
         return result.exit_code
-    print(f"continue with: {command}", file=sys.stderr)
-    return int(stopped.code or entry.DONE)
+    print(f"continue with: {call.command}", file=sys.stderr)
+    return stopped
 
 
-def _guarded(job: Job, command: str, composed: DictConfig) -> float:
+def _check_installed(master: DictConfig) -> None:
+    """Raises UserError where the launcher or the sweeper is an extra that is not installed."""
+    for kind in ("launcher", "sweeper"):
+        option = master.hydra.runtime.choices[f"hydra/{kind}"]
+        package, extra = master.hydra[kind]._target_.rpartition(".")[0], option.partition("_")[0]
+        require_package(package, f"hydra/{kind}={option}", f"est-cli[{extra}]", f"hydra/{kind}=basic")
+
+
+@contextlib.contextmanager
+def _signals_for_workers(master: DictConfig) -> Iterator[list[int]]:
+    """Signals that came while joblib's workers train: they write their checkpoints, and this process waits for that.
+
+    A terminal sends Ctrl-C to them as well; other signals are passed on. Where jobs run in this process, they have
+    their own way to stop; Slurm's jobs are Slurm's.
+    """
+    received: list[int] = []
+    if master.hydra.runtime.choices["hydra/launcher"] != "joblib":
+        yield received
+        return
+
+    def pass_on(number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT and received:
+            raise KeyboardInterrupt
+        received.append(number)
+        for worker in multiprocessing.active_children() if number != signal.SIGINT else ():
+            os.kill(worker.pid, number)
+
+    before = {number: signal.signal(number, pass_on) for number in STOP_SIGNALS}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _guarded(job: Job, call: Call, composed: DictConfig) -> float:
     """One job, whose failure is told at once and left in its folder, while the others go on. NaN is a failure."""
     directory = RunDirectory(Path(HydraConfig.get().runtime.output_dir))
     try:
-        return job(composed, directory, command)
+        return job(composed, directory, call)
+    except SystemExit:
+        if not call.is_elsewhere:
+            raise
+        return math.nan  # its folder tells that it was stopped, and the sweep's own process why
     except UserError as error:
         text = entry.problems_text(error)
     except RunFailed as error:

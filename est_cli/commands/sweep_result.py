@@ -95,7 +95,8 @@ class SweepResult:
             self._print_table(console)
             if self.verdict is not None:
                 self.verdict.show(console)
-        paths = {"sweep": self.directory, "report": self.report}
+        figure = self.report.with_name("report.png") if isinstance(self.report, Path) else None
+        paths = {"sweep": self.directory, "figure": figure, "report": self.report}
         for name, path in paths.items():
             if path is not None:
                 console.print(f"{name}: {path}", soft_wrap=True, highlight=False, markup=False)

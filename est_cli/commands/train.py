@@ -46,6 +46,8 @@ class Prepared:
     trackers: "list[Tracker]"
     job: bool = False
     """Whether it is one of a sweep, which has the last word on standard output."""
+    label: str | None = None
+    """What its lines begin with where other jobs print at the same time."""
 
     def say(self, message: str) -> None:
         for tracker in self.trackers:
@@ -99,8 +101,12 @@ def _run(arguments: Any) -> int:
     return entry.run_in_directory("train", arguments, lambda _: execute(prepared, world))
 
 
-def job_of_sweep(composed: DictConfig, directory: RunDirectory, command: str) -> float:
+def job_of_sweep(composed: DictConfig, directory: RunDirectory, call: sweep.Call) -> float:
     """One job of a sweep, whose directory Hydra has made; the validation loss. A finished job is not run again."""
+    if call.is_elsewhere:
+        sys.argv[:] = call.arguments
+        if _stop_request()():
+            raise SystemExit(entry.STOPPED)
     from hydra.core.hydra_config import HydraConfig
 
     from est_cli.tracking.trackers import trackers_for
@@ -116,9 +122,10 @@ def job_of_sweep(composed: DictConfig, directory: RunDirectory, command: str) ->
         print(f"{directory.path.name}: done already, skipped", file=sys.stderr, flush=True)
         return directory.summary()["val_loss"]
     notes += directory.check(config)
-    overrides, trackers = list(node.overrides.task), trackers_for(config)
+    label = directory.path.name if call.is_elsewhere else None
+    overrides, trackers = list(node.overrides.task), trackers_for(config, label)
     print(f"{directory.path.name}: job {node.job.num + 1}", file=sys.stderr, flush=True)
-    prepared = Prepared(config, directory, _tokens(config), overrides, command, notes, trackers, job=True)
+    prepared = Prepared(config, directory, _tokens(config), overrides, call.command, notes, trackers, True, label)
     code = execute(prepared, join(config.trainer.device))
     if code != entry.DONE:
         raise SystemExit(code)
@@ -257,9 +264,14 @@ def _print_result(prepared: Prepared, summary: dict[str, Any]) -> None:
     from est_cli.reports.report import FORMATS
     from est_cli.tracking.display import console_for
     from est_cli.tracking.summary import stage_table
+    from est_cli.tracking.units import format_loss
 
     run_dir, console = prepared.directory.path, console_for(prepared.config.format)
     paths: dict[str, Any] = {"run directory": run_dir}
+    if prepared.label is not None:
+        _report(run_dir, console, ("html",))
+        prepared.say(f"{summary['status']}, validation loss {format_loss(summary['val_loss'])}: {run_dir}")
+        return
     if prepared.config.format != "json":
         console.print(stage_table(summary))
     elif not prepared.job:
@@ -278,7 +290,8 @@ def _report(run_dir: Path, console: "Console", formats: tuple[str, ...]) -> dict
     from est_cli.reports.report import write_report
 
     try:
-        return {"report": write_report(load_runs([run_dir]), run_dir / "report", formats)["html"]}
+        files = write_report(load_runs([run_dir]), run_dir / "report", formats)
+        return {name: files[kind] for name, kind in (("figure", "png"), ("report", "html")) if kind in files}
     except OSError as error:
         console.print(f"no report was written: {error}", soft_wrap=True, markup=False)
         return {}

@@ -57,9 +57,12 @@ def console_for(format: str) -> Console:
 class Display:
     """The tracker for people. A stage, an evaluation and a message each leave a line above the panel."""
 
-    def __init__(self, console: Console, live: bool | None = None):
+    def __init__(self, console: Console, live: bool | None = None, label: str | None = None):
+        """`label` begins every line, where several runs share a terminal; none of them then has a panel."""
         self.console = console
-        self._is_live = console.is_interactive and console.file.isatty() if live is None else live
+        self._prefix = "" if label is None else f"{label}  "
+        can_be_live = label is None and console.is_interactive and console.file.isatty()
+        self._is_live = can_be_live if live is None else live
         self._live: Live | None = None
 
     def start(self, run: RunInfo) -> None:
@@ -84,7 +87,7 @@ class Display:
 
     def say(self, message: str) -> None:
         # Paths must survive narrow windows, and what people named must not be read as markup.
-        self.console.print(message, markup=False, highlight=False, soft_wrap=True)
+        self.console.print(self._prefix + message, markup=False, highlight=False, soft_wrap=True)
 
     def finish(self, status: str, summary: dict[str, Any] | None) -> None:
         if self._live is not None:

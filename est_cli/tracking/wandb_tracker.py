@@ -95,7 +95,7 @@ class WandbTracker:
                 "id": _saved_run_id(folder / "run_id.txt"),
                 "dir": str(run.run_dir),
                 "notes": run.command,
-                "config": run.plain_config,
+                "config": _with_stages_by_number(run.plain_config),
             },
             "finish_timeout_s": self._finish_timeout_s * 0.8,
             "patience_s": self._finish_timeout_s * 1.2,
@@ -114,6 +114,12 @@ class WandbTracker:
             self._say(
                 f"W&B's process ended (exit code {process.returncode}); training goes on, {METRICS_NAME} has every step"
             )
+
+
+def _with_stages_by_number(config: dict[str, Any]) -> dict[str, Any]:
+    """Stages as a mapping: W&B filters on `scheduler.stages.1.heads`, and shows a list as one text."""
+    stages = {str(number): stage for number, stage in enumerate(config["scheduler"]["stages"], 1)}
+    return config | {"scheduler": config["scheduler"] | {"stages": stages}}
 
 
 def _saved_run_id(path: Path) -> str:

@@ -1,5 +1,6 @@
 """A person's own schedule and sampling strategy: functions in a file beside the configs, no fork, no installation."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -8,33 +9,14 @@ import pytest
 
 from tests.commands.cli import TINY, clean_environment, metrics, write_corpus
 
-SCHEDULE = '''
-from est_cli.subnet.schedule import Rates, StageSpec
+README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
 
 
-def warm_then_layers(rates: Rates, warm: float, until: float) -> list[StageSpec]:
-    """The full model for a while, then fewer layers, then the full model again."""
-    return [
-        StageSpec(end=warm),
-        StageSpec(end=until, layers=rates.layers),
-        StageSpec(),
-    ]
-'''
-
-STRATEGY = '''
-import numpy as np
-
-
-def rolling(draw, total: int, kept: int) -> np.ndarray:
-    """Neighbouring units, that move on by one with every draw."""
-    return (draw.number + np.arange(kept)) % total
-'''
-
-CONFIG = """
-stages: mine.warm_then_layers
-warm: 0.2
-until: 0.5
-"""
+def example(language: str, containing: str) -> str:
+    """The README's only block of code in that language that contains those words."""
+    blocks = [block for block in re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL) if containing in block]
+    assert len(blocks) == 1, f"README has {len(blocks)} {language} blocks with {containing}"
+    return blocks[0]
 
 
 @pytest.fixture(scope="module")
@@ -42,18 +24,19 @@ def folder(tmp_path_factory) -> Path:
     """What the README tells a person to write."""
     place = tmp_path_factory.mktemp("own")
     write_corpus(place / "corpus")
-    (place / "mine.py").write_text(SCHEDULE + STRATEGY)
+    (place / "mine.py").write_text(example("python", "def rolling"))
     (place / "conf" / "scheduler").mkdir(parents=True)
-    (place / "conf" / "scheduler" / "warm.yaml").write_text(CONFIG)
+    (place / "conf" / "scheduler" / "warm.yaml").write_text(example("yaml", "mine.warm_then_layers"))
     return place
 
 
 def installed(command: str, *arguments: str, cwd: Path) -> subprocess.CompletedProcess:
     """Call as the installed command does, which unlike python -c does not put the current directory on sys.path."""
     code = f"from est_cli.commands.{command} import main; main()"
-    own = ("--config-dir", "conf", "scheduler=warm", "sampling.strategy=mine.rolling", "trainer.max_steps=10")
+    _, *own = example("sh", "--config-dir").split()
+    small = ("trainer.max_steps=10", *TINY, "data=text", "data.path=corpus")
     return subprocess.run(
-        [sys.executable, "-P", "-c", code, *own, *TINY, "data=text", "data.path=corpus", *arguments],
+        [sys.executable, "-P", "-c", code, *own, *small, *arguments],
         cwd=cwd, env=clean_environment(cwd), capture_output=True, text=True,
     )  # fmt: skip
 

@@ -1,3 +1,4 @@
+import dataclasses
 import importlib.util
 import json
 import os
@@ -43,16 +44,17 @@ def track(run, steps, status="done", summary=SUMMARY, finish_timeout_s=30.0):
     return messages
 
 
-def test_an_offline_run_is_written_by_the_real_wandb(tmp_path):
+def test_an_offline_run_that_was_resumed_is_one_run_of_the_real_wandb_with_every_step_once(tmp_path):
+    """Stopped after step 3, its newest checkpoint of step 2: `wandb sync` finds one folder, which has it all."""
     pytest.importorskip("wandb")
-    old = tmp_path / "wandb" / "offline-run-20200101_000000-0123456789abcdef"
-    old.mkdir(parents=True)
-    (tmp_path / "wandb" / "run_id.txt").write_text("0123456789abcdef\n")
     run = run_info(tmp_path, project="mine", group="sweep", tags=("a", "b"))
-    assert track(run, range(6)) == []
+    assert track(run, range(4), status="stopped") == []
+    [old] = (tmp_path / "wandb").glob("offline-run-*")
+    assert track(dataclasses.replace(run, first_step=3), range(3, 6)) == []
     [folder] = (tmp_path / "wandb").glob("offline-run-*")
-    assert folder.name.endswith("0123456789abcdef") and folder != old
-    records = list(read_wandb_file(folder / "run-0123456789abcdef.wandb"))
+    run_id = (tmp_path / "wandb" / "run_id.txt").read_text().strip()
+    assert folder.name.endswith(run_id) and old.name.endswith(run_id)
+    records = list(read_wandb_file(folder / f"run-{run_id}.wandb"))
     of_kind = {
         kind: [getattr(r, kind) for r in records if r.WhichOneof("record_type") == kind]
         for kind in ("run", "history", "summary", "exit")
@@ -61,6 +63,7 @@ def test_an_offline_run_is_written_by_the_real_wandb(tmp_path):
     assert (header.project, header.run_group, list(header.tags)) == ("mine", "sweep", ["a", "b"])
     config = values(header.config.update)
     assert config["model"]["n_layers"] == run.config.model.n_layers
+    assert config["scheduler"]["stages"]["1"] == run.plain_config["scheduler"]["stages"][0]
     history = [values(entry.item) for entry in of_kind["history"]]
     assert [entry["_step"] for entry in history] == list(range(6))
     for entry, step in zip(history, range(6), strict=True):
