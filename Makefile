@@ -31,8 +31,8 @@ format: $(STAMP) ## Format the code
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(STAMP) ## Measure this machine's step times against their goals
-	$(BIN)/est-bench experiment=bench_cpu
+bench: $(STAMP) ## Measure this CPU against its goals: step times, memory, starting; a quarter of an hour
+	$(BIN)/python -m est_cli.benchmark.goals
 
 study: $(STAMP) ## Train what docs/study.md lacks (hours; stop and start as you like) and rebuild it
 	$(BIN)/python -m study

@@ -40,6 +40,7 @@ def parser() -> argparse.ArgumentParser:
     arguments.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     arguments.add_argument("--kernels", choices=("auto", "torch", "triton", "masked"), default="auto")
     arguments.add_argument("--recompute", action="store_true")
+    arguments.add_argument("--compile", action="store_true", help="block by block; the peer whole")
     arguments.add_argument("--rates", type=json.loads, default=THREE_STAGES, help="JSON list, the full model last")
     arguments.add_argument("--sampling", type=json.loads, default={}, help="JSON object: mlp_block, gqa, ...")
     arguments.add_argument("--optimizer", type=json.loads, default={}, help="JSON object: unsampled, grad_clip, ...")
@@ -69,6 +70,7 @@ def to_case(arguments: argparse.Namespace) -> Case:
         arguments.device,
         arguments.kernels,
         arguments.recompute,
+        arguments.compile,
         arguments.peak_flops,
     )
 
@@ -97,5 +99,6 @@ def to_arguments(case: Case) -> list[str]:
         "--optimizer",
         json.dumps(asdict(case.optimizer)),
         *(["--recompute"] if case.recompute else []),
+        *(["--compile"] if case.compile else []),
         *(["--peak-flops", str(case.peak_flops)] if case.peak_flops else []),
     ]

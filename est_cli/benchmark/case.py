@@ -32,6 +32,7 @@ class Case:
     device: Literal["cpu", "cuda"] = "cpu"
     kernels: str = "auto"
     recompute: bool = False
+    compile: bool = False
     peak_flops: float | None = None
     seed: int = 0
 
@@ -73,6 +74,7 @@ def case_of(config: TrainConfig) -> Case:
         trainer.device,
         config.kernels,
         trainer.recompute == "block",
+        trainer.compile,
         trainer.peak_flops,
         config.seed,
     )

@@ -54,7 +54,7 @@ def measure(
         for index in stages:
             result["stages"][index]["peak_memory_bytes"] = peak_in_own_process(case, index)
     if peer is not None:
-        result["against"] = _against(peer, seconds[:, -1].sum(-1), peer_seconds)
+        result["against"] = _against(case, peer, seconds[:, -1].sum(-1), peer_seconds)
     return result
 
 
@@ -82,11 +82,12 @@ def _stage(case: Case, seconds: np.ndarray, index: int) -> dict[str, Any]:
     }
 
 
-def _against(peer: Peer, ours: np.ndarray, theirs: np.ndarray) -> dict[str, Any]:
+def _against(case: Case, peer: Peer, ours: np.ndarray, theirs: np.ndarray) -> dict[str, Any]:
     ratios = ours / theirs
     return {
         "name": f"transformers {type(peer.model).__name__}",
-        "setting": f"{peer.setting}, SDPA, no cache, fused AdamW, {torch.get_num_threads()} threads, eager",
+        "setting": f"{peer.setting}, SDPA, no cache, fused AdamW, {torch.get_num_threads()} threads, "
+        + ("compiled" if case.compile else "eager"),
         "step_s": float(np.median(theirs)),
         "time_ratio": float(np.median(ratios)),
         "time_ratio_quartiles": np.percentile(ratios, QUARTILES).tolist(),

@@ -1,7 +1,7 @@
 """The peer: the same architecture in Hugging Face transformers, trained in its fastest honest setting.
 
-SDPA attention, no cache, fused AdamW, the same tokens and threads. In bf16, the better of autocast over fp32
-weights and of bf16 weights with fp32 masters is the one that counts.
+SDPA attention, no cache, fused AdamW, the same tokens and threads, compiled if ours is. In bf16, the better of
+autocast over fp32 weights and of bf16 weights with fp32 masters is the one that counts.
 """
 
 import time
@@ -31,6 +31,8 @@ def build_model(case: Case) -> nn.Module:
             resid_pdrop=0.0,
             embd_pdrop=0.0,
             attn_pdrop=0.0,
+            layer_norm_epsilon=model.norm_eps,
+            tie_word_embeddings=model.tie_embeddings,
             attn_implementation="sdpa",
             use_cache=False,
         )
@@ -42,6 +44,9 @@ def build_model(case: Case) -> nn.Module:
         num_hidden_layers=model.n_layers,
         num_attention_heads=model.n_heads,
         num_key_value_heads=model.n_kv_heads,
+        head_dim=model.head_dim,
+        rms_norm_eps=model.norm_eps,
+        rope_theta=model.rope_theta,
         intermediate_size=model.d_ff,
         tie_word_embeddings=model.tie_embeddings,
         attn_implementation="sdpa",
@@ -58,6 +63,8 @@ class Peer:
         model = build_model(case).to(case.device).train()
         if case.recompute:
             model.gradient_checkpointing_enable()
+        if case.compile:
+            model.compile(dynamic=False)
         self.masters: list[Tensor] = []
         if setting.startswith("bf16"):
             self.masters = [p.detach().clone().requires_grad_() for p in model.parameters()]

@@ -5,6 +5,7 @@ import time
 import torch
 
 from est_cli.benchmark.case import PHASES, Case, Clock
+from est_cli.kernels.dispatch import kernels_for
 from est_cli.model.initialisation import initialise
 from est_cli.model.transformer import Transformer
 from est_cli.subnet.plan import subnetwork
@@ -21,7 +22,8 @@ class Stepper:
 
     def __init__(self, case: Case):
         self.case = case
-        self.model = initialise(Transformer(case.model, recompute=case.recompute), case.seed).to(case.device)
+        model = Transformer(case.model, recompute=case.recompute, kernels=kernels_for(case.kernels, case.device))
+        self.model = initialise(model, case.seed).to(case.device)
         self.optimizer = SampledAdamW(self.model, case.optimizer)
         self.strategy = strategy_named(case.sampling.strategy)
         self.batch = case.batch()
@@ -58,7 +60,9 @@ class Stepper:
             case = self.case
             kind = MaskedSubnetwork if case.kernels == "masked" else PackedSubnetwork
             shape = subnetwork(case.model, case.sampling, case.rates[index])
-            self.subnetworks[index] = kind(self.model, shape, DTYPES[case.precision])
+            subnet = self.subnetworks[index] = kind(self.model, shape, DTYPES[case.precision])
+            if case.compile:
+                subnet.module.compile_blocks()
         return self.subnetworks[index]
 
 

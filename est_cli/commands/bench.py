@@ -38,7 +38,7 @@ def run(plain: dict[str, Any]) -> None:
     from est_cli.benchmark.measure import measure
     from est_cli.training.device import available_device
 
-    config, notes = auto.choose(config, available_device(config.trainer))
+    config, notes = auto.choose(config, available_device(config.trainer, config.kernels))
     if config.trainer.threads:
         torch.set_num_threads(config.trainer.threads)
     console = Console(stderr=True)

@@ -1,0 +1,78 @@
+"""A case is what a run of the same config does, and a child process measures the same case."""
+
+import argparse
+from dataclasses import fields, replace
+
+import pytest
+from tiny import GPT2, train_config
+
+from est_cli.benchmark.arguments import PRESETS, parser, to_arguments, to_case
+from est_cli.benchmark.case import Case, case_of
+from est_cli.benchmark.stepper import Stepper
+from est_cli.commands.entry import compose
+from est_cli.config import OptimizerConfig, SamplingConfig, read_train_config
+from est_cli.subnet.schedule import Rates
+
+PLAIN = Case(GPT2, SamplingConfig(), OptimizerConfig(), (Rates(0.5, 0.5, 0.5), Rates()), 2, 8)
+SAME = {"model", "rates", "seed"}
+UNUSUAL = Case(
+    GPT2,
+    SamplingConfig(mlp_block=4),
+    OptimizerConfig(unsampled="freeze", betas=(0.8, 0.9), grad_clip=None),
+    (Rates(0.5, 0.5, 0.5), Rates()),
+    batch_size=3,
+    seq_len=7,
+    grad_accum=2,
+    precision="bf16",
+    device="cuda",
+    kernels="torch",
+    recompute=True,
+    compile=True,
+    peak_flops=1e12,
+)
+
+
+def test_the_command_line_of_a_case_reads_back_as_the_case():
+    assert all(getattr(UNUSUAL, f.name) != getattr(PLAIN, f.name) for f in fields(Case) if f.name not in SAME)
+    assert to_case(parser().parse_args(to_arguments(UNUSUAL))) == UNUSUAL
+    assert to_case(parser().parse_args(to_arguments(PLAIN))) == PLAIN
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_are_the_models_of_conf(name):
+    arguments = argparse.Namespace(overrides=[f"model={name}"], config_name=None, config_dir=None)
+    model = read_train_config(compose("train", arguments)[0]).model
+    assert {key: getattr(model, key) for key in PRESETS[name]} == PRESETS[name]
+
+
+def test_a_case_takes_what_the_trainer_was_told():
+    config = train_config(GPT2, precision="bf16", compile=True, recompute="block", grad_accum=3)
+    case = case_of(config)
+    assert (case.precision, case.compile, case.recompute, case.grad_accum) == ("bf16", True, True, 3)
+    assert case.rates[-1] == Rates()
+
+
+@pytest.mark.parametrize("kernels", ["auto", "masked"])
+def test_every_stage_is_compiled_where_the_trainer_compiles(monkeypatch, kernels):
+    compiled = []
+    monkeypatch.setattr("est_cli.model.transformer.Transformer.compile_blocks", lambda model: compiled.append(model))
+    stepper = Stepper(replace(PLAIN, compile=True, kernels=kernels))
+    for stage in (0, 1, 0):
+        stepper.step(stage)
+    assert len(compiled) == 2
+    Stepper(PLAIN).step(0)
+    assert len(compiled) == 2
+
+
+def test_the_peer_is_compiled_where_ours_is(monkeypatch):
+    pytest.importorskip("transformers")
+    from torch import nn
+
+    from est_cli.benchmark.peer import Peer
+
+    compiled = []
+    monkeypatch.setattr(nn.Module, "compile", lambda module, **options: compiled.append(options))
+    Peer(PLAIN, "fp32")
+    assert compiled == []
+    Peer(replace(PLAIN, compile=True), "fp32")
+    assert compiled == [{"dynamic": False}]

@@ -1,0 +1,101 @@
+"""What est-bench reports: ratios within a round, against the full model and against the peer."""
+
+import numpy as np
+import pytest
+import torch
+from tiny import FAMILIES, random_batch
+
+from est_cli.benchmark import measure as module
+from est_cli.benchmark.case import PHASES, Case
+from est_cli.benchmark.goals import Row, row_of_peer, rows_of_stages
+from est_cli.benchmark.measure import measure
+from est_cli.config import OptimizerConfig, SamplingConfig
+from est_cli.subnet.schedule import Rates
+
+STAGES = (Rates(0.5, 0.5, 0.5), Rates(0.5, 0.5), Rates())
+
+
+def case(family: str = "gpt2", **options) -> Case:
+    return Case(FAMILIES[family], SamplingConfig(), OptimizerConfig(), STAGES, 2, 8, **options)
+
+
+class SlowingMachine:
+    """Steps that take their FLOPs' time, on a machine that halves its speed every round."""
+
+    def __init__(self, case: Case):
+        self.flops = [cost.total for cost in case.flops]
+        self.calls = 0
+
+    def step(self, index: int) -> dict[str, float]:
+        round_number, self.calls = self.calls // len(self.flops), self.calls + 1
+        share = self.flops[index] * 2.0**round_number / len(PHASES)
+        return dict.fromkeys(PHASES, share)
+
+
+def test_time_that_follows_flops_is_an_efficiency_of_one_on_a_machine_that_slows_down(monkeypatch):
+    monkeypatch.setattr(module, "Stepper", SlowingMachine)
+    result = measure(case(), rounds=5, warmup=1, memory=False)
+    for stage in result["stages"][:-1]:
+        assert stage["efficiency"] == pytest.approx(1.0)
+        np.testing.assert_allclose(stage["efficiency_quartiles"], 1.0)
+        assert stage["time_ratio"] == pytest.approx(stage["flops_ratio"])
+    assert result["stages"][-1]["efficiency"] is None
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_stage_and_the_peer_are_timed(family, precision):
+    pytest.importorskip("transformers")
+    rounds = []
+    result = measure(
+        case(family, precision=precision),
+        rounds=2,
+        warmup=1,
+        against="transformers",
+        memory=False,
+        progress=lambda done, total: rounds.append((done, total)),
+    )
+    assert [stage["stage"] for stage in result["stages"]] == [1, 2, 3]
+    assert all(set(stage["phases"]) == set(PHASES) and stage["step_s"] > 0 for stage in result["stages"])
+    assert (
+        result["against"]["name"]
+        == {
+            "gpt2": "transformers GPT2LMHeadModel",
+            "llama": "transformers LlamaForCausalLM",
+        }[family]
+    )
+    assert "eager" in result["against"]["setting"]
+    assert rounds[-1] == (3, 3)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_peer_is_the_same_architecture(family):
+    pytest.importorskip("transformers")
+    from est_cli.benchmark.peer import build_model
+    from est_cli.model.transformer import Transformer
+
+    ours, theirs = Transformer(FAMILIES[family]), build_model(case(family))
+    assert sum(p.numel() for p in theirs.parameters()) == sum(p.numel() for p in ours.parameters())
+    inputs, _ = random_batch(FAMILIES[family])
+    with torch.no_grad():
+        assert theirs(input_ids=inputs).logits.shape == (*inputs.shape, FAMILIES[family].vocab_size)
+
+
+def test_a_goal_is_met_on_its_own_side_of_the_number():
+    assert Row("efficiency", "", 1.0, "", 1.0, at_least=True).met
+    assert not Row("efficiency", "", 0.99, "", 1.0, at_least=True).met
+    assert Row("ratio", "", 1.0, "", 1.0).met
+    assert not Row("ratio", "", 1.01, "", 1.0).met
+
+
+def test_goals_read_the_measured_result():
+    stages = [
+        {"stage": 1, "efficiency": 1.04, "efficiency_quartiles": [1.0, 1.1]},
+        {"stage": 2, "efficiency": 0.93, "efficiency_quartiles": [0.9, 1.0]},
+        {"stage": 3, "efficiency": None, "efficiency_quartiles": None},
+    ]
+    first, second = rows_of_stages({"stages": stages}, "GPT-2 fp32")
+    assert (first.met, second.met) == (True, False)
+    assert second.shown == "0.93 [0.90, 1.00]"
+    peer = {"name": "theirs", "setting": "eager", "time_ratio": 0.9, "time_ratio_quartiles": [0.8, 1.0]}
+    assert row_of_peer({"against": peer}, "fp32").met
