@@ -32,7 +32,7 @@ THREE_STAGES = [
 
 def parser() -> argparse.ArgumentParser:
     arguments = argparse.ArgumentParser("python -m est_cli.benchmark", description=__doc__)
-    arguments.add_argument("--model", default="gpt2", help=f"{', '.join(PRESETS)}, or a JSON object of sizes")
+    arguments.add_argument("--model", type=_model, default="gpt2", help=f"{', '.join(PRESETS)}, or a JSON object of sizes")
     arguments.add_argument("--batch-size", type=int, default=4, help="sequences of a micro-batch")
     arguments.add_argument("--seq-len", type=int, default=256)
     arguments.add_argument("--grad-accum", type=int, default=1)
@@ -53,8 +53,15 @@ def parser() -> argparse.ArgumentParser:
     return arguments
 
 
+def _model(text: str) -> dict[str, Any]:
+    try:
+        return PRESETS.get(text) or json.loads(text)
+    except json.JSONDecodeError:
+        raise argparse.ArgumentTypeError(f"{text}: must be {', '.join(PRESETS)}, or a JSON object of sizes") from None
+
+
 def to_case(arguments: argparse.Namespace) -> Case:
-    model = PRESETS.get(arguments.model) or json.loads(arguments.model)
+    model = arguments.model
     optimizer = {**arguments.optimizer}
     if "betas" in optimizer:
         optimizer["betas"] = tuple(optimizer["betas"])
