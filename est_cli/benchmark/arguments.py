@@ -32,7 +32,7 @@ THREE_STAGES = [
 
 def parser() -> argparse.ArgumentParser:
     arguments = argparse.ArgumentParser("python -m est_cli.benchmark", description=__doc__)
-    arguments.add_argument("--model", type=_model, default="gpt2", help=f"{', '.join(PRESETS)}, or a JSON object of sizes")
+    arguments.add_argument("--model", type=_model, default="gpt2", help=f"{', '.join(PRESETS)}, or a JSON object")
     arguments.add_argument("--batch-size", type=int, default=4, help="sequences of a micro-batch")
     arguments.add_argument("--seq-len", type=int, default=256)
     arguments.add_argument("--grad-accum", type=int, default=1)
