@@ -11,9 +11,9 @@ from est_cli.commands.arms import ARMS, EST, FULL, FULL_SAME_FLOPS
 
 SHORT, LONG = 10_000, 30_000
 """Optimizer steps of a screen (one seed) and of the headline (three)."""
-LEARNING_RATES = ("1e-3", "2e-3", "4e-3", "8e-3")
-TUNED = {EST: "4e-3", FULL: "4e-3", FULL_SAME_FLOPS: "4e-3"}
-"""The best of LEARNING_RATES at SHORT steps, by arm."""
+LEARNING_RATES = ("1e-3", "2e-3", "4e-3", "8e-3", "16e-3")
+TUNED = {EST: "4e-3", FULL: "8e-3", FULL_SAME_FLOPS: "4e-3"}
+"""The best of LEARNING_RATES at SHORT steps, by arm, of those that are recorded."""
 SEEDS = (0, 1, 2)
 
 
@@ -49,9 +49,14 @@ def matching(patterns: list[str]) -> list[Run]:
 
 
 def _learning_rates() -> list[Run]:
-    """Every arm over the same learning rates: the tuned one first, then its neighbours."""
-    nearest_first = sorted(LEARNING_RATES, key=lambda lr: abs(LEARNING_RATES.index(lr) - LEARNING_RATES.index("4e-3")))
-    return [_run("lr", f"{arm}-{lr}", SHORT, lr, f"+arm={arm}") for lr in nearest_first for arm in ARMS]
+    """Every arm over the same learning rates: its best one first, then those nearest to it."""
+
+    def distance(pair: tuple[str, str]) -> int:
+        arm, lr = pair
+        return abs(LEARNING_RATES.index(lr) - LEARNING_RATES.index(TUNED[arm]))
+
+    pairs = sorted(((arm, lr) for lr in LEARNING_RATES for arm in ARMS), key=distance)
+    return [_run("lr", f"{arm}-{lr}", SHORT, lr, f"+arm={arm}") for arm, lr in pairs]
 
 
 def _headline(seed: int) -> list[Run]:

@@ -117,7 +117,7 @@ def test_what_is_missing_is_said(made_up):
     assert row(tables.headline(made_up), "EST")[1:3] == ["0 of 3", "not yet run"]
     assert "not yet run" in tables.headline_says(made_up)
     assert all(tables.ARM_WORDS[arm] in tables.tuned_at_an_edge(made_up) for arm in ARMS)
-    assert row(tables.budget_table(made_up), "learning rates")[1:3] == ["12", "3"]
+    assert row(tables.budget_table(made_up), "learning rates")[1:3] == ["15", "3"]
 
 
 def test_the_arms_in_words(made_up):
