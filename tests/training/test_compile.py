@@ -39,7 +39,7 @@ def test_twenty_plans_share_one_graph(rates):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("rates", STAGES[:1])
+@pytest.mark.parametrize("rates", STAGES)
 def test_compiled_gradients_are_the_eager_ones(rates):
     torch._dynamo.reset()
     eager, compiled = packed(rates), packed(rates)
