@@ -10,7 +10,14 @@ from est_cli.subnet.schedule import build_stages
 from est_cli.subnet.strategies import STRATEGIES
 
 if TYPE_CHECKING:
-    from est_cli.config import DataConfig, ModelConfig, SamplingConfig, SchedulerConfig, TokenizerConfig
+    from est_cli.config import (
+        DataConfig,
+        ModelConfig,
+        SamplingConfig,
+        SchedulerConfig,
+        TokenizerConfig,
+        TrainerConfig,
+    )
 
 AUTO_MAX_STEPS = 1000
 """Optimizer steps of a run that does not say how many."""
@@ -27,6 +34,7 @@ def problems_together(sections: Mapping[str, Any], max_steps: int | None) -> lis
         (_blocks, "model", "sampling"),
         (_paths, "data", "tokenizer"),
         (_strategy, "sampling"),
+        (_processes, "trainer"),
         (_stages, "scheduler", "max_steps"),
     )
     sections = {**sections, "max_steps": max_steps}
@@ -84,6 +92,13 @@ def _strategy(sampling: "SamplingConfig") -> Iterator[str]:
         named_function(sampling.strategy, STRATEGIES, "sampling.strategy")
     except UserError as error:
         yield from error.problems
+
+
+def _processes(trainer: "TrainerConfig") -> Iterator[str]:
+    if trainer.strategy == "single" and trainer.devices not in ("auto", 1):
+        yield f"trainer.devices={trainer.devices}: needs trainer=ddp (trainer.strategy=ddp)"
+    if trainer.strategy == "single" and trainer.shard:
+        yield "trainer.shard=true: needs trainer=ddp: one process has nobody to share with"
 
 
 def _stages(scheduler: "SchedulerConfig", max_steps: int) -> Iterator[str]:

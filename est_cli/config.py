@@ -174,6 +174,8 @@ class TrainerConfig:
     strategy: Literal["single", "ddp"] = "single"
     devices: Count | Auto = "auto"
     """ddp: processes to start when torchrun did not."""
+    shard: bool = False
+    """ddp: master weights and moments of each parameter on one rank instead of all, for large models."""
     compile: bool | Auto = "auto"
     recompute: Literal["none", "block"] = "none"
     """block: recompute activations of each block in the backward pass."""

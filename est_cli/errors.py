@@ -1,11 +1,14 @@
-"""The one exception for users' mistakes, and the nearest match that its messages offer."""
+"""The exceptions that the outermost entry point knows, and the nearest match that messages offer."""
 
 from collections.abc import Iterable
 from difflib import get_close_matches
 
 
 class UserError(ValueError):
-    """Bad input. The outermost entry point prints `problems`, one a line, and exits with code 2."""
+    """Bad input. The outermost entry point prints `problems`, one a line, and exits with code 2.
+
+    There are none where another process of the run tells them.
+    """
 
     def __init__(self, *problems: str):
         super().__init__("\n".join(problems))
@@ -13,7 +16,14 @@ class UserError(ValueError):
 
 
 class RunFailed(RuntimeError):
-    """A run that ended for a reason it can name. The outermost entry point prints it and exits with code 1."""
+    """A run that ended for a reason it can name. The outermost entry point prints it and exits with code 1.
+
+    The message is empty where another process of the run tells it.
+    """
+
+
+class PeerLost(RunFailed):
+    """Another process of the run has ended."""
 
 
 def nearest(word: str, allowed: Iterable[str]) -> str:

@@ -55,7 +55,8 @@ def test_null_head_dim_is_the_models_width_over_its_heads():
 
 
 def test_a_step_counts_sequences_of_all_devices_and_micro_batches():
-    config = read_train_config(plain_config({"trainer.batch_size": 3, "trainer.grad_accum": 5, "trainer.devices": 2}))
+    sizes = {"trainer.batch_size": 3, "trainer.grad_accum": 5, "trainer.devices": 2, "trainer.strategy": "ddp"}
+    config = read_train_config(plain_config(sizes))
     assert config.sequences_per_step == 30
     assert config.tokens_per_step == 30 * config.data.seq_len
 

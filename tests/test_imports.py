@@ -111,7 +111,7 @@ def test_only_commands_compose_and_only_tracking_knows_wandb(name):
 def test_the_core_runs_with_torch_and_numpy_alone(name):
     """Below the commands a GPU machine needs no more; checkpoints are safetensors."""
     allowed = {"numpy", *({"torch"} if part(name) != "subnet" else ())}
-    allowed |= {"safetensors"} if name in {"est_cli.training.checkpoint", "est_cli.training.pretrained"} else set()
+    allowed |= {"safetensors"} if name in {"est_cli.training.tensor_file", "est_cli.training.pretrained"} else set()
     allowed |= {"triton"} if part(name) == "kernels" else set()
     assert libraries(name) - set(sys.stdlib_module_names) <= allowed
 

@@ -1,5 +1,6 @@
 """What may differ between a run's config and that of the command that continues it."""
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -17,11 +18,15 @@ HARMLESS = (
     "trainer.peak_flops",
     "trainer.threads",
     "trainer.on_nonfinite",
+    "trainer.strategy",
+    "trainer.shard",
     "data.cache_dir",
 )
 """Keys, and whole sections, that may change when a run continues: they do not reach its weights."""
 
 MAX_STEPS = "trainer.max_steps"
+BATCH = ("trainer.devices", "trainer.batch_size", "trainer.grad_accum")
+"""Keys that may change as long as their product, the sequences of a step, does not."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +44,7 @@ class Change:
 
 def changes(old: dict[str, Any], new: dict[str, Any]) -> list[Change]:
     """Every key that differs between the plain config of a run and a new one."""
-    return [Change(*difference, _problem(*difference, new)) for difference in _differences(old, new)]
+    return [Change(*difference, _problem(*difference, old, new)) for difference in _differences(old, new)]
 
 
 def _differences(old: Any, new: Any, path: str = "") -> Iterator[tuple[str, Any, Any]]:
@@ -50,9 +55,11 @@ def _differences(old: Any, new: Any, path: str = "") -> Iterator[tuple[str, Any,
         yield path, old, new
 
 
-def _problem(key: str, old: Any, new: Any, config: dict[str, Any]) -> str | None:
+def _problem(key: str, old: Any, new: Any, saved: dict[str, Any], config: dict[str, Any]) -> str | None:
     if any(key == allowed or key.startswith(f"{allowed}.") for allowed in HARMLESS):
         return None
+    if key in BATCH:
+        return _batch_problem(saved["trainer"], config["trainer"])
     if key != MAX_STEPS:
         return "decides the weights"
     if new < old:
@@ -72,3 +79,20 @@ def _fractions(config: dict[str, Any]) -> Iterator[tuple[str, Any]]:
         yield "optimizer.warmup", optimizer["warmup"]
     if optimizer["decay"] != "none" and not isinstance(optimizer["decay_steps"], int):
         yield "optimizer.decay_steps", "null" if optimizer["decay_steps"] is None else optimizer["decay_steps"]
+
+
+def _batch_problem(saved: dict[str, Any], trainer: dict[str, Any]) -> str | None:
+    """How to keep the sequences of a step that a run has begun with; None where they are kept."""
+    keys = [key.removeprefix("trainer.") for key in BATCH]
+    sequences, devices = math.prod(saved[key] for key in keys), trainer["devices"]
+    if sequences == math.prod(trainer[key] for key in keys):
+        return None
+    if sequences % devices:
+        possible = ", ".join(str(n) for n in range(1, sequences + 1) if sequences % n == 0)
+        return f"a step has {sequences} sequences, which trainer.devices must divide: {possible}"
+    share = sequences // devices
+    batch_size = max(n for n in range(1, min(share, saved["batch_size"]) + 1) if share % n == 0)
+    return (
+        f"a step's {sequences} sequences are kept on trainer.devices={devices} by trainer.batch_size={batch_size} "
+        f"trainer.grad_accum={share // batch_size}"
+    )

@@ -19,7 +19,7 @@ from est_cli.commands.composition import Composer, conf_dir, plain
 from est_cli.commands.help import help_text
 from est_cli.errors import RunFailed, UserError
 
-DONE, FAILED, BAD_INPUT, STOPPED = 0, 1, 2, 75
+DONE, FAILED, BAD_INPUT, STOPPED, INTERRUPTED = 0, 1, 2, 75, 130
 PROBLEM = "error: "
 """What a line of a message about bad input begins with."""
 
@@ -83,10 +83,11 @@ def exit_with(call: Callable[[], int | None]) -> NoReturn:
         print_problems(error)
         code = BAD_INPUT
     except RunFailed as error:
-        print(f"{PROBLEM}{error}", file=sys.stderr)
+        if str(error):
+            print(f"{PROBLEM}{error}", file=sys.stderr)
         code = FAILED
     except KeyboardInterrupt:
-        code = 130
+        code = INTERRUPTED
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = DONE
@@ -99,7 +100,8 @@ def exit_with(call: Callable[[], int | None]) -> NoReturn:
 
 def print_problems(error: UserError) -> None:
     """One message on standard error, a line a problem."""
-    print(problems_text(error), file=sys.stderr)
+    if error.problems:
+        print(problems_text(error), file=sys.stderr)
 
 
 def problems_text(error: UserError) -> str:

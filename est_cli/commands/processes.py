@@ -2,36 +2,44 @@
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 
+from est_cli.commands import entry
 from est_cli.commands.stopping import STOP_SIGNALS
 
 _POLL_S = 0.1
-_GRACE_S = 30.0
+_GRACE_S = 20.0
+"""From a failure to the end of those that did not notice it."""
 
 
-def start_processes(count: int, arguments: list[str]) -> int:
-    """Run this command in `count` ranks; returns rank 0's exit code, or the first failure's.
+def start_processes(count: int, command: Sequence[str]) -> int:
+    """Run `python *command` in `count` ranks, and return their exit code.
 
     A rank that fails ends all; a signal that asks for a stop is passed on.
     """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    import torch.distributed as dist
+
+    # The ranks meet here, as under torchrun's agent: no port to be lost to others, and no rank that others depend on.
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    threads = max(1, (os.cpu_count() or 1) // count)
     shared = {
+        "OMP_NUM_THREADS": str(threads),
+        **os.environ,
         "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
+        "MASTER_PORT": str(store.port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+        "TORCHELASTIC_RESTART_COUNT": "0",
         "WORLD_SIZE": str(count),
         "LOCAL_WORLD_SIZE": str(count),
     }
-    shared.setdefault("OMP_NUM_THREADS", os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count))))
     ranks = [
         subprocess.Popen(
-            [sys.executable, "-m", "est_cli", *arguments],
-            env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            [sys.executable, *command],
+            env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            # Ctrl-C of a terminal goes to the whole session: they get it from here, once.
             start_new_session=True,
         )
         for rank in range(count)
@@ -41,18 +49,41 @@ def start_processes(count: int, arguments: list[str]) -> int:
     return _wait(ranks)
 
 
-def _wait(ranks: list[subprocess.Popen]) -> int:
-    """Wait for all; after the first failure the others get a grace period, then are killed."""
-    failure, deadline = 0, None
+def _wait(ranks: Sequence[subprocess.Popen]) -> int:
+    """Wait for all. After a failure the others are asked to end, and then made to."""
+    deadline = None
     while any(rank.poll() is None for rank in ranks):
-        failed = [rank.returncode for rank in ranks if rank.returncode not in (None, 0)]
-        if failed and deadline is None:
-            failure, deadline = failed[0], time.monotonic() + _GRACE_S
+        time.sleep(_POLL_S)
+        if deadline is None and any(map(_has_failed, ranks)):
+            deadline = time.monotonic() + _GRACE_S
+            _say_who_was_killed(ranks)
             for rank in ranks:
-                if rank.poll() is None and failure != 75:
-                    rank.terminate()
+                rank.terminate()
         if deadline is not None and time.monotonic() > deadline:
             for rank in ranks:
                 rank.kill()
-        time.sleep(_POLL_S)
-    return ranks[0].returncode or failure or next((r.returncode for r in ranks if r.returncode), 0)
+    if deadline is None:
+        _say_who_was_killed(ranks)
+    return _exit_code([rank.returncode for rank in ranks])
+
+
+def _has_failed(rank: subprocess.Popen) -> bool:
+    """A rank that is done, or has stopped, may be so before rank 0, which still writes."""
+    return rank.poll() not in (None, entry.DONE, entry.STOPPED)
+
+
+def _say_who_was_killed(ranks: Sequence[subprocess.Popen]) -> None:
+    for number, rank in enumerate(ranks):
+        if rank.returncode is not None and rank.returncode < 0:
+            name = signal.Signals(-rank.returncode).name
+            print(f"rank {number} was ended by {name}", file=sys.stderr, flush=True)
+
+
+def _exit_code(codes: Sequence[int]) -> int:
+    """Of the run: what ended it, not what became of those that it took along."""
+    for code in (entry.BAD_INPUT, entry.INTERRUPTED):
+        if code in codes:
+            return code
+    if set(codes) <= {entry.DONE, entry.STOPPED}:
+        return max(codes)
+    return entry.FAILED

@@ -1,13 +1,8 @@
-"""est-train: validate, prepare the data, make the run directory, train, say what was saved."""
+"""est-train: validate, prepare the data, and hand over to the run."""
 
 import argparse
-import contextlib
-import functools
-import json
-import shlex
 import sys
-import traceback
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,41 +12,14 @@ from est_cli import auto
 from est_cli.commands import entry, replay, sweep
 from est_cli.commands.arms import with_arm
 from est_cli.commands.composition import plain
-from est_cli.commands.run_directory import ENVIRONMENT, METRICS, RunDirectory, continue_command, program
-from est_cli.commands.stopping import StopRequest
-from est_cli.config import TrainConfig, as_plain, read_train_config
-from est_cli.errors import RunFailed, UserError
+from est_cli.commands.run import Prepared, execute, stop_request
+from est_cli.commands.run_directory import RunDirectory, continue_command
+from est_cli.config import TrainConfig, read_train_config
+from est_cli.errors import UserError
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from est_cli.data.tokens import TokenStore
-    from est_cli.tracking.tracker import Tracker
-    from est_cli.training.distributed import World
-    from est_cli.training.loop import Training
-    from est_cli.training.nonfinite import NonFinite
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """A run that may begin: its config holds numbers only, and its data is on disk."""
-
-    config: TrainConfig
-    directory: RunDirectory
-    store: "TokenStore"
-    overrides: list[str]
-    command: str
-    """The command line that goes on with the run when it has been stopped."""
-    notes: list[str]
-    trackers: "list[Tracker]"
-    job: bool = False
-    """Whether it is one of a sweep, which has the last word on standard output."""
-    label: str | None = None
-    """What its lines begin with where other jobs print at the same time."""
-
-    def say(self, message: str) -> None:
-        for tracker in self.trackers:
-            tracker.say(message)
+    from est_cli.training.peers import Peers
 
 
 def main() -> None:
@@ -78,39 +46,50 @@ def _explain(arguments: Any) -> None:
 
 def _run(arguments: Any) -> int:
     """One run. Everything that can be wrong with the input is found before Hydra makes a directory."""
-    from est_cli.tracking.trackers import trackers_for
-    from est_cli.training.distributed import environment_rank, join, launched_ranks
+    from est_cli.training.peers import meet
 
-    composed, hydra_node = entry.compose("train", arguments)
-    config, notes = read_config(composed)
-    if config.trainer.devices > 1 and launched_ranks() == 1:
+    peers = meet()
+    composed, hydra_node = peers.agree("composition", lambda: entry.compose("train", arguments))
+    config, notes = peers.agree("config", lambda: read_config(composed))
+    if config.trainer.devices > peers.size:
         from est_cli.commands.processes import start_processes
 
-        return start_processes(config.trainer.devices, sys.argv[1:])
-    if environment_rank() > 0:
-        world = join(config.trainer.device)
-        directory = RunDirectory(Path(world.from_main(None)))
-        return execute(Prepared(config, directory, _tokens(config, quiet=True), [], "", [], []), world)
-    directory = RunDirectory(Path(hydra_node.run.dir).absolute())
-    notes += directory.check(config)
-    trackers = trackers_for(config)
+        return start_processes(config.trainer.devices, ["-m", "est_cli", *sys.argv[1:]])
+    directory = RunDirectory(Path(peers.from_main("directory", str(Path(hydra_node.run.dir).absolute()))))
+    prepared = _prepare(config, notes, directory, arguments.overrides, peers)
+    if not peers.is_main:
+        return execute(prepared, peers)
+    return entry.run_in_directory("train", arguments, lambda _: execute(prepared, peers))
+
+
+def _prepare(
+    config: TrainConfig,
+    notes: list[str],
+    directory: RunDirectory,
+    overrides: list[str],
+    peers: "Peers",
+    label: str | None = None,
+) -> Prepared:
+    """What a run needs. Rank 0 alone looks into the directory and tells of the run, and is the first at the data."""
+    from est_cli.tracking.trackers import trackers_for
+
+    is_main = peers.is_main
+    changes = peers.agree("changes", lambda: directory.check(config) if is_main else [])
+    trackers = peers.agree("trackers", lambda: trackers_for(config, label) if is_main else [])
+    store = peers.agree("data", lambda: _tokens(config, quiet=not is_main), main_first=True)
     command = continue_command(sys.argv[1:], config)
-    prepared = Prepared(config, directory, _tokens(config), arguments.overrides, command, notes, trackers)
-    world = join(config.trainer.device)
-    world.from_main(str(directory.path))
-    return entry.run_in_directory("train", arguments, lambda _: execute(prepared, world))
+    return Prepared(config, directory, store, overrides, command, notes + changes, trackers, label=label)
 
 
 def job_of_sweep(composed: DictConfig, directory: RunDirectory, call: sweep.Call) -> float:
     """One job of a sweep, whose directory Hydra has made; the validation loss. A finished job is not run again."""
     if call.is_elsewhere:
         sys.argv[:] = call.arguments
-        if _stop_request()():
+        if stop_request()():
             raise SystemExit(entry.STOPPED)
     from hydra.core.hydra_config import HydraConfig
 
-    from est_cli.tracking.trackers import trackers_for
-    from est_cli.training.distributed import join, launched_ranks
+    from est_cli.training.peers import Peers, launched_ranks
 
     node = HydraConfig.get()
     config, notes = read_config(plain(composed))
@@ -121,12 +100,10 @@ def job_of_sweep(composed: DictConfig, directory: RunDirectory, call: sweep.Call
     if directory.is_done(config):
         print(f"{directory.path.name}: done already, skipped", file=sys.stderr, flush=True)
         return directory.summary()["val_loss"]
-    notes += directory.check(config)
     label = directory.path.name if call.is_elsewhere else None
-    overrides, trackers = list(node.overrides.task), trackers_for(config, label)
     print(f"{directory.path.name}: job {node.job.num + 1}", file=sys.stderr, flush=True)
-    prepared = Prepared(config, directory, _tokens(config), overrides, call.command, notes, trackers, True, label)
-    code = execute(prepared, join(config.trainer.device))
+    prepared = _prepare(config, notes, directory, list(node.overrides.task), Peers(), label)
+    code = execute(replace(prepared, command=call.command, job=True), Peers())
     if code != entry.DONE:
         raise SystemExit(code)
     return directory.summary()["val_loss"]
@@ -155,143 +132,3 @@ def _tokens(config: TrainConfig, quiet: bool = False) -> "TokenStore":
     store = prepare(config.data, config.tokenizer, config.model.vocab_size, say, show_progress)
     store.check(config.data.seq_len, config.sequences_per_step)
     return store
-
-
-def execute(prepared: Prepared, world: "World") -> int:
-    """Train in the run directory, which exists; returns the exit code."""
-    from est_cli.commands.provenance import git_state, write_environment
-    from est_cli.tracking.metrics import iterate_metrics
-    from est_cli.tracking.summary import summarize
-    from est_cli.tracking.tracker import RunInfo
-    from est_cli.training.checkpoint import Checkpoints
-    from est_cli.training.device import keep_freed_memory
-    from est_cli.training.loop import Training
-
-    config, directory, trackers = prepared.config, prepared.directory, prepared.trackers
-    code = git_state(Path(__file__).parent)
-    kept = config.checkpoint
-    checkpoints = Checkpoints(directory.checkpoints, kept.keep, kept.keep_best, code, config.lasting_checkpoints)
-    stop_request = _stop_request()
-    keep_freed_memory()
-    training = Training(config, prepared.store, world, trackers)
-    found = checkpoints.to_resume(config.trainer.max_steps, warn=prepared.say)
-    if found is not None:
-        training.restore(found)
-    if not world.is_main:
-        with contextlib.suppress(RunFailed):  # rank 0 tells
-            return _exit_code(training.run(checkpoints, stop_request).status)
-        return entry.FAILED
-    directory.write_config(config)
-    directory.write_tokenizer(prepared.store.tokenizer)
-    write_environment(directory.path / ENVIRONMENT, prepared.overrides)
-    run = RunInfo(
-        directory.path,
-        config,
-        as_plain(config),
-        training.step,
-        training.stages,
-        tuple(cost.total for cost in training.ledger.per_step),
-        training.ledger.full.total,
-        prepared.command,
-    )
-    for note in prepared.notes:
-        prepared.say(note)
-    for tracker in trackers:
-        tracker.start(run)
-    try:
-        outcome = training.run(checkpoints, stop_request)
-        summary = summarize(
-            run,
-            iterate_metrics(directory.path / METRICS),
-            status=outcome.status,
-            steps=outcome.steps,
-            train_s=outcome.train_s,
-            peak_memory_bytes=outcome.peak_memory_bytes,
-            skipped_steps=outcome.skipped_steps,
-        )
-        for tracker in trackers:
-            tracker.finish(outcome.status, summary)
-        directory.write_summary(summary)
-    except BaseException as error:
-        _end_failed(prepared, training, error)
-        raise
-    _print_result(prepared, summary)
-    return _exit_code(outcome.status)
-
-
-def _exit_code(status: str) -> int:
-    return entry.STOPPED if status == "stopped" else entry.DONE
-
-
-def _end_failed(prepared: Prepared, training: "Training", error: BaseException) -> None:
-    """Leave the reason in the run directory and tell how to go on. Raises RunFailed in the place of a known one."""
-    from est_cli.training.nonfinite import NonFinite
-
-    if isinstance(error, NonFinite):
-        error = RunFailed(f"{error}; {_keep_step(prepared, training, error)}")
-    elif isinstance(error, OSError):
-        error = RunFailed(f"the run directory cannot be written: {error}")
-    known = isinstance(error, RunFailed)
-    prepared.directory.write_error(f"{error}\n" if known else traceback.format_exc())
-    for tracker in prepared.trackers:
-        tracker.finish("failed", None)
-    if not prepared.job and not isinstance(error, Exception | SystemExit):
-        prepared.say(f"quit at once; continue with: {prepared.command}")
-    elif known:
-        prepared.say(f"failed at step {training.step}; continue with: {prepared.command}")
-        raise error
-
-
-def _keep_step(prepared: Prepared, training: "Training", failed: "NonFinite") -> str:
-    """What to do with a step that was not finite, and is kept where the disk takes it."""
-    from est_cli.training.nonfinite import keep
-
-    skip = "trainer.on_nonfinite=skip goes on without such steps"
-    try:
-        folder = keep(prepared.directory.nonfinite, failed, training.model, training.step_windows(), training.config)
-    except OSError as error:
-        return f"it could not be kept for a replay ({error}); {skip}"
-    return f"`{shlex.join([*program(), f'replay={folder}'])}` runs it again; {skip}"
-
-
-@functools.cache
-def _stop_request() -> StopRequest:
-    """One for the process: a signal between two jobs of a sweep is meant for the next."""
-    return StopRequest()
-
-
-def _print_result(prepared: Prepared, summary: dict[str, Any]) -> None:
-    from est_cli.reports.report import FORMATS
-    from est_cli.tracking.display import console_for
-    from est_cli.tracking.summary import stage_table
-    from est_cli.tracking.units import format_loss
-
-    run_dir, console = prepared.directory.path, console_for(prepared.config.format)
-    paths: dict[str, Any] = {"run directory": run_dir}
-    if prepared.label is not None:
-        _report(run_dir, console, ("html",))
-        prepared.say(f"{summary['status']}, validation loss {format_loss(summary['val_loss'])}: {run_dir}")
-        return
-    if prepared.config.format != "json":
-        console.print(stage_table(summary))
-    elif not prepared.job:
-        print(json.dumps({**summary, "run_dir": str(run_dir)}))
-    if summary["status"] == "stopped" and not prepared.job:
-        paths["continue with"] = prepared.command
-    # A sweep ends with figures of all its jobs.
-    paths |= _report(run_dir, console, ("html",) if prepared.job else FORMATS)
-    for name, path in paths.items():
-        console.print(f"{name}: {path}", soft_wrap=True, highlight=False, markup=False)
-
-
-def _report(run_dir: Path, console: "Console", formats: tuple[str, ...]) -> dict[str, Path]:
-    """Writes the run's report and names its page; a disk that is full must not make a failure of a run that is done."""
-    from est_cli.reports.records import load_runs
-    from est_cli.reports.report import write_report
-
-    try:
-        files = write_report(load_runs([run_dir]), run_dir / "report", formats)
-        return {name: files[kind] for name, kind in (("figure", "png"), ("report", "html")) if kind in files}
-    except OSError as error:
-        console.print(f"no report was written: {error}", soft_wrap=True, markup=False)
-        return {}

@@ -9,11 +9,12 @@ Biases start at 0 and norm weights at 1 in both.
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 
 from est_cli.config import ModelConfig
-from est_cli.model.transformer import Transformer
+from est_cli.model.transformer import Transformer, set_parameter
 
 
 def standard_deviations(model: ModelConfig) -> tuple[float, float]:
@@ -24,16 +25,28 @@ def standard_deviations(model: ModelConfig) -> tuple[float, float]:
 
 
 @torch.no_grad()
-def initialise(model: Transformer, seed: int) -> Transformer:
-    """Fill every parameter of a model that lives on the CPU; returns the model."""
+def initialise(
+    model: Transformer,
+    seed: int,
+    device: torch.device | str = "cpu",
+    holds: Callable[[str], bool] = lambda name: True,
+) -> Transformer:
+    """Give the model on `device` every parameter that this process `holds`; returns the model.
+
+    The others stay as they are. One parameter after the other is drawn, on the CPU, so that a meta model needs memory
+    for what is held and for its largest parameter.
+    """
     generator = torch.Generator().manual_seed(seed)
     ordinary, residual = standard_deviations(model.config)
-    for name, parameter in model.named_parameters():
+    for name, parameter in list(model.named_parameters()):
+        values = torch.empty(parameter.shape, dtype=parameter.dtype)
         if name.endswith(".bias"):
-            parameter.zero_()
+            values.zero_()
         elif "norm" in name:
-            parameter.fill_(1.0)
+            values.fill_(1.0)
         else:
             output = name.endswith(("attention.out.weight", "mlp.down.weight"))
-            parameter.normal_(0.0, residual if output else ordinary, generator=generator)
+            values.normal_(0.0, residual if output else ordinary, generator=generator)
+        if holds(name):
+            set_parameter(model, name, values.to(device))
     return model

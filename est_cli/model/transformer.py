@@ -232,6 +232,12 @@ def layer_of(name: str) -> int | None:
     return int(name.split(".")[1]) if name.startswith("blocks.") else None
 
 
+def set_parameter(module: nn.Module, name: str, data: Tensor) -> None:
+    """Put `data` in the place of a parameter, by its full name."""
+    owner, _, leaf = name.rpartition(".")
+    setattr(module.get_submodule(owner), leaf, nn.Parameter(data))
+
+
 def _norm(model: ModelConfig, device, dtype) -> nn.Module:
     kind = nn.LayerNorm if model.norm == "layernorm" else nn.RMSNorm
     return kind(model.d_model, eps=model.norm_eps, device=device, dtype=dtype)

@@ -15,25 +15,24 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 
 import est_cli
 from est_cli.errors import UserError
 from est_cli.model.transformer import Transformer
 from est_cli.training.optimizer import SampledAdamW
+from est_cli.training.shards import ReadTensor
+from est_cli.training.tensor_file import fill, write_tensors
 
 MODEL, OPTIMIZER, STATE = "model.safetensors", "optimizer.safetensors", "state.json"
 CHECKSUMS = "checksums.json"
 _NAME = re.compile(r"step-(\d{8,})")
-_IO_PREFIX = re.compile(r"^.*?(?:I/O|IO) error:? ")
 
 
 @dataclass(frozen=True)
@@ -42,6 +41,11 @@ class Checkpoint:
 
     folder: Path
     state: dict[str, Any]
+
+    @classmethod
+    def at(cls, folder: Path) -> "Checkpoint":
+        """One that somebody else has checked."""
+        return cls(folder, _state(folder))
 
     @property
     def step(self) -> int:
@@ -53,12 +57,12 @@ class Checkpoint:
         return (self.folder / OPTIMIZER).exists()
 
     def load_model(self, model: Transformer) -> None:
-        """Fill the model's parameters; raises ValueError where names or shapes differ."""
-        fill(dict(model.named_parameters()), load_file(self.folder / MODEL))
+        """Fill the parameters that are held here; raises ValueError where names or shapes differ."""
+        fill(dict(model.named_parameters()), self.folder / MODEL)
 
     def load_optimizer(self, optimizer: SampledAdamW) -> None:
         """Fill the moments and step counts."""
-        fill(optimizer.state(), load_file(self.folder / OPTIMIZER))
+        fill(optimizer.state(), self.folder / OPTIMIZER)
 
 
 @dataclass(frozen=True)
@@ -73,16 +77,24 @@ class Checkpoints:
     lasting: frozenset[int] = frozenset()
     """Steps after which a checkpoint is written whatever the interval, and stays."""
 
-    def save(self, step: int, model: Transformer, optimizer: SampledAdamW | None, facts: dict[str, Any]) -> Path:
+    def save(
+        self,
+        step: int,
+        model: Transformer,
+        optimizer: SampledAdamW | None,
+        facts: dict[str, Any],
+        read: ReadTensor | None = None,
+    ) -> Path:
         """Write the state after `step` optimizer steps; `facts` go into state.json.
 
-        Raises OSError, and leaves what was there, where the disk does not take it.
+        `read` gives what is in tensors that other ranks hold. Raises OSError, and leaves what was there, where the disk
+        does not take it.
         """
         self._remove_leftovers()
         temporary = self.folder / f".writing-step-{step:08d}"
         try:
             temporary.mkdir(parents=True)
-            self._write(temporary, step, model, optimizer, facts)
+            self._write(temporary, step, model, optimizer, facts, read)
         except OSError:
             shutil.rmtree(temporary, ignore_errors=True)  # the room is needed
             raise
@@ -97,11 +109,17 @@ class Checkpoints:
         return final
 
     def _write(
-        self, temporary: Path, step: int, model: Transformer, optimizer: SampledAdamW | None, facts: dict[str, Any]
+        self,
+        temporary: Path,
+        step: int,
+        model: Transformer,
+        optimizer: SampledAdamW | None,
+        facts: dict[str, Any],
+        read: ReadTensor | None,
     ) -> None:
-        write_tensors(dict(model.named_parameters()), temporary / MODEL)
+        write_tensors(dict(model.named_parameters()), temporary / MODEL, read)
         if optimizer is not None:
-            write_tensors(optimizer.state(), temporary / OPTIMIZER)
+            write_tensors(optimizer.state(), temporary / OPTIMIZER, read)
         versions = {"est_cli": est_cli.__version__, "torch": torch.__version__, "numpy": np.__version__}
         write_json(temporary / STATE, {"step": step, **facts, "versions": versions, "code": self.code})
         write_json(temporary / CHECKSUMS, {path.name: _checksum(path) for path in sorted(temporary.iterdir())})
@@ -217,28 +235,6 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=1) + "\n")
-
-
-def write_tensors(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
-    """A .safetensors file. Raises OSError where it cannot be written."""
-    try:
-        save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, path)
-    except SafetensorError as error:
-        raise OSError(_IO_PREFIX.sub("", str(error))) from error
-
-
-def read_tensors(path: Path) -> dict[str, torch.Tensor]:
-    return load_file(path)
-
-
-@torch.no_grad()
-def fill(targets: dict[str, torch.Tensor], tensors: dict[str, torch.Tensor]) -> None:
-    if targets.keys() != tensors.keys():
-        raise ValueError(f"checkpoint and model differ in {sorted(targets.keys() ^ tensors.keys())[:5]}")
-    for name, target in targets.items():
-        if target.shape != tensors[name].shape:
-            raise ValueError(f"{name} has shape {tuple(tensors[name].shape)}, expected {tuple(target.shape)}")
-        target.copy_(tensors[name])
 
 
 def _checksum(path: Path) -> str:

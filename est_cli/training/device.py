@@ -1,6 +1,7 @@
 """What the device is: its peak rate and how much memory the run has used."""
 
 import ctypes
+import os
 import sys
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from est_cli.auto import Device
 from est_cli.config import TrainerConfig
 from est_cli.errors import UserError
 from est_cli.kernels.dispatch import check_kernels
-from est_cli.training.distributed import launched_ranks
+from est_cli.training.peers import launched_ranks
 
 PEAK_BF16_FLOPS = {
     # Dense bf16 tensor-core rates of NVIDIA's datasheets, FLOP/s. The name is matched as a part of CUDA's.
@@ -38,13 +39,25 @@ def available_device(trainer: TrainerConfig, kernels: str = "auto") -> Device:
         raise UserError("trainer.device=cuda: torch sees no GPU here; allowed: auto, cpu")
     kind = "cuda" if has_cuda and trainer.device != "cpu" else "cpu"
     check_kernels(kernels, kind)
-    if launched_ranks() > 1:
-        return Device(kind, launched_ranks())
     present = torch.cuda.device_count() if kind == "cuda" else 1
+    if (ranks := launched_ranks()) > 1:
+        _check_launched(trainer, ranks, present if kind == "cuda" else None)
+        return Device(kind, ranks)
     devices = present if trainer.devices == "auto" else trainer.devices
     if kind == "cuda" and devices > present:
         raise UserError(f"trainer.devices={devices}: this machine has {present}")
     return Device(kind, devices)
+
+
+def _check_launched(trainer: TrainerConfig, ranks: int, gpus: int | None) -> None:
+    """Raises UserError where `trainer` is not for the processes that torchrun started."""
+    if trainer.strategy != "ddp":
+        raise UserError(f"trainer.strategy={trainer.strategy}: {ranks} processes were started; give trainer=ddp")
+    if trainer.devices not in ("auto", ranks):
+        raise UserError(f"trainer.devices={trainer.devices}: {ranks} processes were started; leave it out")
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", ranks))
+    if gpus is not None and here > gpus:
+        raise UserError(f"{here} processes were started on this machine, which has {gpus} GPUs; start one for each")
 
 
 def peak_flops(device: torch.device, given: float | None) -> float | None:

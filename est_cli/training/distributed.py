@@ -1,18 +1,31 @@
-"""The processes of a run: one alone, or the ranks of a process group (gloo on CPUs, NCCL on GPUs)."""
+"""What the ranks of a run compute together (gloo on CPUs, NCCL on GPUs). A process alone is a world of one."""
 
+import contextlib
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from datetime import timedelta
+from functools import partial
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from est_cli.errors import PeerLost
+from est_cli.training.peers import Peers
+
+BUCKET_BYTES = 4 << 20
+"""Tensors travel together up to this size, and larger ones alone: a message costs microseconds whatever its size."""
+_TIMEOUT = timedelta(hours=1)
+"""Rank 0 may write a large checkpoint meanwhile. A rank that dies is noticed at once, not by this."""
+
 
 @dataclass(frozen=True)
 class World:
-    """This process among its peers."""
+    """This process among its peers. What it is asked, all ranks must ask together, of tensors of the same shapes.
+
+    Raises PeerLost where another rank has ended.
+    """
 
     device: torch.device
     rank: int = 0
@@ -20,63 +33,115 @@ class World:
 
     @property
     def is_main(self) -> bool:
-        """Rank 0 resolves the run directory and writes; the others compute."""
+        """Rank 0 writes; the others compute."""
         return self.rank == 0
 
     def sum_(self, tensors: Sequence[Tensor]) -> None:
         """Add the tensors over all ranks, in place."""
-        if self.size == 1:
-            return
-        for work in [dist.all_reduce(tensor, async_op=True) for tensor in tensors]:
-            work.wait()
+        self._travel([(tensors, partial(dist.all_reduce, async_op=True))])
 
     def average_(self, tensors: Sequence[Tensor]) -> None:
         """Average the tensors over all ranks, in place."""
-        if self.size == 1:
-            return
         self.sum_(tensors)
-        torch._foreach_div_(list(tensors), self.size)
+        if self.size > 1:
+            torch._foreach_div_(list(tensors), self.size)
 
     def any(self, flag: bool) -> bool:
         """Whether the flag is set on any rank."""
-        if self.size == 1:
-            return flag
         tensor = torch.tensor(float(flag), device=self.device)
-        dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+        self.sum_([tensor])
         return bool(tensor.item())
 
-    def from_main(self, value: Any) -> Any:
-        """Rank 0's value, on every rank."""
+    def sum_on_(self, tensors: Mapping[int, Sequence[Tensor]]) -> None:
+        """Add the tensors over all ranks on the rank that they are listed under; they are lost on the others."""
+        self._travel([(group, partial(dist.reduce, dst=rank, async_op=True)) for rank, group in tensors.items()])
+
+    def broadcast_(self, tensors: Mapping[int, Sequence[Tensor]]) -> None:
+        """Give all ranks the tensors of the rank that they are listed under."""
+        self._travel([(group, partial(dist.broadcast, src=rank, async_op=True)) for rank, group in tensors.items()])
+
+    def number_from_main(self, number: int) -> int:
+        """Rank 0's number, on every rank."""
+        tensor = torch.tensor(number, device=self.device)
+        self.broadcast_({0: [tensor]})
+        return int(tensor.item())
+
+    def send_to_main(self, tensor: Tensor) -> None:
+        with _told_of_lost_peers():
+            dist.send(tensor.contiguous(), 0)
+
+    def receive(self, like: Tensor, source: int) -> Tensor:
+        """On rank 0: the tensor of this shape and type that rank `source` sends."""
+        tensor = torch.empty_like(like, device=self.device)
+        with _told_of_lost_peers():
+            dist.recv(tensor, source)
+        return tensor
+
+    def _travel(self, groups: Sequence[tuple[Sequence[Tensor], Callable[[Tensor], dist.Work]]]) -> None:
+        """Hand each group of tensors to its operation in buckets, and wait until all have their new values."""
         if self.size == 1:
-            return value
-        box = [value]
-        dist.broadcast_object_list(box, src=0)
-        return box[0]
+            return
+        with _told_of_lost_peers():
+            sent = []
+            for tensors, send in groups:
+                for bucket in _buckets(tensors):
+                    flat = _flat(bucket)
+                    sent.append((send(flat), flat, bucket))
+            for work, _, _ in sent:
+                work.wait()
+        for _, flat, bucket in sent:
+            if len(bucket) > 1:
+                parts = flat.split([tensor.numel() for tensor in bucket])
+                torch._foreach_copy_(bucket, [part.view_as(t) for part, t in zip(parts, bucket, strict=True)])
 
 
-def launched_ranks() -> int:
-    """Processes of the job that torchrun started, 1 where it did not."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """Tensors of one type each, in the same order on every rank: large ones alone, small ones up to BUCKET_BYTES."""
+    small: dict[torch.dtype, list[Tensor]] = {}
+    for tensor in tensors:
+        bucket = small.setdefault(tensor.dtype, [])
+        if tensor.nbytes >= BUCKET_BYTES:
+            yield [tensor]
+            continue
+        if sum(t.nbytes for t in bucket) + tensor.nbytes > BUCKET_BYTES:
+            yield bucket
+            bucket = small[tensor.dtype] = []
+        bucket.append(tensor)
+    yield from filter(None, small.values())
 
 
-def environment_rank() -> int:
-    """This process's rank in the job that torchrun started."""
-    return int(os.environ.get("RANK", "0"))
+def _flat(bucket: list[Tensor]) -> Tensor:
+    return bucket[0] if len(bucket) == 1 else torch.cat([tensor.reshape(-1) for tensor in bucket])
 
 
-def join(kind: str) -> World:
-    """Join the process group that torchrun's environment describes; a world of one without it."""
-    if launched_ranks() == 1:
+@contextlib.contextmanager
+def _told_of_lost_peers() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        raise PeerLost(f"another process of the run has ended ({error})") from error
+
+
+def join(kind: str, peers: Peers) -> World:
+    """Make the group of the peers; `kind` is cpu or cuda."""
+    if peers.store is None:
         return World(torch.device(kind))
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    device = torch.device("cuda", local_rank) if kind == "cuda" else torch.device("cpu")
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if kind == "cuda" else torch.device("cpu")
     if kind == "cuda":
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if kind == "cuda" else "gloo", device_id=device if kind == "cuda" else None)
-    return World(device, dist.get_rank(), dist.get_world_size())
+    with _told_of_lost_peers():
+        dist.init_process_group(
+            "nccl" if kind == "cuda" else "gloo",
+            store=dist.PrefixStore("group", peers.store),
+            rank=peers.rank,
+            world_size=peers.size,
+            timeout=_TIMEOUT,
+            device_id=device if kind == "cuda" else None,
+        )
+    return World(device, peers.rank, peers.size)
 
 
 def leave() -> None:
-    """Leave the process group, if this process is in one."""
+    """Leave the group, if this process is in one."""
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -17,7 +17,7 @@ from est_cli.kernels.dispatch import kernels_for
 from est_cli.model.initialisation import initialise
 from est_cli.model.transformer import Transformer
 from est_cli.subnet.flops import config_ledger
-from est_cli.subnet.plan import Plan, subnetwork
+from est_cli.subnet.plan import Plan, Subnetwork, subnetwork
 from est_cli.subnet.sampler import sample, strategy_named
 from est_cli.subnet.schedule import Stage, stage_at
 from est_cli.training.checkpoint import Checkpoint, Checkpoints
@@ -26,6 +26,7 @@ from est_cli.training.distributed import World
 from est_cli.training.nonfinite import NonFinite
 from est_cli.training.optimizer import SampledAdamW, learning_rate
 from est_cli.training.pretrained import load_pretrained
+from est_cli.training.shards import ReadTensor, Shards
 from est_cli.training.subnetwork import DTYPES, MaskedSubnetwork, PackedSubnetwork
 from est_cli.training.validation import validation_loss
 
@@ -69,11 +70,12 @@ class Training:
         self.strategy = strategy_named(config.sampling.strategy)
         self.peak_flops = peak_flops(world.device, config.trainer.peak_flops)
         recompute, kernels = config.trainer.recompute == "block", kernels_for(config.kernels, world.device)
-        model = initialise(Transformer(config.model, recompute=recompute, kernels=kernels), config.seed)
+        model = Transformer(config.model, "meta", recompute=recompute, kernels=kernels)
+        self.shards = Shards.of(model, world, config.trainer.shard)
+        self.model = initialise(model, config.seed, world.device, self.shards.holds)
         if config.model.init_from is not None:
-            load_pretrained(model)
-        self.model = model.to(world.device)
-        self.optimizer = SampledAdamW(self.model, config.optimizer)
+            load_pretrained(self.model)
+        self.optimizer = SampledAdamW(self.model, config.optimizer, self.shards)
         self.step = 0
         self.train_s = 0.0
         self.val_loss: float | None = None
@@ -113,7 +115,7 @@ class Training:
     def _build(self, stage: Stage) -> PackedSubnetwork | MaskedSubnetwork:
         shape = subnetwork(self.config.model, self.config.sampling, stage.rates)
         kind = MaskedSubnetwork if self.config.kernels == "masked" else PackedSubnetwork
-        subnet = kind(self.model, shape, self.dtype)
+        subnet = kind(self.model, shape, self.dtype, self.shards)
         if self.config.trainer.compile:
             subnet.module.compile_blocks()
         return subnet
@@ -128,7 +130,7 @@ class Training:
             micro_loss.backward()
             loss += micro_loss.detach()
         updates = subnet.updates()
-        self.world.average_([loss, *(update.gradient for update in updates)])
+        self.shards.average_(loss, {update.name: update.gradient for update in updates})
         lr = learning_rate(config.optimizer, self.step, config.trainer.max_steps, self.stages)
         grad_norm = self.optimizer.norm(updates)
         if (loss + grad_norm).isfinite():  # waits for the device: microseconds, and the weights stay sound
@@ -207,8 +209,9 @@ class Training:
         """
         trainer = self.config.trainer
         windows = validation_windows(self.tokens.val, self.config.data.seq_len, trainer.eval_tokens)
-        whole = subnet if isinstance(subnet, PackedSubnetwork) and subnet.small == subnet.full else None
-        return validation_loss(self.model, windows, trainer.batch_size, self.dtype, self.world, whole)
+        if not (isinstance(subnet, PackedSubnetwork) and subnet.small == subnet.full):
+            subnet = PackedSubnetwork(self.model, Subnetwork(self.model.config), self.dtype, self.shards)
+        return validation_loss(self.model, windows, trainer.batch_size, self.dtype, self.world, subnet)
 
     def _speed(self, stage: Stage, step_s: float) -> dict[str, float | None]:
         peak = self.peak_flops and self.peak_flops * self.world.size
@@ -230,11 +233,18 @@ class Training:
 
     def _save(self, checkpoints: Checkpoints, contents: str, is_last: bool) -> None:
         """Write a checkpoint. Where the disk does not take it, training goes on, but cannot end: RunFailed."""
-        if contents == "none" or not self.world.is_main or self.saved_step == self.step:
+        if contents == "none" or self.saved_step == self.step:
             return
         facts = {"config": as_plain(self.config), **{name: getattr(self, name) for name in _CARRIED}}
+        optimizer = self.optimizer if contents == "full" else None
+
+        def write(read: ReadTensor) -> None:
+            path = checkpoints.save(self.step, self.model, optimizer, facts, read)
+            self.saved_step = self.step
+            self._say(f"checkpoint written: {path}")
+
         try:
-            path = checkpoints.save(self.step, self.model, self.optimizer if contents == "full" else None, facts)
+            self.shards.collect({**dict(self.model.named_parameters()), **self.optimizer.state()}, write)
         except OSError as error:
             before = "there is none before it" if self.saved_step is None else f"step {self.saved_step}'s stays"
             message = f"the checkpoint of step {self.step} could not be written ({error.strerror or error}); {before}"
@@ -243,9 +253,6 @@ class Training:
             if not self.told_of_unwritten:
                 self._say(f"{message}; training goes on")
             self.told_of_unwritten = True
-        else:
-            self.saved_step = self.step
-            self._say(f"checkpoint written: {path}")
 
 
 _CARRIED = ("train_s", "val_loss", "val_step", "skipped_steps")

@@ -23,8 +23,10 @@ from est_cli.kernels.dispatch import kernels_for
 from est_cli.model.transformer import Transformer
 from est_cli.subnet.plan import Plan, subnetwork
 from est_cli.subnet.schedule import Rates, Stage
-from est_cli.training.checkpoint import MODEL, fill, read_tensors, write_json, write_tensors
+from est_cli.training.checkpoint import MODEL, write_json
+from est_cli.training.shards import ReadTensor
 from est_cli.training.subnetwork import DTYPES, MaskedSubnetwork, PackedSubnetwork
+from est_cli.training.tensor_file import read_tensors, write_tensors
 
 BATCH, STEP = "batch.safetensors", "step.json"
 
@@ -40,12 +42,22 @@ class NonFinite(RunFailed):
         self.step, self.stage, self.plan, self.loss, self.grad_norm = step, stage, plan, loss, grad_norm
 
 
-def keep(parent: Path, failed: NonFinite, model: Transformer, windows: np.ndarray, config: TrainConfig) -> Path:
-    """Write the folder of a step; windows [n, T + 1]. Raises OSError where the disk does not take it."""
+def keep(
+    parent: Path,
+    failed: NonFinite,
+    model: Transformer,
+    windows: np.ndarray,
+    config: TrainConfig,
+    read: ReadTensor | None = None,
+) -> Path:
+    """Write the folder of a step; windows [n, T + 1], `read` as for a checkpoint.
+
+    Raises OSError where the disk does not take it.
+    """
     folder = parent / f"step-{failed.step:08d}"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    write_tensors(dict(model.named_parameters()), folder / MODEL)
+    write_tensors(dict(model.named_parameters()), folder / MODEL, read)
     write_tensors({"windows": torch.from_numpy(windows)}, folder / BATCH)
     content = {
         "step": failed.step,
@@ -100,7 +112,7 @@ class Replay:
 def replay(kept: Kept, config: TrainConfig, device: torch.device) -> Replay:
     """Run the step again on `device`, micro-batch by micro-batch, in the precision of `config`; no update."""
     model = Transformer(config.model, kernels=kernels_for(config.kernels, device))
-    fill(dict(model.named_parameters()), kept.weights)
+    model.load_state_dict(kept.weights)
     model = model.to(device)
     kind = MaskedSubnetwork if config.kernels == "masked" else PackedSubnetwork
     subnet = kind(model, subnetwork(config.model, config.sampling, kept.rates), DTYPES[config.trainer.precision])

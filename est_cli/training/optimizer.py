@@ -10,6 +10,7 @@ from est_cli.config import OptimizerConfig
 from est_cli.kernels.adamw import Hyperparameters, Move
 from est_cli.model.transformer import Transformer
 from est_cli.subnet.schedule import Stage, boundary_step, stage_at
+from est_cli.training.shards import Shards, whole
 from est_cli.training.subnetwork import Update, as_rows
 
 
@@ -41,11 +42,12 @@ class SampledAdamW:
     unsampled=zero_grad  every row takes every step, with gradient 0 where it was not sampled
     unsampled=freeze     only sampled rows, their moments and their step counts move
 
-    Weight decay is for matrices and embeddings only.
+    Weight decay is for matrices and embeddings only. Of a sharded model every rank moves the parameters that it
+    holds; the others, and their moments, are meta tensors.
     """
 
-    def __init__(self, model: Transformer, config: OptimizerConfig):
-        self.config, self.kernels = config, model.kernels
+    def __init__(self, model: Transformer, config: OptimizerConfig, shards: Shards | None = None):
+        self.config, self.kernels, self.shards = config, model.kernels, shards or whole(model)
         self.parameters = {name: parameter.data for name, parameter in model.named_parameters()}
         self.moments = {name: torch.zeros_like(p) for name, p in self.parameters.items()}
         self.squares = {name: torch.zeros_like(p) for name, p in self.parameters.items()}
@@ -58,7 +60,7 @@ class SampledAdamW:
     @torch.no_grad()
     def norm(self, updates: list[Update]) -> Tensor:
         """The global norm of the gradients, a scalar tensor."""
-        return torch.nn.utils.get_total_norm([update.gradient for update in updates])
+        return self.shards.norm({update.name: update.gradient for update in updates})
 
     @torch.no_grad()
     def step(self, updates: list[Update], lr: float, norm: Tensor | None = None) -> Tensor:
@@ -71,7 +73,7 @@ class SampledAdamW:
         return norm
 
     def _move(self, name: str, update: Update | None, lr: float) -> Move | None:
-        """Count a parameter's step; None where it takes none."""
+        """Count a parameter's step; None where it takes none here."""
         freeze = self.config.unsampled == "freeze"
         if update is None and freeze:
             return None
@@ -79,6 +81,8 @@ class SampledAdamW:
         counts = self.counts[name]
         moving = slice(None) if rows is None or not freeze else rows.host
         counts[moving] += 1
+        if not self.shards.holds(name):
+            return None
         matrices = self._matrices[name]
         gradient = None if update is None else update.gradient.reshape(-1, matrices[0].shape[1])
         taken = counts[moving] if freeze else int(counts[0])
@@ -89,9 +93,9 @@ class SampledAdamW:
         return Hyperparameters(lr, *self.config.betas, self.config.eps, decay)
 
     def state(self) -> dict[str, Tensor]:
-        """Every tensor that the optimizer carries between steps, by name."""
+        """Every tensor that the optimizer carries between steps, by name, the widest type first."""
         return {
+            **{f"counts.{name}": torch.from_numpy(c) for name, c in self.counts.items()},
             **{f"moments.{name}": t for name, t in self.moments.items()},
             **{f"squares.{name}": t for name, t in self.squares.items()},
-            **{f"counts.{name}": torch.from_numpy(c) for name, c in self.counts.items()},
         }

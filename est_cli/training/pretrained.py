@@ -67,7 +67,7 @@ def _fill(model: Transformer, state: Mapping[str, Tensor]) -> None:
                 f"model.init_from={model.config.init_from}: {name} has shape {tuple(found.shape)}, "
                 f"and its config.json says {tuple(parameter.shape)}"
             )
-        parameter.copy_(found)
+        parameter.copy_(found)  # nothing happens where another rank holds it: a meta tensor takes no values
 
 
 def _differing(model: ModelConfig, found: ModelConfig) -> list[str]:

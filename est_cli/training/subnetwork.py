@@ -3,7 +3,7 @@
 Sizes depend on the stage and indices on the step, so a stage allocates its slots once and every step only
 fills them. In fp32, tensors that are not sampled share storage with the master, and with every count full the
 subnetwork is the master itself. In bf16 every slot is a bf16 copy, and a hook adds each slot's gradient to an
-fp32 accumulator.
+fp32 accumulator. Of a sharded master every slot is a copy, which comes from the rank that holds the parameter.
 """
 
 from dataclasses import dataclass
@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from est_cli.config import ModelConfig
 from est_cli.kernels.adamw import Rows
 from est_cli.kernels.upload import upload
-from est_cli.model.transformer import BlockMask, Transformer, layer_of, row_kind
+from est_cli.model.transformer import BlockMask, Transformer, layer_of, row_kind, set_parameter
 from est_cli.subnet.plan import Plan, Subnetwork
 from est_cli.subnet.rows import n_rows, sampled_rows
+from est_cli.training.shards import Shards, whole
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -34,11 +35,14 @@ class Update:
 class PackedSubnetwork:
     """Pack, dense small model, unpack."""
 
-    def __init__(self, master: Transformer, shape: Subnetwork, dtype: torch.dtype):
+    def __init__(self, master: Transformer, shape: Subnetwork, dtype: torch.dtype, shards: Shards | None = None):
         self.master = dict(master.named_parameters())
+        self.shards = shards or whole(master)
+        self.device = self.shards.world.device
         self.full, self.small, self.kernels = master.config, shape.model, master.kernels
         self.casts = dtype != next(iter(self.master.values())).dtype
-        self.is_master = self.small == self.full and not self.casts
+        self.copies = self.casts or self.shards.is_sharded
+        self.is_master = self.small == self.full and not self.copies
         if self.is_master:
             self.module = master
         else:
@@ -64,14 +68,16 @@ class PackedSubnetwork:
         if self.small.n_layers != self.full.n_layers:
             self.names = {name: _in_master(name, plan) for name in self.parameters}
         self.rows = self._rows_of(plan)
-        if not self.casts:
+        if not self.copies:
             self._share()
-        copied = list(self.parameters if self.casts else self.rows)
+        copied = list(self.parameters if self.copies else self.rows)
+        held = [name for name in copied if self.shards.holds(self.names[name])]
         self.kernels.gather_rows(
-            [self._matrices[self.names[name]] for name in copied],
-            [self.rows[name].device if name in self.rows else None for name in copied],
-            [self._slots[name] for name in copied],
+            [self._matrices[self.names[name]] for name in held],
+            [self.rows[name].device if name in self.rows else None for name in held],
+            [self._slots[name] for name in held],
         )
+        self.shards.spread({self.names[name]: self.parameters[name].data for name in copied})
 
     def loss(self, inputs: Tensor, targets: Tensor) -> Tensor:
         """Mean cross-entropy of one micro-batch [B, T]; differentiable."""
@@ -92,10 +98,9 @@ class PackedSubnetwork:
         """Give every parameter a slot of its own, or the master's storage where it can share."""
         for name, parameter in list(self.module.named_parameters()):
             source = self.master[name]
-            shares = not self.casts and not self._is_sampled(name)
-            data = source.data if shares else torch.empty(parameter.shape, dtype=dtype, device=source.device)
-            owner, _, leaf = name.rpartition(".")
-            setattr(self.module.get_submodule(owner), leaf, nn.Parameter(data))
+            shares = not self.copies and not self._is_sampled(name)
+            data = source.data if shares else torch.empty(parameter.shape, dtype=dtype, device=self.device)
+            set_parameter(self.module, name, data)
 
     def _accumulate_in_fp32(self) -> None:
         for name, parameter in self.parameters.items():
@@ -130,8 +135,7 @@ class PackedSubnetwork:
         indices = np.concatenate(list(hosts.values()))
         sizes = [len(host) for host in hosts.values()]
         assert _ascends(indices, np.cumsum(sizes)[:-1]), "a row is sampled once, and in order"
-        device = next(iter(self.master.values())).device
-        parts = upload(indices, device).split(sizes)
+        parts = upload(indices, self.device).split(sizes)
         rows = {unit: Rows(host, part) for (unit, host), part in zip(hosts.items(), parts, strict=True)}
         return {name: rows[unit] for name, unit in self._sampled.items()}
 
@@ -139,8 +143,8 @@ class PackedSubnetwork:
 class MaskedSubnetwork:
     """The full model with literal 0/1 masks: what masking alone costs. Same plans, same updates."""
 
-    def __init__(self, master: Transformer, shape: Subnetwork, dtype: torch.dtype):
-        self.full = PackedSubnetwork(master, Subnetwork(master.config), dtype)
+    def __init__(self, master: Transformer, shape: Subnetwork, dtype: torch.dtype, shards: Shards | None = None):
+        self.full = PackedSubnetwork(master, Subnetwork(master.config), dtype, shards)
         self.shape, self.config = shape, master.config
         self.masks: list[BlockMask] = []
 

@@ -1,0 +1,238 @@
+"""A run in its directory: begin or continue, train, end, and say what was saved, or what went wrong."""
+
+import contextlib
+import functools
+import json
+import shlex
+import traceback
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from est_cli.commands import entry
+from est_cli.commands.run_directory import ENVIRONMENT, METRICS, RunDirectory, program
+from est_cli.commands.stopping import StopRequest
+from est_cli.config import TrainConfig, as_plain
+from est_cli.errors import PeerLost, RunFailed, UserError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from est_cli.data.tokens import TokenStore
+    from est_cli.tracking.tracker import RunInfo, Tracker
+    from est_cli.training.checkpoint import Checkpoints
+    from est_cli.training.loop import Outcome, Training
+    from est_cli.training.nonfinite import NonFinite
+    from est_cli.training.peers import Peers
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A run that may begin: its config holds numbers only, and its data is on disk."""
+
+    config: TrainConfig
+    directory: RunDirectory
+    store: "TokenStore"
+    overrides: list[str]
+    command: str
+    """The command line that goes on with the run when it has been stopped."""
+    notes: list[str]
+    trackers: "list[Tracker]"
+    job: bool = False
+    """Whether it is one of a sweep, which has the last word on standard output."""
+    label: str | None = None
+    """What its lines begin with where other jobs print at the same time."""
+
+    def say(self, message: str) -> None:
+        for tracker in self.trackers:
+            tracker.say(message)
+
+
+def execute(prepared: Prepared, peers: "Peers") -> int:
+    """Train in the run directory, which exists; returns the exit code. Rank 0 alone has trackers, and writes."""
+    from est_cli.commands.provenance import git_state
+    from est_cli.training.checkpoint import Checkpoints
+    from est_cli.training.device import keep_freed_memory
+    from est_cli.training.distributed import join, leave
+    from est_cli.training.loop import Training
+
+    config, code = prepared.config, git_state(Path(__file__).parent)
+    folder, kept = prepared.directory.checkpoints, config.checkpoint
+    checkpoints = Checkpoints(folder, kept.keep, kept.keep_best, code, config.lasting_checkpoints)
+    stopping, summary = stop_request(), {}
+    keep_freed_memory()
+    with _told_by_one(prepared, peers):
+        training = Training(config, prepared.store, join(config.trainer.device, peers), prepared.trackers)
+        _restore(prepared, training, checkpoints, peers)
+        run = _begin(prepared, training) if peers.is_main else None
+        try:
+            outcome = training.run(checkpoints, stopping)
+            leave()
+            if peers.is_main:
+                summary = _end(prepared, run, outcome)
+        except BaseException as error:
+            _end_failed(prepared, training, peers, error)
+            raise
+    if peers.is_main:
+        _print_result(prepared, summary)
+    return entry.STOPPED if outcome.status == "stopped" else entry.DONE
+
+
+def _restore(prepared: Prepared, training: "Training", checkpoints: "Checkpoints", peers: "Peers") -> None:
+    """Rank 0 says which checkpoint is sound; every rank reads of it what it holds."""
+    from est_cli.training.checkpoint import Checkpoint
+
+    steps = prepared.config.trainer.max_steps
+    found = peers.agree("checkpoint", lambda: checkpoints.to_resume(steps, prepared.say) if peers.is_main else None)
+    folder = peers.from_main("checkpoint folder", found and str(found.folder))
+    if folder is not None:
+        training.restore(found or Checkpoint.at(Path(folder)))
+
+
+def _begin(prepared: Prepared, training: "Training") -> "RunInfo":
+    """Leave in the directory what decides the run, and say what is worth it."""
+    from est_cli.commands.provenance import write_environment
+    from est_cli.tracking.tracker import RunInfo
+
+    config, directory = prepared.config, prepared.directory
+    directory.write_config(config)
+    directory.write_tokenizer(prepared.store.tokenizer)
+    write_environment(directory.path / ENVIRONMENT, prepared.overrides)
+    run = RunInfo(
+        directory.path,
+        config,
+        as_plain(config),
+        training.step,
+        training.stages,
+        tuple(cost.total for cost in training.ledger.per_step),
+        training.ledger.full.total,
+        prepared.command,
+    )
+    for note in prepared.notes:
+        prepared.say(note)
+    for tracker in prepared.trackers:
+        tracker.start(run)
+    return run
+
+
+def _end(prepared: Prepared, run: "RunInfo", outcome: "Outcome") -> dict[str, Any]:
+    """Write the summary, and return it."""
+    from est_cli.tracking.metrics import iterate_metrics
+    from est_cli.tracking.summary import summarize
+
+    summary = summarize(
+        run,
+        iterate_metrics(prepared.directory.path / METRICS),
+        status=outcome.status,
+        steps=outcome.steps,
+        train_s=outcome.train_s,
+        peak_memory_bytes=outcome.peak_memory_bytes,
+        skipped_steps=outcome.skipped_steps,
+    )
+    for tracker in prepared.trackers:
+        tracker.finish(outcome.status, summary)
+    prepared.directory.write_summary(summary)
+    return summary
+
+
+def _end_failed(prepared: Prepared, training: "Training", peers: "Peers", error: BaseException) -> None:
+    """Tell how to go on. Raises RunFailed in the place of a reason that is known."""
+    from est_cli.training.nonfinite import NonFinite
+
+    if isinstance(error, NonFinite):
+        error = RunFailed(f"{error}; {_keep_step(prepared, training, peers, error)}")
+    elif isinstance(error, OSError) and peers.is_main:
+        error = RunFailed(f"the run directory cannot be written: {error}")
+    for tracker in prepared.trackers:
+        tracker.finish("failed", None)
+    if not prepared.job and not isinstance(error, Exception | SystemExit):
+        prepared.say(f"quit at once; continue with: {prepared.command}")
+    elif isinstance(error, RunFailed):
+        prepared.say(f"failed at step {training.step}; continue with: {prepared.command}")
+        raise error
+
+
+def _keep_step(prepared: Prepared, training: "Training", peers: "Peers", failed: "NonFinite") -> str:
+    """What to do with a step that was not finite, and is kept where the disk takes it. All ranks come here."""
+    from est_cli.training.nonfinite import keep
+    from est_cli.training.shards import ReadTensor
+
+    said = []
+
+    def write(read: ReadTensor) -> None:
+        folder = prepared.directory.nonfinite
+        try:
+            folder = keep(folder, failed, training.model, training.step_windows(), training.config, read)
+            said.append(f"`{shlex.join([*program(), f'replay={folder}'])}` runs it again")
+        except OSError as error:
+            said.append(f"it could not be kept for a replay ({error})")
+
+    training.shards.collect(dict(training.model.named_parameters()), write)
+    # The others end when rank 0 has written: the first to end takes all along.
+    [what] = peers.from_main("kept step", said)
+    return f"{what}; trainer.on_nonfinite=skip goes on without such steps"
+
+
+@contextlib.contextmanager
+def _told_by_one(prepared: Prepared, peers: "Peers") -> Iterator[None]:
+    """What ends a run is told, and left in its directory, by one rank: the one that it happened to first."""
+    try:
+        yield
+    except BaseException as error:
+        if _tells(error, peers):
+            known = isinstance(error, RunFailed)
+            prepared.directory.write_error(f"{error}\n" if known else traceback.format_exc())
+            raise
+        if not isinstance(error, Exception):
+            raise
+        raise (UserError() if isinstance(error, UserError) else PeerLost()) from error
+
+
+def _tells(error: BaseException, peers: "Peers") -> bool:
+    if isinstance(error, RunFailed) and not peers.is_main:
+        return False  # all ranks have seen it, or know only that another has ended
+    return peers.first_to_fail() or (isinstance(error, RunFailed) and not isinstance(error, PeerLost))
+
+
+@functools.cache
+def stop_request() -> StopRequest:
+    """One for the process: a signal between two jobs of a sweep is meant for the next."""
+    return StopRequest()
+
+
+def _print_result(prepared: Prepared, summary: dict[str, Any]) -> None:
+    from est_cli.reports.report import FORMATS
+    from est_cli.tracking.display import console_for
+    from est_cli.tracking.summary import stage_table
+    from est_cli.tracking.units import format_loss
+
+    run_dir, console = prepared.directory.path, console_for(prepared.config.format)
+    paths: dict[str, Any] = {"run directory": run_dir}
+    if prepared.label is not None:
+        _report(run_dir, console, ("html",))
+        prepared.say(f"{summary['status']}, validation loss {format_loss(summary['val_loss'])}: {run_dir}")
+        return
+    if prepared.config.format != "json":
+        console.print(stage_table(summary))
+    elif not prepared.job:
+        print(json.dumps({**summary, "run_dir": str(run_dir)}))
+    if summary["status"] == "stopped" and not prepared.job:
+        paths["continue with"] = prepared.command
+    # A sweep ends with figures of all its jobs.
+    paths |= _report(run_dir, console, ("html",) if prepared.job else FORMATS)
+    for name, path in paths.items():
+        console.print(f"{name}: {path}", soft_wrap=True, highlight=False, markup=False)
+
+
+def _report(run_dir: Path, console: "Console", formats: tuple[str, ...]) -> dict[str, Path]:
+    """Writes the run's report and names its page; a disk that is full must not make a failure of a run that is done."""
+    from est_cli.reports.records import load_runs
+    from est_cli.reports.report import write_report
+
+    try:
+        files = write_report(load_runs([run_dir]), run_dir / "report", formats)
+        return {name: files[kind] for name, kind in (("figure", "png"), ("report", "html")) if kind in files}
+    except OSError as error:
+        console.print(f"no report was written: {error}", soft_wrap=True, markup=False)
+        return {}

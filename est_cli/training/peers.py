@@ -1,0 +1,92 @@
+"""The processes of a run before they know its config: they agree through the store of who started them.
+
+What they exchange is JSON. No collective is needed, so that others may wait for rank 0 as long as it takes to
+tokenize a corpus, and a group of gloo or NCCL is made only when the config says which.
+"""
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch.distributed as dist
+
+from est_cli.errors import UserError
+
+_Result = TypeVar("_Result")
+
+_AS_LONG_AS_IT_TAKES = timedelta(days=30)
+"""Who started the processes ends the others when one dies."""
+
+
+@dataclass(frozen=True)
+class Peers:
+    """This process among those of its run; alone where it has no store."""
+
+    rank: int = 0
+    size: int = 1
+    store: dist.Store | None = None
+
+    @property
+    def is_main(self) -> bool:
+        """Rank 0 resolves the run directory and writes; the others compute."""
+        return self.rank == 0
+
+    def agree(self, topic: str, call: Callable[[], _Result], main_first: bool = False) -> _Result:
+        """`call()` of every rank, if it went well on all; `main_first` lets rank 0 finish before the others begin.
+
+        Raises UserError on all ranks where any raised it: on rank 0 with the problems of all, so that they are told
+        once; on the others with none. `topic` names the exchange and must be used once.
+        """
+        if self.store is None:
+            return call()
+        result, problems = None, []
+        if not main_first or self.is_main or not self._hear(f"{topic}/0"):
+            try:
+                result = call()
+            except UserError as error:
+                problems = list(error.problems)
+        self._tell(f"{topic}/{self.rank}", problems)
+        told = dict.fromkeys(problem for rank in range(self.size) for problem in self._hear(f"{topic}/{rank}"))
+        if told:
+            raise UserError(*(told if self.is_main else ()))
+        return result
+
+    def from_main(self, topic: str, value: Any) -> Any:
+        """Rank 0's value, which JSON can hold, on every rank."""
+        if self.store is None:
+            return value
+        if self.is_main:
+            self._tell(topic, value)
+        return self._hear(topic)
+
+    def first_to_fail(self) -> bool:
+        """Whether no other rank has failed before: the first failure is the cause, and is told."""
+        if self.store is None:
+            return True
+        try:
+            return self.store.compare_set("failed", "", str(self.rank)) == str(self.rank).encode()
+        except RuntimeError:  # whoever started the processes is gone, and its store with it
+            return True
+
+    def _tell(self, key: str, value: Any) -> None:
+        self.store.set(key, json.dumps(value))
+
+    def _hear(self, key: str) -> Any:
+        self.store.wait([key], _AS_LONG_AS_IT_TAKES)
+        return json.loads(self.store.get(key))
+
+
+def launched_ranks() -> int:
+    """Processes of the job that torchrun started, 1 where it did not."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def meet() -> Peers:
+    """The processes that torchrun, or `est_cli.commands.processes`, started; this one alone without either."""
+    if launched_ranks() == 1:
+        return Peers()
+    store, rank, size = next(dist.rendezvous("env://"))
+    return Peers(rank, size, dist.PrefixStore("est", store))

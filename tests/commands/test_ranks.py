@@ -1,0 +1,177 @@
+"""est-train in several processes, started by torchrun or by itself, as people start and lose them.
+
+All runs are one run: 15 steps of 4 sequences, however many ranks share them.
+"""
+
+import json
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from est_cli.commands import processes
+from est_cli.config import TrainerConfig
+from est_cli.errors import UserError
+from est_cli.training.device import available_device
+from tests.commands.cli import TINY, Finished, clean_environment, metrics, write_corpus
+
+CONFIG = (
+    *TINY, "data=text", "data.path=corpus", "trainer.max_steps=15", "trainer.eval_every=5",
+    "sampling.strategy=tests.commands.ranks.acting", "format=json",
+)  # fmt: skip
+ALONE = ("-m", "est_cli", *CONFIG, "trainer.batch_size=4")
+SHARED = ("-m", "est_cli", *CONFIG, "trainer=ddp", "trainer.device=cpu")
+TWO = (*SHARED, "trainer.devices=2")
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", *SHARED)
+FAKE_WANDB = Path(__file__).parents[1] / "tracking" / "fake_wandb"
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("ranks")
+    write_corpus(folder / "corpus")
+    return folder
+
+
+def start(place: Path, *command: str, act: str = ":", **environment: str) -> Finished:
+    environment = clean_environment(place, ACT=act, **environment)
+    done = subprocess.run(
+        [sys.executable, *command], cwd=place, capture_output=True, text=True, env=environment, timeout=180
+    )
+    return Finished(done.returncode, done.stdout, done.stderr)
+
+
+def run_dir(place: Path, run_id: str) -> Path:
+    return place / "outputs" / "est" / run_id
+
+
+def assert_same_curve(place: Path, found: str, expected: str) -> None:
+    """Step by step: the same data and the same numbers, to the rounding of another order of sums."""
+    ours, theirs = metrics(run_dir(place, found)), metrics(run_dir(place, expected))
+    assert [r["step"] for r in ours] == [r["step"] for r in theirs] == list(range(15))
+    for key in ("train/loss", "train/grad_norm", "val/loss"):
+        np.testing.assert_allclose(*([r[key] or 0.0 for r in records] for records in (ours, theirs)), rtol=0, atol=1e-5)
+    for a, b in zip(ours, theirs, strict=True):
+        assert {k: v for k, v in a.items() if "flops" in k or k == "tokens"} == {
+            k: v for k, v in b.items() if "flops" in k or k == "tokens"
+        }
+
+
+@pytest.fixture(scope="module")
+def whole(place) -> str:
+    """One process, never interrupted."""
+    assert start(place, *ALONE, "run_id=whole").code == 0
+    return "whole"
+
+
+@pytest.fixture(scope="module")
+def stopped(place) -> Finished:
+    """Two ranks that est-train started, and Ctrl-C at step 5."""
+    return start(
+        place, *TWO, "run_id=stopped", "logger=wandb", act="SIGINT:0",
+        PYTHONPATH=f"{Path(__file__).parents[2]}:{FAKE_WANDB}", FAKE_WANDB_CALLS=str(place / "wandb-calls"),
+    )  # fmt: skip
+
+
+def test_two_ranks_are_one_run(place, stopped):
+    """One exit code, one object on standard output, one display, one directory, one line a step, one W&B run."""
+    assert stopped.code == 75, stopped.err
+    assert stopped.json["status"] == "stopped"
+    assert stopped.err.count("chosen for cpu") == stopped.err.count("continue with: ") == 1
+    assert stopped.err.count("data: tokenized") == 1
+    assert [path.name for path in (place / "outputs" / "est").iterdir() if "stopped" in path.name] == ["stopped"]
+    steps = [record["step"] for record in metrics(run_dir(place, "stopped"))]
+    assert steps == list(range(stopped.json["steps"]))
+    assert 5 <= stopped.json["steps"] < 15
+    calls = [json.loads(line)["called"] for line in (place / "wandb-calls").read_text().splitlines()]
+    assert calls.count("init") == calls.count("finish") == 1
+    assert calls.count("log") == len(steps)
+
+
+def test_another_global_batch_is_refused_with_the_values_that_keep_it(place, stopped):
+    done = start(place, "-m", "est_cli", *CONFIG, "run_id=stopped")
+    assert done.code == 2
+    assert "trainer.devices: was 2, is 1" in done.err
+    assert "trainer.devices=1 by trainer.batch_size=2 trainer.grad_accum=2" in done.err
+
+
+def test_two_ranks_and_then_one_train_as_one(place, stopped, whole):
+    done = start(place, *ALONE, "run_id=stopped")
+    assert done.code == 0, done.err
+    assert_same_curve(place, "stopped", whole)
+
+
+def test_one_rank_and_then_torchruns_two_train_as_one(place, whole):
+    assert start(place, *ALONE, "run_id=grown", act="SIGTERM:0").code == 75
+    done = start(place, *TORCHRUN, "run_id=grown")
+    assert done.code == 0, done.err
+    assert done.json["status"] == "done"
+    assert_same_curve(place, "grown", whole)
+
+
+def test_torchruns_workers_tell_bad_input_once(place, whole):
+    """A finished run is one that only rank 0 can know of; the others must not wait for it."""
+    done = start(place, *TORCHRUN, "run_id=whole")
+    assert done.code == 1, "torchrun's own"
+    assert done.err.count("error: run_id=whole: this run is finished") == 1
+    assert done.err.count("exitcode  : 2") >= 1
+    assert "Traceback" not in done.err.partition("torch/distributed")[0]
+
+
+@pytest.mark.parametrize("launcher", [TWO, TORCHRUN], ids=["est-train", "torchrun"])
+def test_a_rank_that_is_killed_ends_the_run(place, launcher):
+    name = "killed" if launcher is TWO else "killed-under-torchrun"
+    started = time.monotonic()
+    done = start(place, *launcher, f"run_id={name}", act="SIGKILL:1")
+    assert time.monotonic() - started < 60
+    assert done.code == 1
+    assert "SIGKILL" in done.err
+    assert "another process of the run has ended" in done.err
+    assert "PeerLost" in (run_dir(place, name) / "error.txt").read_text()
+    assert len(metrics(run_dir(place, name))) == 5
+
+
+def test_an_error_of_any_rank_ends_the_run_and_is_told_once(place):
+    done = start(place, *TWO, "run_id=broken", act="raise:1")
+    assert done.code == 1
+    assert done.err.count("RuntimeError: rank 1 breaks") == 1
+    assert done.err.count("Traceback") == 1
+    assert "another process" not in done.err
+    assert "RuntimeError: rank 1 breaks" in (run_dir(place, "broken") / "error.txt").read_text()
+
+
+@pytest.mark.slow
+def test_torchrun_that_is_stopped_leaves_a_checkpoint(place):
+    """Its workers exit with 75 and torchrun itself with 1."""
+    done = start(place, *TORCHRUN, "run_id=preempted", act="SIGTERM:1")
+    assert done.code == 1
+    assert "continue with: " in done.err
+    summary = json.loads((run_dir(place, "preempted") / "summary.json").read_text())
+    assert summary["status"] == "stopped"
+    newest = max(path.name for path in (run_dir(place, "preempted") / "checkpoints").iterdir())
+    assert newest == f"step-{summary['steps']:08d}"
+
+
+@pytest.mark.parametrize(
+    ("trainer", "message"),
+    [
+        (TrainerConfig(), "trainer.strategy=single: 2 processes were started; give trainer=ddp"),
+        (TrainerConfig(strategy="ddp", devices=3), "trainer.devices=3: 2 processes were started; leave it out"),
+    ],
+)
+def test_a_config_that_is_not_for_the_started_processes_is_refused(monkeypatch, trainer, message):
+    """Else each would train a run of its own, in one folder."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match=re.escape(message)):
+        available_device(trainer)
+
+
+@pytest.mark.parametrize(
+    ("codes", "code"), [((0, 0), 0), ((75, 75), 75), ((1, 2), 2), ((-9, 1), 1), ((130, 1), 130), ((75, 1), 1)]
+)
+def test_the_exit_code_is_that_of_the_cause(codes, code):
+    assert processes._exit_code(codes) == code
