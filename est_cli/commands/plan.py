@@ -93,6 +93,7 @@ def memory_bytes(config: TrainConfig) -> int:
         bf16=trainer.precision == "bf16",
         recompute=trainer.recompute == "block",
         cpu=trainer.device == "cpu",
+        shards=trainer.devices if trainer.shard else 1,
     )
 
 

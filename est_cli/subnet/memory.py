@@ -59,14 +59,21 @@ def training_bytes(
     bf16: bool,
     recompute: bool,
     cpu: bool,
+    shards: int = 1,
 ) -> int:
-    """Peak of the costliest stage: bytes on the device, or resident bytes of the process on a CPU."""
-    masters_and_moments = 12 * count_parameters(full).total
-    peak = max(_stage_bytes(full, small, batch_size * seq_len, bf16, recompute, cpu) for small in stages)
+    """Peak of the costliest stage: bytes on the device, or resident bytes of the process on a CPU.
+
+    `shards` is the number of ranks that share the masters and moments, whole tensors each (trainer.shard).
+    """
+    largest = full.vocab_size * full.d_model
+    masters_and_moments = 12 * max(count_parameters(full).total / shards, largest)
+    peak = max(_stage_bytes(full, small, batch_size * seq_len, bf16, recompute, cpu, shards > 1) for small in stages)
     return int(masters_and_moments + peak + (CPU_PROCESS_BYTES if cpu else 0))
 
 
-def _stage_bytes(full: ModelConfig, small: ModelConfig, tokens: int, bf16: bool, recompute: bool, cpu: bool) -> float:
+def _stage_bytes(
+    full: ModelConfig, small: ModelConfig, tokens: int, bf16: bool, recompute: bool, cpu: bool, sharded: bool
+) -> float:
     parameters, table = count_parameters(small), full.vocab_size * full.d_model
     if bf16:
         slots_and_gradients = (2 + 4) * parameters.total
@@ -74,7 +81,7 @@ def _stage_bytes(full: ModelConfig, small: ModelConfig, tokens: int, bf16: bool,
         head_gradient = (4 + 3 * 2) * table
         slots_and_gradients += CPU_BF16_BYTES_PER_PARAMETER * parameters.total if cpu else 0
     else:
-        packed = 0 if small == full else parameters.blocks
+        packed = parameters.total if sharded else 0 if small == full else parameters.blocks
         slots_and_gradients = 4 * (packed + parameters.total)
         head_gradient = 4 * table
     element = 2 if bf16 else 4

@@ -53,10 +53,13 @@ def test_a_checkpoint_holds_the_weights_and_two_moments():
 def test_the_estimate_is_of_the_costliest_stage():
     half = replace(LLAMA, n_layers=1, d_ff=8)
 
-    def estimate(*stages: ModelConfig, batch_size: int = 4, **options: bool) -> int:
+    def estimate(*stages: ModelConfig, batch_size: int = 4, **options: int) -> int:
         flags = {"bf16": False, "recompute": False, "cpu": True, **options}
         return training_bytes(LLAMA, stages, batch_size, 16, **flags)
 
     assert estimate(half, LLAMA) == estimate(LLAMA, half) == max(estimate(half), estimate(LLAMA))
     assert estimate(LLAMA, batch_size=400) > estimate(LLAMA)
     assert estimate(LLAMA, batch_size=400, recompute=True) < estimate(LLAMA, batch_size=400)
+    for bf16 in (False, True):
+        per_rank = [estimate(LLAMA, bf16=bf16, shards=shards) for shards in (2, 4)]
+        assert per_rank[0] - per_rank[1] == 12 * count_parameters(LLAMA).total / 4, "masters and two moments are shared"
