@@ -131,7 +131,7 @@ def test_a_rank_that_is_killed_ends_the_run(place, launcher):
     assert done.code == 1
     assert "SIGKILL" in done.err
     assert "another process of the run has ended" in done.err
-    assert "PeerLost" in (run_dir(place, name) / "error.txt").read_text()
+    assert "another process of the run has ended" in (run_dir(place, name) / "error.txt").read_text()
     assert len(metrics(run_dir(place, name))) == 5
 
 
