@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from hydra import version
 from hydra._internal.config_search_path_impl import ConfigSearchPathImpl
 from hydra._internal.hydra import Hydra
 from hydra._internal.utils import create_automatic_config_search_path
@@ -42,6 +43,8 @@ class Composer:
 
     def __enter__(self) -> "Composer":
         GlobalHydra.instance().clear()
+        # Without it Hydra behaves as its version 1.0, and holds our YAML files against plugins' of the same name.
+        version.setbase("1.3")
         Plugins.instance()
         self.hydra = Hydra.create_main_hydra2("est", self._search_path())
         self.loader = self.hydra.config_loader
@@ -90,7 +93,7 @@ class Composer:
                 parsed.append(OverridesParser.create().parse_override(text))
             except HydraException:
                 yield f"{text}: cannot be read; write KEY=VALUE, with quotes around a VALUE of several words"
-        groups = self.loader.list_groups("")
+        groups = [*self.loader.list_groups(""), *(f"hydra/{name}" for name in self.loader.list_groups("hydra"))]
         for override in parsed:
             problem = self._group_problem(override, groups)
             if problem:
