@@ -1,0 +1,107 @@
+"""Signals, jobs that are requeued, numbers that go wrong and disks that are full, through the real command."""
+
+import json
+import signal
+from pathlib import Path
+
+import pytest
+
+from est_cli.commands.stopping import STOP_SIGNALS, StopRequest
+from tests.commands.cli import clean_environment, metrics, run, without_speed, write_corpus
+from tests.commands.test_train import start, wait_for_steps
+
+OVERRIDES = (
+    "trainer.max_steps=300",
+    "trainer.eval_every=100",
+    "trainer.checkpoint_every=40",
+    "trainer.save_final=full",
+)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("faults")
+    write_corpus(folder / "corpus")
+    return folder
+
+
+@pytest.mark.slow
+def test_a_requeued_job_goes_on_with_the_same_command_to_the_same_bits(place, monkeypatch):
+    """USR1, as Slurm sends before it takes the machine; the id of the run is the job's. Then Ctrl-C, and torchrun's."""
+    ends = []
+    for name, value, number in (
+        ("SLURM_JOB_ID", "4711", signal.SIGUSR1), ("TORCHELASTIC_RUN_ID", "elastic", signal.SIGINT),
+    ):  # fmt: skip
+        monkeypatch.setattr("tests.commands.test_train.clean_environment", _with(name, value))
+        process = start(place, *OVERRIDES)
+        run_dir = place / "outputs" / "est" / value
+        wait_for_steps(run_dir, 20)
+        process.send_signal(number)
+        _, err = process.communicate(timeout=300)
+        assert process.returncode == 75, err
+        assert "continue with:" in err
+        again = start(place, *OVERRIDES)
+        assert again.wait(timeout=300) == 0
+        assert json.loads((run_dir / "summary.json").read_text())["status"] == "done"
+        assert [record["step"] for record in metrics(run_dir)] == list(range(300))
+        ends.append(without_speed(metrics(run_dir)))
+    assert ends[0] == ends[1]
+
+
+def _with(name: str, value: str):
+    return lambda place: {**clean_environment(place), name: value}
+
+
+def test_ctrl_c_asks_once_and_quits_the_second_time():
+    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    try:
+        request = StopRequest()
+        signal.raise_signal(signal.SIGINT)
+        assert request()
+        signal.raise_signal(signal.SIGTERM)  # a scheduler that asks again does not cut the step
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@pytest.mark.slow
+def test_a_run_that_is_not_finite_names_the_step_and_the_replay_that_repeats_it(place):
+    blows_up = ("optimizer.lr=1e30", "optimizer.grad_clip=null", "run_id=bad")
+    process = start(place, *OVERRIDES, *blows_up)
+    _, err = process.communicate(timeout=300)
+    run_dir = place / "outputs" / "est" / "bad"
+    assert process.returncode == 1, err
+    assert "Traceback" not in err and err.count("is not finite") == 1
+    assert "is not finite" in (run_dir / "error.txt").read_text()
+    [folder] = (run_dir / "nonfinite").iterdir()
+    assert f"replay={folder}" in err
+    seen = run("est-train", f"replay={folder / 'step.json'}", "format=json", cwd=place).json
+    assert seen["step"] == json.loads((folder / "step.json").read_text())["step"]
+    assert seen["grad_norm"] is None
+
+
+def test_a_replay_of_something_else_is_refused(place):
+    done = run("est-train", "replay=corpus", "trainer.max_steps=4", cwd=place)
+    assert (done.code, "goes with format" in done.err) == (2, True)
+    done = run("est-train", "replay=corpus", cwd=place)
+    assert (done.code, "replay=corpus: must be a folder" in done.err) == (2, True)
+    assert "Traceback" not in done.err
+
+
+@pytest.mark.slow
+def test_secrets_reach_no_file_of_a_run(place):
+    secrets = {"WANDB_API_KEY": "k" * 33 + "secret1", "HF_TOKEN": "hf_secret2secret2"}
+    done = run(
+        "est-train", "model=micro", "tokenizer=byte", "data=text", "data.path=corpus", "data.seq_len=16",
+        "logger=wandb", "trainer.max_steps=8", "trainer.batch_size=2", "trainer.device=cpu", "run_id=secrets",
+        cwd=place, **secrets,
+    )  # fmt: skip
+    assert done.code == 0, done.err
+    files = [path for path in (place / "outputs" / "est" / "secrets").rglob("*") if path.is_file()]
+    assert len(files) > 8
+    for path in files:
+        content = path.read_bytes()
+        assert not any(secret.encode() in content for secret in secrets.values()), path
+    assert not any(secret in done.out + done.err for secret in secrets.values())
