@@ -1,29 +1,27 @@
 """Parameter counts and the memory estimate."""
 
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
-from omegaconf import OmegaConf
+from test_conf import OPTIONS, read
 from tiny import FAMILIES, LLAMA
 
 from est_cli.config import ModelConfig
 from est_cli.model.transformer import Transformer
 from est_cli.subnet.memory import checkpoint_bytes, count_parameters, training_bytes
 
-MODELS = sorted((Path(__file__).resolve().parents[2] / "conf" / "model").glob("*.yaml"))
+MODELS = [option for group, option in OPTIONS if group == "model"]
 PUBLISHED = {"gpt2": 124e6, "gpt2_medium": 355e6, "gpt2_large": 774e6, "gpt2_xl": 1.56e9, "tinyllama": 1.1e9}
 """Radford et al. (2019) and Zhang et al. (2024)."""
 
 
-def shipped(path: Path) -> ModelConfig:
-    model = ModelConfig(**OmegaConf.to_container(OmegaConf.load(path), resolve=True))
-    return replace(model, head_dim=model.head_dim or model.d_model // model.n_heads)
+def shipped(name: str) -> ModelConfig:
+    return read(f"model={name}").model
 
 
-@pytest.mark.parametrize("path", MODELS, ids=[path.stem for path in MODELS])
-def test_the_count_is_that_of_the_model_that_is_built(path):
-    config = shipped(path)
+@pytest.mark.parametrize("name", MODELS)
+def test_the_count_is_that_of_the_model_that_is_built(name):
+    config = shipped(name)
     model, count = Transformer(config, device="meta"), count_parameters(config)
     assert count.total == sum(parameter.numel() for parameter in model.parameters())
     assert count.blocks == sum(parameter.numel() for parameter in model.blocks.parameters())
@@ -32,7 +30,7 @@ def test_the_count_is_that_of_the_model_that_is_built(path):
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_the_shipped_models_have_the_published_sizes(name):
-    count = count_parameters(shipped(next(path for path in MODELS if path.stem == name)))
+    count = count_parameters(shipped(name))
     assert count.total == pytest.approx(PUBLISHED[name], rel=0.01)
 
 
