@@ -43,7 +43,7 @@ class Composer:
 
     def __enter__(self) -> "Composer":
         GlobalHydra.instance().clear()
-        # Without it Hydra behaves as its version 1.0, and holds our YAML files against plugins' of the same name.
+        # As hydra.main is called with: without it Hydra behaves as its version 1.0.
         version.setbase("1.3")
         Plugins.instance()
         self.hydra = Hydra.create_main_hydra2("est", self._search_path())

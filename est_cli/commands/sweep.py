@@ -4,7 +4,6 @@ import contextlib
 import functools
 import hashlib
 import json
-import math
 import multiprocessing
 import os
 import re
@@ -134,15 +133,18 @@ def _signals_for_workers(master: DictConfig) -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-def _guarded(job: Job, call: Call, composed: DictConfig) -> float:
-    """One job, whose failure is told at once and left in its folder, while the others go on. NaN is a failure."""
+def _guarded(job: Job, call: Call, composed: DictConfig) -> float | None:
+    """One job, whose failure is told at once and left in its folder, while the others go on.
+
+    None is a failure: Optuna's sweeper takes a NaN neither as a loss nor as one.
+    """
     directory = RunDirectory(Path(HydraConfig.get().runtime.output_dir))
     try:
         return job(composed, directory, call)
     except SystemExit:
         if not call.is_elsewhere:
             raise
-        return math.nan  # its folder tells that it was stopped, and the sweep's own process why
+        return None  # its folder tells that it was stopped, and the sweep's own process why
     except UserError as error:
         text = entry.problems_text(error)
     except RunFailed as error:
@@ -152,7 +154,7 @@ def _guarded(job: Job, call: Call, composed: DictConfig) -> float:
     print(f"{directory.path.name} failed\n{text}", file=sys.stderr, flush=True)
     with contextlib.suppress(OSError):
         directory.write_error(text + "\n")
-    return math.nan
+    return None
 
 
 def sweep_name(_root_: DictConfig) -> str:

@@ -97,7 +97,7 @@ def test_submitit_runs_the_jobs_of_a_sweep(place):
 
 def test_optuna_proposes_trials_and_finds_them_again(place):
     pytest.importorskip("hydra_plugins.hydra_optuna_sweeper", reason="hydra-optuna-sweeper is not installed")
-    search = arguments("hydra/sweeper=optuna", "hydra.sweeper.n_trials=3", "optimizer.lr=interval(0.001,0.1)",
+    search = arguments("hydra/sweeper=optuna_tpe", "hydra.sweeper.n_trials=3", "optimizer.lr=interval(0.001,0.1)",
                        "sampling.strategy=random,mine.smapled", "format=json")  # fmt: skip
     first = run("est-train", *search, cwd=place)
     assert sorted(set(statuses(first).values())) in (["done", "failed"], ["done"]), first.err
@@ -108,7 +108,7 @@ def test_optuna_proposes_trials_and_finds_them_again(place):
 
 @pytest.mark.parametrize(
     ("override", "said"),
-    [("hydra/launcher=joblob", "did you mean 'joblib'"), ("hydra/sweeper=optune", "did you mean 'optuna'")],
+    [("hydra/launcher=joblob", "did you mean 'joblib'"), ("hydra/sweeper=optuna_tp", "did you mean 'optuna_tpe'")],
 )
 def test_a_launcher_that_there_is_not_is_bad_input(tmp_path, override, said):
     done = run("est-train", *arguments(override, "seed=0,1"), cwd=tmp_path)
