@@ -13,7 +13,7 @@ import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from est_cli.commands.config_changes import changes
-from est_cli.config import TrainConfig, as_plain
+from est_cli.config import TrainConfig, as_plain, read_train_config
 from est_cli.errors import UserError
 
 if TYPE_CHECKING:
@@ -93,7 +93,10 @@ class RunDirectory:
         tokenizer.save(folder)
 
     def config(self) -> dict[str, Any]:
-        """Raises UserError where the file is damaged."""
+        """The run's plain config; keys that are younger than the run have their defaults, which is how it trained.
+
+        Raises UserError where the file is damaged.
+        """
         try:
             plain = yaml.safe_load((self.path / CONFIG).read_text())
         except (yaml.YAMLError, UnicodeDecodeError):
@@ -102,6 +105,8 @@ class RunDirectory:
             raise UserError(
                 f"{self.path / CONFIG}: is damaged; the newest checkpoint's state.json holds the config too"
             )
+        with contextlib.suppress(UserError):  # of another version: what differs is told by the comparison
+            return as_plain(read_train_config(plain))
         return plain
 
     def summary(self) -> dict[str, Any]:

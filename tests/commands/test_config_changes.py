@@ -38,6 +38,16 @@ def test_an_equal_config_continues_in_silence(directory):
     assert begun(directory, config).check(replace(config, run_id="a")) == []
 
 
+def test_a_run_from_before_a_key_was_there_continues_with_its_default(directory):
+    config = train_config()
+    path = begun(directory, config).path / "config.yaml"
+    path.write_text(path.read_text().replace("  rewarm: 0\n", ""))
+    assert "rewarm" not in path.read_text()
+    assert directory.check(config) == []
+    with pytest.raises(UserError, match=r"optimizer.rewarm: was 0, is 5 \(decides the weights\)"):
+        directory.check(replace(config, optimizer=replace(config.optimizer, rewarm=5)))
+
+
 def test_logging_evaluation_and_checkpoints_may_change_and_are_told(directory):
     config = train_config()
     trainer = replace(config.trainer, log_every=5, eval_every=7, checkpoint_every=3, on_nonfinite="skip")
