@@ -3,9 +3,11 @@
 import json
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
+import zstandard
 
 from est_cli.config import DataConfig, TokenizerConfig
 from est_cli.data.hf_corpus import HFCorpus
@@ -47,9 +49,13 @@ def write(file, texts, column="text"):
         ".csv": dataset.to_csv,
         ".tsv": lambda name: dataset.to_csv(name, sep="\t"),
         ".gz": lambda name: dataset.to_json(name, compression="gzip"),
-        ".zst": lambda name: dataset.to_json(name, compression="zstd"),
+        ".zst": lambda name: Path(name).write_bytes(zstandard.compress(b"".join(map(_line, dataset)))),
     }[file.suffix](str(file))
     return file
+
+
+def _line(row: dict) -> bytes:
+    return json.dumps(row).encode() + b"\n"
 
 
 @pytest.mark.parametrize("name", ["a.parquet", "a.jsonl", "a.csv", "a.tsv", "a.jsonl.gz", "a.jsonl.zst"])

@@ -13,10 +13,12 @@ if sys.argv[1] == "kept":
     keep_freed_memory()
 def touch():
     torch.ones(16 << 20)  # 64 MiB: 16,384 pages of 4 KiB
-touch()
-touch()
+def touch_five_times():
+    for _ in range(5):
+        touch()
+touch_five_times()  # until the block has found its place between the small ones
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-touch()
+touch_five_times()
 print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
 
@@ -27,4 +29,4 @@ def test_memory_that_a_step_frees_is_there_for_the_next_one():
         choice: int(subprocess.run([sys.executable, "-c", PROGRAM, choice], capture_output=True, check=True).stdout)
         for choice in ("kept", "usual")
     }
-    assert faults["kept"] < 100 < faults["usual"]
+    assert faults["kept"] < faults["usual"] / 10
