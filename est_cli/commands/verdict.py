@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -64,7 +65,15 @@ class Verdict:
         return [arm.as_dict() for arm in self.arms]
 
     def show(self, console: Console) -> None:
-        table = Table("arm", title="mean ± standard deviation over seeds", title_justify="left")
+        table = Table(
+            title="mean ± standard deviation over seeds",
+            title_justify="left",
+            box=box.SIMPLE_HEAD,
+            show_edge=False,
+            pad_edge=False,
+            padding=(0, 1, 0, 0),
+        )
+        table.add_column("arm", no_wrap=True)
         for column in ("seeds", "val loss", "FLOPs", "time", "steps*", "FLOPs*", "time*"):
             table.add_column(column, justify="right")
         for arm in self.arms:
@@ -93,12 +102,16 @@ class Verdict:
             flops = 1 - est.flops.mean() / full.flops.mean()
             time = 1 - est.seconds.mean() / full.seconds.mean()
             said.append(
-                f"For the same tokens EST saves {format_percent(flops)} of the FLOPs and {format_percent(time)} of "
-                f"the time; {against(est, full)} the full model's."
+                f"For the same tokens EST saves {format_percent(flops)} of the FLOPs and takes {_compared(time)} time; "
+                f"{against(est, full)} the full model's."
             )
         if FULL_SAME_FLOPS in arms:
             said.append(f"For the same FLOPs {against(est, arms[FULL_SAME_FLOPS])} the full model's.")
         return said
+
+
+def _compared(saved: float) -> str:
+    return f"{format_percent(abs(saved))} {'less' if saved >= 0 else 'more'}"
 
 
 def against(est: ArmResult, other: ArmResult) -> str:
