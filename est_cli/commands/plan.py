@@ -20,6 +20,7 @@ from est_cli.subnet.memory import count_parameters, training_bytes
 from est_cli.subnet.plan import effective_rates, subnetwork
 from est_cli.subnet.sampler import check_strategy, sample, strategy_named
 from est_cli.subnet.schedule import stage_at
+from est_cli.tracking.summary import narrow_table
 from est_cli.tracking.units import format_bytes, format_count, format_flops, format_percent
 
 RATES = ("heads", "mlp", "layers")
@@ -99,14 +100,10 @@ def memory_bytes(config: TrainConfig) -> int:
 
 def _print_plan(config: TrainConfig, notes: list[str], console: Console) -> None:
     facts = describe(config)
-    table = Table(
+    table = narrow_table(
         title=f"{config.name}: {format_count(facts['params'])} parameters, {facts['steps']:,} steps of "
         f"{config.tokens_per_step:,} tokens",
         title_justify="left",
-        box=box.SIMPLE_HEAD,
-        show_edge=False,
-        pad_edge=False,
-        padding=(0, 1, 0, 0),
     )
     table.add_column("stage", no_wrap=True)
     for column in ("steps", "tokens", "heads", "mlp", "layers", "FLOPs/step", "saved", "saved,\nblocks"):

@@ -6,12 +6,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from rich import box
 from rich.console import Console
-from rich.table import Table
 
 from est_cli.commands.arms import ARMS, EST, FULL, FULL_SAME_FLOPS
 from est_cli.reports.records import RunRecord
+from est_cli.tracking.summary import narrow_table
 from est_cli.tracking.units import format_clock, format_count, format_flops, format_loss, format_percent
 
 _AXES = ("step", "flops/total", "seconds")
@@ -65,14 +64,7 @@ class Verdict:
         return [arm.as_dict() for arm in self.arms]
 
     def show(self, console: Console) -> None:
-        table = Table(
-            title="mean ± standard deviation over seeds",
-            title_justify="left",
-            box=box.SIMPLE_HEAD,
-            show_edge=False,
-            pad_edge=False,
-            padding=(0, 1, 0, 0),
-        )
+        table = narrow_table(title="mean ± standard deviation over seeds", title_justify="left")
         table.add_column("arm", no_wrap=True)
         for column in ("seeds", "val loss", "FLOPs", "time", "steps*", "FLOPs*", "time*"):
             table.add_column(column, justify="right")

@@ -82,14 +82,15 @@ def _summarize_stage(run: RunInfo, stage: Stage, end: int, step_s: list[float], 
     }
 
 
+def narrow_table(**options: Any) -> Table:
+    """A rich table without edges, a space between its columns: for a window of 80 columns, or fewer."""
+    return Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0), **options)
+
+
 def stage_table(summary: dict[str, Any]) -> Table:
     """What each stage did and what all of them saved. Readable from 40 columns on."""
-    table = Table(
-        box=box.SIMPLE_HEAD,
+    table = narrow_table(
         show_footer=True,
-        show_edge=False,
-        padding=(0, 1, 0, 0),
-        pad_edge=False,
         caption=_totals(summary),
         caption_justify="left",
         caption_style="",
