@@ -11,7 +11,7 @@ from est_cli.commands.arms import ARMS, EST, FULL, FULL_SAME_FLOPS
 
 SHORT, LONG = 10_000, 30_000
 """Optimizer steps of a screen (one seed) and of the headline (three)."""
-LEARNING_RATES = ("1e-3", "2e-3", "4e-3", "8e-3", "16e-3")
+LEARNING_RATES = ("2e-3", "4e-3", "8e-3", "16e-3")
 TUNED = {EST: "4e-3", FULL: "8e-3", FULL_SAME_FLOPS: "4e-3"}
 """The best of LEARNING_RATES at SHORT steps, by arm, of those that are recorded."""
 SEEDS = (0, 1, 2)

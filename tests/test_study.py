@@ -117,7 +117,7 @@ def test_what_is_missing_is_said(made_up):
     assert row(tables.headline(made_up), "EST")[1:3] == ["0 of 3", "not yet run"]
     assert "not yet run" in tables.headline_says(made_up)
     assert all(tables.ARM_WORDS[arm] in tables.tuned_at_an_edge(made_up) for arm in ARMS)
-    assert row(tables.budget_table(made_up), "learning rates")[1:3] == ["15", "3"]
+    assert row(tables.budget_table(made_up), "learning rates")[1:3] == ["12", "3"]
 
 
 def test_the_arms_in_words(made_up):
@@ -128,7 +128,7 @@ def test_the_arms_in_words(made_up):
 
 def test_the_best_learning_rate_of_an_arm_is_bold(made_up):
     template = made_up.contents[f"lr-{EST}-{TUNED[EST]}"]
-    _make_up(made_up, template, f"lr-{EST}-1e-3", EST, 0.75, 2.05)
+    _make_up(made_up, template, f"lr-{EST}-2e-3", EST, 0.75, 2.05)
     cells = row(tables.learning_rates(made_up), "EST")
     assert "**2.0500**" in cells
     assert "2.1000" in cells
