@@ -67,7 +67,7 @@ def screens(records: Records, ax: Axes) -> bool:
     """
     frontier, found = short_frontier(records), []
     for place, (_, run, record) in enumerate(screened(records)):
-        name = "paper's schedule" if run.group == "lr" else run.name.removeprefix("screen-")
+        name = "paper's schedule" if run.group == "lr" else run.title
         found.append((name if run.group == "lr" or place < _NAMED else "", record))
     _line(ax, FULL, frontier.flops / 1e12, frontier.loss, label="full model, fewer steps")
     for name, record in found:

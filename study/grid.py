@@ -14,6 +14,8 @@ SHORT, LONG = 10_000, 30_000
 LEARNING_RATES = ("2e-3", "4e-3", "8e-3", "16e-3")
 TUNED = {EST: "4e-3", FULL: "8e-3", FULL_SAME_FLOPS: "4e-3"}
 """The best of LEARNING_RATES at SHORT steps, by arm, of those that are recorded."""
+BOTH = (TUNED[FULL], TUNED[EST])
+"""For a screen whose subnetworks are nearer to the full model than the paper's, and may want its learning rate."""
 SEEDS = (0, 1, 2)
 
 
@@ -24,11 +26,16 @@ class Run:
     name: str
     overrides: tuple[str, ...]
     says: str = ""
-    """What a screen changes, in a table's words."""
+    """What a screen changes, in a table's words; runs that differ in the learning rate alone share it."""
 
     @property
     def group(self) -> str:
         return self.name.partition("-")[0]
+
+    @property
+    def title(self) -> str:
+        """What the run tries: its name without the group and the learning rate."""
+        return self.name.partition("-")[2].rsplit("-", 2)[0]
 
 
 def grid() -> list[Run]:
@@ -64,43 +71,41 @@ def _headline(seed: int) -> list[Run]:
 
 
 def _beyond_the_paper() -> list[Run]:
-    """One seed, SHORT steps, with EST's learning rate: what could save more, or lose less."""
+    """One seed, SHORT steps: what could save more, or lose less."""
     return [
         _full(6500),
         _full(5000),
-        _screen("rates-0.75", "rates 0.75", *_rates(0.75)),
-        _screen("balanced", "`balanced` instead of random subnetworks", "sampling.strategy=balanced"),
-        _screen("cyclic", "`cyclic` instead of random subnetworks", "sampling.strategy=cyclic"),
-        _screen("longer", "boundaries 0.2 and 0.7", *_boundaries(0.2, 0.7)),
-        _screen("longer-0.75", "rates 0.75, boundaries 0.3 and 0.8", *_rates(0.75), *_boundaries(0.3, 0.8)),
-        _screen("ramp", "`ramp`: four equal stages, rates from 0.5 to 1", "scheduler=ramp"),
-        _screen("rewarm", "learning rate warmed again over 100 steps", "optimizer.rewarm=100"),
-        _screen("shared-10", "a plan for every 10 steps", "sampling.resample_every=10"),
+        *_screen("rates-0.75", "rates 0.75", *_rates(0.75), lrs=BOTH),
+        *_screen("mlp", "`mlp` alone, until 7/15", "scheduler=two_stage", "sampling=mlp", lrs=BOTH),
+        *_screen("layers", "`layers` alone, until 7/15", "scheduler=two_stage", "sampling=layers", lrs=BOTH),
+        *_screen("heads", "`heads` alone, until 7/15", "scheduler=two_stage", "sampling=heads", lrs=BOTH),
+        *_screen("cyclic", "`cyclic` instead of random subnetworks", "sampling.strategy=cyclic"),
+        *_screen("balanced", "`balanced` instead of random subnetworks", "sampling.strategy=balanced"),
+        *_screen("rescaled", "kept layers rescaled", "sampling.rescale_layers=true"),
+        *_screen("freeze", "unsampled rows stand still", "optimizer.unsampled=freeze"),
+        *_screen("prefix", "`prefix`: nested subnetworks", "sampling.strategy=prefix"),
+        *_screen("ramp", "`ramp`: four equal stages, rates from 0.5 to 1", "scheduler=ramp", lrs=BOTH),
+        *_screen("longer-0.75", "rates 0.75, boundaries 0.3 and 0.8", *_rates(0.75), *_boundaries(0.3, 0.8), lrs=BOTH),
+        *_screen("rewarm", "learning rate warmed again over 100 steps", "optimizer.rewarm=100"),
+        *_screen("shared-10", "a plan for every 10 steps", "sampling.resample_every=10"),
+        *_screen("longer", "boundaries 0.2 and 0.7", *_boundaries(0.2, 0.7)),
     ]
 
 
 def _ablations() -> list[Run]:
-    """The paper's, one seed, SHORT steps, with EST's learning rate."""
-    granularity = [
-        _screen(what, f"{what} alone, until 7/15", "scheduler=two_stage", f"sampling={what}")
-        for what in ("heads", "mlp", "layers", "heads_mlp")
-    ]
-    stages = [
-        _screen("two-stage", "heads, neurons and layers until 7/15", "scheduler=two_stage"),
-        _screen("one-stage", "the subnetworks of stage 2 to the end", "scheduler.stages=[{heads: 0.5, mlp: 0.5}]"),
-    ]
-    boundaries = [
-        _screen(f"boundaries-{s1:g}-{s2:g}", f"boundaries {s1:g} and {s2:g}", *_boundaries(s1, s2))
-        for s1, s2 in ((0.067, 0.233), (0.067, 0.467), (0.267, 0.467), (0.133, 0.233), (0.133, 0.7))
-    ]
+    """The paper's that are not among the others, one seed, SHORT steps."""
+    heads_mlp = ("scheduler=two_stage", "sampling=heads_mlp")
+    one_stage = "scheduler.stages=[{heads: 0.5, mlp: 0.5}]"
     return [
-        _screen("rates-0.25", "rates 0.25", *_rates(0.25)),
-        _screen("freeze", "unsampled rows stand still", "optimizer.unsampled=freeze"),
-        _screen("rescaled", "kept layers rescaled", "sampling.rescale_layers=true"),
-        _screen("prefix", "`prefix`: nested subnetworks", "sampling.strategy=prefix"),
-        *granularity,
-        *stages,
-        *boundaries,
+        *_screen("rates-0.25", "rates 0.25", *_rates(0.25)),
+        *_screen("heads_mlp", "heads and neurons until 7/15", *heads_mlp),
+        *_screen("two-stage", "heads, neurons and layers until 7/15", "scheduler=two_stage"),
+        *_screen("one-stage", "heads and neurons to the end", one_stage),
+        *(
+            run
+            for s1, s2 in ((0.067, 0.233), (0.067, 0.467), (0.267, 0.467), (0.133, 0.233), (0.133, 0.7))
+            for run in _screen(f"boundaries-{s1:g}-{s2:g}", f"boundaries {s1:g} and {s2:g}", *_boundaries(s1, s2))
+        ),
     ]
 
 
@@ -118,9 +123,9 @@ def _full(steps: int) -> Run:
     return Run(run.name, run.overrides, f"full model, {steps:,} steps")
 
 
-def _screen(name: str, says: str, *overrides: str) -> Run:
-    run = _run("screen", name, SHORT, TUNED[EST], *overrides)
-    return Run(run.name, run.overrides, says)
+def _screen(name: str, says: str, *overrides: str, lrs: tuple[str, ...] = (TUNED[EST],)) -> list[Run]:
+    runs = [_run("screen", f"{name}-{lr}", SHORT, lr, *overrides) for lr in lrs]
+    return [Run(run.name, run.overrides, says) for run in runs]
 
 
 def _run(group: str, name: str, steps: int, lr: str, *overrides: str) -> Run:

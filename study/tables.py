@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from est_cli.commands.arms import ARMS, EST, FULL, FULL_SAME_FLOPS
 from est_cli.commands.verdict import Verdict, against
@@ -13,6 +14,7 @@ from study.grid import LEARNING_RATES, SEEDS, TUNED, Run, grid
 from study.records import Records
 
 MISSING = "not yet run"
+PAPER = "**EST, the paper's schedule**"
 
 
 def budget_table(records: Records) -> str:
@@ -78,6 +80,7 @@ def screens(records: Records) -> str:
     rows = [
         (
             run.says,
+            f"{record.setting('optimizer.lr'):g}",
             _saved(frontier, record),
             f"{record.outcome['val_loss']:.4f}",
             _number(frontier.loss_at(record.outcome["flops_total"])),
@@ -86,18 +89,25 @@ def screens(records: Records) -> str:
         )
         for difference, run, record in found
     ]
-    missing = [run.says for run in _schedules() if run not in records]
-    header = ("schedule", "saved", "loss", "full, same FLOPs", "difference", "saved at equal loss")
+    header = ("schedule", "lr", "saved", "loss", "full, same FLOPs", "difference", "saved at equal loss")
     text = _table(header, rows)
     if found:
         text += _figure("screens", "Final loss of every schedule against the compute it spent", records, "")
+    shown = {run.says for _, run, _ in found}
+    missing = [says for says in _schedules() if says not in shown]
     return f"{text}\n\nNot yet run: {'; '.join(missing)}." if missing else text
 
 
 def screened(records: Records) -> list[tuple[float, Run, RunRecord]]:
-    """The schedules that were screened and their loss less the full model's for the same FLOPs; the best first."""
-    frontier, done = short_frontier(records), [run for run in _schedules() if run in records]
-    found = [(_against(frontier, record), run, record) for run, record in zip(done, records.of(done), strict=True)]
+    """The schedules that were screened, each at the best of its learning rates, and their losses less the full model's
+    for the same FLOPs; the best first."""
+    frontier, found = short_frontier(records), []
+    for runs in _schedules().values():
+        done = [run for run in runs if run in records]
+        pairs = zip(done, records.of(done), strict=True)
+        if done:
+            run, record = min(pairs, key=lambda pair: pair[1].outcome["val_loss"])
+            found.append((_against(frontier, record), run, record))
     return sorted(found, key=lambda entry: (math.isnan(entry[0]), entry[0]))
 
 
@@ -145,10 +155,15 @@ ARM_WORDS = {
 }
 
 
-def _schedules() -> list[Run]:
-    """What is screened; EST as the paper has it is the arm that the learning rates were tried on."""
-    paper = Run(f"lr-{EST}-{TUNED[EST]}", (), "**EST, the paper's schedule**")
-    return [paper, *(run for run in grid() if run.group == "screen" and not run.name.startswith("screen-full-"))]
+def _schedules() -> dict[str, list[Run]]:
+    """What is screened, and its runs; EST as the paper has it is the arm that the learning rates were tried on."""
+    schedules: dict[str, list[Run]] = {}
+    for run in grid():
+        if run.name.startswith(f"lr-{EST}-"):
+            schedules.setdefault(PAPER, []).append(replace(run, says=PAPER))
+        elif run.group == "screen" and not run.name.startswith("screen-full-"):
+            schedules.setdefault(run.says, []).append(run)
+    return schedules
 
 
 def _tuned_runs() -> list[Run]:

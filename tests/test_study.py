@@ -78,8 +78,8 @@ def made_up(tmp_path) -> Records:
     losses = {EST: (0.75, 2.1), FULL: (1.0, 2.0), FULL_SAME_FLOPS: (0.75, 2.2)}
     for arm, (flops, loss) in losses.items():
         _make_up(records, template, f"lr-{arm}-{TUNED[arm]}", arm, flops, loss)
-    _make_up(records, template, "screen-balanced", "study", 0.75, 1.9)
-    _make_up(records, template, "screen-cyclic", "study", 0.2, 2.1)
+    _make_up(records, template, "screen-balanced-4e-3", "study", 0.75, 1.9)
+    _make_up(records, template, "screen-cyclic-4e-3", "study", 0.2, 2.1)
     return records
 
 
@@ -100,15 +100,15 @@ def test_a_schedule_is_held_against_the_full_model_at_its_own_flops(made_up):
     """0.1 below the 2.2 that the full model reaches for 75% of the FLOPs."""
     table = tables.screens(made_up)
     est = row(table, "**EST")
-    assert est[1:5] == ["25.0%", "2.1000", "2.2000", "−0.1000"]
+    assert est[2:6] == ["25.0%", "2.1000", "2.2000", "−0.1000"]
     # The full model reaches 2.1 halfway between the logarithms of 0.75 and 1.
-    assert est[5] == f"{100 * (1 - 0.75 / 0.75**0.5):.1f}%"
+    assert est[6] == f"{100 * (1 - 0.75 / 0.75**0.5):.1f}%"
 
 
 def test_a_schedule_outside_of_what_the_full_model_was_measured_on_has_no_verdict(made_up):
     table = tables.screens(made_up)
-    assert row(table, "`cyclic`")[3:5] == ["-", "-"], "nobody trained the full model for so few steps"
-    assert row(table, "`balanced`")[4:] == ["−0.3000", "-"], "the full model never was as good as 1.9"
+    assert row(table, "`cyclic`")[4:6] == ["-", "-"], "nobody trained the full model for so few steps"
+    assert row(table, "`balanced`")[5:] == ["−0.3000", "-"], "the full model never was as good as 1.9"
     assert table.index("`balanced`") < table.index("**EST") < table.index("`cyclic`"), "the best first"
     assert "Not yet run: rates 0.75" in table
 
@@ -135,8 +135,8 @@ def test_the_best_learning_rate_of_an_arm_is_bold(made_up):
 
 
 def test_records_of_two_texts_are_refused(made_up):
-    made_up.contents["screen-cyclic"]["corpus"] = "another"
-    with pytest.raises(UserError, match=r"lr-est-.* and screen-cyclic are of different texts"):
+    made_up.contents["screen-cyclic-4e-3"]["corpus"] = "another"
+    with pytest.raises(UserError, match=r"lr-est-.* and screen-cyclic-4e-3 are of different texts"):
         made_up.corpus  # noqa: B018
 
 
