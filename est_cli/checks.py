@@ -83,6 +83,8 @@ def _paths(data: "DataConfig", tokenizer: "TokenizerConfig") -> Iterator[str]:
     if data.kind != "stdlib" and data.path is None and not data.sources:
         what = "a dataset's name, or a file or glob" if data.kind == "hf" else "a file, folder or glob"
         yield f"data.path: is missing; must be {what}"
+    if data.streaming and data.train_tokens is not None:
+        yield f"data.train_tokens={data.train_tokens}: must be null with data.streaming=true; a stream is read once"
     if tokenizer.kind == "hf" and tokenizer.path is None:
         yield "tokenizer.path: is missing; must be a tokenizer.json or its folder"
 

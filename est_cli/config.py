@@ -91,6 +91,8 @@ class DataConfig:
     """hf: a mixture instead of path; weights are shares of the tokens."""
     streaming: bool = False
     """hf: train while the text is still being read, in its order, shuffled within blocks of 1024 sequences."""
+    train_tokens: Count | None = None
+    """Train on the first so many tokens of the training split, again and again; null takes all."""
     num_workers: Count | Auto = "auto"
     """Processes that tokenize; auto takes every core for large text. The token files do not depend on it."""
 

@@ -17,6 +17,7 @@ TUNED = {EST: "4e-3", FULL: "8e-3", FULL_SAME_FLOPS: "4e-3"}
 BOTH = (TUNED[FULL], TUNED[EST])
 """For a screen whose subnetworks are nearer to the full model than the paper's, and may want its learning rate."""
 SEEDS = (0, 1, 2)
+PAPER = "**EST, the paper's schedule**"
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,7 @@ def grid() -> list[Run]:
         *_learning_rates(),
         *_headline(first),
         *_beyond_the_paper(),
+        *_repeated(),
         *(run for seed in later for run in _headline(seed)),
         *_ablations(),
     ]
@@ -107,6 +109,24 @@ def _ablations() -> list[Run]:
             for run in _screen(f"boundaries-{s1:g}-{s2:g}", f"boundaries {s1:g} and {s2:g}", *_boundaries(s1, s2))
         ),
     ]
+
+
+def _repeated() -> list[Run]:
+    """A tenth of the text, read twenty times in SHORT steps: the full model learns it by heart."""
+    return [
+        _repeat("full", "full model, 10,000 steps", SHORT, TUNED[FULL], f"+arm={FULL}"),
+        _repeat("est", PAPER, SHORT, TUNED[EST]),
+        _repeat("longer", "boundaries 0.2 and 0.9", SHORT, TUNED[EST], *_boundaries(0.2, 0.9)),
+        *(
+            _repeat(f"full-{steps}", f"full model, {steps:,} steps", steps, TUNED[FULL], f"+arm={FULL}")
+            for steps in (6500, 4000, 2000)
+        ),
+    ]
+
+
+def _repeat(name: str, says: str, steps: int, lr: str, *overrides: str) -> Run:
+    run = _run("repeated", f"{name}-{lr}", steps, lr, "data.val_fraction=0.9", *overrides)
+    return Run(run.name, run.overrides, says)
 
 
 def _rates(rate: float) -> tuple[str, ...]:

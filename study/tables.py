@@ -10,11 +10,10 @@ from est_cli.reports.records import RunRecord
 from est_cli.tracking.units import format_flops, format_percent
 from study import budget
 from study.frontier import Frontier
-from study.grid import LEARNING_RATES, SEEDS, TUNED, Run, grid
+from study.grid import LEARNING_RATES, PAPER, SEEDS, TUNED, Run, grid
 from study.records import Records
 
 MISSING = "not yet run"
-PAPER = "**EST, the paper's schedule**"
 
 
 def budget_table(records: Records) -> str:
@@ -23,6 +22,7 @@ def budget_table(records: Records) -> str:
         ("lr", "learning rates: three arms, one seed, 10,000 steps"),
         ("headline", "headline: three arms, three seeds, 30,000 steps"),
         ("screen", "screens: one seed, 10,000 steps"),
+        ("repeated", "a tenth of the text: one seed, up to 10,000 steps"),
     ):
         runs = [run for run in grid() if run.group == group]
         missing = [run for run in runs if run not in records]
@@ -130,8 +130,8 @@ def origins(records: Records) -> str:
     known = [content["environment"] for content in records.contents.values()]
     commits = sorted({entry["git"]["commit"][:7] for entry in known if entry["git"]})
     machines = sorted({f"Python {e['python']}, torch {e['torch']}, {e['cpu']}" for e in known})
-    corpus = (records.corpus or "")[:16]
-    return f"Code: {', '.join(commits)}. {'; '.join(machines)}; text `stdlib-{corpus}`." if known else "No run yet."
+    texts = ", ".join(f"`stdlib-{corpus[:16]}`" for corpus in sorted(records.corpora.values()))
+    return f"Code: {', '.join(commits)}. {'; '.join(machines)}; text {texts}." if known else "No run yet."
 
 
 TABLES: dict[str, Callable[[Records], str]] = {

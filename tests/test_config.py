@@ -114,6 +114,10 @@ def test_boundaries_out_of_order_are_collected_too(other):
         ({"data.seq_len": 17}, "data.seq_len=17: must be at most model.max_seq_len=16"),
         ({"sampling.mlp_block": 3}, "sampling.mlp_block=3: must divide model.d_ff=16"),
         ({"tokenizer.vocab_size": 30}, "tokenizer.vocab_size=30: must be at most model.vocab_size=29"),
+        (
+            {"data.streaming": True, "data.train_tokens": 9},
+            "data.train_tokens=9: must be null with data.streaming=true; a stream is read once",
+        ),
         ({"tokenizer.kind": "hf"}, "tokenizer.path: is missing; must be a tokenizer.json or its folder"),
         ({"data.kind": "text"}, "data.path: is missing; must be a file, folder or glob"),
         ({"trainer.max_steps": 0}, "trainer.max_steps=0: must be an integer of at least 1 or auto"),

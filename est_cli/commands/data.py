@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import replace
 from typing import Any
 
 from rich.console import Console
@@ -34,7 +35,8 @@ def run(plain: dict[str, Any]) -> None:
     from est_cli.data.inspection import inspect
     from est_cli.data.tokens import prepare
 
-    store = prepare(config.data, config.tokenizer, config.model.vocab_size, _say, sys.stderr.isatty())
+    data = replace(config.data, train_tokens=None)  # how much of it a run trains on is no matter of the corpus
+    store = prepare(data, config.tokenizer, config.model.vocab_size, _say, sys.stderr.isatty())
     facts = inspect(store, samples)
     if config.format == "json":
         print(json.dumps(facts))

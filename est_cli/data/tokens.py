@@ -39,8 +39,9 @@ _B = TypeVar("_B")
 class TokenStore:
     """A prepared corpus."""
 
-    def __init__(self, folder: Path, sources: Sequence[Source] = ()):
+    def __init__(self, folder: Path, sources: Sequence[Source] = (), train_tokens: int | None = None):
         """`sources` go on with a stream; a store that was opened without them has what was read of it so far.
+        `train_tokens` leaves the first so many tokens of the training split.
 
         Raises UserError where `folder` holds no complete store."""
         manifest = _read_manifest(folder)
@@ -48,6 +49,7 @@ class TokenStore:
             raise UserError(f"{folder}: holds no prepared corpus, or one that was cut short")
         self.folder = folder
         self._sources = sources
+        self._train_tokens = train_tokens
         self.manifest = manifest
         self.fingerprint: str = manifest["fingerprint"]
 
@@ -57,7 +59,7 @@ class TokenStore:
         if self.is_streamed:
             dtype = np.dtype(self.manifest["dtype"])
             return StreamedTokens(self.folder, dtype, lambda: open_writer(self.folder, self._sources, self.tokenizer))
-        return self._map("train")
+        return self._map("train")[: self._train_tokens]
 
     @property
     def is_streamed(self) -> bool:
@@ -74,15 +76,15 @@ class TokenStore:
 
     def check(self, seq_len: int, sequences_per_step: int) -> None:
         """Raises UserError where a step would repeat a training sequence, or validation has not a single one."""
-        splits, problems = self.manifest["splits"], []
-        train_tokens = math.inf if self.is_streamed else splits["train"]["tokens"]
-        val_tokens = splits["val"]["tokens"]
+        val_tokens, problems = self.manifest["splits"]["val"]["tokens"], []
+        train_tokens = math.inf if self.is_streamed else len(self.train)
         if (train_tokens - 1) // seq_len < sequences_per_step:
+            more = "more text" if self._train_tokens is None else "a larger data.train_tokens"
             fitting = (train_tokens - 1) // sequences_per_step
             problems.append(
                 f"data.seq_len={seq_len}: a step of {sequences_per_step} sequences (trainer.batch_size, "
                 f"grad_accum, devices) needs {seq_len * sequences_per_step + 1} training tokens, and the "
-                f"text has {train_tokens}; use more text, fewer sequences, or data.seq_len of at most "
+                f"text has {train_tokens}; use {more}, fewer sequences, or data.seq_len of at most "
                 f"{max(1, fitting)}"
             )
         if val_tokens - 1 < seq_len:
@@ -120,11 +122,10 @@ def prepare(
                 f"data.cache_dir={cache}: cannot be written ({error.strerror or error}); "
                 "must be a folder with room that you may write to"
             ) from None
-    store = TokenStore(folder, sources)
-    splits = store.manifest["splits"]
-    training = "streamed" if store.is_streamed else f"{splits['train']['tokens']:,}"
+    store = TokenStore(folder, sources, data.train_tokens)
+    training = "streamed" if store.is_streamed else f"{len(store.train):,}"
     say(
-        f"data: {training} training and {splits['val']['tokens']:,} validation tokens, "
+        f"data: {training} training and {len(store.val):,} validation tokens, "
         f"vocabulary of {store.manifest['vocab_size']:,}, in {folder}"
     )
     return store

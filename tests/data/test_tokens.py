@@ -15,6 +15,7 @@ import pytest
 from tiny_corpora import prose
 
 from est_cli.config import DataConfig, TokenizerConfig
+from est_cli.data.batches import training_windows
 from est_cli.data.tokens import TokenStore, cache_folder, prepare
 from est_cli.errors import UserError
 
@@ -256,6 +257,19 @@ def test_a_text_too_small_for_a_step_names_the_keys_and_numbers(tmp_path, text_d
         assert word in training
     for word in (f"data.seq_len={val}", "data.val_fraction", str(val + 1)):
         assert word in validation
+
+
+def test_training_on_the_first_tokens_alone_leaves_the_files_and_validation_as_they_are(corpus_folder, text_data):
+    store = prepare_quietly(text_data(corpus_folder))
+    few = prepare_quietly(text_data(corpus_folder, train_tokens=100))
+    assert few.folder == store.folder
+    assert np.array_equal(few.train, store.train[:100])
+    assert np.array_equal(few.val, store.val)
+    read = {tuple(row) for row in training_windows(few.train, 9, seed=0, first=0, count=22).tolist()}
+    assert read == {tuple(store.train[start : start + 10].tolist()) for start in range(0, 99, 9)}
+    few.check(seq_len=9, sequences_per_step=11)
+    with pytest.raises(UserError, match=r"data.seq_len=9: .* has 100; use a larger data.train_tokens, fewer"):
+        few.check(seq_len=9, sequences_per_step=12)
 
 
 def test_a_store_opens_by_its_folder_alone(corpus_folder, text_data):
