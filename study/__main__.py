@@ -10,7 +10,7 @@ from est_cli.errors import UserError
 from study import budget, training
 from study.document import rebuild
 from study.grid import Run, grid, matching
-from study.records import ROOT, Records, data_of
+from study.records import ROOT, Records
 
 
 def main() -> int:
@@ -48,10 +48,8 @@ def _train(runs: list[Run], records: Records, workers: int) -> list[Run]:
     )
     if not missing:
         return []
-    configs = {run: training.config_of(run) for run in missing}
-    texts = {data_of(config): config for config in configs.values()}
-    corpora = {data: training.corpus_of(config, records) for data, config in texts.items()}
-    return training.train({run: corpora[data_of(configs[run])] for run in missing}, records, workers)
+    corpus = training.corpus_of(training.config_of(missing[0]), records)
+    return training.train(missing, records, corpus, workers)
 
 
 def _arguments() -> argparse.Namespace:

@@ -12,7 +12,7 @@ from est_cli.commands.arms import ARMS, EST, FULL, FULL_SAME_FLOPS
 SHORT, LONG = 10_000, 30_000
 """Optimizer steps of a screen (one seed) and of the headline (three)."""
 LEARNING_RATES = ("2e-3", "4e-3", "8e-3", "16e-3")
-TUNED = {EST: "4e-3", FULL: "8e-3", FULL_SAME_FLOPS: "4e-3"}
+TUNED = {EST: "4e-3", FULL: "8e-3", FULL_SAME_FLOPS: "8e-3"}
 """The best of LEARNING_RATES at SHORT steps, by arm, of those that are recorded."""
 BOTH = (TUNED[FULL], TUNED[EST])
 """For a screen whose subnetworks are nearer to the full model than the paper's, and may want its learning rate."""
@@ -125,7 +125,7 @@ def _repeated() -> list[Run]:
 
 
 def _repeat(name: str, says: str, steps: int, lr: str, *overrides: str) -> Run:
-    run = _run("repeated", f"{name}-{lr}", steps, lr, "data.val_fraction=0.9", *overrides)
+    run = _run("repeated", f"{name}-{lr}", steps, lr, "data.train_tokens=500000", *overrides)
     return Run(run.name, run.overrides, says)
 
 

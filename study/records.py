@@ -39,18 +39,17 @@ class Records:
         return [_as_run(self.folder, self.contents[run.name]) for run in runs if run in self]
 
     @property
-    def corpora(self) -> dict[str, str]:
-        """The fingerprint of the text, by the configs' data sections (`data_of`).
+    def corpus(self) -> str | None:
+        """The fingerprint of the text that all runs were trained on; None where there is no run.
 
-        Raises UserError where one section stands for several texts: their losses say nothing about each other.
+        Raises UserError where the records are of several texts: their losses say nothing about each other.
         """
-        names: dict[str, dict[str, str]] = {}
+        names: dict[str, str] = {}
         for name, content in self.contents.items():
-            names.setdefault(_key(content["config"]["data"]), {}).setdefault(content["corpus"], name)
-        for found in names.values():
-            if len(found) > 1:
-                raise UserError(f"{self.folder}: the records of {' and '.join(found.values())} are of different texts")
-        return {data: next(iter(found)) for data, found in names.items()}
+            names.setdefault(content["corpus"], name)
+        if len(names) > 1:
+            raise UserError(f"{self.folder}: the records of {' and '.join(names.values())} are of different texts")
+        return next(iter(names), None)
 
     def check(self, run: Run, config: TrainConfig) -> None:
         """Raises UserError where the record of `run` is of another config than the grid's."""
@@ -77,15 +76,6 @@ class Records:
         partial.write_text(_compact(content))
         os.replace(partial, self.folder / f"{run.name}.json")
         self.contents[run.name] = content
-
-
-def data_of(config: TrainConfig) -> str:
-    """What decides a run's text, as a key of `Records.corpora`."""
-    return _key(_decisive(config)["data"])
-
-
-def _key(data: dict[str, Any]) -> str:
-    return json.dumps(data, sort_keys=True)
 
 
 def _as_run(folder: Path, content: dict[str, Any]) -> RunRecord:

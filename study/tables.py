@@ -130,8 +130,8 @@ def origins(records: Records) -> str:
     known = [content["environment"] for content in records.contents.values()]
     commits = sorted({entry["git"]["commit"][:7] for entry in known if entry["git"]})
     machines = sorted({f"Python {e['python']}, torch {e['torch']}, {e['cpu']}" for e in known})
-    texts = ", ".join(f"`stdlib-{corpus[:16]}`" for corpus in sorted(records.corpora.values()))
-    return f"Code: {', '.join(commits)}. {'; '.join(machines)}; text {texts}." if known else "No run yet."
+    corpus = (records.corpus or "")[:16]
+    return f"Code: {', '.join(commits)}. {'; '.join(machines)}; text `stdlib-{corpus}`." if known else "No run yet."
 
 
 TABLES: dict[str, Callable[[Records], str]] = {

@@ -20,7 +20,7 @@ from est_cli.config import TrainConfig
 from est_cli.data.tokens import prepare
 from est_cli.errors import UserError
 from study.grid import Run
-from study.records import ROOT, Records, data_of
+from study.records import ROOT, Records
 
 RUNS = ROOT / "outputs" / "study"
 BASE = "experiment=study/base"
@@ -36,13 +36,12 @@ def config_of(run: Run) -> TrainConfig:
 
 
 def corpus_of(config: TrainConfig, records: Records) -> str:
-    """The fingerprint of the text that a run would be trained on here.
+    """The fingerprint of the text that runs would be trained on here.
 
     Raises UserError where it is another one than the records'.
     """
-    known = records.corpora.get(data_of(config))
     store = prepare(config.data, config.tokenizer, config.model.vocab_size, _say, sys.stderr.isatty())
-    if known not in (None, store.fingerprint):
+    if records.corpus not in (None, store.fingerprint):
         python = next(iter(records.contents.values()))["environment"]["python"]
         raise UserError(
             f"{records.folder}: its runs were trained on the standard library of Python {python}, and this one's text "
@@ -51,12 +50,12 @@ def corpus_of(config: TrainConfig, records: Records) -> str:
     return store.fingerprint
 
 
-def train(corpora: dict[Run, str], records: Records, workers: int) -> list[Run]:
-    """Train the runs, given with their texts, and record each as soon as it is done; returns those that failed.
+def train(runs: list[Run], records: Records, corpus: str, workers: int) -> list[Run]:
+    """Train `runs` and record each as soon as it is done; returns those that failed.
 
     Ctrl-C or SIGTERM stops the runs after their step, with checkpoints, and is passed on as KeyboardInterrupt.
     """
-    waiting, going, failed = list(corpora), {}, []
+    waiting, going, failed = list(runs), {}, []
     with _only_study() as lock, _terminated_as_interrupted():
         try:
             while waiting or going:
@@ -67,7 +66,7 @@ def train(corpora: dict[Run, str], records: Records, workers: int) -> list[Run]:
                 for run in [run for run, process in going.items() if process.poll() is not None]:
                     code = going.pop(run).returncode
                     if code == entry.DONE:
-                        records.add(run, RUNS / run.name, corpora[run])
+                        records.add(run, RUNS / run.name, corpus)
                         _say(
                             f"{run.name}: done, validation loss {records.contents[run.name]['summary']['val_loss']:.4f}"
                         )

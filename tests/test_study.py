@@ -43,7 +43,7 @@ def test_every_run_of_the_grid_composes_to_a_run_of_its_own():
 
 def test_the_committed_records_are_runs_of_the_grid_on_one_text():
     assert set(COMMITTED.contents) <= set(BY_NAME)
-    assert COMMITTED.corpora
+    assert COMMITTED.corpus is not None
     for name, content in COMMITTED.contents.items():
         assert content["overrides"] == list(BY_NAME[name].overrides)
         assert content["summary"]["status"] == "done"
@@ -137,7 +137,7 @@ def test_the_best_learning_rate_of_an_arm_is_bold(made_up):
 def test_records_of_two_texts_are_refused(made_up):
     made_up.contents["screen-cyclic-4e-3"]["corpus"] = "another"
     with pytest.raises(UserError, match=r"lr-est-.* and screen-cyclic-4e-3 are of different texts"):
-        made_up.corpora  # noqa: B018
+        made_up.corpus  # noqa: B018
 
 
 def test_the_frontier_is_linear_in_the_logarithm_of_the_flops_and_knows_its_ends():
@@ -170,7 +170,7 @@ def tiny(place: Path, name: str, *overrides: str) -> Run:
 def test_what_trains_is_recorded_and_what_fails_stops_nothing_else(place):
     good, bad = tiny(place, "lr-good"), tiny(place, "lr-bad", "sampling.strategy=nonsense")
     records = Records(place / "records")
-    assert training.train({bad: "some text", good: "some text"}, records, workers=2) == [bad]
+    assert training.train([bad, good], records, "some text", workers=2) == [bad]
     found = json.loads((place / "records" / "lr-good.json").read_text())
     assert found["corpus"] == "some text"
     assert found["curve"]["step"] == [1, 3]
@@ -184,7 +184,7 @@ def test_what_trains_is_recorded_and_what_fails_stops_nothing_else(place):
 
     (place / "records" / "lr-good.json").unlink()
     before = (place / "runs" / "lr-good" / "metrics.jsonl").stat().st_mtime_ns
-    assert training.train({good: "some text"}, Records(place / "records"), workers=1) == []
+    assert training.train([good], Records(place / "records"), "some text", workers=1) == []
     assert (place / "records" / "lr-good.json").exists(), "a finished folder is recorded without training again"
     assert (place / "runs" / "lr-good" / "metrics.jsonl").stat().st_mtime_ns == before
 
@@ -200,13 +200,13 @@ def test_a_study_that_is_stopped_goes_on_where_it_was(place, monkeypatch):
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(training, "time", SimpleNamespace(sleep=sleep_until_it_trains))
-        training.train({run: "some text"}, Records(place / "records"), workers=1)
+        training.train([run], Records(place / "records"), "some text", workers=1)
     summary = json.loads((folder / "summary.json").read_text())
     assert summary["status"] == "stopped"
     assert 0 < summary["steps"] < 1500
 
     records = Records(place / "records")
-    assert training.train({run: "some text"}, records, workers=1) == []
+    assert training.train([run], records, "some text", workers=1) == []
     assert records.contents["lr-long"]["summary"]["steps"] == 1500
     assert f"step-{summary['steps']:08}" in (place / "runs" / "lr-long.log").read_text()
     assert len(json.loads((folder / "environment.json").read_text())["earlier_starts"]) == 1
@@ -214,4 +214,4 @@ def test_a_study_that_is_stopped_goes_on_where_it_was(place, monkeypatch):
 
 def test_two_studies_do_not_train_at_once(place):
     with training._only_study(), pytest.raises(UserError, match="a study trains there already"):
-        training.train({}, Records(place / "records"), workers=1)
+        training.train([], Records(place / "records"), "some text", workers=1)
