@@ -53,8 +53,9 @@ def grid() -> list[Run]:
 
 
 def matching(patterns: list[str]) -> list[Run]:
-    """The runs whose names match one of the shell patterns; all runs where there is none."""
-    return [run for run in grid() if not patterns or any(fnmatch(run.name, pattern) for pattern in patterns)]
+    """The runs whose names match the shell patterns, in the patterns' order; all runs where there is none."""
+    runs = grid()
+    return list(dict.fromkeys(run for p in patterns for run in runs if fnmatch(run.name, p))) if patterns else runs
 
 
 def _learning_rates() -> list[Run]:
@@ -117,6 +118,7 @@ def _repeated() -> list[Run]:
         _repeat("full", "full model, 10,000 steps", SHORT, TUNED[FULL], f"+arm={FULL}"),
         _repeat("est", PAPER, SHORT, TUNED[EST]),
         _repeat("longer", "boundaries 0.2 and 0.9", SHORT, TUNED[EST], *_boundaries(0.2, 0.9)),
+        _repeat("full", "full model, 10,000 steps", SHORT, TUNED[EST], f"+arm={FULL}"),
         *(
             _repeat(f"full-{steps}", f"full model, {steps:,} steps", steps, TUNED[FULL], f"+arm={FULL}")
             for steps in (6500, 4000, 2000)

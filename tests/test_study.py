@@ -28,6 +28,8 @@ TEN_PFLOP = 1e16
 def test_run_names_are_unique_and_can_be_picked_by_a_pattern():
     assert len(BY_NAME) == len(grid())
     assert {run.name for run in matching(["headline-*-seed0"])} == {f"headline-{arm}-seed0" for arm in ARMS}
+    names = [run.name for run in matching(["screen-full-5*", "screen-full-*"])]
+    assert names == ["screen-full-5000", "screen-full-6500"], "in the patterns' order, each once"
 
 
 @pytest.mark.slow
