@@ -51,13 +51,33 @@ def curves(records: Records, ax: Axes, group: str) -> bool:
         late += y[done >= 0.3 * done[-1]].tolist()
         _line(ax, arm, x, y, label=None if arm in labelled else ARM_WORDS[arm])
         labelled.add(arm)
-    if runs:
+    _finish_curves(ax, late)
+    return bool(runs)
+
+
+def repeated(records: Records, ax: Axes) -> bool:
+    """Loss against whole-model FLOPs on little text: the full model, the paper's schedule, and what else was tried."""
+    runs, labelled = [run for run in grid() if run.group == "repeated" and run in records], set()
+    late = []
+    for run, record in zip(runs, records.of(runs), strict=True):
+        arm = FULL if run.title.startswith("full") else EST if run.title == "est" else FULL_SAME_FLOPS
+        label = {FULL: "full model", EST: "EST, the paper's schedule"}.get(arm, run.says)
+        x, y = record.column("flops/total") / 1e12, record.column("val/loss")
+        late += y[len(y) // 3 :].tolist()
+        _line(ax, arm, x, y, label=None if label in labelled else label)
+        labelled.add(label)
+    _finish_curves(ax, late)
+    return bool(runs)
+
+
+def _finish_curves(ax: Axes, late: list[float]) -> None:
+    """Axes for curves of which the `late` losses are to be seen."""
+    if late:
         room = 0.06 * (max(late) - min(late))
         ax.set_ylim(min(late) - room, max(late) + room)
         ax.legend(frameon=False)
     ax.set_xlabel("Training compute, whole model (TFLOP)")
     ax.set_ylabel("Validation loss, full model")
-    return bool(runs)
 
 
 def screens(records: Records, ax: Axes) -> bool:
@@ -88,6 +108,7 @@ FIGURES: dict[str, Callable[[Records, Axes], bool]] = {
     "headline": lambda records, ax: curves(records, ax, "headline"),
     "short-runs": lambda records, ax: curves(records, ax, "lr"),
     "screens": screens,
+    "repeated": repeated,
 }
 """By file name; each returns whether there was anything to draw."""
 

@@ -82,6 +82,13 @@ def _beyond_the_paper() -> list[Run]:
         *_screen("mlp", "`mlp` alone, until 7/15", "scheduler=two_stage", "sampling=mlp", lrs=BOTH),
         *_screen("layers", "`layers` alone, until 7/15", "scheduler=two_stage", "sampling=layers", lrs=BOTH),
         *_screen("heads", "`heads` alone, until 7/15", "scheduler=two_stage", "sampling=heads", lrs=BOTH),
+        *_screen(
+            "grow-layers",
+            "first half of the layers until 7/15, the others at rest",
+            *_NESTED,
+            "sampling=layers",
+            lrs=BOTH,
+        ),
         *_screen("cyclic", "`cyclic` instead of random subnetworks", "sampling.strategy=cyclic"),
         *_screen("balanced", "`balanced` instead of random subnetworks", "sampling.strategy=balanced"),
         *_screen("rescaled", "kept layers rescaled", "sampling.rescale_layers=true"),
@@ -110,6 +117,9 @@ def _ablations() -> list[Run]:
             for run in _screen(f"boundaries-{s1:g}-{s2:g}", f"boundaries {s1:g} and {s2:g}", *_boundaries(s1, s2))
         ),
     ]
+
+
+_NESTED = ("scheduler=two_stage", "sampling.strategy=prefix", "optimizer.unsampled=freeze")
 
 
 def _repeated() -> list[Run]:

@@ -4,6 +4,8 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
+import numpy as np
+
 from est_cli.commands.arms import ARMS, EST, FULL, FULL_SAME_FLOPS
 from est_cli.commands.verdict import Verdict, against
 from est_cli.reports.records import RunRecord
@@ -12,6 +14,7 @@ from study import budget
 from study.frontier import Frontier
 from study.grid import LEARNING_RATES, PAPER, SEEDS, TUNED, Run, grid
 from study.records import Records
+from study.training import config_of
 
 MISSING = "not yet run"
 
@@ -111,6 +114,22 @@ def screened(records: Records) -> list[tuple[float, Run, RunRecord]]:
     return sorted(found, key=lambda entry: (math.isnan(entry[0]), entry[0]))
 
 
+def repeated(records: Records) -> str:
+    """On little text: what every run ends with, and the lowest loss that it had on the way."""
+    runs = [run for run in grid() if run.group == "repeated"]
+    rows, longest = [], max((record.outcome["flops_total"] for record in records.of(runs)), default=math.nan)
+    for run in runs:
+        if run not in records:
+            rows.append((run.says, _learning_rate(run), "", MISSING, ""))
+            continue
+        [record] = records.of([run])
+        lowest = np.nanmin(record.column("val/loss"))
+        spent = f"{record.outcome['flops_total'] / longest:.3f}"
+        rows.append((run.says, _learning_rate(run), spent, f"{record.outcome['val_loss']:.4f}", f"{lowest:.4f}"))
+    table = _table(("schedule", "lr", "FLOPs", "loss", "lowest on the way"), rows)
+    return table + _figure("repeated", "Loss against training compute, on a tenth of the text", records, "repeated-")
+
+
 def full_frontier(records: Records) -> str:
     """The runs of the full model that the screens are held against."""
     runs = sorted(records.of(_frontier_runs()), key=lambda run: -run.outcome["steps"])
@@ -144,6 +163,7 @@ TABLES: dict[str, Callable[[Records], str]] = {
     "short runs, in words": short_arms_say,
     "full model": full_frontier,
     "screens": screens,
+    "repeated": repeated,
     "origins": origins,
 }
 """By the name that docs/study.md has between its markers."""
@@ -164,6 +184,10 @@ def _schedules() -> dict[str, list[Run]]:
         elif run.group == "screen" and not run.name.startswith("screen-full-"):
             schedules.setdefault(run.says, []).append(run)
     return schedules
+
+
+def _learning_rate(run: Run) -> str:
+    return f"{config_of(run).optimizer.lr:g}"
 
 
 def _tuned_runs() -> list[Run]:
