@@ -45,6 +45,7 @@ def grid() -> list[Run]:
     return [
         *_learning_rates(),
         *_headline(first),
+        *_grown(),
         *_beyond_the_paper(),
         *_repeated(),
         *(run for seed in later for run in _headline(seed)),
@@ -82,21 +83,6 @@ def _beyond_the_paper() -> list[Run]:
         *_screen("mlp", "`mlp` alone, until 7/15", "scheduler=two_stage", "sampling=mlp", lrs=BOTH),
         *_screen("layers", "`layers` alone, until 7/15", "scheduler=two_stage", "sampling=layers", lrs=BOTH),
         *_screen("heads", "`heads` alone, until 7/15", "scheduler=two_stage", "sampling=heads", lrs=BOTH),
-        *_screen(
-            "grow-layers",
-            "first half of the layers until 7/15, the others at rest",
-            *_NESTED,
-            "sampling=layers",
-            lrs=BOTH,
-        ),
-        *_screen(
-            "grow-all",
-            "first half of heads, neurons, layers, then of heads, neurons",
-            "sampling.strategy=prefix",
-            "optimizer.unsampled=freeze",
-            "sampling.rescale=false",
-            lrs=BOTH,
-        ),
         *_screen("cyclic", "`cyclic` instead of random subnetworks", "sampling.strategy=cyclic"),
         *_screen("balanced", "`balanced` instead of random subnetworks", "sampling.strategy=balanced"),
         *_screen("rescaled", "kept layers rescaled", "sampling.rescale_layers=true"),
@@ -127,7 +113,25 @@ def _ablations() -> list[Run]:
     ]
 
 
-_NESTED = ("scheduler=two_stage", "sampling.strategy=prefix", "optimizer.unsampled=freeze")
+def _grown() -> list[Run]:
+    """Nested subnetworks, without noise: what is left out stands still until the model grows by it."""
+    nested = ("sampling.strategy=prefix", "optimizer.unsampled=freeze")
+    layers = ("scheduler=two_stage", "sampling=layers", *nested)
+    width = ("scheduler=two_stage", "sampling=heads_mlp", "sampling.rescale=false", *nested)
+    thrice = "scheduler.stages=[{end: 0.2, layers: 0.25}, {end: 0.6, layers: 0.5}, {}]"
+    grown = [
+        ("layers", "half of the layers until 7/15", layers),
+        ("all", "half of everything until 2/15, of heads and neurons until 7/15", ("sampling.rescale=false", *nested)),
+        ("layers-0.6", "half of the layers until 0.6", (*layers, "scheduler.stage1_end=0.6")),
+        ("layers-1-2-4", "1 of 4 layers until 0.2, 2 until 0.6", (*nested, thrice)),
+        ("width", "half of heads and neurons until 7/15", width),
+        ("layers-0.8", "half of the layers until 0.8", (*layers, "scheduler.stage1_end=0.8")),
+    ]
+    return [
+        run
+        for name, says, overrides in grown
+        for run in _screen(f"grow-{name}", f"nested: {says}", *overrides, lrs=(TUNED[FULL],))
+    ]
 
 
 def _repeated() -> list[Run]:
