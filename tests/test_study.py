@@ -112,7 +112,7 @@ def test_a_schedule_outside_of_what_the_full_model_was_measured_on_has_no_verdic
     assert row(table, "`cyclic`")[4:6] == ["-", "-"], "nobody trained the full model for so few steps"
     assert row(table, "`balanced`")[5:] == ["−0.3000", "-"], "the full model never was as good as 1.9"
     assert table.index("`balanced`") < table.index("**EST") < table.index("`cyclic`"), "the best first"
-    assert "Not yet run: rates 0.75" in table
+    assert "rates 0.75" in table.partition("Not yet run: ")[2]
 
 
 def test_what_is_missing_is_said(made_up):
