@@ -128,6 +128,8 @@ class SamplingConfig:
     (strategy=prefix) want false: what they compute is then what the larger model starts from."""
     rescale_layers: bool = False
     """Multiply the residual branches of kept layers by N_L/|I_L| (the paper does not say)."""
+    stack_layers: bool = False
+    """With strategy=prefix: layers that join at a stage begin as copies of those below, moments included."""
 
 
 @dataclass(frozen=True)
