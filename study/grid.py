@@ -4,7 +4,7 @@ A run is `experiment=study/base` with a few overrides. Runs whose record is comm
 in this order, so that whenever the time ends the records tell as much as they can.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 
 from est_cli.commands.arms import ARMS, EST, FULL, FULL_SAME_FLOPS
@@ -45,10 +45,11 @@ def grid() -> list[Run]:
     return [
         *_learning_rates(),
         *_headline(first),
+        *_candidates(first),
         *_grown(),
         *_beyond_the_paper(),
         *_repeated(),
-        *(run for seed in later for run in _headline(seed)),
+        *(run for seed in later for run in (*_headline(seed), *_candidates(seed))),
         *_ablations(),
     ]
 
@@ -110,6 +111,26 @@ def _ablations() -> list[Run]:
             for s1, s2 in ((0.067, 0.233), (0.067, 0.467), (0.267, 0.467), (0.133, 0.233), (0.133, 0.7))
             for run in _screen(f"boundaries-{s1:g}-{s2:g}", f"boundaries {s1:g} and {s2:g}", *_boundaries(s1, s2))
         ),
+    ]
+
+
+def _candidates(seed: int) -> list[Run]:
+    """What the screens find best, trained as the headline is."""
+    stacked = ("scheduler=two_stage", "sampling=layers", "sampling.strategy=prefix", "sampling.stack_layers=true")
+    return [
+        replace(
+            _run(
+                "candidate",
+                f"stack-{end}-seed{seed}",
+                LONG,
+                TUNED[FULL],
+                *stacked,
+                f"scheduler.stage1_end={end}",
+                f"seed={seed}",
+            ),
+            says=f"`stack`: half of the layers until {end}",
+        )
+        for end in (0.45, 0.7)
     ]
 
 

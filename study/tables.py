@@ -24,6 +24,7 @@ def budget_table(records: Records) -> str:
     for group, what in (
         ("lr", "learning rates: three arms, one seed, 10,000 steps"),
         ("headline", "headline: three arms, three seeds, 30,000 steps"),
+        ("candidate", "candidates: three seeds, 30,000 steps"),
         ("screen", "screens: one seed, 10,000 steps"),
         ("repeated", "a tenth of the text: one seed, up to 10,000 steps"),
     ):
