@@ -10,12 +10,14 @@ from matplotlib.figure import Figure
 from est_cli.commands.arms import ARMS, EST, FULL, FULL_SAME_FLOPS
 from est_cli.reports import palette
 from est_cli.reports.figures import report_style
-from study.grid import LEARNING_RATES, TUNED, grid
+from study.grid import LEARNING_RATES, TUNED, Run, grid
 from study.records import Records
 from study.tables import ARM_WORDS, screened, short_frontier
 
-COLOURS = dict(zip((FULL, EST, FULL_SAME_FLOPS), palette.SERIES, strict=False))
-MARKERS = {FULL: "o", EST: "s", FULL_SAME_FLOPS: "^"}
+_ALL_LOOKS = list(zip(palette.SERIES, "os^Dv", strict=False))
+LOOKS = dict(zip((FULL, EST, FULL_SAME_FLOPS), _ALL_LOOKS, strict=False))
+"""Colour and marker of an arm."""
+_OTHER_LOOKS = _ALL_LOOKS[len(LOOKS) :]
 _SIZE = (6.4, 3.6)
 _NAMED = 5
 
@@ -28,7 +30,7 @@ def learning_rates(records: Records, ax: Axes) -> bool:
         known = {
             lr: records.contents[name]["summary"]["val_loss"] for lr, name in names.items() if name in records.contents
         }
-        _line(ax, arm, list(known), list(known.values()))
+        _line(ax, LOOKS[arm], list(known), list(known.values()), ARM_WORDS[arm])
         drawn |= bool(known)
     ax.set_xscale("log", base=2)
     ax.set_xticks([float(lr) for lr in LEARNING_RATES], [f"{float(lr):g}" for lr in LEARNING_RATES])
@@ -39,45 +41,33 @@ def learning_rates(records: Records, ax: Axes) -> bool:
     return drawn
 
 
-def curves(records: Records, ax: Axes, group: str) -> bool:
-    """Loss against whole-model FLOPs, the steep beginning left out; one line a run."""
-    wanted = [run for run in grid() if run.group == group]
-    if group == "lr":
-        wanted = [run for run in wanted if run.name in {f"lr-{arm}-{TUNED[arm]}" for arm in ARMS}]
-    runs, labelled, late = records.of(wanted), set(), []
-    for run in runs:
-        arm, done = run.setting("name"), run.column("step") + 1
-        x, y = run.column("flops/total") / 1e12, run.column("val/loss")
-        late += y[done >= 0.3 * done[-1]].tolist()
-        _line(ax, arm, x, y, label=None if arm in labelled else ARM_WORDS[arm])
-        labelled.add(arm)
-    _finish_curves(ax, late)
-    return bool(runs)
+def headline(records: Records, ax: Axes) -> bool:
+    return _curves(records, ax, [(run, *_arm(run)) for run in grid() if run.group == "headline"])
+
+
+def short_runs(records: Records, ax: Axes) -> bool:
+    tuned = {f"lr-{arm}-{TUNED[arm]}" for arm in ARMS}
+    return _curves(records, ax, [(run, *_arm(run)) for run in grid() if run.name in tuned])
+
+
+def candidates(records: Records, ax: Axes) -> bool:
+    """The long runs: the full model, the paper's schedule, and what else got as long."""
+    runs = [(run, *_arm(run)) for run in grid() if run.group == "headline" and FULL_SAME_FLOPS not in run.name]
+    tried = list(dict.fromkeys(run.says for run in grid() if run.group == "candidate" and run.says))
+    looks = dict(zip(tried, _OTHER_LOOKS, strict=False))
+    runs += [(run, run.says, looks[run.says]) for run in grid() if run.says in looks and run.group == "candidate"]
+    return _curves(records, ax, runs)
 
 
 def repeated(records: Records, ax: Axes) -> bool:
-    """Loss against whole-model FLOPs on little text: the full model, the paper's schedule, and what else was tried."""
-    runs, labelled = [run for run in grid() if run.group == "repeated" and run in records], set()
-    late = []
-    for run, record in zip(runs, records.of(runs), strict=True):
-        arm = FULL if run.title.startswith("full") else EST if run.title == "est" else FULL_SAME_FLOPS
-        label = {FULL: "full model", EST: "EST, the paper's schedule"}.get(arm, run.says)
-        x, y = record.column("flops/total") / 1e12, record.column("val/loss")
-        late += y[len(y) // 3 :].tolist()
-        _line(ax, arm, x, y, label=None if label in labelled else label)
-        labelled.add(label)
-    _finish_curves(ax, late)
-    return bool(runs)
-
-
-def _finish_curves(ax: Axes, late: list[float]) -> None:
-    """Axes for curves of which the `late` losses are to be seen."""
-    if late:
-        room = 0.06 * (max(late) - min(late))
-        ax.set_ylim(min(late) - room, max(late) + room)
-        ax.legend(frameon=False)
-    ax.set_xlabel("Training compute, whole model (TFLOP)")
-    ax.set_ylabel("Validation loss, full model")
+    """Loss on little text: the full model for fewer and more steps, the paper's schedule, and a longer one."""
+    runs = []
+    for run in grid():
+        if run.group == "repeated":
+            arm = FULL if run.title.startswith("full") else EST if run.title == "est" else None
+            label = {FULL: "full model", EST: "EST, the paper's schedule"}.get(arm, run.says)
+            runs.append((run, label, LOOKS.get(arm, _OTHER_LOOKS[0])))
+    return _curves(records, ax, runs)
 
 
 def screens(records: Records, ax: Axes) -> bool:
@@ -89,10 +79,11 @@ def screens(records: Records, ax: Axes) -> bool:
     for place, (_, run, record) in enumerate(screened(records)):
         name = "paper's schedule" if run.group == "lr" else run.title
         found.append((name if run.group == "lr" or place < _NAMED else "", record))
-    _line(ax, FULL, frontier.flops / 1e12, frontier.loss, label="full model, fewer steps")
+    _line(ax, LOOKS[FULL], frontier.flops / 1e12, frontier.loss, "full model, fewer steps")
+    colour, marker = LOOKS[EST]
     for name, record in found:
         x, y = record.outcome["flops_total"] / 1e12, record.outcome["val_loss"]
-        ax.plot([x], [y], color=COLOURS[EST], marker=MARKERS[EST], markersize=5, linestyle="")
+        ax.plot([x], [y], color=colour, marker=marker, markersize=5, linestyle="")
         if name:
             ax.annotate(
                 name, (x, y), xytext=(5, 0), textcoords="offset points", va="center", fontsize=7.5, color=palette.INK
@@ -105,8 +96,9 @@ def screens(records: Records, ax: Axes) -> bool:
 
 FIGURES: dict[str, Callable[[Records, Axes], bool]] = {
     "learning-rates": learning_rates,
-    "headline": lambda records, ax: curves(records, ax, "headline"),
-    "short-runs": lambda records, ax: curves(records, ax, "lr"),
+    "headline": headline,
+    "candidates": candidates,
+    "short-runs": short_runs,
     "screens": screens,
     "repeated": repeated,
 }
@@ -130,8 +122,40 @@ def draw(records: Records, folder: Path) -> list[Path]:
     return written
 
 
-def _line(ax: Axes, arm: str, x: np.ndarray | list[float], y: np.ndarray | list[float], label: str | None = "") -> None:
+def _arm(run: Run) -> tuple[str, tuple[str, str]]:
+    """Label and look of a run that is an arm's."""
+    arm = max((arm for arm in ARMS if f"-{arm}-" in run.name), key=len)
+    return ARM_WORDS[arm], LOOKS[arm]
+
+
+def _curves(records: Records, ax: Axes, runs: list[tuple[Run, str, tuple[str, str]]]) -> bool:
+    """Loss against whole-model FLOPs of those (run, label, look) that are done, the steep beginning left out."""
+    late: list[float] = []
+    for run, label, look in runs:
+        for record in records.of([run]):
+            done, y = record.column("step") + 1, record.column("val/loss")
+            late += y[done >= 0.3 * done[-1]].tolist()
+            _line(ax, look, record.column("flops/total") / 1e12, y, label)
+    if late:
+        room = 0.06 * (max(late) - min(late))
+        ax.set_ylim(min(late) - room, max(late) + room)
+        _legend(ax)
+    ax.set_xlabel("Training compute, whole model (TFLOP)")
+    ax.set_ylabel("Validation loss, full model")
+    return bool(late)
+
+
+def _line(
+    ax: Axes, look: tuple[str, str], x: np.ndarray | list[float], y: np.ndarray | list[float], label: str
+) -> None:
+    colour, marker = look
     ax.plot(
-        x, y, color=COLOURS[arm], marker=MARKERS[arm], markersize=4, linewidth=1.4,
-        label=ARM_WORDS[arm] if label == "" else label,
-    )  # fmt: skip
+        x, y, color=colour, marker=marker, markersize=4, linewidth=1.4, label=label.replace("`", "").replace("*", "")
+    )
+
+
+def _legend(ax: Axes) -> None:
+    """Every label once: the seeds of a schedule share theirs."""
+    handles, labels = ax.get_legend_handles_labels()
+    unique = dict(zip(labels, handles, strict=True))
+    ax.legend(unique.values(), unique, frameon=False)

@@ -115,23 +115,14 @@ def _ablations() -> list[Run]:
 
 
 def _candidates(seed: int) -> list[Run]:
-    """What the screens find best, trained as the headline is."""
+    """What the screens find best, trained as the headline is, and a shorter run of the full model beside it."""
     stacked = ("scheduler=two_stage", "sampling=layers", "sampling.strategy=prefix", "sampling.stack_layers=true")
-    return [
-        replace(
-            _run(
-                "candidate",
-                f"stack-{end}-seed{seed}",
-                LONG,
-                TUNED[FULL],
-                *stacked,
-                f"scheduler.stage1_end={end}",
-                f"seed={seed}",
-            ),
-            says=f"`stack`: half of the layers until {end}",
-        )
-        for end in (0.45, 0.7)
-    ]
+    runs = [_run("candidate", f"full-20000-seed{seed}", 20_000, TUNED[FULL], f"+arm={FULL}", f"seed={seed}")]
+    for end in (0.45, 0.7):
+        overrides = (*stacked, f"scheduler.stage1_end={end}", f"seed={seed}")
+        run = _run("candidate", f"stack-{end}-seed{seed}", LONG, TUNED[FULL], *overrides)
+        runs.append(replace(run, says=f"`stack`: half of the layers until {end}"))
+    return runs
 
 
 def _grown() -> list[Run]:

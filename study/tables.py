@@ -69,6 +69,50 @@ def headline_says(records: Records) -> str:
     return _sentences(records, [run for run in grid() if run.group == "headline"])
 
 
+def candidates(records: Records) -> str:
+    """What was trained as long as the headline, against the full model of the same seed; ± deviation over seeds."""
+    rows = []
+    for says, runs in _long_schedules().items():
+        done = records.of([run for run in runs if run in records])
+        if not done:
+            rows.append((says, f"0 of {len(SEEDS)}", MISSING, *[""] * 5))
+            continue
+        frontiers = [long_frontier(records, run.setting("seed")) for run in done]
+        rows.append(
+            (
+                says,
+                f"{len(done)} of {len(SEEDS)}",
+                _saved(frontiers[0], done[0]),
+                _over_seeds([run.outcome["val_loss"] for run in done], "{:.4f}"),
+                _over_seeds([f.loss[-1] if len(f.loss) else math.nan for f in frontiers], "{:.4f}"),
+                _over_seeds(
+                    [f.loss_at(run.outcome["flops_total"]) for f, run in zip(frontiers, done, strict=True)], "{:.4f}"
+                ),
+                _over_seeds([_against(f, run) for f, run in zip(frontiers, done, strict=True)], "{:+.4f}"),
+                _over_seeds([100 * _share_saved(f, run) for f, run in zip(frontiers, done, strict=True)], "{:.1f}%"),
+            )
+        )
+    header = (
+        "schedule",
+        "seeds",
+        "saved",
+        "loss",
+        "full, same tokens",
+        "full, same FLOPs",
+        "difference",
+        "saved at equal loss",
+    )
+    return _table(header, rows) + _figure(
+        "candidates", "Loss against training compute", records, "headline-", "candidate-"
+    )
+
+
+def long_frontier(records: Records, seed: int) -> Frontier:
+    """The full model of one seed: the headline's two arms and the shorter run, those that are done."""
+    names = {f"headline-{arm}-seed{seed}" for arm in (FULL, FULL_SAME_FLOPS)} | {f"candidate-full-20000-seed{seed}"}
+    return Frontier.of(records.of([run for run in grid() if run.name in names]))
+
+
 def short_arms(records: Records) -> str:
     table = _arms_table(records, _tuned_runs())
     return table + _figure("short-runs", "Loss of the three arms against training compute", records, "lr-")
@@ -160,6 +204,7 @@ TABLES: dict[str, Callable[[Records], str]] = {
     "learning rates, open": tuned_at_an_edge,
     "headline": headline,
     "headline, in words": headline_says,
+    "candidates": candidates,
     "short runs": short_arms,
     "short runs, in words": short_arms_say,
     "full model": full_frontier,
@@ -189,6 +234,17 @@ def _schedules() -> dict[str, list[Run]]:
 
 def _learning_rate(run: Run) -> str:
     return f"{config_of(run).optimizer.lr:g}"
+
+
+def _long_schedules() -> dict[str, list[Run]]:
+    """What is trained with three seeds and held against the full model, and its runs."""
+    schedules: dict[str, list[Run]] = {}
+    for run in grid():
+        if run.name.startswith(f"headline-{EST}-"):
+            schedules.setdefault(PAPER, []).append(run)
+        elif run.group == "candidate" and run.says:
+            schedules.setdefault(run.says, []).append(run)
+    return schedules
 
 
 def _tuned_runs() -> list[Run]:
@@ -247,10 +303,22 @@ def _saved(frontier: Frontier, run: RunRecord) -> str:
     return format_percent(1 - run.outcome["flops_total"] / frontier.flops[-1]) if len(frontier.flops) else "-"
 
 
-def _saved_at_equal_loss(frontier: Frontier, run: RunRecord) -> str:
+def _share_saved(frontier: Frontier, run: RunRecord) -> float:
     """How much less than the full model it spent for the loss that it reached."""
-    saved = 1 - run.outcome["flops_total"] / frontier.flops_at(run.outcome["val_loss"])
+    return 1 - run.outcome["flops_total"] / frontier.flops_at(run.outcome["val_loss"])
+
+
+def _saved_at_equal_loss(frontier: Frontier, run: RunRecord) -> str:
+    saved = _share_saved(frontier, run)
     return format_percent(saved) if math.isfinite(saved) else "-"
+
+
+def _over_seeds(values: Sequence[float], form: str) -> str:
+    """`2.2782 ± 0.0031`; without a spread where there is one seed, a dash where a value could not be had."""
+    if not all(map(math.isfinite, values)):
+        return "-"
+    spread = f" ± {form.replace('+', '').format(np.std(values, ddof=1))}" if len(values) > 1 else ""
+    return (form.format(np.mean(values)) + spread).replace("-", "−")
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
@@ -258,9 +326,9 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
 
 
-def _figure(name: str, shows: str, records: Records, prefix: str) -> str:
-    """The figure, where runs whose names begin with `prefix` are there to be shown."""
-    shown = any(run.startswith(prefix) for run in records.contents)
+def _figure(name: str, shows: str, records: Records, *prefixes: str) -> str:
+    """The figure, where runs whose names begin with one of `prefixes` are there to be shown."""
+    shown = any(run.startswith(prefixes) for run in records.contents)
     return f"\n\n![{shows}](study/{name}.svg)" if shown else ""
 
 
