@@ -115,14 +115,25 @@ def _ablations() -> list[Run]:
 
 
 def _candidates(seed: int) -> list[Run]:
-    """What the screens find best, trained as the headline is, and a shorter run of the full model beside it."""
+    """What is trained as the headline is: the full model at the neighbouring rate, and schedules that may do better."""
+    seeded = f"seed={seed}"
+    rivals = [
+        _run("candidate", f"{arm}-{TUNED[EST]}-seed{seed}", LONG, TUNED[EST], f"+arm={arm}", seeded)
+        for arm in (FULL, FULL_SAME_FLOPS)
+    ]
     stacked = ("scheduler=two_stage", "sampling=layers", "sampling.strategy=prefix", "sampling.stack_layers=true")
-    runs = [_run("candidate", f"full-20000-seed{seed}", 20_000, TUNED[FULL], f"+arm={FULL}", f"seed={seed}")]
-    for end in (0.45, 0.7):
-        overrides = (*stacked, f"scheduler.stage1_end={end}", f"seed={seed}")
-        run = _run("candidate", f"stack-{end}-seed{seed}", LONG, TUNED[FULL], *overrides)
-        runs.append(replace(run, says=f"`stack`: half of the layers until {end}"))
-    return runs
+    tried = (
+        ("longer", TUNED[EST], "boundaries 0.2 and 0.7", _boundaries(0.2, 0.7)),
+        ("stack-0.45", TUNED[FULL], "`stack`: half of the layers until 0.45", (*stacked, "scheduler.stage1_end=0.45")),
+        ("rates-0.75", TUNED[FULL], "rates 0.75", _rates(0.75)),
+    )
+    return [
+        *rivals,
+        *(
+            replace(_run("candidate", f"{name}-seed{seed}", LONG, lr, *overrides, seeded), says=says)
+            for name, lr, says, overrides in tried
+        ),
+    ]
 
 
 def _grown() -> list[Run]:

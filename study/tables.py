@@ -108,9 +108,13 @@ def candidates(records: Records) -> str:
 
 
 def long_frontier(records: Records, seed: int) -> Frontier:
-    """The full model of one seed: the headline's two arms and the shorter run, those that are done."""
-    names = {f"headline-{arm}-seed{seed}" for arm in (FULL, FULL_SAME_FLOPS)} | {f"candidate-full-20000-seed{seed}"}
-    return Frontier.of(records.of([run for run in grid() if run.name in names]))
+    """The full model of one seed for both lengths of the headline, each at the better of its learning rates."""
+    lengths = [
+        records.of([run for run in grid() if run.name in names])
+        for arm in (FULL, FULL_SAME_FLOPS)
+        if (names := {f"headline-{arm}-seed{seed}", f"candidate-{arm}-{TUNED[EST]}-seed{seed}"})
+    ]
+    return Frontier.of([min(runs, key=lambda run: run.outcome["val_loss"]) for runs in lengths if runs])
 
 
 def short_arms(records: Records) -> str:
