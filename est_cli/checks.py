@@ -34,7 +34,6 @@ def problems_together(sections: Mapping[str, Any], max_steps: int | None) -> lis
         (_blocks, "model", "sampling"),
         (_paths, "data", "tokenizer"),
         (_strategy, "sampling"),
-        (_stacking, "sampling", "trainer"),
         (_processes, "trainer"),
         (_stages, "scheduler", "max_steps"),
     )
@@ -95,13 +94,6 @@ def _strategy(sampling: "SamplingConfig") -> Iterator[str]:
         named_function(sampling.strategy, STRATEGIES, "sampling.strategy")
     except UserError as error:
         yield from error.problems
-
-
-def _stacking(sampling: "SamplingConfig", trainer: "TrainerConfig") -> Iterator[str]:
-    if sampling.stack_layers and sampling.strategy != "prefix":
-        yield f"sampling.stack_layers=true: needs sampling.strategy=prefix; with {sampling.strategy} no layer joins"
-    if sampling.stack_layers and trainer.shard:
-        yield "sampling.stack_layers=true: needs trainer.shard=false; a process holds some layers alone"
 
 
 def _processes(trainer: "TrainerConfig") -> Iterator[str]:

@@ -123,13 +123,8 @@ class SamplingConfig:
     """random (the paper), prefix (nested), or the dotted path of your own function."""
     resample_every: Count = 1
     """Optimizer steps that share one plan."""
-    rescale: bool = True
-    """Multiply the outputs of sampled heads and neurons by total/kept (the paper). Subnetworks that are nested
-    (strategy=prefix) want false: what they compute is then what the larger model starts from."""
     rescale_layers: bool = False
     """Multiply the residual branches of kept layers by N_L/|I_L| (the paper does not say)."""
-    stack_layers: bool = False
-    """With strategy=prefix: layers that join at a stage begin as copies of those below, moments included."""
 
 
 @dataclass(frozen=True)

@@ -10,11 +10,11 @@ from matplotlib.figure import Figure
 from est_cli.commands.arms import ARMS, EST, FULL, FULL_SAME_FLOPS
 from est_cli.reports import palette
 from est_cli.reports.figures import report_style
-from study.grid import LEARNING_RATES, TUNED, Run, grid
+from study.grid import LEARNING_RATES, TUNED, Run, grid, retired
 from study.records import Records
 from study.tables import ARM_WORDS, screened, short_frontier
 
-_ALL_LOOKS = list(zip(palette.SERIES, "os^Dv", strict=False))
+_ALL_LOOKS = list(zip(palette.SERIES, "os^DvPX", strict=False))
 LOOKS = dict(zip((FULL, EST, FULL_SAME_FLOPS), _ALL_LOOKS, strict=False))
 """Colour and marker of an arm."""
 _OTHER_LOOKS = _ALL_LOOKS[len(LOOKS) :]
@@ -53,9 +53,9 @@ def short_runs(records: Records, ax: Axes) -> bool:
 def candidates(records: Records, ax: Axes) -> bool:
     """The long runs: the full model, the paper's schedule, and what else got as long."""
     runs = [(run, *_arm(run)) for run in grid() if run.group == "headline" and FULL_SAME_FLOPS not in run.name]
-    tried = list(dict.fromkeys(run.says for run in grid() if run.group == "candidate" and run.says))
-    looks = dict(zip(tried, _OTHER_LOOKS, strict=False))
-    runs += [(run, run.says, looks[run.says]) for run in grid() if run.says in looks and run.group == "candidate"]
+    tried = [run for run in [*grid(), *retired()] if run.group == "candidate" and run.says]
+    looks = dict(zip(dict.fromkeys(run.says for run in tried), _OTHER_LOOKS, strict=False))
+    runs += [(run, run.says, looks[run.says]) for run in tried]
     return _curves(records, ax, runs)
 
 

@@ -12,7 +12,7 @@ from est_cli.reports.records import RunRecord
 from est_cli.tracking.units import format_flops, format_percent
 from study import budget
 from study.frontier import Frontier
-from study.grid import LEARNING_RATES, PAPER, SEEDS, TUNED, Run, grid
+from study.grid import LEARNING_RATES, PAPER, SEEDS, TUNED, Run, grid, retired
 from study.records import Records
 from study.training import config_of
 
@@ -243,7 +243,7 @@ def _learning_rate(run: Run) -> str:
 def _long_schedules() -> dict[str, list[Run]]:
     """What is trained with three seeds and held against the full model, and its runs."""
     schedules: dict[str, list[Run]] = {}
-    for run in grid():
+    for run in [*grid(), *retired()]:
         if run.name.startswith(f"headline-{EST}-"):
             schedules.setdefault(PAPER, []).append(run)
         elif run.group == "candidate" and run.says:

@@ -118,17 +118,6 @@ def test_boundaries_out_of_order_are_collected_too(other):
             {"data.streaming": True, "data.train_tokens": 9},
             "data.train_tokens=9: must be null with data.streaming=true; a stream is read once",
         ),
-        (
-            {"sampling.stack_layers": True},
-            "sampling.stack_layers=true: needs sampling.strategy=prefix; with random no layer joins",
-        ),
-        (
-            {
-                **{"sampling.stack_layers": True, "sampling.strategy": "prefix"},
-                **{"trainer.strategy": "ddp", "trainer.shard": True},
-            },
-            "sampling.stack_layers=true: needs trainer.shard=false; a process holds some layers alone",
-        ),
         ({"tokenizer.kind": "hf"}, "tokenizer.path: is missing; must be a tokenizer.json or its folder"),
         ({"data.kind": "text"}, "data.path: is missing; must be a file, folder or glob"),
         ({"trainer.max_steps": 0}, "trainer.max_steps=0: must be an integer of at least 1 or auto"),

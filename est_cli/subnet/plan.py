@@ -65,8 +65,8 @@ def subnetwork(model: ModelConfig, sampling: SamplingConfig, rates: Rates) -> Su
     small = replace(model, n_layers=n_layers, n_heads=n_heads, n_kv_heads=n_kv_heads, d_ff=d_ff)
     return Subnetwork(
         small,
-        head_scale=model.n_heads / n_heads if sampling.rescale else 1.0,
-        mlp_scale=model.d_ff / d_ff if sampling.rescale else 1.0,
+        head_scale=model.n_heads / n_heads,
+        mlp_scale=model.d_ff / d_ff,
         layer_scale=model.n_layers / n_layers if sampling.rescale_layers else 1.0,
     )
 

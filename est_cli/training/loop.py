@@ -23,7 +23,6 @@ from est_cli.subnet.schedule import Stage, stage_at
 from est_cli.training.checkpoint import Checkpoint, Checkpoints
 from est_cli.training.device import peak_flops, peak_memory_bytes, reset_peak_memory
 from est_cli.training.distributed import World
-from est_cli.training.growth import stack_layers
 from est_cli.training.nonfinite import NonFinite
 from est_cli.training.optimizer import SampledAdamW, learning_rate
 from est_cli.training.pretrained import load_pretrained
@@ -101,7 +100,6 @@ class Training:
         stopped = False
         while self.step < trainer.max_steps and not stopped:
             stage = stage_at(self.stages, self.step)
-            self._grow(stage)
             subnet = self._build(stage)
             while self.step < stage.end and not stopped:
                 self._train_step(stage, subnet)
@@ -113,15 +111,6 @@ class Training:
         self._save(checkpoints, "full" if stopped else trainer.save_final, is_last=True)
         status, memory = "stopped" if stopped else "done", peak_memory_bytes(self.world.device)
         return Outcome(status, self.step, self.val_loss, self.train_s, memory, self.skipped_steps)
-
-    def _grow(self, stage: Stage) -> None:
-        """At the first step of a stage, give the layers that join what they begin from."""
-        config = self.config
-        if config.sampling.stack_layers and self.step == stage.first_step > 0:
-            before, now = (
-                subnetwork(config.model, config.sampling, s.rates) for s in self.stages[stage.number - 2 : stage.number]
-            )
-            stack_layers(self.optimizer, before.model.n_layers, now.model.n_layers)
 
     def _build(self, stage: Stage) -> PackedSubnetwork | MaskedSubnetwork:
         shape = subnetwork(self.config.model, self.config.sampling, stage.rates)

@@ -74,12 +74,6 @@ def test_layers_are_rescaled_only_where_that_is_asked_for():
     assert subnetwork(LLAMA, SamplingConfig(rescale_layers=True), Rates(0.5, 0.5)).layer_scale == 1.0
 
 
-def test_heads_and_neurons_are_rescaled_unless_that_is_turned_off():
-    shape = subnetwork(LLAMA, SamplingConfig(rescale=False), HALF)
-    assert (shape.head_scale, shape.mlp_scale, shape.layer_scale) == (1.0, 1.0, 1.0)
-    assert shape.model == subnetwork(LLAMA, SamplingConfig(), HALF).model
-
-
 @pytest.mark.parametrize("rates", [Rates(), Rates(0.9, 0.99, 0.9)])
 def test_full_means_that_every_count_is_full(rates):
     """Rates that round to everything are the full model: same shape, no scale."""
