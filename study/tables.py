@@ -108,13 +108,16 @@ def candidates(records: Records) -> str:
 
 
 def long_frontier(records: Records, seed: int) -> Frontier:
-    """The full model of one seed for both lengths of the headline, each at the better of its learning rates."""
+    """The full model of one seed for both lengths of the headline, each at the better of its learning rates.
+
+    Empty where either is missing.
+    """
     best = []
     for arm in (FULL, FULL_SAME_FLOPS):
         names = {f"headline-{arm}-seed{seed}", f"candidate-{arm}-{TUNED[EST]}-seed{seed}"}
         runs = records.of([run for run in grid() if run.name in names])
         best += sorted(runs, key=lambda run: run.outcome["val_loss"])[:1]
-    return Frontier.of(best)
+    return Frontier.of(best if len(best) == 2 else [])
 
 
 def short_arms(records: Records) -> str:
