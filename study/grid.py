@@ -14,9 +14,8 @@ SHORT, LONG = 10_000, 30_000
 LEARNING_RATES = ("2e-3", "4e-3", "8e-3", "16e-3")
 TUNED = {EST: "4e-3", FULL: "8e-3", FULL_SAME_FLOPS: "8e-3"}
 """The best of LEARNING_RATES at SHORT steps, by arm, of those that are recorded."""
-BOTH = (TUNED[FULL], TUNED[EST])
-"""For a screen whose subnetworks are nearer to the full model than the paper's, and may want its learning rate."""
 SEEDS = (0, 1, 2)
+_UNTIL_7_15 = ("scheduler=two_stage",)
 PAPER = "**EST, the paper's schedule**"
 
 
@@ -27,7 +26,7 @@ class Run:
     name: str
     overrides: tuple[str, ...]
     says: str = ""
-    """What a screen changes, in a table's words; runs that differ in the learning rate alone share it."""
+    """What a screen changes, in a table's words; the seeds of a candidate share it."""
 
     @property
     def group(self) -> str:
@@ -46,7 +45,6 @@ def grid() -> list[Run]:
         *_learning_rates(),
         *_headline(first),
         *_candidates(first),
-        *_grown(),
         *_beyond_the_paper(),
         *_repeated(),
         *(run for seed in later for run in (*_headline(seed), *_candidates(seed))),
@@ -77,60 +75,58 @@ def _headline(seed: int) -> list[Run]:
 
 def _beyond_the_paper() -> list[Run]:
     """One seed, SHORT steps: what could save more, or lose less."""
+    nested = ("sampling.strategy=prefix", "optimizer.unsampled=freeze")
+    longer_mild = (*_rates(0.75), *_boundaries(0.3, 0.8))
     return [
         _full(6500),
         _full(5000),
-        *_screen("rates-0.75", "rates 0.75", *_rates(0.75), lrs=BOTH),
-        *_screen("mlp", "`mlp` alone, until 7/15", "scheduler=two_stage", "sampling=mlp", lrs=BOTH),
-        *_screen("layers", "`layers` alone, until 7/15", "scheduler=two_stage", "sampling=layers", lrs=BOTH),
-        *_screen("heads", "`heads` alone, until 7/15", "scheduler=two_stage", "sampling=heads", lrs=BOTH),
-        *_screen("cyclic", "`cyclic` instead of random subnetworks", "sampling.strategy=cyclic"),
-        *_screen("balanced", "`balanced` instead of random subnetworks", "sampling.strategy=balanced"),
-        *_screen("rescaled", "kept layers rescaled", "sampling.rescale_layers=true"),
-        *_screen("freeze", "unsampled rows stand still", "optimizer.unsampled=freeze"),
-        *_screen("prefix", "`prefix`: nested subnetworks", "sampling.strategy=prefix"),
-        *_screen("ramp", "`ramp`: four equal stages, rates from 0.5 to 1", "scheduler=ramp", lrs=BOTH),
-        *_screen("longer-0.75", "rates 0.75, boundaries 0.3 and 0.8", *_rates(0.75), *_boundaries(0.3, 0.8), lrs=BOTH),
-        *_screen("rewarm", "learning rate warmed again over 100 steps", "optimizer.rewarm=100"),
-        *_screen("shared-10", "a plan for every 10 steps", "sampling.resample_every=10"),
-        *_screen("longer", "boundaries 0.2 and 0.7", *_boundaries(0.2, 0.7)),
+        _mild("rates-0.75", "rates 0.75", *_rates(0.75)),
+        _screen("cyclic", "`cyclic` instead of random subnetworks", "sampling.strategy=cyclic"),
+        _screen("balanced", "`balanced` instead of random subnetworks", "sampling.strategy=balanced"),
+        _screen("prefix", "`prefix`: nested subnetworks", "sampling.strategy=prefix"),
+        _mild("grow-layers", "nested, at rest: layers alone, until 7/15", *_UNTIL_7_15, "sampling=layers", *nested),
+        _mild("ramp", "`ramp`: four equal stages, rates from 0.5 to 1", "scheduler=ramp"),
+        _mild("longer-0.75", "rates 0.75, boundaries 0.3 and 0.8", *longer_mild),
+        _screen("shared-10", "a plan for every 10 steps", "sampling.resample_every=10"),
+        _screen("rewarm", "learning rate warmed again over 100 steps", "optimizer.rewarm=100"),
+        _screen("longer", "boundaries 0.2 and 0.7", *_boundaries(0.2, 0.7)),
     ]
 
 
 def _ablations() -> list[Run]:
-    """The paper's that are not among the others, one seed, SHORT steps."""
-    heads_mlp = ("scheduler=two_stage", "sampling=heads_mlp")
-    one_stage = "scheduler.stages=[{heads: 0.5, mlp: 0.5}]"
+    """The paper's choices, one seed, SHORT steps."""
     return [
-        *_screen("rates-0.25", "rates 0.25", *_rates(0.25)),
-        *_screen("heads_mlp", "heads and neurons until 7/15", *heads_mlp),
-        *_screen("two-stage", "heads, neurons and layers until 7/15", "scheduler=two_stage"),
-        *_screen("one-stage", "heads and neurons to the end", one_stage),
+        _mild("mlp", "neurons alone, until 7/15", *_UNTIL_7_15, "sampling=mlp"),
+        _mild("layers", "layers alone, until 7/15", *_UNTIL_7_15, "sampling=layers"),
+        _mild("heads", "heads alone, until 7/15", *_UNTIL_7_15, "sampling=heads"),
+        _screen("heads_mlp", "heads and neurons until 7/15", *_UNTIL_7_15, "sampling=heads_mlp"),
+        _screen("two-stage", "heads, neurons and layers until 7/15", *_UNTIL_7_15),
+        _screen("one-stage", "heads and neurons to the end", "scheduler.stages=[{heads: 0.5, mlp: 0.5}]"),
+        _screen("rates-0.25", "rates 0.25", *_rates(0.25)),
+        _screen("rescaled", "kept layers rescaled", "sampling.rescale_layers=true"),
+        _screen("freeze", "unsampled rows stand still", "optimizer.unsampled=freeze"),
         *(
-            run
-            for s1, s2 in ((0.067, 0.233), (0.067, 0.467), (0.267, 0.467), (0.133, 0.233), (0.133, 0.7))
-            for run in _screen(f"boundaries-{s1:g}-{s2:g}", f"boundaries {s1:g} and {s2:g}", *_boundaries(s1, s2))
+            _screen(f"boundaries-{s1:g}-{s2:g}", f"boundaries {s1:g} and {s2:g}", *_boundaries(s1, s2))
+            for s1, s2 in ((0.067, 0.233), (0.267, 0.467), (0.133, 0.7))
         ),
     ]
 
 
 def _candidates(seed: int) -> list[Run]:
-    """What is trained as the headline is: the full model at the neighbouring rate, and schedules that may do better."""
-    seeded = f"seed={seed}"
-    rivals = [
-        _run("candidate", f"{arm}-{TUNED[EST]}-seed{seed}", LONG, TUNED[EST], f"+arm={arm}", seeded)
-        for arm in (FULL, FULL_SAME_FLOPS)
-    ]
-    tried = (
-        ("longer", TUNED[EST], "boundaries 0.2 and 0.7", _boundaries(0.2, 0.7)),
-        ("rates-0.75", TUNED[FULL], "rates 0.75", _rates(0.75)),
-    )
+    """What is trained as the headline is. The first seed also tells whether a lower rate would suit the full model, and
+    what saving 35% costs."""
+
+    def long(name: str, lr: str, says: str, *overrides: str) -> Run:
+        run = _run("candidate", f"{name}-seed{seed}", LONG, lr, *overrides, f"seed={seed}")
+        return replace(run, says=says)
+
+    mild = long("rates-0.75", TUNED[FULL], "rates 0.75", *_rates(0.75))
+    if seed != SEEDS[0]:
+        return [mild]
     return [
-        *rivals,
-        *(
-            replace(_run("candidate", f"{name}-seed{seed}", LONG, lr, *overrides, seeded), says=says)
-            for name, lr, says, overrides in tried
-        ),
+        *(long(f"{arm}-{TUNED[EST]}", TUNED[EST], "", f"+arm={arm}") for arm in (FULL_SAME_FLOPS, FULL)),
+        long("longer", TUNED[EST], "boundaries 0.2 and 0.7", *_boundaries(0.2, 0.7)),
+        mild,
     ]
 
 
@@ -141,44 +137,21 @@ def retired() -> list[Run]:
     return [replace(run, says="half of the layers until 0.45; the others begin as their copies")]
 
 
-def _grown() -> list[Run]:
-    """Nested subnetworks, without noise: what is left out stands still until the model grows by it."""
-    nested = ("sampling.strategy=prefix", "optimizer.unsampled=freeze")
-    layers = ("scheduler=two_stage", "sampling=layers", *nested)
-    width = ("scheduler=two_stage", "sampling=heads_mlp", *nested)
-    thrice = "scheduler.stages=[{end: 0.2, layers: 0.25}, {end: 0.6, layers: 0.5}, {}]"
-    grown = [
-        ("layers", "half of the layers until 7/15", layers),
-        ("all", "half of everything until 2/15, of heads and neurons until 7/15", nested),
-        ("layers-0.6", "half of the layers until 0.6", (*layers, "scheduler.stage1_end=0.6")),
-        ("layers-1-2-4", "1 of 4 layers until 0.2, 2 until 0.6", (*nested, thrice)),
-        ("width", "half of heads and neurons until 7/15", width),
-        ("layers-0.8", "half of the layers until 0.8", (*layers, "scheduler.stage1_end=0.8")),
-    ]
-    return [
-        run
-        for name, says, overrides in grown
-        for run in _screen(f"grow-{name}", f"nested: {says}", *overrides, lrs=(TUNED[FULL],))
-    ]
-
-
 def _repeated() -> list[Run]:
     """A tenth of the text, read twenty times in SHORT steps: the full model learns it by heart."""
     return [
         _repeat("full", "full model, 10,000 steps", SHORT, TUNED[FULL], f"+arm={FULL}"),
         _repeat("est", PAPER, SHORT, TUNED[EST]),
-        _repeat("longer", "boundaries 0.2 and 0.9", SHORT, TUNED[EST], *_boundaries(0.2, 0.9)),
-        _repeat("full", "full model, 10,000 steps", SHORT, TUNED[EST], f"+arm={FULL}"),
         *(
             _repeat(f"full-{steps}", f"full model, {steps:,} steps", steps, TUNED[FULL], f"+arm={FULL}")
-            for steps in (6500, 4000, 2000)
+            for steps in (6500, 4000)
         ),
     ]
 
 
 def _repeat(name: str, says: str, steps: int, lr: str, *overrides: str) -> Run:
     run = _run("repeated", f"{name}-{lr}", steps, lr, "data.train_tokens=500000", *overrides)
-    return Run(run.name, run.overrides, says)
+    return replace(run, says=says)
 
 
 def _rates(rate: float) -> tuple[str, ...]:
@@ -192,12 +165,16 @@ def _boundaries(stage1_end: float, stage2_end: float) -> tuple[str, ...]:
 def _full(steps: int) -> Run:
     """The full model for fewer steps, with a learning-rate schedule of its own."""
     run = _run("screen", f"full-{steps}", steps, TUNED[FULL], f"+arm={FULL}")
-    return Run(run.name, run.overrides, f"full model, {steps:,} steps")
+    return replace(run, says=f"full model, {steps:,} steps")
 
 
-def _screen(name: str, says: str, *overrides: str, lrs: tuple[str, ...] = (TUNED[EST],)) -> list[Run]:
-    runs = [_run("screen", f"{name}-{lr}", SHORT, lr, *overrides) for lr in lrs]
-    return [Run(run.name, run.overrides, says) for run in runs]
+def _screen(name: str, says: str, *overrides: str, lr: str = TUNED[EST]) -> Run:
+    return replace(_run("screen", f"{name}-{lr}", SHORT, lr, *overrides), says=says)
+
+
+def _mild(name: str, says: str, *overrides: str) -> Run:
+    """A screen whose subnetworks are nearer to the full model than the paper's: it gets the full model's rate."""
+    return _screen(name, says, *overrides, lr=TUNED[FULL])
 
 
 def _run(group: str, name: str, steps: int, lr: str, *overrides: str) -> Run:

@@ -24,7 +24,7 @@ def budget_table(records: Records) -> str:
     for group, what in (
         ("lr", "learning rates: three arms, one seed, 10,000 steps"),
         ("headline", "headline: three arms, three seeds, 30,000 steps"),
-        ("candidate", "candidates: three seeds, 30,000 steps"),
+        ("candidate", "candidates: 30,000 steps"),
         ("screen", "screens: one seed, 10,000 steps"),
         ("repeated", "a tenth of the text: one seed, up to 10,000 steps"),
     ):
@@ -75,13 +75,13 @@ def candidates(records: Records) -> str:
     for says, runs in _long_schedules().items():
         done = records.of([run for run in runs if run in records])
         if not done:
-            rows.append((says, f"0 of {len(SEEDS)}", MISSING, *[""] * 5))
+            rows.append((says, f"0 of {len(runs)}", MISSING, *[""] * 5))
             continue
         frontiers = [long_frontier(records, run.setting("seed")) for run in done]
         rows.append(
             (
                 says,
-                f"{len(done)} of {len(SEEDS)}",
+                f"{len(done)} of {len(runs)}",
                 _saved(frontiers[0], done[0]),
                 _over_seeds([run.outcome["val_loss"] for run in done], "{:.4f}"),
                 _over_seeds([f.loss[-1] if len(f.loss) else math.nan for f in frontiers], "{:.4f}"),
