@@ -120,6 +120,21 @@ def long_frontier(records: Records, seed: int) -> Frontier:
     return Frontier.of(best if len(best) == 2 else [])
 
 
+def second_rate_says(records: Records) -> str:
+    """What the full model would have reached at EST's learning rate: how a baseline that is not tuned misleads."""
+    est = _loss(records, f"headline-{EST}-seed{SEEDS[0]}")
+    said = []
+    for arm in (FULL, FULL_SAME_FLOPS):
+        tuned = _loss(records, f"headline-{arm}-seed{SEEDS[0]}")
+        second = _loss(records, f"candidate-{arm}-{TUNED[EST]}-seed{SEEDS[0]}")
+        if None not in (est, tuned, second):
+            said.append(
+                f"{ARM_WORDS[arm]}: {second:.4f} at {float(TUNED[EST]):g}, {tuned:.4f} at {float(TUNED[arm]):g}; EST's loss "
+                f"is {_difference(est - second)} the former and {_difference(est - tuned)} the latter"
+            )
+    return f"Seed {SEEDS[0]}. {'. '.join(said)}." if said else f"The full model at EST's learning rate: {MISSING}."
+
+
 def short_arms(records: Records) -> str:
     table = _arms_table(records, _tuned_runs())
     return table + _figure("short-runs", "Loss of the three arms against training compute", records, "lr-")
@@ -211,6 +226,7 @@ TABLES: dict[str, Callable[[Records], str]] = {
     "learning rates, open": tuned_at_an_edge,
     "headline": headline,
     "headline, in words": headline_says,
+    "second rate": second_rate_says,
     "candidates": candidates,
     "short runs": short_arms,
     "short runs, in words": short_arms_say,
@@ -337,6 +353,10 @@ def _figure(name: str, shows: str, records: Records, *prefixes: str) -> str:
     """The figure, where runs whose names begin with one of `prefixes` are there to be shown."""
     shown = any(run.startswith(prefixes) for run in records.contents)
     return f"\n\n![{shows}](study/{name}.svg)" if shown else ""
+
+
+def _difference(value: float) -> str:
+    return f"{abs(value):.4f} {'below' if value < 0 else 'above'}"
 
 
 def _bold(text: str, bold: bool) -> str:
