@@ -128,10 +128,9 @@ def second_rate_says(records: Records) -> str:
         tuned = _loss(records, f"headline-{arm}-seed{SEEDS[0]}")
         second = _loss(records, f"candidate-{arm}-{TUNED[EST]}-seed{SEEDS[0]}")
         if None not in (est, tuned, second):
-            said.append(
-                f"{ARM_WORDS[arm]}: {second:.4f} at {float(TUNED[EST]):g}, {tuned:.4f} at {float(TUNED[arm]):g}; EST's loss "
-                f"is {_difference(est - second)} the former and {_difference(est - tuned)} the latter"
-            )
+            rates = f"{second:.4f} at {float(TUNED[EST]):g}, {tuned:.4f} at {float(TUNED[arm]):g}"
+            differences = f"{_difference(est - second)} the former and {_difference(est - tuned)} the latter"
+            said.append(f"{ARM_WORDS[arm]}: {rates}; EST's loss is {differences}")
     return f"Seed {SEEDS[0]}. {'. '.join(said)}." if said else f"The full model at EST's learning rate: {MISSING}."
 
 
