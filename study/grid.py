@@ -9,8 +9,8 @@ from fnmatch import fnmatch
 
 from est_cli.commands.arms import ARMS, EST, FULL, FULL_SAME_FLOPS
 
-SHORT, LONG = 10_000, 30_000
-"""Optimizer steps of a screen (one seed) and of the headline (three)."""
+SHORT, LONG, LONGEST = 10_000, 30_000, 60_000
+"""Optimizer steps of a screen (one seed), of the headline (three), and of one comparison more (one)."""
 LEARNING_RATES = ("2e-3", "4e-3", "8e-3", "16e-3")
 TUNED = {EST: "4e-3", FULL: "8e-3", FULL_SAME_FLOPS: "8e-3"}
 """The best of LEARNING_RATES at SHORT steps, by arm, of those that are recorded."""
@@ -45,6 +45,7 @@ def grid() -> list[Run]:
         *_learning_rates(),
         *_headline(first),
         *_candidates(first),
+        *_longest(),
         *_beyond_the_paper(),
         *_repeated(),
         *(run for seed in later for run in (*_headline(seed), *_candidates(seed))),
@@ -71,6 +72,11 @@ def _learning_rates() -> list[Run]:
 
 def _headline(seed: int) -> list[Run]:
     return [_run("headline", f"{arm}-seed{seed}", LONG, TUNED[arm], f"+arm={arm}", f"seed={seed}") for arm in ARMS]
+
+
+def _longest() -> list[Run]:
+    """Whether more passes over the text go on helping EST."""
+    return [_run("longest", arm, LONGEST, TUNED[arm], f"+arm={arm}") for arm in (FULL_SAME_FLOPS, EST, FULL)]
 
 
 def _beyond_the_paper() -> list[Run]:

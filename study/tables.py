@@ -12,7 +12,7 @@ from est_cli.reports.records import RunRecord
 from est_cli.tracking.units import format_flops, format_percent
 from study import budget
 from study.frontier import Frontier
-from study.grid import LEARNING_RATES, PAPER, SEEDS, TUNED, Run, grid, retired
+from study.grid import LEARNING_RATES, LONG, LONGEST, PAPER, SEEDS, SHORT, TUNED, Run, grid, retired
 from study.records import Records
 from study.training import config_of
 
@@ -25,6 +25,7 @@ def budget_table(records: Records) -> str:
         ("lr", "learning rates: three arms, one seed, 10,000 steps"),
         ("headline", "headline: three arms, three seeds, 30,000 steps"),
         ("candidate", "candidates: 30,000 steps"),
+        ("longest", "three arms, one seed, 60,000 steps"),
         ("screen", "screens: one seed, 10,000 steps"),
         ("repeated", "a tenth of the text: one seed, up to 10,000 steps"),
     ):
@@ -118,6 +119,21 @@ def long_frontier(records: Records, seed: int) -> Frontier:
         runs = records.of([run for run in grid() if run.name in names])
         best += sorted(runs, key=lambda run: run.outcome["val_loss"])[:1]
     return Frontier.of(best if len(best) == 2 else [])
+
+
+def lengths(records: Records) -> str:
+    """The three arms of the first seed after more and more steps."""
+    rows = []
+    for steps, prefix, suffix in _LENGTHS:
+        losses = {arm: _loss(records, f"{prefix}-{arm}{suffix.get(arm, '')}") for arm in ARMS}
+        shown = [MISSING if loss is None else f"{loss:.4f}" for loss in losses.values()]
+        differences = [
+            "-" if None in (losses[EST], losses[arm]) else _signed(losses[EST] - losses[arm])
+            for arm in (FULL, FULL_SAME_FLOPS)
+        ]
+        rows.append((f"{steps:,}", *shown, *differences))
+    header = ("steps", *(ARM_WORDS[arm] for arm in ARMS), "EST less same tokens", "EST less same FLOPs")
+    return _table(header, rows)
 
 
 def second_rate_says(records: Records) -> str:
@@ -225,6 +241,7 @@ TABLES: dict[str, Callable[[Records], str]] = {
     "learning rates, open": tuned_at_an_edge,
     "headline": headline,
     "headline, in words": headline_says,
+    "lengths": lengths,
     "second rate": second_rate_says,
     "candidates": candidates,
     "short runs": short_arms,
@@ -256,6 +273,14 @@ def _schedules() -> dict[str, list[Run]]:
 
 def _learning_rate(run: Run) -> str:
     return f"{config_of(run).optimizer.lr:g}"
+
+
+_LENGTHS = (
+    (SHORT, "lr", {arm: f"-{TUNED[arm]}" for arm in ARMS}),
+    (LONG, "headline", dict.fromkeys(ARMS, f"-seed{SEEDS[0]}")),
+    (LONGEST, "longest", {}),
+)
+"""Steps, and what stands before and after the arm in the names of such runs."""
 
 
 def _long_schedules() -> dict[str, list[Run]]:
