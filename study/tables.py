@@ -17,6 +17,8 @@ from study.records import Records
 from study.training import config_of
 
 MISSING = "not yet run"
+_GOAL = 0.35
+"""Of the whole model's FLOPs, to be saved without loss."""
 
 
 def budget_table(records: Records) -> str:
@@ -106,6 +108,23 @@ def candidates(records: Records) -> str:
     return _table(header, rows) + _figure(
         "candidates", "Loss against training compute", records, "headline-", "candidate-"
     )
+
+
+def goal_says(records: Records) -> str:
+    """How close the schedules that were trained as long as the headline came to the goal."""
+    said, best = [], (-math.inf, "")
+    for says, runs in _long_schedules().items():
+        for run in records.of([run for run in runs if run in records]):
+            frontier = long_frontier(records, run.setting("seed"))
+            if not len(frontier.loss):
+                continue
+            if run.outcome["flops_saved"] >= _GOAL - 5e-4:
+                short = _difference(run.outcome["val_loss"] - frontier.loss[-1])
+                said.append(f"{says}: {_saved(frontier, run)} saved, loss {short} the full model's")
+            if (saved := _share_saved(frontier, run)) > best[0]:
+                best = (saved, f"the most that was saved at equal loss is {format_percent(saved)}, by {says}")
+    said += [best[1]] if best[1] else []
+    return f"Single seeds. {'; '.join(said)}." if said else f"Nothing to say: the long runs are {MISSING}."
 
 
 def long_frontier(records: Records, seed: int) -> Frontier:
@@ -244,6 +263,7 @@ TABLES: dict[str, Callable[[Records], str]] = {
     "lengths": lengths,
     "second rate": second_rate_says,
     "candidates": candidates,
+    "goal": goal_says,
     "short runs": short_arms,
     "short runs, in words": short_arms_say,
     "full model": full_frontier,

@@ -137,6 +137,48 @@ def test_the_best_learning_rate_of_an_arm_is_bold(made_up):
     assert "2.1000" in cells
 
 
+@pytest.fixture
+def long_runs(made_up) -> Records:
+    """Seed 0 of the headline, and what was trained as long."""
+    template = made_up.contents[f"lr-{EST}-{TUNED[EST]}"]
+    runs = (
+        (f"headline-{EST}-seed0", EST, 0.75, 2.1),
+        (f"headline-{FULL}-seed0", FULL, 1.0, 2.0),
+        (f"headline-{FULL_SAME_FLOPS}-seed0", FULL_SAME_FLOPS, 0.75, 2.2),
+        (f"candidate-{FULL_SAME_FLOPS}-{TUNED[EST]}-seed0", FULL_SAME_FLOPS, 0.75, 2.3),
+        ("candidate-longer-seed0", "study", 0.65, 2.15),
+    )
+    for name, arm, flops, loss in runs:
+        _make_up(made_up, template, name, arm, flops, loss)
+    return made_up
+
+
+def test_long_schedules_are_held_against_the_full_model_at_the_better_of_its_rates(long_runs):
+    table = tables.candidates(long_runs)
+    saved = f"{100 * (1 - 0.75 / 0.75**0.5):.1f}%"
+    assert row(table, "**EST")[1:] == ["1 of 3", "25.0%", "2.1000", "2.0000", "2.2000", "−0.1000", saved]
+    assert row(table, "boundaries 0.2 and 0.7")[4:7] == ["2.0000", "-", "-"], "fewer FLOPs than were measured"
+    assert row(table, "rates 0.75")[1:3] == ["0 of 3", "not yet run"]
+
+
+def test_how_close_the_goal_is(long_runs):
+    said = tables.goal_says(long_runs)
+    assert "boundaries 0.2 and 0.7: 35.0% saved, loss 0.1500 above the full model's" in said
+    assert f"equal loss is {100 * (1 - 0.65 / 0.75**0.75):.1f}%, by boundaries 0.2 and 0.7" in said
+
+
+def test_what_a_baseline_at_another_rate_would_have_said(long_runs):
+    assert "2.3000 at 0.004, 2.2000 at 0.008; EST's loss is 0.2000 below the former" in tables.second_rate_says(
+        long_runs
+    )
+
+
+def test_the_arms_by_length(long_runs):
+    table = tables.lengths(long_runs)
+    assert row(table, "10,000")[1:] == ["2.1000", "2.0000", "2.2000", "+0.1000", "−0.1000"]
+    assert row(table, "60,000")[1:] == ["not yet run"] * 3 + ["-"] * 2
+
+
 def test_records_of_two_texts_are_refused(made_up):
     made_up.contents["screen-cyclic-4e-3"]["corpus"] = "another"
     with pytest.raises(UserError, match=r"lr-est-.* and screen-cyclic-4e-3 are of different texts"):
