@@ -10,9 +10,9 @@ from matplotlib.figure import Figure
 from est_cli.commands.arms import ARMS, EST, FULL, FULL_SAME_FLOPS
 from est_cli.reports import palette
 from est_cli.reports.figures import report_style
-from study.grid import LEARNING_RATES, TUNED, Run, grid, retired
+from study.grid import LEARNING_RATES, Run, grid, retired
 from study.records import Records
-from study.tables import ARM_WORDS, screened, short_frontier
+from study.tables import ARM_WORDS, screened, short_frontier, tuned_runs
 
 _ALL_LOOKS = list(zip(palette.SERIES, "os^DvPX", strict=False))
 LOOKS = dict(zip((FULL, EST, FULL_SAME_FLOPS), _ALL_LOOKS, strict=False))
@@ -46,8 +46,7 @@ def headline(records: Records, ax: Axes) -> bool:
 
 
 def short_runs(records: Records, ax: Axes) -> bool:
-    tuned = {f"lr-{arm}-{TUNED[arm]}" for arm in ARMS}
-    return _curves(records, ax, [(run, *_arm(run)) for run in grid() if run.name in tuned])
+    return _curves(records, ax, [(run, *_arm(run)) for run in tuned_runs()])
 
 
 def candidates(records: Records, ax: Axes) -> bool:

@@ -170,12 +170,12 @@ def second_rate_says(records: Records) -> str:
 
 
 def short_arms(records: Records) -> str:
-    table = _arms_table(records, _tuned_runs())
+    table = _arms_table(records, tuned_runs())
     return table + _figure("short-runs", "Loss of the three arms against training compute", records, "lr-")
 
 
 def short_arms_say(records: Records) -> str:
-    return _sentences(records, _tuned_runs())
+    return _sentences(records, tuned_runs())
 
 
 def screens(records: Records) -> str:
@@ -314,7 +314,7 @@ def _long_schedules() -> dict[str, list[Run]]:
     return schedules
 
 
-def _tuned_runs() -> list[Run]:
+def tuned_runs() -> list[Run]:
     return [run for run in grid() if run.name in {f"lr-{arm}-{TUNED[arm]}" for arm in ARMS}]
 
 
