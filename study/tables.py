@@ -9,7 +9,7 @@ import numpy as np
 from est_cli.commands.arms import ARMS, EST, FULL, FULL_SAME_FLOPS
 from est_cli.commands.verdict import Verdict, against
 from est_cli.reports.records import RunRecord
-from est_cli.tracking.units import format_flops, format_percent
+from est_cli.units import format_flops, format_percent
 from study import budget
 from study.frontier import Frontier
 from study.grid import LEARNING_RATES, LONG, LONGEST, PAPER, SEEDS, SHORT, TUNED, Run, grid, retired

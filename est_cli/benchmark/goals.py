@@ -23,6 +23,7 @@ from est_cli.benchmark.measure import QUARTILES, measure, peak_in_own_process
 from est_cli.benchmark.peer import SETTINGS
 from est_cli.config import ModelConfig, OptimizerConfig, SamplingConfig
 from est_cli.subnet.schedule import Rates
+from est_cli.units import format_interval
 
 GPT2 = ModelConfig(**PRESETS["gpt2"])
 LLAMA = replace(
@@ -117,13 +118,13 @@ def llama(precision: str, rounds: int, progress: Progress) -> Iterator[Row]:
 def rows_of_stages(result: dict[str, Any], where: str) -> Iterator[Row]:
     """Efficiency of every stage but the last, which is the full model."""
     for stage in result["stages"][:-1]:
-        shown = _interval(stage["efficiency"], stage["efficiency_quartiles"])
+        shown = format_interval(stage["efficiency"], stage["efficiency_quartiles"])
         yield Row(f"efficiency of stage {stage['stage']}", where, stage["efficiency"], shown, 1.0, at_least=True)
 
 
 def row_of_peer(result: dict[str, Any], precision: str) -> Row:
     peer = result["against"]
-    shown = _interval(peer["time_ratio"], peer["time_ratio_quartiles"])
+    shown = format_interval(peer["time_ratio"], peer["time_ratio_quartiles"])
     return Row(f"full step over {peer['name']}'s ({peer['setting']})", precision, peer["time_ratio"], shown, 1.0)
 
 
@@ -210,11 +211,7 @@ def _case(model: ModelConfig, precision: str, stages: Sequence[Rates], grad_accu
 
 def _seconds(what: str, seconds: Sequence[float], goal: float) -> Row:
     median = float(np.median(seconds))
-    return Row(what, "seconds", median, _interval(median, np.percentile(seconds, QUARTILES)), goal)
-
-
-def _interval(value: float, quartiles: Sequence[float]) -> str:
-    return f"{value:.2f} [{quartiles[0]:.2f}, {quartiles[1]:.2f}]"
+    return Row(what, "seconds", median, format_interval(median, np.percentile(seconds, QUARTILES)), goal)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from est_cli.commands.entry import read_only
 from est_cli.config import Count, Natural, read_train_config
 from est_cli.errors import UserError
 from est_cli.schema import read
-from est_cli.tracking.units import format_bytes, format_flops, format_step_time
+from est_cli.units import format_bytes, format_flops, format_interval, format_step_time
 
 
 def main() -> None:
@@ -70,9 +70,9 @@ def _print(result: dict[str, Any], console: Console) -> None:
             str(stage["stage"]),
             format_step_time(stage["step_s"]),
             format_flops(stage["flops"]),
-            _interval(stage["time_ratio"], stage["time_ratio_quartiles"]),
+            format_interval(stage["time_ratio"], stage["time_ratio_quartiles"]),
             f"{stage['flops_ratio']:.3f}",
-            _interval(stage["efficiency"], stage["efficiency_quartiles"]),
+            format_interval(stage["efficiency"], stage["efficiency_quartiles"]),
             format_bytes(stage["peak_memory_bytes"]),
             "-" if stage["mfu"] is None else f"{stage['mfu']:.1%}",
         )
@@ -88,9 +88,5 @@ def _print(result: dict[str, Any], console: Console) -> None:
         peer = result["against"]
         console.print(
             f"against {peer['name']} ({peer['setting']}): {format_step_time(peer['step_s'])}; ours takes "
-            f"{_interval(peer['time_ratio'], peer['time_ratio_quartiles'])} of its time"
+            f"{format_interval(peer['time_ratio'], peer['time_ratio_quartiles'])} of its time"
         )
-
-
-def _interval(value: float | None, quartiles: list[float] | None) -> str:
-    return "-" if value is None else f"{value:.2f} [{quartiles[0]:.2f}, {quartiles[1]:.2f}]"

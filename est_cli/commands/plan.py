@@ -21,7 +21,7 @@ from est_cli.subnet.plan import effective_rates, subnetwork
 from est_cli.subnet.sampler import check_strategy, sample, strategy_named
 from est_cli.subnet.schedule import stage_at
 from est_cli.tracking.summary import narrow_table
-from est_cli.tracking.units import format_bytes, format_count, format_flops, format_percent
+from est_cli.units import format_bytes, format_count, format_flops, format_percent
 
 RATES = ("heads", "mlp", "layers")
 _LONGEST = 40

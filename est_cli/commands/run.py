@@ -205,7 +205,7 @@ def _print_result(prepared: Prepared, summary: dict[str, Any]) -> None:
     from est_cli.reports.report import FORMATS
     from est_cli.tracking.display import console_for
     from est_cli.tracking.summary import stage_table
-    from est_cli.tracking.units import format_loss
+    from est_cli.units import format_loss
 
     run_dir, console = prepared.directory.path, console_for(prepared.config.format)
     paths: dict[str, Any] = {"run directory": run_dir}

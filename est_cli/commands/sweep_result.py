@@ -14,7 +14,7 @@ from est_cli.commands import entry
 from est_cli.commands.run_directory import CONFIG, ERROR, METRICS, RunDirectory
 from est_cli.commands.verdict import Verdict
 from est_cli.tracking.display import console_for
-from est_cli.tracking.units import format_clock, format_loss, format_percent
+from est_cli.units import format_clock, format_loss, format_percent
 
 
 @dataclass(frozen=True)

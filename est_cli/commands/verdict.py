@@ -11,7 +11,7 @@ from rich.console import Console
 from est_cli.commands.arms import ARMS, EST, FULL, FULL_SAME_FLOPS
 from est_cli.reports.records import RunRecord
 from est_cli.tracking.summary import narrow_table
-from est_cli.tracking.units import format_clock, format_count, format_flops, format_loss, format_percent
+from est_cli.units import format_clock, format_count, format_flops, format_loss, format_percent
 
 _AXES = ("step", "flops/total", "seconds")
 

@@ -9,8 +9,8 @@ from functools import cached_property
 import numpy as np
 
 from est_cli.reports.differences import SEED, Difference, differences
-from est_cli.reports.quantities import setting
 from est_cli.reports.records import RunRecord
+from est_cli.units import format_setting
 
 N_COLOURS = 7
 """Arms beyond the best so many are drawn in one grey."""
@@ -94,7 +94,7 @@ class Comparison:
 
     def _settings(self, run: RunRecord, keys: Sequence[str]) -> str:
         index = next(i for i, other in enumerate(self.runs) if other is run)
-        return ", ".join(f"{short_key(key, keys)} {setting(self.differing[key].values[index])}" for key in keys)
+        return ", ".join(f"{short_key(key, keys)} {format_setting(self.differing[key].values[index])}" for key in keys)
 
 
 def short_key(key: str, keys: Sequence[str]) -> str:

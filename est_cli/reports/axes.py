@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from est_cli.reports.arms import Comparison
-from est_cli.reports.quantities import prefix
 from est_cli.reports.records import RunRecord
+from est_cli.units import si_prefix
 
 
 @dataclass(frozen=True)
@@ -37,9 +37,9 @@ class Axis:
                 (1, "seconds"),
             )
             return float({"days": 86400, "hours": 3600, "minutes": 60, "seconds": 1}[word]), f"{self.title} ({word})"
-        scale, letter = prefix(largest, largest=1e9 if self.key == "tokens" else 1e24)
+        scale, letter = si_prefix(min(largest, 1e9) if self.key == "tokens" else largest)
         if self.key == "flops":
-            return scale, f"{self.title} ({letter}FLOPs)"
+            return scale, f"{self.title} ({letter}FLOP)"
         if self.key == "steps" and largest < 1e5:
             return 1.0, self.title
         word = {"k": "thousands", "M": "millions", "G": "billions"}.get(letter)

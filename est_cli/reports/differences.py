@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from est_cli.reports.quantities import setting
 from est_cli.reports.records import RunRecord
+from est_cli.units import format_setting
 
 SEED = "seed"
 _STAGES = "scheduler.stages"
@@ -97,7 +97,7 @@ def _without_constant_schedule_keys(flat: list[dict[str, Any]]) -> list[dict[str
 def stages_as_text(run: RunRecord) -> str:
     """`0.5/0.5/0.5 to step 20, 1/1/1 to step 150`: the rates of heads, MLP and layers."""
     return ", ".join(
-        "/".join(setting(rate) for rate in (stage.rates.heads, stage.rates.mlp, stage.rates.layers))
+        "/".join(format_setting(rate) for rate in (stage.rates.heads, stage.rates.mlp, stage.rates.layers))
         + f" to step {stage.end}"
         for stage in run.stages
     )

@@ -4,10 +4,21 @@ import math
 from collections.abc import Sequence
 from html import escape
 
-from est_cli.reports import palette, quantities
+from est_cli.reports import palette
 from est_cli.reports.arms import Arm, Comparison
 from est_cli.reports.differences import Difference
 from est_cli.reports.stage_times import StageTime, stage_times
+from est_cli.units import (
+    UNKNOWN,
+    format_clock,
+    format_count,
+    format_flops,
+    format_loss,
+    format_percent,
+    format_ratio,
+    format_setting,
+    format_step_time,
+)
 
 
 def results_table(comparison: Comparison) -> str:
@@ -34,11 +45,11 @@ def results_table(comparison: Comparison) -> str:
                 escape(arm.label),
                 str(len(arm.runs)),
                 _with_spread(arm),
-                quantities.percent(arm.mean("flops_saved")),
-                quantities.percent(arm.mean("flops_saved_blocks")),
-                quantities.flops(arm.mean("flops_total")),
+                format_percent(arm.mean("flops_saved")),
+                format_percent(arm.mean("flops_saved_blocks")),
+                format_flops(arm.mean("flops_total")),
                 _time(arm, baseline),
-                quantities.count(arm.mean("tokens")),
+                format_count(arm.mean("tokens")),
                 escape(", ".join(statuses)),
             ]
         )
@@ -52,12 +63,12 @@ def full_model_arm(comparison: Comparison) -> Arm | None:
 
 def _with_spread(arm: Arm) -> str:
     spread = arm.spread("val_loss")
-    text = quantities.loss(arm.mean("val_loss"))
+    text = format_loss(arm.mean("val_loss"))
     return f"{text} <small>± {spread:.4f}</small>" if math.isfinite(spread) else text
 
 
 def _time(arm: Arm, baseline: Arm | None) -> str:
-    text = quantities.duration(arm.mean("train_s"))
+    text = format_clock(arm.mean("train_s"))
     if baseline is None or baseline is arm or not baseline.mean("train_s") > 0:
         return text
     return f"{text} <small>{arm.mean('train_s') / baseline.mean('train_s'):.2f}×</small>"
@@ -89,22 +100,18 @@ def stages_table(comparison: Comparison) -> str:
 def _stage_row(entry: StageTime) -> list[str]:
     stage = entry.stage
     rates = [
-        f"{rate:.3g}" if math.isfinite(rate) else quantities.MISSING
+        f"{rate:.3g}" if math.isfinite(rate) else UNKNOWN
         for rate in (stage.rates.heads, stage.rates.mlp, stage.rates.layers)
     ]
     return [
         str(stage.number),
         f"{stage.first_step}–{stage.last_step}",
         *rates,
-        quantities.flops(entry.flops),
-        _ratio(entry.flops_ratio),
-        quantities.duration(entry.median),
-        _ratio(entry.time_ratio),
+        format_flops(entry.flops),
+        format_ratio(entry.flops_ratio),
+        format_step_time(entry.median),
+        format_ratio(entry.time_ratio),
     ]
-
-
-def _ratio(value: float) -> str:
-    return f"{value:.2f}×" if math.isfinite(value) else quantities.MISSING
 
 
 def differences_table(comparison: Comparison) -> str:
@@ -116,8 +123,8 @@ def differences_table(comparison: Comparison) -> str:
         [
             chip(arm_of[id(run)]),
             f'<span title="{escape(str(run.folder))}">{escape(run.name)}</span>',
-            *(escape(quantities.setting(difference.values[i])) for difference in comparison.differing.values()),
-            quantities.loss(run.outcome["val_loss"]),
+            *(escape(format_setting(difference.values[i])) for difference in comparison.differing.values()),
+            format_loss(run.outcome["val_loss"]),
         ]
         for i, run in ((i, comparison.runs[i]) for i in order)
     ]

@@ -3,11 +3,12 @@
 import numpy as np
 from matplotlib.axes import Axes
 
-from est_cli.reports import palette, quantities
+from est_cli.reports import palette
 from est_cli.reports.arms import Arm, Comparison
 from est_cli.reports.axes import Axis
 from est_cli.reports.curves import Curve, curve, final_loss_window, train_curve
 from est_cli.reports.stage_bands import draw_stages
+from est_cli.units import format_loss
 
 _MOST_MARKERS = 40
 _CORNER = (0.47, 0.4, 0.51, 0.5)
@@ -180,7 +181,7 @@ def _label(arm: Arm, narrow: bool) -> str:
     if narrow:
         return arm.letter
     seeds = f" (n={len(arm.runs)})" if len(arm.runs) > 1 else ""
-    return f"{arm.letter}\u2002{arm.label}{seeds}\u2002{quantities.loss(arm.mean('val_loss'))}"
+    return f"{arm.letter}\u2002{arm.label}{seeds}\u2002{format_loss(arm.mean('val_loss'))}"
 
 
 def _scaled(line: Curve, scale: float) -> Curve:

@@ -7,13 +7,14 @@ from html import escape
 from pathlib import Path
 from string import Template
 
-from est_cli.reports import palette, quantities, sections
+from est_cli.reports import palette, sections
 from est_cli.reports.arms import Comparison
 from est_cli.reports.coverage import Coverage
 from est_cli.reports.figures import Drawing
 from est_cli.reports.hover import hover_json
 from est_cli.reports.records import RunRecord
 from est_cli.reports.tiles import tiles
+from est_cli.units import format_setting
 
 
 def page(comparison: Comparison, drawings: Sequence[Drawing], found: Coverage | str) -> str:
@@ -71,7 +72,7 @@ def _model_line(run: RunRecord, shared: Comparison | None = None) -> str:
         ("seed {}", "seed"),
     ]
     known = [
-        text.format(quantities.setting(run.setting(key)))
+        text.format(format_setting(run.setting(key)))
         for text, key in parts
         if run.setting(key) is not None and (shared is None or key not in shared.differing)
     ]

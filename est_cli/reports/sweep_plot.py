@@ -10,7 +10,7 @@ from matplotlib.patches import Rectangle
 
 from est_cli.reports import palette
 from est_cli.reports.arms import Comparison
-from est_cli.reports.quantities import setting
+from est_cli.units import format_setting
 
 _LONGEST_VALUE = 24
 
@@ -63,7 +63,7 @@ def draw_sweep(ax: Axes, comparison: Comparison, pair: tuple[str, str]) -> None:
 
 
 def _shown(value: Any) -> str:
-    text = setting(value)
+    text = format_setting(value)
     return text if len(text) <= _LONGEST_VALUE else text[: _LONGEST_VALUE - 1] + "…"
 
 

@@ -8,13 +8,21 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from est_cli.reports import quantities
 from est_cli.reports.arms import Arm, Comparison
 from est_cli.reports.axes import AXES
 from est_cli.reports.curves import Curve, curve, final_loss_window, train_curve
 from est_cli.reports.records import RunRecord
 from est_cli.reports.stage_times import stage_times
 from est_cli.reports.text_plot import TextCurve, text_plot
+from est_cli.units import (
+    format_clock,
+    format_count,
+    format_flops,
+    format_loss,
+    format_percent,
+    format_ratio,
+    format_step_time,
+)
 
 _COLOURS = ("blue", "red", "green", "magenta", "yellow", "cyan", "default")
 _IN_ASCII = str.maketrans({"–": "-", "×": "x", "±": "~", "…": "~"})
@@ -58,16 +66,16 @@ def _print_run(run: RunRecord, console: Console) -> None:
     facts = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
     for name, value in (
         ("status", f"{run.status}, step {steps}"),
-        ("validation loss", quantities.loss(outcome["val_loss"])),
+        ("validation loss", format_loss(outcome["val_loss"])),
         (
             "FLOPs saved",
-            f"{quantities.percent(outcome['flops_saved'])} of the whole model, "
-            f"{quantities.percent(outcome['flops_saved_blocks'])} of the blocks",
+            f"{format_percent(outcome['flops_saved'])} of the whole model, "
+            f"{format_percent(outcome['flops_saved_blocks'])} of the blocks",
         ),
         (
             "training",
-            f"{quantities.duration(outcome['train_s'])}, {quantities.count(outcome['tokens'])} tokens, "
-            f"{quantities.flops(outcome['flops_total'])}",
+            f"{format_clock(outcome['train_s'])}, {format_count(outcome['tokens'])} tokens, "
+            f"{format_flops(outcome['flops_total'])}",
         ),
     ):
         facts.add_row(Text(name, "dim"), Text(value))
@@ -76,7 +84,7 @@ def _print_run(run: RunRecord, console: Console) -> None:
 
 def _print_ranking(comparison: Comparison, console: Console) -> None:
     """As many columns as the window has room for; the label and the loss always."""
-    loss = _with_spread if console.width >= 48 else lambda arm: quantities.loss(arm.mean("val_loss"))
+    loss = _with_spread if console.width >= 48 else lambda arm: format_loss(arm.mean("val_loss"))
     columns = [
         ("val loss", loss, 0),
         ("saved", _percent("flops_saved"), 58),
@@ -98,15 +106,15 @@ def _print_ranking(comparison: Comparison, console: Console) -> None:
 
 def _with_spread(arm: Arm) -> str:
     spread = arm.spread("val_loss")
-    return quantities.loss(arm.mean("val_loss")) + (f" ±{spread:.4f}" if math.isfinite(spread) else "")
+    return format_loss(arm.mean("val_loss")) + (f" ±{spread:.4f}" if math.isfinite(spread) else "")
 
 
 def _percent(name: str):
-    return lambda arm: quantities.percent(arm.mean(name))
+    return lambda arm: format_percent(arm.mean(name))
 
 
 def _duration(arm: Arm) -> str:
-    return quantities.duration(arm.mean("train_s"))
+    return format_clock(arm.mean("train_s"))
 
 
 def _colour(arm: Arm) -> str:
@@ -165,13 +173,9 @@ def _print_stages(arm: Arm, console: Console) -> None:
             str(entry.stage.number),
             *steps,
             *kept,
-            quantities.duration(entry.median),
-            _ratio(entry.time_ratio),
-            _ratio(entry.flops_ratio),
+            format_step_time(entry.median),
+            format_ratio(entry.time_ratio),
+            format_ratio(entry.flops_ratio),
         )
     console.print(table)
     console.print("step: median time; time and FLOPs: against the full model's stage", style="dim")
-
-
-def _ratio(value: float) -> str:
-    return f"{value:.2f}×" if math.isfinite(value) else quantities.MISSING

@@ -5,9 +5,17 @@ from html import escape
 
 import numpy as np
 
-from est_cli.reports import quantities
 from est_cli.reports.arms import Comparison
 from est_cli.reports.records import RunRecord
+from est_cli.units import (
+    UNKNOWN,
+    format_clock,
+    format_count,
+    format_flops,
+    format_loss,
+    format_percent,
+    format_step_time,
+)
 
 
 def tiles(comparison: Comparison) -> str:
@@ -28,18 +36,18 @@ def _of_run(run: RunRecord) -> list[tuple[str, str, str]]:
     outcome = run.outcome
     loss = outcome["val_loss"]
     step_s = run.column("perf/step_s")
-    median = quantities.duration(float(np.nanmedian(step_s))) if np.isfinite(step_s).any() else quantities.MISSING
+    median = format_step_time(float(np.nanmedian(step_s)) if np.isfinite(step_s).any() else None)
     return [
-        ("Validation loss", quantities.loss(loss), f"perplexity {_perplexity(loss)}, full model"),
-        ("FLOPs saved", quantities.percent(outcome["flops_saved"]), "whole model, LM head included"),
-        ("FLOPs saved, blocks", quantities.percent(outcome["flops_saved_blocks"]), "blocks alone, as the paper counts"),
+        ("Validation loss", format_loss(loss), f"perplexity {_perplexity(loss)}, full model"),
+        ("FLOPs saved", format_percent(outcome["flops_saved"]), "whole model, LM head included"),
+        ("FLOPs saved, blocks", format_percent(outcome["flops_saved_blocks"]), "blocks alone, as the paper counts"),
         (
             "Training compute",
-            quantities.flops(outcome["flops_total"]),
-            f"full model: {quantities.flops(outcome['flops_full_total'])}",
+            format_flops(outcome["flops_total"]),
+            f"full model: {format_flops(outcome['flops_full_total'])}",
         ),
-        ("Training time", quantities.duration(outcome["train_s"]), f"median step {median}"),
-        ("Tokens", quantities.count(outcome["tokens"]), f"{int(outcome['steps']):,} optimizer steps"),
+        ("Training time", format_clock(outcome["train_s"]), f"median step {median}"),
+        ("Tokens", format_count(outcome["tokens"]), f"{int(outcome['steps']):,} optimizer steps"),
     ]
 
 
@@ -51,22 +59,22 @@ def _of_comparison(comparison: Comparison) -> list[tuple[str, str, str]]:
     }
     note = f"{best.letter}  {best.label}"
     return [
-        ("Best validation loss", quantities.loss(best.mean("val_loss")), note),
+        ("Best validation loss", format_loss(best.mean("val_loss")), note),
         ("FLOPs saved", _range(comparison, "flops_saved"), "whole model, LM head included"),
         ("FLOPs saved, blocks", _range(comparison, "flops_saved_blocks"), "blocks alone, as the paper counts"),
-        ("Training time", quantities.duration(total["train_s"]), "all runs together"),
-        ("Training compute", quantities.flops(total["flops_total"]), "all runs together"),
-        ("Tokens", quantities.count(total["tokens"]), "all runs together"),
+        ("Training time", format_clock(total["train_s"]), "all runs together"),
+        ("Training compute", format_flops(total["flops_total"]), "all runs together"),
+        ("Tokens", format_count(total["tokens"]), "all runs together"),
     ]
 
 
 def _range(comparison: Comparison, name: str) -> str:
     values = [arm.mean(name) for arm in comparison.arms if math.isfinite(arm.mean(name))]
     if not values:
-        return quantities.MISSING
-    low, high = quantities.percent(min(values)), quantities.percent(max(values))
+        return UNKNOWN
+    low, high = format_percent(min(values)), format_percent(max(values))
     return low if low == high else f"{low.removesuffix('%')}–{high}"
 
 
 def _perplexity(loss: float) -> str:
-    return f"{math.exp(loss):.4g}" if loss < 50 else quantities.MISSING
+    return f"{math.exp(loss):.4g}" if loss < 50 else UNKNOWN

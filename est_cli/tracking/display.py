@@ -13,7 +13,7 @@ from rich.live import Live
 from est_cli.subnet.schedule import Stage
 from est_cli.tracking.panel import Panel
 from est_cli.tracking.tracker import Record, RunInfo
-from est_cli.tracking.units import format_clock, format_count, format_loss, format_percent
+from est_cli.units import format_clock, format_count, format_loss, format_percent
 
 _REFRESHES_PER_SECOND = 2
 _PLAIN_LINE_EVERY_SHARE = 0.02

@@ -12,7 +12,7 @@ from rich.text import Text
 from est_cli.subnet.schedule import Stage, stage_at
 from est_cli.tracking.pace import Pace
 from est_cli.tracking.tracker import Record, RunInfo
-from est_cli.tracking.units import (
+from est_cli.units import (
     format_clock,
     format_count,
     format_flops,

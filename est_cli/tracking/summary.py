@@ -10,7 +10,7 @@ from rich.table import Table
 
 from est_cli.subnet.schedule import Stage
 from est_cli.tracking.tracker import Record, RunInfo
-from est_cli.tracking.units import (
+from est_cli.units import (
     format_clock,
     format_count,
     format_flops,

@@ -65,7 +65,7 @@ def test_an_axis_can_be_chosen_and_the_pointer_shows_the_numbers_under_it(pages,
     moved = tmp_path / "moved.html"
     moved.write_text(pages["sweep"].read_text().replace("</body>", POINTER))
     title = browse(moved, tmp_path, "--dump-dom").stdout.split("<title>")[1].split("</title>")[0]
-    assert title.startswith("shown: Training compute (TFLOPs): ")
+    assert title.startswith("shown: Training compute (TFLOP): ")
     assert title.count("validation 3.") + title.count("validation 4.") == 4
 
 

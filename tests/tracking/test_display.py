@@ -37,7 +37,7 @@ def test_the_panel_shows_its_numbers_in_any_window(tmp_path, width):
         "20 of 30 (66.7%)",
         "3 of 3",
         "2.100",
-        "3.250 after 10 steps",
+        "3.2500 after 10 steps",
         "711 tokens/s, 90.0 ms/step",
         "1.00e-03",
         "35.6% (64.0 TFLOP)",
@@ -82,7 +82,7 @@ def test_a_live_display_leaves_messages_stages_and_evaluations_above_it(tmp_path
         "checkpoint written: [a]/path",
         "stage 2 of 3, from step 4",
         "stage 3 of 3, from step 14: the full model",
-        "10/30  loss 3.100  validation 3.250",
+        "10/30  loss 3.1000  validation 3.2500",
         "30 of 30 (100.0%)",
     ):
         assert part in text
@@ -94,8 +94,8 @@ def test_without_a_terminal_there_are_plain_lines_and_no_control_characters(tmp_
     text = console.file.getvalue()
     assert "\x1b" not in text and "\r" not in text
     assert text.count("stage 1 of 3") == text.count("stage 2 of 3") == text.count("stage 3 of 3") == 1
-    assert text.count("validation 3.250") == 3
-    assert "30/30  100%  stage 3  loss 1.100  711 tokens/s  saved 23.7%  left 0:00" in text
+    assert text.count("validation 3.2500") == 3
+    assert "30/30  100%  stage 3  loss 1.1000  711 tokens/s  saved 23.7%  left 0:00" in text
 
 
 def test_plain_lines_are_few_even_when_every_step_is_logged(tmp_path, monkeypatch):

@@ -80,5 +80,5 @@ def test_the_table_shows_every_number_in_any_window(tmp_path, width):
     lines = console.file.getvalue().splitlines()
     assert max(map(len, lines)) <= width
     words = " ".join(lines).split()
-    for word in ("12.0", "TFLOP", "66.7%", "30.0", "ms", "2.13k", "3.500", "206", "23.7%", "26.7%", "2:03", "1.92k"):
+    for word in ("12.0", "TFLOP", "66.7%", "30.0", "ms", "2.13k", "3.5000", "206", "23.7%", "26.7%", "2:03", "1.92k"):
         assert word in words
