@@ -10,9 +10,9 @@ from matplotlib.figure import Figure
 from est_cli.commands.arms import ARMS, EST, FULL, FULL_SAME_FLOPS
 from est_cli.reports import palette
 from est_cli.reports.figures import report_style
-from study.grid import LEARNING_RATES, Run, grid, retired
+from study.grid import LEARNING_RATES, Run, retired, runs_with
 from study.records import Records
-from study.tables import ARM_WORDS, screened, short_frontier, tuned_runs
+from study.tables import ARM_WORDS, losses_by_rate, screened, short_frontier, tuned_runs
 
 _ALL_LOOKS = list(zip(palette.SERIES, "os^DvPX", strict=False))
 LOOKS = dict(zip((FULL, EST, FULL_SAME_FLOPS), _ALL_LOOKS, strict=False))
@@ -26,10 +26,7 @@ def learning_rates(records: Records, ax: Axes) -> bool:
     """Final loss of every arm over the learning rate."""
     drawn = False
     for arm in ARMS:
-        names = {float(lr): f"lr-{arm}-{lr}" for lr in LEARNING_RATES}
-        known = {
-            lr: records.contents[name]["summary"]["val_loss"] for lr, name in names.items() if name in records.contents
-        }
+        known = {float(lr): loss for lr, loss in losses_by_rate(records, arm).items() if loss is not None}
         _line(ax, LOOKS[arm], list(known), list(known.values()), ARM_WORDS[arm])
         drawn |= bool(known)
     ax.set_xscale("log", base=2)
@@ -42,7 +39,7 @@ def learning_rates(records: Records, ax: Axes) -> bool:
 
 
 def headline(records: Records, ax: Axes) -> bool:
-    return _curves(records, ax, [(run, *_arm(run)) for run in grid() if run.group == "headline"])
+    return _curves(records, ax, [(run, *_arm(run)) for run in runs_with(group="headline")])
 
 
 def short_runs(records: Records, ax: Axes) -> bool:
@@ -51,8 +48,8 @@ def short_runs(records: Records, ax: Axes) -> bool:
 
 def candidates(records: Records, ax: Axes) -> bool:
     """The long runs: the full model, the paper's schedule, and what else got as long."""
-    runs = [(run, *_arm(run)) for run in grid() if run.group == "headline" and FULL_SAME_FLOPS not in run.name]
-    tried = [run for run in [*grid(), *retired()] if run.group == "candidate" and run.says]
+    runs = [(run, *_arm(run)) for arm in (FULL, EST) for run in runs_with(group="headline", arm=arm)]
+    tried = [*runs_with(group="candidate", arm=None), *retired()]
     looks = dict(zip(dict.fromkeys(run.says for run in tried), _OTHER_LOOKS, strict=False))
     runs += [(run, run.says, looks[run.says]) for run in tried]
     return _curves(records, ax, runs)
@@ -60,12 +57,8 @@ def candidates(records: Records, ax: Axes) -> bool:
 
 def repeated(records: Records, ax: Axes) -> bool:
     """Loss on little text: the full model for fewer and more steps, the paper's schedule, and a longer one."""
-    runs = []
-    for run in grid():
-        if run.group == "repeated":
-            arm = FULL if run.title.startswith("full") else EST if run.title == "est" else None
-            label = {FULL: "full model", EST: "EST, the paper's schedule"}.get(arm, run.says)
-            runs.append((run, label, LOOKS.get(arm, _OTHER_LOOKS[0])))
+    looks = {"full": LOOKS[FULL], "est": LOOKS[EST]}
+    runs = [(run, run.says, looks.get(run.title, _OTHER_LOOKS[0])) for run in runs_with(group="repeated")]
     return _curves(records, ax, runs)
 
 
@@ -123,8 +116,7 @@ def draw(records: Records, folder: Path) -> list[Path]:
 
 def _arm(run: Run) -> tuple[str, tuple[str, str]]:
     """Label and look of a run that is an arm's."""
-    arm = max((arm for arm in ARMS if f"-{arm}-" in run.name), key=len)
-    return ARM_WORDS[arm], LOOKS[arm]
+    return ARM_WORDS[run.arm], LOOKS[run.arm]
 
 
 def _curves(records: Records, ax: Axes, runs: list[tuple[Run, str, tuple[str, str]]]) -> bool:

@@ -15,8 +15,17 @@ LEARNING_RATES = ("2e-3", "4e-3", "8e-3", "16e-3")
 TUNED = {EST: "4e-3", FULL: "8e-3", FULL_SAME_FLOPS: "8e-3"}
 """The best of LEARNING_RATES at SHORT steps, by arm, of those that are recorded."""
 SEEDS = (0, 1, 2)
-_UNTIL_7_15 = ("scheduler=two_stage",)
+GROUPS = {
+    "lr": f"learning rates: three arms, one seed, {SHORT:,} steps",
+    "headline": f"headline: three arms, three seeds, {LONG:,} steps",
+    "candidate": f"candidates: {LONG:,} steps",
+    "longest": f"three arms, one seed, {LONGEST:,} steps",
+    "screen": f"screens: one seed, {SHORT:,} steps",
+    "repeated": f"a tenth of the text: one seed, up to {SHORT:,} steps",
+}
+"""What the runs of a group are; a run's name begins with its group."""
 PAPER = "**EST, the paper's schedule**"
+_UNTIL_7_15 = ("scheduler=two_stage",)
 
 
 @dataclass(frozen=True)
@@ -25,17 +34,18 @@ class Run:
 
     name: str
     overrides: tuple[str, ...]
+    title: str = ""
+    """The name without its group, learning rate and seed."""
     says: str = ""
-    """What a screen changes, in a table's words; the seeds of a candidate share it."""
+    """What it tries, in a table's words; its seeds and its learning rates share it."""
+    lr: str = TUNED[EST]
+    arm: str | None = None
+    """None for a schedule that is no arm of the headline."""
+    seed: int = SEEDS[0]
 
     @property
     def group(self) -> str:
         return self.name.partition("-")[0]
-
-    @property
-    def title(self) -> str:
-        """What the run tries: its name without the group and the learning rate."""
-        return self.name.partition("-")[2].rsplit("-", 2)[0]
 
 
 def grid() -> list[Run]:
@@ -53,6 +63,11 @@ def grid() -> list[Run]:
     ]
 
 
+def runs_with(**fields: object) -> list[Run]:
+    """The runs of the grid whose fields have these values: `runs_with(group="headline", arm=EST)`."""
+    return [run for run in grid() if all(getattr(run, name) == value for name, value in fields.items())]
+
+
 def matching(patterns: list[str]) -> list[Run]:
     """The runs whose names match the shell patterns, in the patterns' order; all runs where there is none."""
     runs = grid()
@@ -67,16 +82,21 @@ def _learning_rates() -> list[Run]:
         return abs(LEARNING_RATES.index(lr) - LEARNING_RATES.index(TUNED[arm]))
 
     pairs = sorted(((arm, lr) for lr in LEARNING_RATES for arm in ARMS), key=distance)
-    return [_run("lr", f"{arm}-{lr}", SHORT, lr, f"+arm={arm}") for arm, lr in pairs]
+    return [_run(f"lr-{arm}-{lr}", SHORT, lr, title=arm, says=_says(arm), arm=arm) for arm, lr in pairs]
 
 
 def _headline(seed: int) -> list[Run]:
-    return [_run("headline", f"{arm}-seed{seed}", LONG, TUNED[arm], f"+arm={arm}", f"seed={seed}") for arm in ARMS]
+    return [_long("headline", arm, seed, TUNED[arm], says=_says(arm), arm=arm) for arm in ARMS]
+
+
+def _says(arm: str) -> str:
+    return PAPER if arm == EST else ""
 
 
 def _longest() -> list[Run]:
     """Whether more passes over the text go on helping EST."""
-    return [_run("longest", arm, LONGEST, TUNED[arm], f"+arm={arm}") for arm in (FULL_SAME_FLOPS, EST, FULL)]
+    arms = (FULL_SAME_FLOPS, EST, FULL)
+    return [_run(f"longest-{arm}", LONGEST, TUNED[arm], title=arm, arm=arm) for arm in arms]
 
 
 def _beyond_the_paper() -> list[Run]:
@@ -122,16 +142,13 @@ def _candidates(seed: int) -> list[Run]:
     """What is trained as the headline is. The first seed also tells whether a lower rate would suit the full model, and
     what saving 35% costs."""
 
-    def long(name: str, lr: str, says: str, *overrides: str) -> Run:
-        run = _run("candidate", f"{name}-seed{seed}", LONG, lr, *overrides, f"seed={seed}")
-        return replace(run, says=says)
-
-    mild = long("rates-0.75", TUNED[FULL], "rates 0.75", *_rates(0.75))
+    mild = _long("candidate", "rates-0.75", seed, TUNED[FULL], *_rates(0.75), says="rates 0.75")
     if seed != SEEDS[0]:
         return [mild]
+    lower = TUNED[EST]
     return [
-        *(long(f"{arm}-{TUNED[EST]}", TUNED[EST], "", f"+arm={arm}") for arm in (FULL_SAME_FLOPS, FULL)),
-        long("longer", TUNED[EST], "boundaries 0.2 and 0.7", *_boundaries(0.2, 0.7)),
+        *(_long("candidate", f"{arm}-{lower}", seed, lower, arm=arm) for arm in (FULL_SAME_FLOPS, FULL)),
+        _long("candidate", "longer", seed, lower, *_boundaries(0.2, 0.7), says="boundaries 0.2 and 0.7"),
         mild,
     ]
 
@@ -139,25 +156,22 @@ def _candidates(seed: int) -> list[Run]:
 def retired() -> list[Run]:
     """Recorded, and not kept: their code is in the history, at the commits that their records name."""
     stacked = ("scheduler=two_stage", "sampling=layers", "sampling.strategy=prefix", "sampling.stack_layers=true")
-    run = _run("candidate", "stack-0.45-seed0", LONG, "8e-3", *stacked, "scheduler.stage1_end=0.45", "seed=0")
-    return [replace(run, says="half of the layers until 0.45; the others begin as their copies")]
+    says = "half of the layers until 0.45; the others begin as their copies"
+    return [_long("candidate", "stack-0.45", 0, "8e-3", *stacked, "scheduler.stage1_end=0.45", says=says)]
 
 
 def _repeated() -> list[Run]:
     """A tenth of the text, read twenty times in SHORT steps: the full model learns it by heart."""
     return [
-        _repeat("full", "full model, 10,000 steps", SHORT, TUNED[FULL], f"+arm={FULL}"),
-        _repeat("est", PAPER, SHORT, TUNED[EST]),
-        *(
-            _repeat(f"full-{steps}", f"full model, {steps:,} steps", steps, TUNED[FULL], f"+arm={FULL}")
-            for steps in (6500, 4000)
-        ),
+        _repeat("full", "full model, 10,000 steps", SHORT, arm=FULL),
+        _repeat("est", PAPER, SHORT),
+        *(_repeat(f"full-{steps}", f"full model, {steps:,} steps", steps, arm=FULL) for steps in (6500, 4000)),
     ]
 
 
-def _repeat(name: str, says: str, steps: int, lr: str, *overrides: str) -> Run:
-    run = _run("repeated", f"{name}-{lr}", steps, lr, "data.train_tokens=500000", *overrides)
-    return replace(run, says=says)
+def _repeat(title: str, says: str, steps: int, arm: str | None = None) -> Run:
+    lr = TUNED[arm or EST]
+    return _run(f"repeated-{title}-{lr}", steps, lr, "data.train_tokens=500000", title=title, says=says, arm=arm)
 
 
 def _rates(rate: float) -> tuple[str, ...]:
@@ -170,18 +184,24 @@ def _boundaries(stage1_end: float, stage2_end: float) -> tuple[str, ...]:
 
 def _full(steps: int) -> Run:
     """The full model for fewer steps, with a learning-rate schedule of its own."""
-    run = _run("screen", f"full-{steps}", steps, TUNED[FULL], f"+arm={FULL}")
-    return replace(run, says=f"full model, {steps:,} steps")
+    title, says = f"full-{steps}", f"full model, {steps:,} steps"
+    return _run(f"screen-{title}", steps, TUNED[FULL], title=title, says=says, arm=FULL)
 
 
-def _screen(name: str, says: str, *overrides: str, lr: str = TUNED[EST]) -> Run:
-    return replace(_run("screen", f"{name}-{lr}", SHORT, lr, *overrides), says=says)
+def _screen(title: str, says: str, *overrides: str, lr: str = TUNED[EST]) -> Run:
+    return _run(f"screen-{title}-{lr}", SHORT, lr, *overrides, title=title, says=says)
 
 
-def _mild(name: str, says: str, *overrides: str) -> Run:
+def _mild(title: str, says: str, *overrides: str) -> Run:
     """A screen whose subnetworks are nearer to the full model than the paper's: it gets the full model's rate."""
-    return _screen(name, says, *overrides, lr=TUNED[FULL])
+    return _screen(title, says, *overrides, lr=TUNED[FULL])
 
 
-def _run(group: str, name: str, steps: int, lr: str, *overrides: str) -> Run:
-    return Run(f"{group}-{name}", (f"trainer.max_steps={steps}", f"optimizer.lr={lr}", *overrides))
+def _long(group: str, title: str, seed: int, lr: str, *overrides: str, says: str = "", arm: str | None = None) -> Run:
+    run = _run(f"{group}-{title}-seed{seed}", LONG, lr, *overrides, title=title, says=says, arm=arm)
+    return replace(run, overrides=(*run.overrides, f"seed={seed}"), seed=seed)
+
+
+def _run(name: str, steps: int, lr: str, *overrides: str, title: str, says: str = "", arm: str | None = None) -> Run:
+    size = (f"trainer.max_steps={steps}", f"optimizer.lr={lr}")
+    return Run(name, (*size, *overrides, *([f"+arm={arm}"] if arm else [])), title, says, lr, arm)

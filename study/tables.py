@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 
 import numpy as np
 
@@ -12,9 +11,8 @@ from est_cli.reports.records import RunRecord
 from est_cli.units import format_flops, format_percent
 from study import budget
 from study.frontier import Frontier
-from study.grid import LEARNING_RATES, LONG, LONGEST, PAPER, SEEDS, SHORT, TUNED, Run, grid, retired
+from study.grid import GROUPS, LEARNING_RATES, LONG, LONGEST, SEEDS, SHORT, TUNED, Run, retired, runs_with
 from study.records import Records
-from study.training import config_of
 
 MISSING = "not yet run"
 _GOAL = 0.35
@@ -23,15 +21,8 @@ _GOAL = 0.35
 
 def budget_table(records: Records) -> str:
     rows, total = [], 0.0
-    for group, what in (
-        ("lr", "learning rates: three arms, one seed, 10,000 steps"),
-        ("headline", "headline: three arms, three seeds, 30,000 steps"),
-        ("candidate", "candidates: 30,000 steps"),
-        ("longest", "three arms, one seed, 60,000 steps"),
-        ("screen", "screens: one seed, 10,000 steps"),
-        ("repeated", "a tenth of the text: one seed, up to 10,000 steps"),
-    ):
-        runs = [run for run in grid() if run.group == group]
+    for group, what in GROUPS.items():
+        runs = runs_with(group=group)
         missing = [run for run in runs if run not in records]
         minutes = sum(map(budget.minutes, missing))
         total += minutes
@@ -44,18 +35,23 @@ def learning_rates(records: Records) -> str:
     """Loss of every arm at every learning rate; the best of an arm is bold."""
     rows = []
     for arm in ARMS:
-        losses = [_loss(records, f"lr-{arm}-{lr}") for lr in LEARNING_RATES]
+        losses = losses_by_rate(records, arm).values()
         best = min((loss for loss in losses if loss is not None), default=None)
         rows.append((ARM_WORDS[arm], *(MISSING if x is None else _bold(f"{x:.4f}", x == best) for x in losses)))
     table = _table(("arm", *(f"{float(lr):g}" for lr in LEARNING_RATES)), rows)
     return table + _figure("learning-rates", "Final loss of the three arms over the learning rate", records, "lr-")
 
 
+def losses_by_rate(records: Records, arm: str) -> dict[str, float | None]:
+    """Final loss of the arm at SHORT steps, by learning rate; None where it is not known."""
+    return {lr: _loss(records, group="lr", arm=arm, lr=lr) for lr in LEARNING_RATES}
+
+
 def tuned_at_an_edge(records: Records) -> str:
     """Which arms' best learning rate may lie outside of the grid, or is not known yet."""
     open_arms = []
     for arm in ARMS:
-        known = {lr: _loss(records, f"lr-{arm}-{lr}") for lr in LEARNING_RATES}
+        known = losses_by_rate(records, arm)
         if None in known.values() or min(known, key=known.get) in (LEARNING_RATES[0], LEARNING_RATES[-1]):
             open_arms.append(ARM_WORDS[arm])
     if not open_arms:
@@ -64,12 +60,12 @@ def tuned_at_an_edge(records: Records) -> str:
 
 
 def headline(records: Records) -> str:
-    table = _arms_table(records, [run for run in grid() if run.group == "headline"])
+    table = _arms_table(records, runs_with(group="headline"))
     return table + _figure("headline", "Loss of the three arms against training compute", records, "headline-")
 
 
 def headline_says(records: Records) -> str:
-    return _sentences(records, [run for run in grid() if run.group == "headline"])
+    return _sentences(records, runs_with(group="headline"))
 
 
 def candidates(records: Records) -> str:
@@ -134,8 +130,8 @@ def long_frontier(records: Records, seed: int) -> Frontier:
     """
     best = []
     for arm in (FULL, FULL_SAME_FLOPS):
-        names = {f"headline-{arm}-seed{seed}", f"candidate-{arm}-{TUNED[EST]}-seed{seed}"}
-        runs = records.of([run for run in grid() if run.name in names])
+        asked = [*runs_with(group="headline", arm=arm, seed=seed), *runs_with(group="candidate", arm=arm, seed=seed)]
+        runs = records.of(asked)
         best += sorted(runs, key=lambda run: run.outcome["val_loss"])[:1]
     return Frontier.of(best if len(best) == 2 else [])
 
@@ -143,8 +139,8 @@ def long_frontier(records: Records, seed: int) -> Frontier:
 def lengths(records: Records) -> str:
     """The three arms of the first seed after more and more steps."""
     rows = []
-    for steps, prefix, suffix in _LENGTHS:
-        losses = {arm: _loss(records, f"{prefix}-{arm}{suffix.get(arm, '')}") for arm in ARMS}
+    for group, steps in (("lr", SHORT), ("headline", LONG), ("longest", LONGEST)):
+        losses = {arm: _tuned_loss(records, group, arm) for arm in ARMS}
         shown = [MISSING if loss is None else f"{loss:.4f}" for loss in losses.values()]
         differences = [
             "-" if None in (losses[EST], losses[arm]) else _signed(losses[EST] - losses[arm])
@@ -157,11 +153,11 @@ def lengths(records: Records) -> str:
 
 def second_rate_says(records: Records) -> str:
     """What the full model would have reached at EST's learning rate: how a baseline that is not tuned misleads."""
-    est = _loss(records, f"headline-{EST}-seed{SEEDS[0]}")
+    est = _tuned_loss(records, "headline", EST)
     said = []
     for arm in (FULL, FULL_SAME_FLOPS):
-        tuned = _loss(records, f"headline-{arm}-seed{SEEDS[0]}")
-        second = _loss(records, f"candidate-{arm}-{TUNED[EST]}-seed{SEEDS[0]}")
+        tuned = _tuned_loss(records, "headline", arm)
+        second = _loss(records, group="candidate", arm=arm, lr=TUNED[EST], seed=SEEDS[0])
         if None not in (est, tuned, second):
             rates = f"{second:.4f} at {float(TUNED[EST]):g}, {tuned:.4f} at {float(TUNED[arm]):g}"
             differences = f"{_difference(est - second)} the former and {_difference(est - tuned)} the latter"
@@ -217,16 +213,16 @@ def screened(records: Records) -> list[tuple[float, Run, RunRecord]]:
 
 def repeated(records: Records) -> str:
     """On little text: what every run ends with, and the lowest loss that it had on the way."""
-    runs = [run for run in grid() if run.group == "repeated"]
+    runs = runs_with(group="repeated")
     rows, longest = [], max((record.outcome["flops_total"] for record in records.of(runs)), default=math.nan)
     for run in runs:
         if run not in records:
-            rows.append((run.says, _learning_rate(run), "", MISSING, ""))
+            rows.append((run.says, f"{float(run.lr):g}", "", MISSING, ""))
             continue
         [record] = records.of([run])
         lowest = np.nanmin(record.column("val/loss"))
         spent = f"{record.outcome['flops_total'] / longest:.3f}"
-        rows.append((run.says, _learning_rate(run), spent, f"{record.outcome['val_loss']:.4f}", f"{lowest:.4f}"))
+        rows.append((run.says, f"{float(run.lr):g}", spent, f"{record.outcome['val_loss']:.4f}", f"{lowest:.4f}"))
     table = _table(("schedule", "lr", "FLOPs", "loss", "lowest on the way"), rows)
     return table + _figure("repeated", "Loss against training compute, on a tenth of the text", records, "repeated-")
 
@@ -283,44 +279,26 @@ ARM_WORDS = {
 def _schedules() -> dict[str, list[Run]]:
     """What is screened, and its runs; EST as the paper has it is the arm that the learning rates were tried on."""
     schedules: dict[str, list[Run]] = {}
-    for run in grid():
-        if run.name.startswith(f"lr-{EST}-"):
-            schedules.setdefault(PAPER, []).append(replace(run, says=PAPER))
-        elif run.group == "screen" and not run.name.startswith("screen-full-"):
-            schedules.setdefault(run.says, []).append(run)
+    for run in [*runs_with(group="lr", arm=EST), *runs_with(group="screen", arm=None)]:
+        schedules.setdefault(run.says, []).append(run)
     return schedules
-
-
-def _learning_rate(run: Run) -> str:
-    return f"{config_of(run).optimizer.lr:g}"
-
-
-_LENGTHS = (
-    (SHORT, "lr", {arm: f"-{TUNED[arm]}" for arm in ARMS}),
-    (LONG, "headline", dict.fromkeys(ARMS, f"-seed{SEEDS[0]}")),
-    (LONGEST, "longest", {}),
-)
-"""Steps, and what stands before and after the arm in the names of such runs."""
 
 
 def _long_schedules() -> dict[str, list[Run]]:
     """What is trained with three seeds and held against the full model, and its runs."""
     schedules: dict[str, list[Run]] = {}
-    for run in [*grid(), *retired()]:
-        if run.name.startswith(f"headline-{EST}-"):
-            schedules.setdefault(PAPER, []).append(run)
-        elif run.group == "candidate" and run.says:
-            schedules.setdefault(run.says, []).append(run)
+    for run in [*runs_with(group="headline", arm=EST), *runs_with(group="candidate", arm=None), *retired()]:
+        schedules.setdefault(run.says, []).append(run)
     return schedules
 
 
 def tuned_runs() -> list[Run]:
-    return [run for run in grid() if run.name in {f"lr-{arm}-{TUNED[arm]}" for arm in ARMS}]
+    return [run for arm in ARMS for run in runs_with(group="lr", arm=arm, lr=TUNED[arm])]
 
 
 def _frontier_runs() -> list[Run]:
-    tuned = {f"lr-{arm}-{TUNED[arm]}" for arm in (FULL, FULL_SAME_FLOPS)}
-    return [run for run in grid() if run.name in tuned or run.name.startswith("screen-full-")]
+    """The full model, tuned, for fewer and more steps."""
+    return [run for run in [*tuned_runs(), *runs_with(group="screen")] if run.arm in (FULL, FULL_SAME_FLOPS)]
 
 
 def _arms_table(records: Records, runs: list[Run]) -> str:
@@ -356,9 +334,15 @@ def _sentences(records: Records, runs: list[Run]) -> str:
     return " ".join(said)
 
 
-def _loss(records: Records, name: str) -> float | None:
-    content = records.contents.get(name)
-    return None if content is None else content["summary"]["val_loss"]
+def _tuned_loss(records: Records, group: str, arm: str) -> float | None:
+    """Of the first seed, at the arm's best learning rate."""
+    return _loss(records, group=group, arm=arm, lr=TUNED[arm], seed=SEEDS[0])
+
+
+def _loss(records: Records, **fields: object) -> float | None:
+    """Final loss of the one run that has these fields; None where it is not done."""
+    [run] = runs_with(**fields)
+    return records.of([run])[0].outcome["val_loss"] if run in records else None
 
 
 def _against(frontier: Frontier, run: RunRecord) -> float:
