@@ -125,8 +125,8 @@ def test_what_is_missing_is_said(made_up):
 
 def test_the_arms_in_words(made_up):
     said = tables.short_arms_say(made_up)
-    assert "EST spends 25.0% fewer FLOPs, and its loss is 0.100 (one seed: no spread is known) above" in said
-    assert "For the same FLOPs its loss is 0.100 (one seed: no spread is known) below" in said
+    assert "EST spends 25.0% fewer FLOPs, and its loss is 0.1000 (one seed: no spread is known) above" in said
+    assert "For the same FLOPs its loss is 0.1000 (one seed: no spread is known) below" in said
 
 
 def test_the_best_learning_rate_of_an_arm_is_bold(made_up):

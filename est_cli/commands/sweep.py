@@ -90,7 +90,7 @@ def run(arguments: Any, job: Job) -> int:
             stopped = int(error.code or entry.DONE)
     from est_cli.commands.sweep_result import SweepResult
 
-    result = SweepResult.of(directory, compared="arm" in _swept_keys(master))
+    result = SweepResult.of(directory, _swept_keys(master))
     result.show(master.format)
     if stopped is None:
         return result.exit_code

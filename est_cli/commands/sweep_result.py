@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -15,6 +16,9 @@ from est_cli.commands.run_directory import CONFIG, ERROR, METRICS, RunDirectory
 from est_cli.commands.verdict import Verdict
 from est_cli.tracking.display import console_for
 from est_cli.units import format_clock, format_loss, format_percent
+
+_TUNED = "optimizer."
+"""Keys that every arm of a comparison may set to what suits it."""
 
 
 @dataclass(frozen=True)
@@ -49,14 +53,14 @@ class SweepResult:
     directory: Path
     jobs: tuple[JobResult, ...]
     """Lowest validation loss first."""
-    compared: bool = False
-    """Whether the jobs are the arms of a comparison."""
+    swept: frozenset[str] = frozenset()
+    """The keys in which the jobs differ."""
 
     @classmethod
-    def of(cls, directory: Path, compared: bool = False) -> "SweepResult":
+    def of(cls, directory: Path, swept: Iterable[str] = ()) -> "SweepResult":
         folders = [path for path in sorted(directory.iterdir()) if (path / CONFIG).exists() or (path / ERROR).exists()]
         jobs = sorted(map(JobResult.of, folders), key=lambda job: job.val_loss)
-        return cls(directory, tuple(jobs), compared)
+        return cls(directory, tuple(jobs), frozenset(swept))
 
     @property
     def exit_code(self) -> int:
@@ -81,10 +85,18 @@ class SweepResult:
 
     @cached_property
     def verdict(self) -> Verdict | None:
+        """On the arms of a comparison; None where the jobs also differ in what the arms must share."""
         from est_cli.reports.records import load_runs
 
         done = [self.directory / job.name for job in self.jobs if job.status == "done"]
-        return Verdict.of(load_runs(done)) if self.compared and done else None
+        if not done or "arm" not in self.swept or self._not_shared:
+            return None
+        return Verdict.of(load_runs(done), sorted(key for key in self.swept if key.startswith(_TUNED)))
+
+    @property
+    def _not_shared(self) -> list[str]:
+        """What the jobs differ in, and arms must not."""
+        return sorted(key for key in self.swept - {"arm", "seed"} if not key.startswith(_TUNED))
 
     def show(self, format: str) -> None:
         """A table for people; one JSON object on standard output with format=json."""
@@ -95,6 +107,10 @@ class SweepResult:
             self._print_table(console)
             if self.verdict is not None:
                 self.verdict.show(console)
+            elif "arm" in self.swept and self._not_shared:
+                console.print(
+                    f"No verdict: the jobs differ in {', '.join(self._not_shared)} too, which arms must share."
+                )
         figure = self.report.with_name("report.png") if isinstance(self.report, Path) else None
         paths = {"sweep": self.directory, "figure": figure, "report": self.report}
         for name, path in paths.items():
