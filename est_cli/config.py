@@ -6,6 +6,7 @@
 
 import dataclasses
 import inspect
+import itertools
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -135,11 +136,15 @@ class SchedulerConfig:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The config key of each boundary, for messages."""
-        keys = [f"stage{i + 1}_end" for i in range(len(self.stages))]
-        return tuple(
-            f"scheduler.{key}" if key in self.options else f"scheduler.stages[{i}].end" for i, key in enumerate(keys)
-        )
+        """The config key that decides each boundary."""
+
+        def name(i: int, stage: StageSpec) -> str:
+            key = f"stage{i + 1}_end"
+            # With stages of one's own the option may be there, and reach nothing.
+            decides = key in self.options and self.options[key] == stage.end
+            return f"scheduler.{key}" if decides else f"scheduler.stages[{i}].end"
+
+        return tuple(itertools.starmap(name, enumerate(self.stages)))
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,8 @@
 """est-plan: what a run would cost, without torch."""
 
+import dataclasses
 import json
+import shlex
 from textwrap import shorten
 from typing import Any
 
@@ -19,7 +21,7 @@ from est_cli.subnet.flops import config_ledger
 from est_cli.subnet.memory import count_parameters, training_bytes
 from est_cli.subnet.plan import effective_rates, subnetwork
 from est_cli.subnet.sampler import check_strategy, sample, strategy_named
-from est_cli.subnet.schedule import stage_at
+from est_cli.subnet.schedule import StageSpec, stage_at
 from est_cli.tracking.summary import narrow_table
 from est_cli.units import format_bytes, format_count, format_flops, format_percent
 
@@ -158,6 +160,13 @@ def _print_step(config: TrainConfig, step: int, console: Console) -> None:
     console.print("format=json lists every index", style="dim")
 
 
+def _stage_override(spec: StageSpec) -> str:
+    """`{end:0.2,heads:0.5}`: as an override has it."""
+    values = {"end": spec.end, "heads": spec.heads, "mlp": spec.mlp, "layers": spec.layers}
+    full = dataclasses.asdict(StageSpec())
+    return "{" + ",".join(f"{key}:{value}" for key, value in values.items() if value != full[key]) + "}"
+
+
 def _ranges(indices: np.ndarray) -> str:
     """Sorted indices with runs joined: 0-3 7 9-10."""
     runs = np.split(indices, np.flatnonzero(np.diff(indices) != 1) + 1)
@@ -166,12 +175,15 @@ def _ranges(indices: np.ndarray) -> str:
 
 def _solve(config: TrainConfig, target: float, console: Console) -> None:
     boundaries = scale_boundaries(config, target)
-    facts = describe(with_boundaries(config, boundaries))
+    moved = with_boundaries(config, boundaries)
+    facts = describe(moved)
     overrides = [f"{key}={value}" for key, value in boundaries.items()]
+    if any(key.startswith("scheduler.stages") for key in boundaries):
+        overrides = [f"scheduler.stages=[{','.join(map(_stage_override, moved.scheduler.stages))}]"]
     if config.format == "json":
         print(json.dumps({"overrides": overrides, **facts}))
         return
-    console.print(" ".join(overrides), soft_wrap=True)
+    console.print(shlex.join(overrides), soft_wrap=True, highlight=False, markup=False)
     console.print(
         f"saves {facts['saved_blocks']:.2%} of the blocks' FLOPs (the paper's accounting), "
         f"{facts['saved']:.2%} of the whole model's",

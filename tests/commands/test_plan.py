@@ -1,5 +1,6 @@
 """est-plan: what a run would cost."""
 
+import shlex
 import subprocess
 import sys
 
@@ -29,6 +30,27 @@ def test_solved_boundaries_reach_the_target(tmp_path):
     solved = run("est-plan", "target_saved_blocks=0.2", "trainer.max_steps=100000", "format=json", cwd=tmp_path).json
     pasted = run("est-plan", *solved["overrides"], "trainer.max_steps=100000", "format=json", cwd=tmp_path).json
     assert pasted["saved_blocks"] == pytest.approx(0.2, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    "schedule", [["scheduler=ramp"], ["scheduler.stages=[{end: 0.3, heads: 0.5, mlp: 0.25}, {end: 0.5, mlp: 0.5}, {}]"]]
+)
+def test_solved_boundaries_of_other_schedules_can_be_pasted_too(tmp_path, schedule):
+    """Their boundaries have no key of their own; the three-stage schedule's keys are there, and reach nothing."""
+    steps = "trainer.max_steps=100000"
+    solved = run("est-plan", *schedule, "target_saved_blocks=0.1", steps, "format=json", cwd=tmp_path).json
+    [override] = solved["overrides"]
+    pasted = run("est-plan", *schedule, override, steps, "format=json", cwd=tmp_path).json
+    assert pasted["saved_blocks"] == pytest.approx(0.1, abs=1e-4)
+    assert pasted["saved_blocks"] == pytest.approx(solved["saved_blocks"])
+    printed = run("est-plan", *schedule, "target_saved_blocks=0.1", steps, cwd=tmp_path).out.splitlines()[0]
+    assert shlex.split(printed) == [override]
+
+
+def test_a_boundary_is_called_by_the_key_that_decides_it(tmp_path):
+    failed = run("est-plan", "scheduler.stages=[{end: 0.2, mlp: 0.5}, {}]", "trainer.max_steps=2", cwd=tmp_path)
+    assert failed.code == 2
+    assert "scheduler.stages[0].end" in failed.err
 
 
 def test_requested_and_effective_rates_are_both_shown(tmp_path):
