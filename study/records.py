@@ -84,9 +84,9 @@ def _as_run(folder: Path, content: dict[str, Any]) -> RunRecord:
 
 
 def _decisive(config: TrainConfig) -> dict[str, Any]:
-    """What reaches a run's weights, or its evaluations."""
+    """What reaches a run's weights or its evaluations, and the arm's name."""
     plain = as_plain(config)
-    for key in set(HARMLESS) - {"trainer.eval_every", "trainer.eval_tokens"}:
+    for key in set(HARMLESS) - {"name", "trainer.eval_every", "trainer.eval_tokens"}:
         section, _, leaf = key.partition(".")
         del (plain[section] if leaf else plain)[leaf or section]
     return plain

@@ -40,7 +40,7 @@ def corpus_of(config: TrainConfig, records: Records) -> str:
 
     Raises UserError where it is another one than the records'.
     """
-    store = prepare(config.data, config.tokenizer, config.model.vocab_size, _say, sys.stderr.isatty())
+    store = prepare(config.data, config.tokenizer, config.model.vocab_size, entry.say, sys.stderr.isatty())
     if records.corpus not in (None, store.fingerprint):
         python = next(iter(records.contents.values()))["environment"]["python"]
         raise UserError(
@@ -67,12 +67,12 @@ def train(runs: list[Run], records: Records, corpus: str, workers: int) -> list[
                     code = going.pop(run).returncode
                     if code == entry.DONE:
                         records.add(run, RUNS / run.name, corpus)
-                        _say(
+                        entry.say(
                             f"{run.name}: done, validation loss {records.contents[run.name]['summary']['val_loss']:.4f}"
                         )
                     else:
                         failed.append(run)
-                        _say(f"{run.name}: exit code {code}, see {_log(run)}")
+                        entry.say(f"{run.name}: exit code {code}, see {_log(run)}")
         except KeyboardInterrupt:
             for process in going.values():
                 process.send_signal(signal.SIGTERM)
@@ -87,7 +87,7 @@ def _start(run: Run, lock: IO[str]) -> subprocess.Popen:
     folder = RUNS / run.name
     if RunDirectory(folder).summary().get("status") == "done":
         return subprocess.Popen([sys.executable, "-c", ""])
-    _say(f"{run.name}: {'goes on' if (folder / 'config.yaml').exists() else 'starts'}")
+    entry.say(f"{run.name}: {'goes on' if (folder / 'config.yaml').exists() else 'starts'}")
     command = [sys.executable, "-m", "est_cli", BASE, *run.overrides, f"hydra.run.dir={folder}"]
     with _log(run).open("a") as log:
         return subprocess.Popen(
@@ -121,7 +121,3 @@ def _terminated_as_interrupted() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
-
-
-def _say(message: str) -> None:
-    print(message, file=sys.stderr, flush=True)

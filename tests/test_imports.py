@@ -10,7 +10,7 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parents[1] / "est_cli"
 TIERS = [
-    {"errors", "schema", "plugins", "checks", "config", "auto", "subnet"},
+    {"errors", "units", "schema", "plugins", "checks", "config", "auto", "subnet"},
     {"model", "kernels", "data"},
     {"training"},
     {"evaluation", "benchmark", "tracking", "reports"},

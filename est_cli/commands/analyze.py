@@ -2,7 +2,6 @@
 
 import json
 import os
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -10,8 +9,9 @@ from typing import Any, Literal
 from rich.console import Console
 
 from est_cli.commands.analysis_tables import print_analysis
-from est_cli.commands.entry import read_only
+from est_cli.commands.entry import read_only, say
 from est_cli.commands.evaluate import short_names
+from est_cli.commands.run_directory import CONFIG, METRICS
 from est_cli.errors import UserError
 from est_cli.evaluation.measures import Measures
 from est_cli.schema import read
@@ -36,6 +36,7 @@ def run(plain: dict[str, Any]) -> None:
     if problems:
         raise UserError(*problems)
     folders = [Path(folder).expanduser() for folder in ([given] if isinstance(given, str) else given)]
+    _check_runs(folders)
     destination = Path(out).expanduser() if out else _default_out(folders)
     _check_writable(destination)
     runs = _analyze(folders, measures)
@@ -48,6 +49,19 @@ def run(plain: dict[str, Any]) -> None:
     print_analysis(runs, console)
     for path in (destination / _JSON, *files):
         console.print(path, soft_wrap=True, highlight=False, markup=False)
+
+
+def _check_runs(folders: Sequence[Path]) -> None:
+    """Before anything is measured."""
+    problems, seen = [], set()
+    for folder in folders:
+        if folder.resolve() in seen:
+            problems.append(f"run={folder}: is named twice")
+        elif (folder / CONFIG).exists() and not (folder / METRICS).exists():
+            problems.append(f"run={folder}: has logged no step yet: there is no {METRICS}")
+        seen.add(folder.resolve())
+    if problems:
+        raise UserError(*problems)
 
 
 def _default_out(folders: Sequence[Path]) -> Path:
@@ -72,9 +86,9 @@ def _analyze(folders: Sequence[Path], measures: Measures) -> list[dict[str, Any]
     rates = partial_rates([stage for config in configs for stage in config.stages])
     found = []
     for name, folder in zip(short_names(list(map(str, folders))), folders, strict=True):
-        opened = open_run(folder, _say)
-        val = run_store(opened, _say).val
-        found.append({"run": str(folder), "name": name, **analyze(opened, val, rates, measures, _say)})
+        opened = open_run(folder, say)
+        val = run_store(opened, say).val
+        found.append({"run": str(folder), "name": name, **analyze(opened, val, rates, measures, say)})
     return found
 
 
@@ -86,7 +100,3 @@ def _write(facts: dict[str, Any], runs: list[dict[str, Any]], folders: Sequence[
     out.mkdir(parents=True, exist_ok=True)
     (out / _JSON).write_text(json.dumps(facts, indent=1) + "\n")
     return write_figures(runs, load_runs(folders), out)
-
-
-def _say(message: str) -> None:
-    print(message, file=sys.stderr, flush=True)

@@ -108,12 +108,12 @@ class Composer:
 
     def _group_problem(self, override: Override, groups: list[str]) -> str | None:
         group, value = override.key_or_group, override.value()
-        if group not in groups or not isinstance(value, str):
+        if group not in groups or value is None or isinstance(value, list):
             return None
         options = self.loader.get_group_options(group)
         if value in options:
             return None
-        return f"{group}={value}: must be one of {', '.join(options)}{nearest(value, options)}"
+        return f"{group}={value}: must be one of {', '.join(options)}{nearest(str(value), options)}"
 
     def _known_keys(self, overrides: list[str]) -> list[str]:
         try:

@@ -21,8 +21,13 @@ HARMLESS = (
     "trainer.strategy",
     "trainer.shard",
     "data.cache_dir",
+    "data.num_workers",
+    "name",
 )
-"""Keys, and whole sections, that may change when a run continues: they do not reach its weights."""
+"""Keys, and whole sections, that may change when a run continues: what the run computes does not hang on them.
+
+Of these `trainer.threads` alone can move a sum's last bit.
+"""
 
 MAX_STEPS = "trainer.max_steps"
 BATCH = ("trainer.devices", "trainer.batch_size", "trainer.grad_accum")

@@ -10,7 +10,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from est_cli.commands.entry import read_only
+from est_cli.commands.entry import read_only, say
 from est_cli.config import Natural, read_train_config
 from est_cli.errors import UserError
 from est_cli.schema import read
@@ -36,7 +36,7 @@ def run(plain: dict[str, Any]) -> None:
     from est_cli.data.tokens import prepare
 
     data = replace(config.data, train_tokens=None)  # how much of it a run trains on is no matter of the corpus
-    store = prepare(data, config.tokenizer, config.model.vocab_size, _say, sys.stderr.isatty())
+    store = prepare(data, config.tokenizer, config.model.vocab_size, say, sys.stderr.isatty())
     facts = inspect(store, samples)
     if config.format == "json":
         print(json.dumps(facts))
@@ -82,7 +82,3 @@ def _mixture_table(mixture: list[dict[str, Any]]) -> Table:
         cells = [cell for split in splits for cell in (f"{split['share']:.2%}", f"{split['passes']:.2f} times")]
         table.add_row(Text(str(source["path"])), f"{source['weight']:.2%}", *cells)
     return table
-
-
-def _say(message: str) -> None:
-    print(message, file=sys.stderr, flush=True)

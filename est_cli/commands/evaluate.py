@@ -3,14 +3,13 @@
 import dataclasses
 import json
 import os
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from rich.console import Console
 from rich.table import Table
 
-from est_cli.commands.entry import read_only
+from est_cli.commands.entry import read_only, say
 from est_cli.config import Count, DataConfig, Natural, as_plain, read_train_config
 from est_cli.errors import UserError
 from est_cli.schema import read
@@ -61,7 +60,7 @@ def run(plain: dict[str, Any]) -> None:
 def _evaluate(folder: str, request: Request) -> dict[str, Any]:
     from est_cli.evaluation.run import open_run
 
-    opened = open_run(Path(folder), _say)
+    opened = open_run(Path(folder), say)
     facts = _tasks(opened, request) if request.tasks else _loss(opened, request)
     return {"step": opened.checkpoint.step - 1, **facts}
 
@@ -74,7 +73,7 @@ def _loss(opened: "OpenRun", request: Request) -> dict[str, Any]:
     if data is not None:
         read_train_config(as_plain(dataclasses.replace(config, data=data)))
     seq_len = None if data is None or data.seq_len == "auto" else data.seq_len
-    store = run_store(opened, _say, data)
+    store = run_store(opened, say, data)
     n_tokens = request.tokens or config.trainer.eval_tokens
     loss = evaluate(opened, store.val, store.tokenizer.token_bytes, n_tokens, seq_len)
     return {
@@ -95,7 +94,7 @@ def _tasks(opened: "OpenRun", request: Request) -> dict[str, Any]:
     tasks_dir = None if request.tasks_dir is None else Path(request.tasks_dir).expanduser().absolute()
     if tasks_dir is not None and not tasks_dir.is_dir():
         raise UserError(f"tasks_dir={request.tasks_dir}: must be a folder with task files")
-    tokenizer = run_tokenizer(opened, _say)
+    tokenizer = run_tokenizer(opened, say)
     return {"tasks": evaluate_tasks(opened, tokenizer, request.tasks, tasks_dir, request.limit, request.num_fewshot)}
 
 
@@ -135,7 +134,3 @@ def _tasks_table(names: list[str], found: list[dict[str, Any]]) -> Table:
 def _with_error(metrics: dict[str, float], metric: str) -> str:
     error = metrics.get(f"{metric}_stderr")
     return f"{metrics[metric]:.4f}" + ("" if error is None else f" ± {error:.4f}")
-
-
-def _say(message: str) -> None:
-    print(message, file=sys.stderr, flush=True)

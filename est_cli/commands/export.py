@@ -1,13 +1,12 @@
 """est-export: a run's model, or a subnetwork of it, as a Hugging Face folder."""
 
 import json
-import sys
 from pathlib import Path
 from typing import Any, Literal
 
 from rich.console import Console
 
-from est_cli.commands.entry import read_only
+from est_cli.commands.entry import read_only, say
 from est_cli.config import Natural
 from est_cli.errors import UserError
 from est_cli.schema import read
@@ -27,6 +26,7 @@ def run(plain: dict[str, Any]) -> None:
     plan_step = read(Natural | None, plain["plan_step"], "plan_step", problems)
     given = {name: read(Rate | None, plain[name], name, problems) for name in ("heads", "mlp", "layers")}
     rates = {name: rate for name, rate in given.items() if rate is not None}
+    kind = read(Literal["text", "json"], plain["format"], "format", problems)
     if folder is None:
         problems.append("run: is missing; must be a run directory")
     if out is None:
@@ -42,7 +42,7 @@ def run(plain: dict[str, Any]) -> None:
 
     destination = Path(out).expanduser().absolute()
     check_free(destination)
-    opened = open_run(Path(folder), _say)
+    opened = open_run(Path(folder), say)
     model = reference = opened.model.cpu()
     if plan_step is not None or rates:
         config = opened.config
@@ -50,18 +50,14 @@ def run(plain: dict[str, Any]) -> None:
         family_of(subnet.shape.model)
         reference = packed(model, subnet)
         model = standalone(reference, subnet.shape)
-    tokenizer = run_tokenizer(opened, _say)
+    tokenizer = run_tokenizer(opened, say)
     difference = export(model, reference, tokenizer, destination)
     if difference is None:
-        _say("transformers is not installed: the folder was written, and not checked (pip install transformers)")
-    if plain["format"] == "json":
+        say("transformers is not installed: the folder was written, and not checked (pip install transformers)")
+    if kind == "json":
         print(json.dumps({"out": str(destination), "max_logit_difference": difference}))
         return
     console = Console()
     console.print(f"out: {destination}", soft_wrap=True, highlight=False, markup=False)
     if difference is not None:
         console.print(f"checked: loads with transformers; logits differ from ours by at most {difference:.1e}")
-
-
-def _say(message: str) -> None:
-    print(message, file=sys.stderr, flush=True)

@@ -4,9 +4,9 @@ import json
 import re
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from est_cli.commands.entry import read_only
+from est_cli.commands.entry import read_only, say
 from est_cli.config import Count, Natural, NotNegative
 from est_cli.errors import UserError
 from est_cli.schema import read
@@ -35,6 +35,7 @@ def run(plain: dict[str, Any]) -> None:
     kinds = {"max_tokens": Count, "temperature": NotNegative, "top_k": Count | None, "seed": Natural}
     decoding = {key: read(kind, plain[key], key, problems) for key, kind in kinds.items()}
     prompt = "" if plain["prompt"] is None else str(plain["prompt"])
+    form = read(Literal["text", "json"], plain["format"], "format", problems)
     if folder is None:
         problems.append("run: is missing; must be a run directory")
     if problems:
@@ -42,9 +43,9 @@ def run(plain: dict[str, Any]) -> None:
     from est_cli.evaluation.generation import Decoding, generate_text
     from est_cli.evaluation.run import open_run, run_tokenizer
 
-    opened = open_run(Path(folder), _say)
-    pieces = generate_text(opened.model, run_tokenizer(opened, _say), prompt, Decoding(**decoding))
-    if plain["format"] == "json":
+    opened = open_run(Path(folder), say)
+    pieces = generate_text(opened.model, run_tokenizer(opened, say), prompt, Decoding(**decoding))
+    if form == "json":
         texts, counts = zip(*pieces, strict=True) if (pieces := list(pieces)) else ((), ())
         print(json.dumps({"prompt": prompt, "text": "".join(texts), "tokens": sum(counts)}))
         return
@@ -52,7 +53,3 @@ def run(plain: dict[str, Any]) -> None:
     for text, _ in pieces:
         print(text, end="", flush=True)
     print()
-
-
-def _say(message: str) -> None:
-    print(message, file=sys.stderr, flush=True)

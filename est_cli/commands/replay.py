@@ -4,8 +4,9 @@ import argparse
 import dataclasses
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
+from est_cli import schema
 from est_cli.commands import entry
 from est_cli.config import TrainConfig, read_train_config
 from est_cli.errors import UserError
@@ -33,6 +34,10 @@ def run(value: str, arguments: argparse.Namespace) -> None:
     if strange:
         raise UserError(f"{KEY}{value}: goes with {', '.join(ALLOWED)} alone, and not with {', '.join(strange)}")
     composed, _ = entry.compose("train", arguments)
+    problems: list[str] = []
+    form = schema.read(Literal["text", "json"], composed["format"], "format", problems)
+    if problems:
+        raise UserError(*problems)
     from est_cli.training.device import available_device
     from est_cli.training.nonfinite import read, replay
 
@@ -50,7 +55,7 @@ def run(value: str, arguments: argparse.Namespace) -> None:
     device = available_device(config.trainer, config.kernels).kind
     import torch
 
-    _print(kept, config, replay(kept, config, torch.device(device)), folder, device, composed["format"])
+    _print(kept, config, replay(kept, config, torch.device(device)), folder, device, form)
 
 
 def _config(folder: Path, given: dict[str, dict[str, Any]]) -> TrainConfig:

@@ -38,7 +38,11 @@ def run(plain: dict[str, Any]) -> None:
         return
     from est_cli.reports.report import write_report
 
-    files = write_report(records, Path(out).expanduser() if out else _default_out(folders))
+    destination = Path(out).expanduser() if out else _default_out(folders)
+    try:
+        files = write_report(records, destination)
+    except OSError as error:
+        raise UserError(f"out={destination}: cannot be written ({error.strerror})") from error
     if kind == "json":
         print(json.dumps({name: str(path) for name, path in files.items()}))
         return

@@ -14,7 +14,7 @@ from est_cli.errors import UserError
 
 _OF_THE_CALL = ("run_id", "format")
 """Keys that say how a run was called, not what it computes."""
-_RATES = ("sampling.heads", "sampling.mlp", "sampling.layers")
+_RATES = ("sampling", "sampling.heads", "sampling.mlp", "sampling.layers")
 
 
 def recorded_config(run_dir: str, overrides: list[str]) -> str:

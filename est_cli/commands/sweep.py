@@ -92,10 +92,10 @@ def run(arguments: Any, job: Job) -> int:
 
     result = SweepResult.of(directory, _swept_keys(master))
     result.show(master.format)
-    if stopped is None:
-        return result.exit_code
-    print(f"continue with: {call.command}", file=sys.stderr)
-    return stopped
+    code = result.exit_code if stopped is None else stopped
+    if code not in (entry.DONE, entry.FAILED, entry.BAD_INPUT):
+        print(f"continue with: {call.command}", file=sys.stderr)
+    return code
 
 
 def _check_installed(master: DictConfig) -> None:

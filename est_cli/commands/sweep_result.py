@@ -64,10 +64,10 @@ class SweepResult:
 
     @property
     def exit_code(self) -> int:
-        """2 where every failure was bad input, 1 where one was not, 0 where there is none."""
+        """2 where every failure was bad input, 1 where one was not; without a failure 75 where a job is not done."""
         failed = [job for job in self.jobs if job.error is not None]
         if not failed:
-            return entry.DONE
+            return entry.DONE if all(job.status == "done" for job in self.jobs) else entry.STOPPED
         return entry.BAD_INPUT if all(job.bad_input for job in failed) else entry.FAILED
 
     @cached_property

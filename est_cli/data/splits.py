@@ -1,7 +1,8 @@
 """Training and validation: the documents of a corpus that each gets, and their text.
 
 Documents are ordered by a hash of their content, so that the split depends neither on where they lie nor
-on what they are called, and equal documents always land on the same side: validation leaks nothing.
+on what they are called, and equal documents always land on the same side: validation leaks nothing. Where the source
+names its own validation split, that is taken as it is.
 """
 
 import itertools

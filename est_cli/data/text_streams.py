@@ -24,10 +24,6 @@ class StreamedCorpus:
         stats = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in self._files]
         self.fingerprint = hashlib.sha256(json.dumps([self.source, stats]).encode()).hexdigest()
 
-    @property
-    def has_val_split(self) -> bool:
-        return self._data.val_split is not None
-
     def training_texts(self) -> "TextStream":
         return TextStream(load_split(self._data, self._files, self._data.split, streaming=True), self._data.column)
 

@@ -98,9 +98,9 @@ def _checkpoint_facts(run: OpenRun, measured: Measured) -> dict[str, Any]:
 
 def _transitions(run: OpenRun, measured: list[Measured], window: int) -> list[dict[str, Any]]:
     """Each with what was logged around it, and what its checkpoint shows where there is one."""
-    stages, path = run.config.stages, run.folder / METRICS_NAME
+    stages = run.config.stages
     at = {entry.updates: entry for entry in measured}
-    logged = transitions(stages, iterate_metrics(path) if path.exists() else (), window)
+    logged = transitions(stages, iterate_metrics(run.folder / METRICS_NAME), window)
     return [
         {
             "step": old.end,

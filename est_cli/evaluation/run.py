@@ -36,7 +36,13 @@ def read_run_config(folder: Path) -> TrainConfig:
         parent = folder.parent
         siblings = [str(p.parent) for p in parent.glob("*/config.yaml")] if parent.is_dir() else []
         raise UserError(f"run={folder}: must be a run directory (with config.yaml){nearest(str(folder), siblings)}")
-    return read_train_config(yaml.safe_load(path.read_text()))
+    try:
+        plain = yaml.safe_load(path.read_text("utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise UserError(f"run={folder}: its config.yaml cannot be read: {error}") from error
+    if not isinstance(plain, dict):
+        raise UserError(f"run={folder}: its config.yaml is not that of a run of est-train")
+    return read_train_config(plain)
 
 
 def open_run(folder: Path, warn: Callable[[str], None]) -> OpenRun:

@@ -1,6 +1,7 @@
 """The loss around each stage transition, as the run logged it."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections import defaultdict, deque
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -42,32 +43,33 @@ class Transition:
 
 def transitions(stages: Sequence[Stage], records: Iterable[Mapping[str, Any]], window: int) -> list[Transition]:
     """What `records`, the lines of metrics.jsonl, tell of the end of every stage but the last."""
-    near: dict[tuple[int, int], list[float]] = {}
+    first: dict[int, list[float]] = defaultdict(list)
+    last: dict[int, deque[float]] = defaultdict(lambda: deque(maxlen=window))
     val: list[Validation] = []
-    pairs = list(pairwise(stages))
     for record in records:
-        step, stage, loss = record["step"], record["stage"], record["train/loss"]
-        for old, new in pairs:
-            if loss is not None and abs(step + 0.5 - old.end) < window and stage in (old.number, new.number):
-                near.setdefault((old.number, stage), []).append(loss)
+        stage, loss = record["stage"], record["train/loss"]
+        if loss is not None:
+            last[stage].append(loss)
+            if len(first[stage]) < window:
+                first[stage].append(loss)
         if record["val/loss"] is not None:
-            val.append(Validation(step + 1, record["val/loss"]))
+            val.append(Validation(record["step"] + 1, record["val/loss"]))
     return [
         Transition(
             old.end,
             old.number,
-            _training_loss(near.get((old.number, old.number), []), near.get((old.number, new.number), [])),
+            _training_loss(last[old.number], first[new.number]),
             _around(val, old.end),
         )
-        for old, new in pairs
+        for old, new in pairwise(stages)
     ]
 
 
-def _training_loss(before: list[float], after: list[float]) -> TrainingLoss | None:
+def _training_loss(before: Collection[float], after: Collection[float]) -> TrainingLoss | None:
     if not before or not after:
         return None
-    variances = [np.var(side, ddof=1) / len(side) if len(side) > 1 else 0.0 for side in (before, after)]
-    return TrainingLoss(float(np.mean(before)), float(np.mean(after)), float(np.sqrt(sum(variances))))
+    variances = [np.var(list(side), ddof=1) / len(side) if len(side) > 1 else 0.0 for side in (before, after)]
+    return TrainingLoss(float(np.mean(list(before))), float(np.mean(after)), float(np.sqrt(sum(variances))))
 
 
 def _around(val: list[Validation], end: int) -> tuple[Validation, Validation] | None:

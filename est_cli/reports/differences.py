@@ -12,7 +12,7 @@ from est_cli.units import format_setting
 SEED = "seed"
 _STAGES = "scheduler.stages"
 _ABSENT = object()
-_NOT_SETTINGS = {"run_id", "name", "format", "scheduler.names", "data.cache_dir"}
+_NOT_SETTINGS = {"run_id", "name", "format", "data.cache_dir"}
 _LARGEST_PAIRS = 3
 
 
@@ -41,10 +41,10 @@ def differences(runs: Sequence[RunRecord]) -> dict[str, Difference]:
         if len(set(identity)) == 1:
             continue
         if identity in differing:
-            differing[identity].also.append(_as_written(key, runs))
+            differing[identity].also.append(key)
         else:
             values = [None if value is _ABSENT else value for value in values]
-            differing[identity] = Difference(_as_written(key, runs), values)
+            differing[identity] = Difference(key, values)
     return {difference.key: difference for difference in differing.values()}
 
 
@@ -105,12 +105,3 @@ def stages_as_text(run: RunRecord) -> str:
 
 def _plainest_first(key: str) -> tuple[bool, bool, str]:
     return key == SEED, key.startswith("scheduler.stages["), key
-
-
-def _as_written(key: str, runs: Sequence[RunRecord]) -> str:
-    """The key that people override: `scheduler.stages[0].end` is `scheduler.stage1_end` in the named schedules."""
-    if not (key.startswith("scheduler.stages[") and key.endswith("].end")):
-        return key
-    index = int(key[len("scheduler.stages[") : -len("].end")])
-    names = runs[0].setting("scheduler.names")
-    return str(names[index]) if isinstance(names, list) and index < len(names) else key

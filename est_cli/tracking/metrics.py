@@ -137,11 +137,6 @@ def iterate_metrics(path: Path) -> Iterator[dict[str, Any]]:
                     raise ValueError(f"{path}, line {number}: is not JSON") from None
 
 
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """All records of a metrics.jsonl; see `iterate_metrics`."""
-    return list(iterate_metrics(path))
-
-
 def _step_of(line: bytes) -> int | None:
     """The step of a complete line, or None."""
     try:

@@ -27,7 +27,7 @@ class RunInfo:
     full_flops_per_step: float
     """FLOPs of one optimizer step of the full model."""
     command: str
-    """The command line that started the run."""
+    """The command line that continues the run."""
 
     @property
     def max_steps(self) -> int:

@@ -6,6 +6,7 @@ from tests.commands.cli import run
 
 CASES = {
     "a misspelt option": (["model=tinylama"], ["model=tinylama", "did you mean 'tinyllama'"]),
+    "a number for an option": (["model=nan"], ["model=nan", "must be one of", "nano"]),
     "a misspelt group": (["modle=gpt2"], ["modle", "did you mean 'model'"]),
     "a misspelt experiment": (["experiment=quickstrt"], ["experiment=quickstrt", "did you mean 'quickstart'"]),
     "a misspelt key": (["trainer.max_step=5"], ["trainer.max_step:", "did you mean 'trainer.max_steps'"]),
@@ -62,7 +63,8 @@ def test_misspelt_overrides_are_told_at_once(tmp_path):
 @pytest.mark.parametrize(
     ("command", "argument"),
     [("est-eval", "run=nowhere"), ("est-eval", "run=null"), ("est-report", "runs=nowhere"), ("est-plan", "step=-1"),
-     ("est-plan", "target_saved_blocks=0.9"), ("est-data", "samples=-1"), ("est-bench", "against=tensorflow")],
+     ("est-plan", "target_saved_blocks=0.9"), ("est-data", "samples=-1"), ("est-bench", "against=tensorflow"),
+     ("est-export", "format=jsonn"), ("est-generate", "format=jsonn")],
 )  # fmt: skip
 def test_every_command_says_what_is_wrong(command, argument, tmp_path):
     done = run(command, argument, cwd=tmp_path)
@@ -70,3 +72,45 @@ def test_every_command_says_what_is_wrong(command, argument, tmp_path):
     assert argument.split("=")[0] in done.err
     assert "Traceback" not in done.err
     assert done.out == ""
+
+
+@pytest.mark.parametrize("flags", [("--cfg", "job"), ("--info", "config")])
+def test_hydras_own_flags_change_nothing_about_mistakes(flags, tmp_path):
+    done = run("est-train", *flags, "trainer.max_step=5", cwd=tmp_path)
+    assert done.code == 2
+    assert done.err == "error: trainer.max_step: there is no such key; did you mean 'trainer.max_steps'?\n"
+    done = run("est-plan", "-m", "seed=0,1", "modle=gpt2", cwd=tmp_path)
+    assert done.code == 2
+    assert "modle" in done.err and "Traceback" not in done.err
+
+
+def test_one_of_hydras_flags_at_a_time(tmp_path):
+    done = run("est-train", "-m", "--cfg", "job", cwd=tmp_path)
+    assert (done.code, done.err) == (2, "error: --multirun --cfg: only one of them at a time\n")
+
+
+@pytest.mark.parametrize("content", ["- a\n- list\n", "model: {n_layers: [\n"])
+def test_a_damaged_config_in_a_run_directory_is_told(content, tmp_path):
+    (tmp_path / "damaged").mkdir()
+    (tmp_path / "damaged" / "config.yaml").write_text(content)
+    done = run("est-eval", "run=damaged", cwd=tmp_path)
+    assert done.code == 2
+    assert done.err.startswith("error: run=damaged: its config.yaml ")
+    assert "Traceback" not in done.err
+
+
+def test_runs_that_cannot_be_analyzed_are_told_before_anything_is_measured(tmp_path):
+    (tmp_path / "begun").mkdir()
+    (tmp_path / "begun" / "config.yaml").write_text("{}")
+    done = run("est-analyze", "run=[begun,./begun]", cwd=tmp_path)
+    assert done.code == 2
+    assert "run=begun: has logged no step yet" in done.err
+    assert "run=begun: is named twice" in done.err
+
+
+def test_a_report_that_cannot_be_written_is_told(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "metrics.jsonl").write_text('{"step": 0}\n')
+    done = run("est-report", "runs=run", "out=/proc/nowhere", cwd=tmp_path)
+    assert done.code == 2
+    assert done.err.startswith("error: out=/proc/nowhere: cannot be written")

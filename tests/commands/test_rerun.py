@@ -47,7 +47,7 @@ def test_overrides_and_groups_change_what_is_repeated(tmp_path):
     assert again.model.head_dim == again.model.d_model // 8
 
 
-@pytest.mark.parametrize("override", ["scheduler.stage1_end=0.3", "sampling.heads=0.25"])
+@pytest.mark.parametrize("override", ["scheduler.stage1_end=0.3", "sampling.heads=0.25", "sampling=layers"])
 def test_a_key_that_cannot_reach_the_recorded_stages_is_refused(tmp_path, override):
     recorded(tmp_path)
     with pytest.raises(UserError, match=r"does not reach the stages.*scheduler=three_stage"):

@@ -13,6 +13,7 @@ import yaml
 from omegaconf import OmegaConf
 
 from est_cli.commands.sweep import job_name, sweep_name
+from est_cli.commands.sweep_result import SweepResult
 from tests.commands.cli import TINY, Finished, clean_environment, run, write_corpus
 
 FAST = ("trainer.max_steps=15", "trainer.eval_every=0", "trainer.checkpoint_every=0")
@@ -71,6 +72,20 @@ def test_a_failure_is_shown_and_left_in_the_jobs_folder(mixed):
 
 def test_the_exit_code_is_2_where_bad_input_is_all_that_failed(mixed, mended):
     assert (mixed.code, mended.code) == (1, 2)
+
+
+@pytest.mark.parametrize(
+    ("summaries", "code"),
+    [(["done", "done"], 0), (["done", "stopped"], 75), (["done", None], 75)],
+)
+def test_a_sweep_of_which_a_job_was_stopped_elsewhere_is_not_done(tmp_path, summaries, code):
+    for number, status in enumerate(summaries):
+        folder = tmp_path / f"seed-{number}"
+        folder.mkdir()
+        (folder / "config.yaml").write_text("{}")
+        if status is not None:
+            (folder / "summary.json").write_text(json.dumps({"status": status, "val_loss": 1.0}))
+    assert SweepResult.of(tmp_path).exit_code == code
 
 
 def test_the_same_command_runs_only_what_failed(mixed, mended):

@@ -28,6 +28,12 @@ def test_the_sides_are_the_nearest_steps():
     assert found.standard_error == pytest.approx((0.5 / 2 + 0.5 / 2) ** 0.5)
 
 
+def test_the_window_counts_logged_steps():
+    """Every third step was logged: still up to two of them on either side."""
+    found = transitions(STAGES, RECORDS[::3], 2)[1].train
+    assert (found.before, found.after) == (100 - 4.5, 100 - 10.5)
+
+
 def test_a_side_never_reaches_into_a_third_stage():
     found = transitions(STAGES, RECORDS, 100)[0].train
     assert (found.before, found.after) == (100 - 0.5, 100 - 4)

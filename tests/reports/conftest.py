@@ -45,15 +45,12 @@ def three_stages(stage1_end=2 / 15, stage2_end=7 / 15, rate=0.5) -> list[dict]:
 
 def make_config(*, steps=300, seed=0, stages=None, name="est", sampling=None, model=None, **more) -> dict:
     stages = three_stages() if stages is None else stages
-    names = [
-        f"scheduler.stage{i + 1}_end" if stage["end"] is not None else f"scheduler.stages[{i}].end"
-        for i, stage in enumerate(stages)
-    ]
+    ends = {f"stage{i + 1}_end": stage["end"] for i, stage in enumerate(stages[:-1])}
     return {
         "model": {**NANO, **(model or {})},
         "data": {"kind": "stdlib", "seq_len": 256, "val_fraction": 0.05},
         "tokenizer": {"kind": "sentencepiece", "vocab_size": 4096},
-        "scheduler": {"stages": stages, "names": names},
+        "scheduler": {**ends, "stages": stages},
         "sampling": {
             "heads": 0.5,
             "mlp": 0.5,

@@ -11,7 +11,7 @@ import pytest
 
 from est_cli.errors import UserError
 from est_cli.tracking.csv_tracker import CSV_NAME, CsvTracker
-from est_cli.tracking.metrics import METRIC_KEYS, MetricsFile, read_metrics
+from est_cli.tracking.metrics import METRIC_KEYS, MetricsFile, iterate_metrics
 from est_cli.tracking.tensorboard_tracker import FOLDER, TensorBoardTracker
 from tracking.simulated import record, run_info
 
@@ -45,7 +45,7 @@ def tensorboard_rows(run_dir: Path) -> list[dict]:
 def test_a_csv_has_every_number_to_the_last_bit(tmp_path):
     assert track(CsvTracker, tmp_path, range(6)) == []
     rows = csv_rows(tmp_path)
-    assert rows == read_metrics(tmp_path / "metrics.jsonl")
+    assert rows == list(iterate_metrics(tmp_path / "metrics.jsonl"))
     assert rows[2]["train/loss"] is None and tuple(rows[0]) == METRIC_KEYS
 
 
@@ -57,7 +57,7 @@ def test_a_csv_row_is_on_disk_as_soon_as_it_is_logged(tmp_path):
 def test_tensorboard_reads_every_number_as_a_32_bit_float(tmp_path):
     pytest.importorskip("tensorboard")
     assert track(TensorBoardTracker, tmp_path, range(6)) == []
-    records = [{k: v for k, v in r.items() if v is not None} for r in read_metrics(tmp_path / "metrics.jsonl")]
+    records = [{k: v for k, v in r.items() if v is not None} for r in iterate_metrics(tmp_path / "metrics.jsonl")]
     expected = [{k: v if k == "step" else float(np.float32(v)) for k, v in r.items()} for r in records]
     assert tensorboard_rows(tmp_path) == expected
 
@@ -79,7 +79,7 @@ def test_a_record_that_cannot_be_written_is_told_once_and_does_not_stop_the_trai
     (tmp_path / CSV_NAME).mkdir()
     [message] = track(CsvTracker, tmp_path, range(3))
     assert "training goes on" in message
-    assert len(read_metrics(tmp_path / "metrics.jsonl")) == 3
+    assert len(list(iterate_metrics(tmp_path / "metrics.jsonl"))) == 3
 
 
 def test_a_missing_tensorboard_is_the_users_mistake(monkeypatch):

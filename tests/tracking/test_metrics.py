@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from est_cli.tracking.metrics import METRIC_KEYS, MetricsFile, iterate_metrics, read_metrics, to_line, truncate
+from est_cli.tracking.metrics import METRIC_KEYS, MetricsFile, iterate_metrics, to_line, truncate
 from tracking.simulated import record, run_info
 
 
@@ -18,14 +18,14 @@ def write(tmp_path, steps, first_step=0, say=print):
 
 def test_what_is_logged_is_read_back_to_the_last_bit_and_in_the_order_of_the_contract(tmp_path):
     write(tmp_path, range(5)).finish("done", None)
-    records = read_metrics(tmp_path / "metrics.jsonl")
+    records = list(iterate_metrics(tmp_path / "metrics.jsonl"))
     assert records == [record(step) for step in range(5)]
     assert all(tuple(read) == METRIC_KEYS for read in records)
 
 
 def test_a_record_is_on_disk_as_soon_as_it_is_logged(tmp_path):
     write(tmp_path, [0, 1])
-    assert [read["step"] for read in read_metrics(tmp_path / "metrics.jsonl")] == [0, 1]
+    assert [read["step"] for read in iterate_metrics(tmp_path / "metrics.jsonl")] == [0, 1]
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
@@ -36,7 +36,7 @@ def test_numbers_that_json_does_not_have_become_null(value):
 def test_a_resumed_run_has_every_step_once(tmp_path):
     write(tmp_path, range(8))
     write(tmp_path, range(5, 10), first_step=5).finish("done", None)
-    assert [read["step"] for read in read_metrics(tmp_path / "metrics.jsonl")] == list(range(10))
+    assert [read["step"] for read in iterate_metrics(tmp_path / "metrics.jsonl")] == list(range(10))
 
 
 def test_a_run_that_was_killed_before_its_first_checkpoint_starts_with_an_empty_file(tmp_path):
@@ -57,7 +57,7 @@ def test_a_tail_that_a_crash_damaged_is_cut(tmp_path, tail):
 def test_the_reader_leaves_out_a_last_line_that_was_cut(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(to_line(record(0)) + to_line(record(1))[:30])
-    assert read_metrics(path) == [record(0)]
+    assert list(iterate_metrics(path)) == [record(0)]
 
 
 def test_the_reader_names_a_damaged_line(tmp_path):
@@ -97,7 +97,7 @@ def test_a_full_disk_is_told_once_and_loses_no_line_when_there_is_room_again(tmp
     assert len(messages) == 1 and "No space left on device" in messages[0]
     disk.full = False
     metrics.log(record(4))
-    assert [read["step"] for read in read_metrics(tmp_path / "metrics.jsonl")] == list(range(5))
+    assert [read["step"] for read in iterate_metrics(tmp_path / "metrics.jsonl")] == list(range(5))
 
 
 def test_a_run_is_not_done_while_lines_are_missing_on_disk(tmp_path):
