@@ -39,7 +39,9 @@ def expected_device(config: TrainConfig) -> Device:
     if kind == "auto":
         kind = "cuda" if has_gpu() else "cpu"
     devices = config.trainer.devices
-    return Device(kind, 1 if devices == "auto" else devices)
+    if devices == "auto":
+        devices = max(1, len(list(Path("/dev").glob("nvidia[0-9]*")))) if kind == "cuda" else 1
+    return Device(kind, devices)
 
 
 def choose(config: TrainConfig, device: Device) -> tuple[TrainConfig, list[str]]:

@@ -5,11 +5,19 @@ import sys
 
 from est_cli.benchmark.arguments import parser, to_case
 from est_cli.benchmark.measure import measure, peak_of_stage
+from est_cli.config import TrainerConfig
+from est_cli.errors import UserError
+from est_cli.training.device import available_device
 
 
 def main() -> None:
-    arguments = parser().parse_args()
-    case = to_case(arguments)
+    commands = parser()
+    arguments = commands.parse_args()
+    try:
+        case = to_case(arguments)
+        available_device(TrainerConfig(device=case.device), case.kernels)
+    except UserError as error:
+        commands.error("\n".join(error.problems))
     if arguments.peak_memory_of_stage is not None:
         print(json.dumps({"peak_memory_bytes": peak_of_stage(case, arguments.peak_memory_of_stage - 1)}))
         return

@@ -2,11 +2,13 @@
 
 import argparse
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 from est_cli.benchmark.case import Case
-from est_cli.config import ModelConfig, OptimizerConfig, SamplingConfig
+from est_cli.config import Count, ModelConfig, Natural, OptimizerConfig, SamplingConfig
+from est_cli.errors import UserError
+from est_cli.schema import read
 from est_cli.subnet.schedule import Rates
 
 _GPT2 = {"norm": "layernorm", "position": "learned", "mlp": "gelu", "bias": True, "tie_embeddings": True}
@@ -61,15 +63,24 @@ def _model(text: str) -> dict[str, Any]:
 
 
 def to_case(arguments: argparse.Namespace) -> Case:
-    model = arguments.model
-    optimizer = {**arguments.optimizer}
-    if "betas" in optimizer:
-        optimizer["betas"] = tuple(optimizer["betas"])
+    """Raises UserError with every problem."""
+    problems: list[str] = []
+    model = read(ModelConfig, arguments.model, "--model", problems)
+    sampling = read(SamplingConfig, arguments.sampling, "--sampling", problems)
+    optimizer = read(OptimizerConfig, arguments.optimizer, "--optimizer", problems)
+    rates = read(tuple[Rates, ...], arguments.rates, "--rates", problems)
+    for name in ("batch_size", "seq_len", "grad_accum", "rounds"):
+        read(Count, getattr(arguments, name), f"--{name.replace('_', '-')}", problems)
+    read(Natural, arguments.warmup, "--warmup", problems)
+    if not problems and rates[-1:] != (Rates(),):
+        problems.append(f"--rates={json.dumps(arguments.rates)}: the last must be the full model, {{}}")
+    if problems:
+        raise UserError(*problems)
     return Case(
-        ModelConfig(**model),
-        SamplingConfig(**arguments.sampling),
-        OptimizerConfig(**optimizer),
-        tuple(Rates(**rates) for rates in arguments.rates),
+        replace(model, head_dim=model.head_dim or model.d_model // model.n_heads),
+        sampling,
+        optimizer,
+        rates,
         arguments.batch_size,
         arguments.seq_len,
         arguments.grad_accum,

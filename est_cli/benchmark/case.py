@@ -57,10 +57,10 @@ class Case:
 
 
 def case_of(config: TrainConfig) -> Case:
-    """The stages of a training config, in order; the full model is added where no stage trains it."""
+    """The stages of a training config, in order; the full model is added where the last one does not train it."""
     rates = [stage.rates for stage in config.stages]
-    full = Rates()
-    rates = [*(r for r in rates if r != full), full]
+    if rates[-1] != Rates():
+        rates.append(Rates())
     trainer = config.trainer
     return Case(
         config.model,

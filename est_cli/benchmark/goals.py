@@ -84,7 +84,9 @@ def main() -> None:
 def _print(rows: Sequence[Row], rounds: int, console: Any) -> None:
     from rich.table import Table
 
-    table = Table(title=f"{machine()}; medians of {rounds} interleaved rounds [quartiles]", title_justify="left")
+    table = Table(
+        title=f"{machine()}; medians [quartiles], of steps over {rounds} interleaved rounds", title_justify="left"
+    )
     for column in ("what", "where", "measured", "goal", ""):
         table.add_column(column, justify="right" if column in ("measured", "goal") else "left")
     for row in rows:
@@ -96,7 +98,8 @@ def _print(rows: Sequence[Row], rounds: int, console: Any) -> None:
 def machine() -> str:
     """The processor, its threads, and torch."""
     info = Path("/proc/cpuinfo")
-    names = [line.split(":")[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
     name = names[0] if names else "a CPU"
     return f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}"
 

@@ -64,7 +64,7 @@ def _stage(case: Case, seconds: np.ndarray, index: int) -> dict[str, Any]:
     time_ratios, flops_ratio = totals[:, index] / totals[:, -1], flops[index] / flops[-1]
     efficiencies = (1 - time_ratios) / (1 - flops_ratio) if flops_ratio < 1 else None
     step_s = float(np.median(totals[:, index]))
-    peak = peak_flops(torch.device(case.device), case.peak_flops)
+    peak = peak_flops(torch.device(case.device), case.precision, case.peak_flops)
     return {
         "stage": index + 1,
         "rates": asdict(case.rates[index]),

@@ -5,7 +5,6 @@ autocast over fp32 weights and of bf16 weights with fp32 masters is the one that
 """
 
 import time
-from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -114,7 +113,7 @@ class Peer:
 
 def fastest(case: Case, warmup: int) -> Peer:
     """The peer in the faster of its settings, judged on `warmup` steps after one that is not counted."""
-    best: tuple[float, Callable[[], Peer]] | None = None
+    best: tuple[float, str] | None = None
     for setting in SETTINGS[case.precision]:
         peer = Peer(case, setting)
         peer.step()

@@ -76,7 +76,7 @@ def describe(config: TrainConfig) -> dict[str, Any]:
                 "effective_rates": vars(effective_rates(config.model, config.sampling, stage.rates)),
                 "tokens": stage.steps * config.tokens_per_step,
                 "flops_per_step": cost.total,
-                "saved": 1.0 - cost.total / ledger.full.total,
+                "saved": ledger.stage_saved(stage.number),
                 "saved_blocks": 1.0 - cost.blocks / ledger.full.blocks,
             }
             for stage, cost in zip(ledger.stages, ledger.per_step, strict=True)

@@ -73,7 +73,7 @@ def _config(folder: Path, given: dict[str, dict[str, Any]]) -> TrainConfig:
         plain["trainer"]["device"] = "cpu"
     if plain["trainer"]["precision"] == "auto":
         plain["trainer"]["precision"] = "fp32"
-    plain["trainer"]["devices"], plain["trainer"]["strategy"] = 1, "single"
+    plain["trainer"] |= {"devices": 1, "strategy": "single", "shard": False}
     return read_train_config(plain)
 
 

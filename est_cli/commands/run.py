@@ -62,6 +62,10 @@ def execute(prepared: Prepared, peers: "Peers") -> int:
     checkpoints = Checkpoints(folder, kept.keep, kept.keep_best, code, config.lasting_checkpoints)
     stopping, summary = stop_request(), {}
     keep_freed_memory()
+    if config.trainer.threads is not None:
+        import torch
+
+        torch.set_num_threads(config.trainer.threads)
     with _told_by_one(prepared, peers):
         training = Training(config, prepared.store, join(config.trainer.device, peers), prepared.trackers)
         _restore(prepared, training, checkpoints, peers)

@@ -119,7 +119,7 @@ def read_config(composed: dict[str, Any]) -> tuple[TrainConfig, list[str]]:
 
     if config.model.init_from is not None:
         check_pretrained(config.model)
-    config, notes = auto.choose(config, available_device(config.trainer))
+    config, notes = auto.choose(config, available_device(config.trainer, config.kernels))
     check_strategy(config)
     return (config if arm is None else with_arm(config, arm)), notes
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from est_cli.config import ModelConfig
 from est_cli.errors import UserError
-from est_cli.model.huggingface_config import Family, from_config, head_dim, to_config
+from est_cli.model.huggingface_config import Family, from_config, to_config
 from est_cli.model.transformer import Transformer
 
 State = dict[str, Tensor]
@@ -135,7 +135,7 @@ def _part_rows(model: ModelConfig, name: str) -> list[int]:
     """Rows of each of the matrices that Llama keeps apart and we keep together."""
     if name == "mlp.up":
         return [model.d_ff] * 2
-    return [heads * head_dim(model) for heads in (model.n_heads, model.n_kv_heads, model.n_kv_heads)]
+    return [heads * model.head_dim for heads in (model.n_heads, model.n_kv_heads, model.n_kv_heads)]
 
 
 def _head(ours: State) -> Iterator[tuple[str, Tensor]]:

@@ -41,10 +41,10 @@ def family_of(model: ModelConfig) -> Family:
 def _gpt2_widths(model: ModelConfig) -> Iterator[str]:
     if model.n_kv_heads != model.n_heads:
         yield f"model.n_kv_heads={model.n_kv_heads}: {CLASSES['gpt2']} has no grouped-query attention"
-    if model.n_heads * head_dim(model) != model.d_model:
+    if model.n_heads * model.head_dim != model.d_model:
         yield (
             f"model.n_heads={model.n_heads}: {CLASSES['gpt2']} ties d_model to n_heads · head_dim, and "
-            f"{model.d_model} is not {model.n_heads} · {head_dim(model)}; it can hold a subnetwork of fewer MLP "
+            f"{model.d_model} is not {model.n_heads} · {model.head_dim}; it can hold a subnetwork of fewer MLP "
             "neurons and layers, with every head"
         )
 
@@ -93,7 +93,7 @@ def _llama_config(model: ModelConfig) -> dict[str, Any]:
         "num_hidden_layers": model.n_layers,
         "num_attention_heads": model.n_heads,
         "num_key_value_heads": model.n_kv_heads,
-        "head_dim": head_dim(model),
+        "head_dim": model.head_dim,
         "hidden_act": "silu",
         "rms_norm_eps": model.norm_eps,
         # Before and since version 5 of transformers.
@@ -165,8 +165,3 @@ def _require(config: Mapping[str, Any], **allowed: tuple) -> None:
     ]
     if problems:
         raise UserError(*problems)
-
-
-def head_dim(model: ModelConfig) -> int:
-    """Width of one head."""
-    return model.head_dim or model.d_model // model.n_heads

@@ -85,7 +85,9 @@ def _stage_bytes(
         slots_and_gradients = 4 * (packed + parameters.total)
         head_gradient = 4 * table
     element = 2 if bf16 else 4
-    logits = element * min(tokens * full.vocab_size, CPU_LOGITS if cpu else CUDA_LOGITS)
+    # Their gradient in bf16 is made from a copy in fp32, on a GPU of all at once.
+    logit = element + (4 if bf16 and not cpu else 0)
+    logits = logit * min(tokens * full.vocab_size, CPU_LOGITS if cpu else CUDA_LOGITS)
     activations = tokens * element * _activation_elements(small, recompute)
     return slots_and_gradients + head_gradient + logits + activations
 

@@ -124,8 +124,10 @@ def _explain_empty(specs, max_steps: int, names, index: int, previous: int, end:
 
 def smallest_max_steps(specs: Sequence[StageSpec]) -> int | None:
     """The smallest run length at which no stage is empty, or None where there is none to be found."""
-    steps = [spec.end for spec in specs if isinstance(spec.end, int)]
-    floor = max([len(specs), *(step + 1 for step in steps)])
+    # The last stage ends with the training, all others before it.
+    *earlier, last = [spec.end for spec in specs]
+    steps = [end + 1 for end in earlier if isinstance(end, int)] + ([last] if isinstance(last, int) else [])
+    floor = max([len(specs), *steps])
     for index, spec in enumerate(specs):
         if isinstance(spec.end, float):
             # The boundary after index + 1 stages lies at that step at least.

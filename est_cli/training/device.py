@@ -32,7 +32,7 @@ _STATUS = Path("/proc/self/status")
 _RESET = Path("/proc/self/clear_refs")
 
 
-def available_device(trainer: TrainerConfig, kernels: str = "auto") -> Device:
+def available_device(trainer: TrainerConfig, kernels: str) -> Device:
     """The device that `trainer` asks for. Raises UserError where torch sees none, or none that `kernels` can use."""
     has_cuda = torch.cuda.is_available()
     if trainer.device == "cuda" and not has_cuda:
@@ -60,9 +60,9 @@ def _check_launched(trainer: TrainerConfig, ranks: int, gpus: int | None) -> Non
         raise UserError(f"{here} processes were started on this machine, which has {gpus} GPUs; start one for each")
 
 
-def peak_flops(device: torch.device, given: float | None) -> float | None:
-    """Peak FLOP/s for perf/mfu: what the user gave, or the table's for a known GPU, else None."""
-    if given is not None or device.type != "cuda":
+def peak_flops(device: torch.device, precision: str, given: float | None) -> float | None:
+    """Peak FLOP/s for perf/mfu: what the user gave, or the table's for a known GPU in bf16, else None."""
+    if given is not None or device.type != "cuda" or precision != "bf16":
         return given
     name = torch.cuda.get_device_name(device)
     return next((peak for part, peak in PEAK_BF16_FLOPS.items() if part in name), None)
@@ -100,4 +100,5 @@ def peak_memory_bytes(device: torch.device) -> int:
         return int(line.split()[1]) * 1024
     import resource
 
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

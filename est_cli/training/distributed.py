@@ -118,6 +118,8 @@ def _flat(bucket: list[Tensor]) -> Tensor:
 def _told_of_lost_peers() -> Iterator[None]:
     try:
         yield
+    except torch.OutOfMemoryError:
+        raise  # this process's own
     except RuntimeError as error:
         raise PeerLost(f"another process of the run has ended ({error})") from error
 

@@ -52,7 +52,6 @@ class Outcome:
 
     status: Literal["done", "stopped"]
     steps: int
-    val_loss: float | None
     train_s: float
     peak_memory_bytes: int
     skipped_steps: int
@@ -68,7 +67,7 @@ class Training:
         self.ledger = config_ledger(config)
         self.dtype = DTYPES[config.trainer.precision]
         self.strategy = strategy_named(config.sampling.strategy)
-        self.peak_flops = peak_flops(world.device, config.trainer.peak_flops)
+        self.peak_flops = peak_flops(world.device, config.trainer.precision, config.trainer.peak_flops)
         recompute, kernels = config.trainer.recompute == "block", kernels_for(config.kernels, world.device)
         model = Transformer(config.model, "meta", recompute=recompute, kernels=kernels)
         self.shards = Shards.of(model, world, config.trainer.shard)
@@ -110,7 +109,7 @@ class Training:
             del subnet
         self._save(checkpoints, "full" if stopped else trainer.save_final, is_last=True)
         status, memory = "stopped" if stopped else "done", peak_memory_bytes(self.world.device)
-        return Outcome(status, self.step, self.val_loss, self.train_s, memory, self.skipped_steps)
+        return Outcome(status, self.step, self.train_s, memory, self.skipped_steps)
 
     def _build(self, stage: Stage) -> PackedSubnetwork | MaskedSubnetwork:
         shape = subnetwork(self.config.model, self.config.sampling, stage.rates)

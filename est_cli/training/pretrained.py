@@ -134,6 +134,10 @@ def _named(model: ModelConfig, read: Any) -> Any:
         return read()
     except UserError as error:
         raise UserError(*(f"model.init_from={model.init_from}: {problem}" for problem in error.problems)) from None
+    except KeyError as error:
+        raise UserError(f"model.init_from={model.init_from}: its config.json or index lacks {error}") from error
+    except (ValueError, TypeError, AttributeError) as error:
+        raise UserError(f"model.init_from={model.init_from}: cannot be read: {error}") from error
 
 
 def _show(value: Any) -> str:

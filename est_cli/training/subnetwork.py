@@ -32,6 +32,37 @@ class Update:
     gradient: Tensor
 
 
+class Accumulators:
+    """Sums of the slots' gradients in fp32, by name.
+
+    The slots' hooks hold these and nothing else: a cycle that leads through a hook is never collected, and would keep
+    every subnetwork of the run alive.
+    """
+
+    def __init__(self) -> None:
+        self.sums: dict[str, Tensor] = {}
+        self._started: set[str] = set()
+
+    def restart(self) -> None:
+        """The next gradient of every slot begins its sum anew."""
+        self._started.clear()
+
+    def watch(self, name: str, slot: nn.Parameter) -> None:
+        """Add every gradient of `slot` as soon as the backward pass has made it, and drop it."""
+        slot.register_post_accumulate_grad_hook(lambda slot: self._add(name, slot))
+
+    def _add(self, name: str, slot: nn.Parameter) -> None:
+        if name not in self.sums:
+            # Made by the first backward pass, so that a subnetwork that only evaluates never pays for them.
+            self.sums[name] = torch.empty_like(slot, dtype=torch.float32)
+        if name in self._started:
+            self.sums[name].add_(slot.grad)
+        else:
+            self.sums[name].copy_(slot.grad)
+            self._started.add(name)
+        slot.grad = None
+
+
 class PackedSubnetwork:
     """Pack, dense small model, unpack."""
 
@@ -54,15 +85,16 @@ class PackedSubnetwork:
         self._sampled = {name: (row_kind(name), layer_of(name)) for name in self.parameters if self._is_sampled(name)}
         self.rows: dict[str, Rows] = {}
         self.names: dict[str, str] = {name: name for name in self.parameters}
-        self.accumulators: dict[str, Tensor] = {}
+        self.accumulators = Accumulators()
         if self.casts:
-            self._accumulate_in_fp32()
+            for name, parameter in self.parameters.items():
+                self.accumulators.watch(name, parameter)
 
     def load(self, plan: Plan) -> None:
         """Fill the slots with the rows of `plan`, and drop the gradients of the step before."""
         for parameter in self.parameters.values():
             parameter.grad = None
-        self._started: set[str] = set()
+        self.accumulators.restart()
         if self.is_master:
             return
         if self.small.n_layers != self.full.n_layers:
@@ -79,6 +111,11 @@ class PackedSubnetwork:
         )
         self.shards.spread({self.names[name]: self.parameters[name].data for name in copied})
 
+    def load_whole(self) -> None:
+        """As `load`, where the subnetwork is the full model: there is nothing to choose."""
+        every = np.arange(self.full.n_layers)
+        self.load(Plan(every, *(np.empty((len(every), 0), int),) * 3))
+
     def loss(self, inputs: Tensor, targets: Tensor) -> Tensor:
         """Mean cross-entropy of one micro-batch [B, T]; differentiable."""
         return self.module(inputs, targets)
@@ -88,7 +125,7 @@ class PackedSubnetwork:
         return [Update(self.names[name], self.rows.get(name), self._gradient(name)) for name in self.parameters]
 
     def _gradient(self, name: str) -> Tensor:
-        return self.accumulators[name] if self.casts else self.parameters[name].grad
+        return self.accumulators.sums[name] if self.casts else self.parameters[name].grad
 
     def _is_sampled(self, name: str) -> bool:
         kind = row_kind(name)
@@ -101,21 +138,6 @@ class PackedSubnetwork:
             shares = not self.copies and not self._is_sampled(name)
             data = source.data if shares else torch.empty(parameter.shape, dtype=dtype, device=self.device)
             set_parameter(self.module, name, data)
-
-    def _accumulate_in_fp32(self) -> None:
-        for name, parameter in self.parameters.items():
-            parameter.register_post_accumulate_grad_hook(lambda slot, name=name: self._accumulate(name, slot))
-
-    def _accumulate(self, name: str, slot: nn.Parameter) -> None:
-        if name not in self.accumulators:
-            # Made by the first backward pass, so that a subnetwork that only evaluates never pays for them.
-            self.accumulators[name] = torch.empty_like(slot, dtype=torch.float32)
-        if name in self._started:
-            self.accumulators[name].add_(slot.grad)
-        else:
-            self.accumulators[name].copy_(slot.grad)
-            self._started.add(name)
-        slot.grad = None
 
     def _share(self) -> None:
         """Point the tensors that are not sampled by rows at the master's storage."""
@@ -153,10 +175,9 @@ class MaskedSubnetwork:
         return self.full.module
 
     def load(self, plan: Plan) -> None:
-        every = np.arange(self.config.n_layers)
-        self.full.load(Plan(every, *(np.empty((len(every), 0), int),) * 3))
+        self.full.load_whole()
         self.plan = plan
-        self.masks = [self._mask(layer) for layer in every.tolist()]
+        self.masks = [self._mask(layer) for layer in range(self.config.n_layers)]
 
     def loss(self, inputs: Tensor, targets: Tensor) -> Tensor:
         return self.module(inputs, targets, self.masks)

@@ -4,7 +4,7 @@ import numpy as np
 import torch
 
 from est_cli.model.transformer import Transformer
-from est_cli.subnet.plan import Plan, Subnetwork
+from est_cli.subnet.plan import Subnetwork
 from est_cli.training.distributed import World
 from est_cli.training.subnetwork import PackedSubnetwork
 
@@ -23,10 +23,9 @@ def validation_loss(
     windows [n, T + 1] of token ids; ranks share the windows. `whole` is a packed copy of the full model to use
     again; its gradients are dropped.
     """
-    every = np.arange(model.config.n_layers)
     subnetwork = whole or PackedSubnetwork(model, Subnetwork(model.config), dtype)
     if not subnetwork.is_master:
-        subnetwork.load(Plan(every, *(np.empty((len(every), 0), int),) * 3))
+        subnetwork.load_whole()
     total = torch.zeros((), dtype=torch.float64, device=world.device)
     for start in range(world.rank * batch_size, len(windows), batch_size * world.size):
         batch = torch.from_numpy(windows[start : start + batch_size]).to(world.device)

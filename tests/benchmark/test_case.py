@@ -6,12 +6,13 @@ from dataclasses import fields, replace
 import pytest
 from tiny import GPT2, train_config
 
+from est_cli.benchmark.__main__ import main as benchmark_main
 from est_cli.benchmark.arguments import PRESETS, parser, to_arguments, to_case
 from est_cli.benchmark.case import Case, case_of
 from est_cli.benchmark.stepper import Stepper
 from est_cli.commands.entry import compose
 from est_cli.config import OptimizerConfig, SamplingConfig, read_train_config
-from est_cli.subnet.schedule import Rates
+from est_cli.subnet.schedule import Rates, StageSpec
 
 PLAIN = Case(GPT2, SamplingConfig(), OptimizerConfig(), (Rates(0.5, 0.5, 0.5), Rates()), 2, 8)
 SAME = {"model", "rates", "seed"}
@@ -50,6 +51,36 @@ def test_a_case_takes_what_the_trainer_was_told():
     case = case_of(config)
     assert (case.precision, case.compile, case.recompute, case.grad_accum) == ("bf16", True, True, 3)
     assert case.rates[-1] == Rates()
+
+
+def test_stages_keep_their_numbers_where_one_of_them_is_the_full_model():
+    config = train_config(GPT2)
+    half, full = StageSpec(heads=0.5), StageSpec()
+    stages = (replace(full, end=2), replace(half, end=4), full)
+    rates = case_of(replace(config, scheduler=replace(config.scheduler, stages=stages))).rates
+    assert rates == (full.rates, half.rates, full.rates)
+    sampled = case_of(replace(config, scheduler=replace(config.scheduler, stages=(half,)))).rates
+    assert sampled == (half.rates, full.rates), "the full model is what the others are compared with"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "problem"),
+    [
+        (["--batch-size", "0"], "--batch-size=0: must be an integer of at least 1"),
+        (["--device", "cuda"], "trainer.device=cuda: torch sees no GPU"),
+        (["--kernels", "triton"], "kernels=triton: needs a GPU"),
+        (["--rates", '[{"head": 0.5}, {}]'], "--rates[0].head: there is no such key; did you mean 'heads'"),
+        (["--rates", "[]"], "the last must be the full model"),
+        (["--model", '{"n_layers": 1}'], "--model.d_ff: is missing"),
+    ],
+)
+def test_mistakes_on_the_plain_command_line_are_told(monkeypatch, capsys, arguments, problem):
+    monkeypatch.setattr("sys.argv", ["benchmark", *arguments])
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(SystemExit) as exit:
+        benchmark_main()
+    assert exit.value.code == 2
+    assert problem in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("kernels", ["auto", "masked"])

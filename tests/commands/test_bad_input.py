@@ -29,6 +29,7 @@ CASES = {
     "no path": (["data=text"], ["data.path: is missing"]),
     "a missing file": (["data=text", "data.path=nowhere/at/all"], ["data.path=nowhere/at/all"]),
     "a text too small": (["trainer.batch_size=100000"], ["data.seq_len", "trainer.batch_size"]),
+    "kernels for another device": (["kernels=triton", "trainer.device=cpu"], ["kernels=triton", "needs a GPU"]),
     "no GPU": (["trainer.device=cuda"], ["trainer.device=cuda"]),
     "a name that leaves the folder": (["name=../x"], ["name=../x"]),
     "an unknown strategy": (["sampling.strategy=randm"], ["sampling.strategy=randm", "did you mean 'random'"]),

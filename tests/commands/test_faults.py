@@ -81,6 +81,11 @@ def test_a_run_that_is_not_finite_names_the_step_and_the_replay_that_repeats_it(
     assert seen["step"] == json.loads((folder / "step.json").read_text())["step"]
     assert seen["grad_norm"] is None
 
+    kept = json.loads((folder / "step.json").read_text())
+    kept["config"]["trainer"] |= {"strategy": "ddp", "devices": 2, "shard": True}
+    (folder / "step.json").write_text(json.dumps(kept))
+    assert run("est-train", f"replay={folder}", "format=json", cwd=place).json == seen, "one process replays many"
+
 
 def test_a_replay_of_something_else_is_refused(place):
     done = run("est-train", "replay=corpus", "trainer.max_steps=4", cwd=place)

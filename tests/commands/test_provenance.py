@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from est_cli.commands.provenance import environment, git_state, write_environment
+from tests.commands.cli import TINY, run, write_corpus
 
 ROOT = Path(__file__).parents[2]
 
@@ -48,3 +49,13 @@ def test_the_commit_is_that_of_the_checkout():
 
 def test_outside_of_a_checkout_there_is_no_commit(tmp_path):
     assert git_state(tmp_path) is None
+
+
+def test_trainer_threads_is_what_a_run_computes_with(tmp_path):
+    write_corpus(tmp_path / "corpus")
+    done = run(
+        "est-train", *TINY, "data=text", "data.path=corpus", "trainer.max_steps=8", "trainer.threads=1", "format=json",
+        cwd=tmp_path, OMP_NUM_THREADS="2",
+    )  # fmt: skip
+    recorded = json.loads(Path(done.json["run_dir"], "environment.json").read_text())
+    assert recorded["machine"]["threads"] == 1

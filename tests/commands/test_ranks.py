@@ -167,7 +167,7 @@ def test_a_config_that_is_not_for_the_started_processes_is_refused(monkeypatch, 
     """Else each would train a run of its own, in one folder."""
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UserError, match=re.escape(message)):
-        available_device(trainer)
+        available_device(trainer, "auto")
 
 
 @pytest.mark.parametrize(

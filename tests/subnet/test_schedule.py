@@ -86,6 +86,12 @@ def test_the_smallest_max_steps_works_and_one_less_does_not(ends):
         build_stages(specs, smallest - 1)
 
 
+def test_an_end_of_the_last_stage_is_the_smallest_max_steps():
+    specs = (StageSpec(10, 0.5), StageSpec(100))
+    assert smallest_max_steps(specs) == 100
+    build_stages(specs, 100)
+
+
 def test_the_smallest_max_steps_may_be_far_away():
     specs = (StageSpec(20_000, 0.5), StageSpec(0.05, 0.5), StageSpec())
     assert build_stages(specs, 400_010)

@@ -152,3 +152,21 @@ def test_what_our_model_cannot_hold_is_refused(tmp_path, change, problem):
 
 def test_where_weights_come_from_is_no_part_of_the_shape():
     assert replace(FAMILIES["llama"], init_from="somewhere") == FAMILIES["llama"]
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "problem"),
+    [
+        ("config.json", '{"model_type": "gpt2"}', "its config.json or index lacks 'n_embd'"),
+        ("config.json", "[]", "cannot be read"),
+        ("model.safetensors.index.json", '{"weight_map": ', "cannot be read"),
+        ("model.safetensors.index.json", "{}", "its config.json or index lacks 'weight_map'"),
+    ],
+)
+def test_a_damaged_folder_is_told(tmp_path, file, content, problem):
+    folder = write(tmp_path / "out", random_master(FAMILIES["gpt2"], torch.float32))
+    if "index" in file:
+        (tmp_path / "out" / "model.safetensors").unlink()
+    (tmp_path / "out" / file).write_text(content)
+    with pytest.raises(UserError, match=rf"model\.init_from=\S+: .*{problem}"):
+        load_pretrained(Transformer(replace(FAMILIES["gpt2"], init_from=folder)))

@@ -1,5 +1,8 @@
 """Where the packed subnetwork's tensors live, and what is copied when."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 from adapter import full_size, reference_plan, reference_tensors
@@ -54,6 +57,20 @@ def test_in_fp32_a_dimension_that_is_not_sampled_is_not_copied(rates):
     assert any("attention" in name for name in subnet.rows) == (rates.heads < 1)
     assert any("mlp" in name for name in subnet.rows) == (rates.mlp < 1)
     assert len(subnet.module.blocks) == (2 if rates.layers < 1 else 3)
+
+
+@pytest.mark.parametrize("rates", [HALF, Rates()])
+def test_a_subnetwork_that_nobody_holds_is_gone(rates):
+    """In bf16 hooks add up its gradients: what they hold, they would keep for the whole run."""
+    master = random_master(LLAMA, torch.float32)
+    subnet = packed(master, rates, torch.bfloat16)
+    subnet.load(plan_of(master, rates))
+    subnet.loss(*random_batch(LLAMA)).backward()
+    assert subnet.updates()
+    alive = [weakref.ref(slot) for slot in subnet.parameters.values()]
+    del subnet
+    gc.collect()
+    assert not any(slot() is not None for slot in alive)
 
 
 def test_in_fp32_with_every_count_full_the_module_is_the_master():
