@@ -25,6 +25,13 @@ class Frontier:
         points = sorted((run.outcome["flops_total"], run.outcome["val_loss"]) for run in runs)
         return cls(*np.array(points).reshape(-1, 2).T)
 
+    @classmethod
+    def mean(cls, frontiers: Sequence["Frontier"]) -> "Frontier":
+        """Of several seeds, measured at the same FLOPs; empty where one of them is."""
+        if not frontiers or not all(len(frontier.flops) for frontier in frontiers):
+            return cls.of([])
+        return cls(*(np.mean([getattr(f, axis) for f in frontiers], 0) for axis in ("flops", "loss")))
+
     def loss_at(self, flops: float) -> float:
         """The full model's loss for so much compute; NaN outside of what was measured."""
         # A run of the same FLOPs differs by a rounded step.

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -72,23 +73,21 @@ def candidates(records: Records) -> str:
     """What was trained as long as the headline, against the full model of the same seed; ± deviation over seeds."""
     rows = []
     for says, runs in _long_schedules().items():
-        done = records.of([run for run in runs if run in records])
-        if not done:
+        done = _LongRuns.of(records, runs)
+        if not done.losses:
             rows.append((says, f"0 of {len(runs)}", MISSING, *[""] * 5))
             continue
-        frontiers = [long_frontier(records, run.setting("seed")) for run in done]
+        same_flops = [f.loss_at(spent) for f, spent in zip(done.frontiers, done.flops, strict=True)]
         rows.append(
             (
                 says,
-                f"{len(done)} of {len(runs)}",
-                _saved(frontiers[0], done[0]),
-                _over_seeds([run.outcome["val_loss"] for run in done], "{:.4f}"),
-                _over_seeds([f.loss[-1] if len(f.loss) else math.nan for f in frontiers], "{:.4f}"),
-                _over_seeds(
-                    [f.loss_at(run.outcome["flops_total"]) for f, run in zip(frontiers, done, strict=True)], "{:.4f}"
-                ),
-                _over_seeds([_against(f, run) for f, run in zip(frontiers, done, strict=True)], "{:+.4f}"),
-                _over_seeds([100 * _share_saved(f, run) for f, run in zip(frontiers, done, strict=True)], "{:.1f}%"),
+                f"{len(done.losses)} of {len(runs)}",
+                done.saved,
+                _over_seeds(done.losses, "{:.4f}"),
+                _over_seeds([f.loss[-1] if len(f.loss) else math.nan for f in done.frontiers], "{:.4f}"),
+                _over_seeds(same_flops, "{:.4f}"),
+                _over_seeds(np.subtract(done.losses, same_flops), "{:+.4f}"),
+                _percent(done.saved_at_equal_loss),
             )
         )
     header = (
@@ -110,17 +109,52 @@ def goal_says(records: Records) -> str:
     """How close the schedules that were trained as long as the headline came to the goal."""
     said, best = [], (-math.inf, "")
     for says, runs in _long_schedules().items():
-        for run in records.of([run for run in runs if run in records]):
-            frontier = long_frontier(records, run.setting("seed"))
-            if not len(frontier.loss):
-                continue
-            if run.outcome["flops_saved"] >= _GOAL - 5e-4:
-                short = _difference(run.outcome["val_loss"] - frontier.loss[-1])
-                said.append(f"{says}: {_saved(frontier, run)} saved, loss {short} the full model's")
-            if (saved := _share_saved(frontier, run)) > best[0]:
-                best = (saved, f"the most that was saved at equal loss is {format_percent(saved)}, by {says}")
-    said += [best[1]] if best[1] else []
-    return f"Single seeds. {'; '.join(said)}." if said else f"Nothing to say: the long runs are {MISSING}."
+        done = _LongRuns.of(records, runs)
+        if not len(done.frontier.loss):
+            continue
+        seeds = f"{says} ({len(done.losses)} seed{'s' if len(done.losses) > 1 else ''})"
+        if done.share_saved >= _GOAL - 5e-4:
+            loss = _difference(float(np.mean(done.losses)) - done.frontier.loss[-1])
+            said.append(f"{seeds}: {done.saved} saved, loss {loss} the full model's for the same tokens")
+        if done.saved_at_equal_loss > best[0]:
+            best = (done.saved_at_equal_loss, seeds)
+    said += [f"the most that was saved at equal loss is {_percent(best[0])}, by {best[1]}"] if best[1] else []
+    return f"{'; '.join(said)}." if said else f"Nothing to say: the long runs are {MISSING}."
+
+
+@dataclass(frozen=True)
+class _LongRuns:
+    """The seeds of one schedule that are done, each beside the full model of its own seed."""
+
+    losses: list[float]
+    flops: list[float]
+    frontiers: list[Frontier]
+
+    @classmethod
+    def of(cls, records: Records, runs: list[Run]) -> "_LongRuns":
+        done = [run for run in runs if run in records]
+        outcomes = [record.outcome for record in records.of(done)]
+        frontiers = [long_frontier(records, run.seed) for run in done]
+        return cls([o["val_loss"] for o in outcomes], [o["flops_total"] for o in outcomes], frontiers)
+
+    @property
+    def frontier(self) -> Frontier:
+        """The mean over the seeds."""
+        return Frontier.mean(self.frontiers)
+
+    @property
+    def share_saved(self) -> float:
+        """Of the FLOPs of the full model's whole run."""
+        return 1 - float(np.mean(self.flops)) / self.frontier.flops[-1] if len(self.frontier.flops) else math.nan
+
+    @property
+    def saved(self) -> str:
+        return _percent(self.share_saved)
+
+    @property
+    def saved_at_equal_loss(self) -> float:
+        """Of the FLOPs that the full model needs for the mean loss; NaN where that was not measured."""
+        return 1 - float(np.mean(self.flops)) / self.frontier.flops_at(float(np.mean(self.losses)))
 
 
 def long_frontier(records: Records, seed: int) -> Frontier:
@@ -351,17 +385,12 @@ def _against(frontier: Frontier, run: RunRecord) -> float:
 
 def _saved(frontier: Frontier, run: RunRecord) -> str:
     """Of the FLOPs of the full model's whole run."""
-    return format_percent(1 - run.outcome["flops_total"] / frontier.flops[-1]) if len(frontier.flops) else "-"
-
-
-def _share_saved(frontier: Frontier, run: RunRecord) -> float:
-    """How much less than the full model it spent for the loss that it reached."""
-    return 1 - run.outcome["flops_total"] / frontier.flops_at(run.outcome["val_loss"])
+    return _percent(1 - run.outcome["flops_total"] / frontier.flops[-1]) if len(frontier.flops) else "-"
 
 
 def _saved_at_equal_loss(frontier: Frontier, run: RunRecord) -> str:
-    saved = _share_saved(frontier, run)
-    return format_percent(saved) if math.isfinite(saved) else "-"
+    """How much less than the full model it spent for the loss that it reached."""
+    return _percent(1 - run.outcome["flops_total"] / frontier.flops_at(run.outcome["val_loss"]))
 
 
 def _over_seeds(values: Sequence[float], form: str) -> str:
@@ -389,6 +418,10 @@ def _difference(value: float) -> str:
 
 def _bold(text: str, bold: bool) -> str:
     return f"**{text}**" if bold else text
+
+
+def _percent(share: float) -> str:
+    return format_percent(share).replace("-", "−") if math.isfinite(share) else "-"
 
 
 def _number(value: float) -> str:

@@ -161,10 +161,27 @@ def test_long_schedules_are_held_against_the_full_model_at_the_better_of_its_rat
     assert row(table, "rates 0.75")[1:3] == ["0 of 3", "not yet run"]
 
 
+def test_seeds_are_paired_with_the_full_model_of_their_own(long_runs):
+    """Seed 1's full model is better by 0.1, and so is the schedule: the difference is that of seed 0."""
+    template = long_runs.contents[f"lr-{EST}-{TUNED[EST]}"]
+    for arm, flops, loss in ((EST, 0.75, 2.0), (FULL, 1.0, 1.9), (FULL_SAME_FLOPS, 0.75, 2.1)):
+        _make_up(long_runs, template, f"headline-{arm}-seed1", arm, flops, loss)
+    cells = row(tables.candidates(long_runs), "**EST")
+    assert cells[1] == "2 of 3"
+    assert cells[3:7] == ["2.0500 ± 0.0707", "1.9500 ± 0.0707", "2.1500 ± 0.0707", "−0.1000 ± 0.0000"]
+    assert cells[7] == f"{100 * (1 - 0.75 / 0.75**0.5):.1f}%", "of the mean losses"
+
+
+def test_the_schedule_that_is_kept_is_the_one_that_was_recorded():
+    asked = Run("three", ("scheduler=three_quarters",))
+    [recorded] = [run for run in grid() if run.name == "candidate-rates-0.75-seed0"]
+    assert training.config_of(asked).scheduler.stages == training.config_of(recorded).scheduler.stages
+
+
 def test_how_close_the_goal_is(long_runs):
     said = tables.goal_says(long_runs)
-    assert "boundaries 0.2 and 0.7: 35.0% saved, loss 0.1500 above the full model's" in said
-    assert f"equal loss is {100 * (1 - 0.65 / 0.75**0.75):.1f}%, by boundaries 0.2 and 0.7" in said
+    assert "boundaries 0.2 and 0.7 (1 seed): 35.0% saved, loss 0.1500 above the full model's" in said
+    assert f"equal loss is {100 * (1 - 0.65 / 0.75**0.75):.1f}%, by boundaries 0.2 and 0.7 (1 seed)" in said
 
 
 def test_what_a_baseline_at_another_rate_would_have_said(long_runs):
