@@ -77,7 +77,6 @@ def candidates(records: Records) -> str:
         if not done.losses:
             rows.append((says, f"0 of {len(runs)}", MISSING, *[""] * 5))
             continue
-        same_flops = [f.loss_at(spent) for f, spent in zip(done.frontiers, done.flops, strict=True)]
         rows.append(
             (
                 says,
@@ -85,8 +84,8 @@ def candidates(records: Records) -> str:
                 done.saved,
                 _over_seeds(done.losses, "{:.4f}"),
                 _over_seeds([f.loss[-1] if len(f.loss) else math.nan for f in done.frontiers], "{:.4f}"),
-                _over_seeds(same_flops, "{:.4f}"),
-                _over_seeds(np.subtract(done.losses, same_flops), "{:+.4f}"),
+                _over_seeds(done.same_flops, "{:.4f}"),
+                _over_seeds(done.against_same_flops, "{:+.4f}"),
                 _percent(done.saved_at_equal_loss),
             )
         )
@@ -102,6 +101,21 @@ def candidates(records: Records) -> str:
     )
     return _table(header, rows) + _figure(
         "candidates", "Loss against training compute", records, "headline-", "candidate-"
+    )
+
+
+def best_says(records: Records) -> str:
+    """The schedule that all seeds are there of, and that is furthest below the full model for the same FLOPs."""
+    known = {says: _LongRuns.of(records, runs) for says, runs in _long_schedules().items()}
+    known = {says: done for says, done in known.items() if len(done.losses) == len(SEEDS) and len(done.frontier.loss)}
+    if not known:
+        return f"Nothing to say: the long runs are {MISSING}."
+    says, best = min(known.items(), key=lambda entry: float(np.mean(entry[1].against_same_flops)))
+    same_tokens = np.subtract(best.losses, [frontier.loss[-1] for frontier in best.frontiers])
+    return (
+        f"The best over {len(SEEDS)} seeds: {says}. Loss less that of the full model for the same FLOPs: "
+        f"{_over_seeds(best.against_same_flops, '{:+.4f}')}; for the same tokens, at {best.saved} fewer FLOPs: "
+        f"{_over_seeds(same_tokens, '{:+.4f}')}. Saved at equal loss: {_percent(best.saved_at_equal_loss)}."
     )
 
 
@@ -141,6 +155,15 @@ class _LongRuns:
     def frontier(self) -> Frontier:
         """The mean over the seeds."""
         return Frontier.mean(self.frontiers)
+
+    @property
+    def same_flops(self) -> list[float]:
+        """Losses of the full model for the FLOPs of each seed."""
+        return [frontier.loss_at(spent) for frontier, spent in zip(self.frontiers, self.flops, strict=True)]
+
+    @property
+    def against_same_flops(self) -> list[float]:
+        return [loss - full for loss, full in zip(self.losses, self.same_flops, strict=True)]
 
     @property
     def share_saved(self) -> float:
@@ -293,6 +316,7 @@ TABLES: dict[str, Callable[[Records], str]] = {
     "lengths": lengths,
     "second rate": second_rate_says,
     "candidates": candidates,
+    "best, in words": best_says,
     "goal": goal_says,
     "short runs": short_arms,
     "short runs, in words": short_arms_say,

@@ -1,6 +1,7 @@
 """docs/study.md against the grid and the committed records, and its numbers on records made up here."""
 
 import json
+import re
 from copy import deepcopy
 from pathlib import Path
 from time import sleep
@@ -55,6 +56,14 @@ def test_the_committed_records_are_runs_of_the_grid_on_one_text():
 
 def test_the_document_is_what_its_records_make_of_it():
     assert rebuilt(DOCUMENT, COMMITTED) == DOCUMENT, "run python -m study --tables"
+
+
+def test_the_readmes_advice_has_the_documents_numbers():
+    readme = (ROOT / "README.md").read_text("utf-8")
+    advice = readme.partition("## When to use EST")[2].partition("\n## ")[0]
+    numbers = re.findall(r"\d+\.\d{4}|\d+\.\d%", advice)
+    assert len(numbers) > 5
+    assert [number for number in numbers if number not in DOCUMENT] == []
 
 
 def test_the_document_shows_every_table_and_figure():
