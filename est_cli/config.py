@@ -121,7 +121,7 @@ class SamplingConfig:
     gqa: Literal["group", "query"] = "group"
     """group: key/value groups with all their query heads; query: query heads of every group."""
     strategy: str = "random"
-    """random (the paper), prefix (nested), balanced, cyclic, or the dotted path of your own function."""
+    """random (the paper), prefix (nested), or the dotted path of your own function."""
     resample_every: Count = 1
     """Optimizer steps that share one plan."""
     rescale_layers: bool = False

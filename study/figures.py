@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from est_cli.commands.arms import ARMS, EST, FULL, FULL_SAME_FLOPS
 from est_cli.reports import palette
 from est_cli.reports.figures import report_style
-from study.grid import LEARNING_RATES, Run, retired, runs_with
+from study.grid import LEARNING_RATES, Run, runs_with, schedules_of
 from study.records import Records
 from study.tables import ARM_WORDS, losses_by_rate, screened, short_frontier, tuned_runs
 
@@ -49,7 +49,7 @@ def short_runs(records: Records, ax: Axes) -> bool:
 def candidates(records: Records, ax: Axes) -> bool:
     """The long runs: the full model, the paper's schedule, and what else got as long."""
     runs = [(run, *_arm(run)) for arm in (FULL, EST) for run in runs_with(group="headline", arm=arm)]
-    tried = [*runs_with(group="candidate", arm=None), *retired()]
+    tried = schedules_of("candidate")
     looks = dict(zip(dict.fromkeys(run.says for run in tried), _OTHER_LOOKS, strict=False))
     runs += [(run, run.says, looks[run.says]) for run in tried]
     return _curves(records, ax, runs)

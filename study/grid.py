@@ -68,6 +68,11 @@ def runs_with(**fields: object) -> list[Run]:
     return [run for run in grid() if all(getattr(run, name) == value for name, value in fields.items())]
 
 
+def schedules_of(group: str) -> list[Run]:
+    """The runs of the group that are no arm of the headline, retired ones included."""
+    return [*runs_with(group=group, arm=None), *(run for run in retired() if run.group == group)]
+
+
 def matching(patterns: list[str]) -> list[Run]:
     """The runs whose names match the shell patterns, in the patterns' order; all runs where there is none."""
     runs = grid()
@@ -107,8 +112,6 @@ def _beyond_the_paper() -> list[Run]:
         _full(6500),
         _full(5000),
         _mild("rates-0.75", "rates 0.75", *_rates(0.75)),
-        _screen("cyclic", "`cyclic` instead of random subnetworks", "sampling.strategy=cyclic"),
-        _screen("balanced", "`balanced` instead of random subnetworks", "sampling.strategy=balanced"),
         _screen("prefix", "`prefix`: nested subnetworks", "sampling.strategy=prefix"),
         _mild("grow-layers", "nested, at rest: layers alone, until 7/15", *_UNTIL_7_15, "sampling=layers", *nested),
         _mild("ramp", "`ramp`: four equal stages, rates from 0.5 to 1", "scheduler=ramp"),
@@ -157,7 +160,13 @@ def retired() -> list[Run]:
     """Recorded, and not kept: their code is in the history, at the commits that their records name."""
     stacked = ("scheduler=two_stage", "sampling=layers", "sampling.strategy=prefix", "sampling.stack_layers=true")
     says = "half of the layers until 0.45; the others begin as their copies"
-    return [_long("candidate", "stack-0.45", 0, "8e-3", *stacked, "scheduler.stage1_end=0.45", says=says)]
+    return [
+        _long("candidate", "stack-0.45", 0, "8e-3", *stacked, "scheduler.stage1_end=0.45", says=says),
+        *(
+            _screen(name, f"`{name}` instead of random subnetworks", f"sampling.strategy={name}")
+            for name in ("cyclic", "balanced")
+        ),
+    ]
 
 
 def _repeated() -> list[Run]:

@@ -12,7 +12,7 @@ from est_cli.reports.records import RunRecord
 from est_cli.units import format_flops, format_percent
 from study import budget
 from study.frontier import Frontier
-from study.grid import GROUPS, LEARNING_RATES, LONG, LONGEST, SEEDS, SHORT, TUNED, Run, retired, runs_with
+from study.grid import GROUPS, LEARNING_RATES, LONG, LONGEST, SEEDS, SHORT, TUNED, Run, runs_with, schedules_of
 from study.records import Records
 
 MISSING = "not yet run"
@@ -337,7 +337,7 @@ ARM_WORDS = {
 def _schedules() -> dict[str, list[Run]]:
     """What is screened, and its runs; EST as the paper has it is the arm that the learning rates were tried on."""
     schedules: dict[str, list[Run]] = {}
-    for run in [*runs_with(group="lr", arm=EST), *runs_with(group="screen", arm=None)]:
+    for run in [*runs_with(group="lr", arm=EST), *schedules_of("screen")]:
         schedules.setdefault(run.says, []).append(run)
     return schedules
 
@@ -345,7 +345,7 @@ def _schedules() -> dict[str, list[Run]]:
 def _long_schedules() -> dict[str, list[Run]]:
     """What is trained with three seeds and held against the full model, and its runs."""
     schedules: dict[str, list[Run]] = {}
-    for run in [*runs_with(group="headline", arm=EST), *runs_with(group="candidate", arm=None), *retired()]:
+    for run in [*runs_with(group="headline", arm=EST), *schedules_of("candidate")]:
         schedules.setdefault(run.says, []).append(run)
     return schedules
 

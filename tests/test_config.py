@@ -129,7 +129,7 @@ def test_boundaries_out_of_order_are_collected_too(other):
         ({"run_id": "../elsewhere"}, "run_id=../elsewhere: must be letters, digits"),
         (
             {"sampling.strategy": "randm"},
-            "must be one of random, prefix, balanced, cyclic, or the dotted path of a function; did you mean 'ra",
+            "must be one of random, prefix, or the dotted path of a function; did you mean 'ra",
         ),
         ({"model.n_head": 4}, "model.n_head: there is no such key; did you mean 'n_heads'?"),
         ({"samplng": {}}, "samplng: there is no such key; did you mean 'sampling'?"),

@@ -23,8 +23,7 @@ def sample(
     def choose(dimension: str, total: int, kept: int, layer: int = 0, group: int = 0) -> np.ndarray:
         if kept == total:
             return np.arange(total)
-        turns = 1 if dimension == "layers" else model.n_layers // small.n_layers
-        draw = Draw(seed, stage.first_step, number, layer, dimension, group, turns)
+        draw = Draw(seed, stage.first_step, number, layer, dimension, group)
         chosen = np.sort(np.asarray(strategy(draw, total, kept)))
         if (
             chosen.shape != (kept,)

@@ -5,11 +5,9 @@ that they need no state, no global generator, and survive upgrades of every libr
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
-
-from est_cli.errors import UserError
 
 DIMENSIONS = ("heads", "mlp", "layers")
 
@@ -19,8 +17,7 @@ class Draw:
     """What is drawn: the key of one choice of `kept` units out of `total`.
 
     `number` counts the draws of a stage (every `resample_every` steps makes a new one), `group` is the
-    key/value group for query heads and 0 elsewhere. `layer_turns` draws visit every layer once, where a strategy
-    visits layers in turn; it is 1 for layers themselves, and no part of the key.
+    key/value group for query heads and 0 elsewhere.
     """
 
     seed: int
@@ -29,12 +26,6 @@ class Draw:
     layer: int
     dimension: str
     group: int = 0
-    layer_turns: int = 1
-
-    @property
-    def visit(self) -> int:
-        """How often this layer was visited before: units inside it move on with the visits, not with the draws."""
-        return self.number // self.layer_turns
 
     def words(self, n: int) -> np.ndarray:
         """`n` random 64-bit words that depend on this key alone."""
@@ -60,41 +51,4 @@ def prefix(draw: Draw, total: int, kept: int) -> np.ndarray:
     return np.arange(kept)
 
 
-def balanced(draw: Draw, total: int, kept: int) -> np.ndarray:
-    """Random parts of one size that make up the whole: in k visits of a layer every unit is trained exactly once.
-
-    After k visits the units are dealt out anew, so that neighbours change. Raises UserError unless the rate is 1/k.
-    """
-    parts = _parts(draw, total, kept)
-    deal, turn = divmod(draw.visit, parts)
-    return _dealt(draw, deal, total).reshape(parts, kept)[turn]
-
-
-def cyclic(draw: Draw, total: int, kept: int) -> np.ndarray:
-    """As `balanced`, with the same parts through the whole stage, visited in an order that is drawn for every round.
-
-    The order is drawn for every layer and dimension alone: with one order for all, the first heads would only ever
-    meet the first neurons, and the stage would train k separate networks. Raises UserError unless the rate is 1/k.
-    """
-    parts = _parts(draw, total, kept)
-    round_number, turn = divmod(draw.visit, parts)
-    part = _dealt(draw, round_number + 1, parts)[turn]
-    return _dealt(draw, 0, total).reshape(parts, kept)[part]
-
-
-def _parts(draw: Draw, total: int, kept: int) -> int:
-    if total % kept:
-        fitting = min((n for n in range(1, total) if total % n == 0), key=lambda n: abs(n - kept))
-        raise UserError(
-            f"sampling.{draw.dimension}: this strategy visits {total} units in parts of one size, and {kept} are not "
-            f"such a part; must be a rate 1/k, for example {fitting / total:g}"
-        )
-    return total // kept
-
-
-def _dealt(draw: Draw, number: int, total: int) -> np.ndarray:
-    """`total` units in random order, by `number` instead of the draw's own."""
-    return np.argsort(replace(draw, number=number).words(total), kind="stable")
-
-
-STRATEGIES: dict[str, Strategy] = {"random": random, "prefix": prefix, "balanced": balanced, "cyclic": cyclic}
+STRATEGIES: dict[str, Strategy] = {"random": random, "prefix": prefix}

@@ -11,7 +11,7 @@ from est_cli.config import SamplingConfig
 from est_cli.errors import UserError
 from est_cli.subnet.sampler import sample, strategy_named
 from est_cli.subnet.schedule import Rates, Stage
-from est_cli.subnet.strategies import Draw, balanced, cyclic, prefix, random
+from est_cli.subnet.strategies import Draw, prefix, random
 
 DRAW = Draw(seed=1, stage_start=10, number=0, layer=2, dimension="heads", group=1)
 GROUPED = replace(LLAMA, n_heads=8, n_kv_heads=2)
@@ -66,7 +66,7 @@ def test_prefix_keeps_the_first_units_so_that_smaller_networks_are_nested_in_lar
 
 
 def test_a_misspelt_strategy_is_met_with_the_nearest_one():
-    with pytest.raises(UserError, match=r"sampling\.strategy=randm: must be one of .*balanced, cyclic.*mean 'random'"):
+    with pytest.raises(UserError, match=r"sampling\.strategy=randm: must be one of random, prefix.*mean 'random'"):
         strategy_named("randm")
 
 
@@ -74,75 +74,3 @@ def test_a_misspelt_strategy_is_met_with_the_nearest_one():
 def test_a_dotted_path_that_leads_nowhere_is_refused(path):
     with pytest.raises(UserError, match=r"sampling\.strategy=.*cannot be imported"):
         strategy_named(path)
-
-
-HALVES, SIZES = Rates(0.5, 0.5, 0.5), replace(LLAMA, n_layers=4, n_heads=4, n_kv_heads=4, d_ff=16)
-IN_TURN = pytest.mark.parametrize("strategy", [balanced, cyclic])
-
-
-def trained(strategy, steps: int, rates: Rates = HALVES, every: int = 1) -> dict[str, np.ndarray]:
-    """1 where a step trains a unit: layers [steps, 4], heads [steps, 4, 4], neurons [steps, 4, 16]."""
-    found = {
-        name: np.zeros((steps, 4, *units), int) for name, units in (("layers", ()), ("heads", (4,)), ("neurons", (16,)))
-    }
-    for step in range(steps):
-        plan = sample(5, step, Stage(1, 0, 10**6, rates), SIZES, SamplingConfig(resample_every=every), strategy)
-        found["layers"][step, plan.layers] = 1
-        for name in ("heads", "neurons"):
-            found[name][step, plan.layers[:, None], getattr(plan, name)] = 1
-    return found
-
-
-@IN_TURN
-@pytest.mark.parametrize(
-    ("rates", "period"), [(HALVES, 4), (Rates(0.25, 0.5, 0.25), 16), (Rates(0.5, 0.25, 1.0), 4)], ids=str
-)
-def test_units_in_turn_are_trained_equally_often_in_every_period(strategy, rates, period):
-    """A period is the draws until every layer, and inside it every part, had its turn."""
-    for name, rate in (("layers", rates.layers), ("heads", rates.heads), ("neurons", rates.mlp)):
-        inside = 1.0 if name == "layers" else rates.layers
-        times = trained(strategy, 3 * period, rates)[name].reshape(3, period, 4, -1).sum(axis=1)
-        assert (times == period * rate * inside).all(), name
-
-
-def test_units_drawn_at_random_are_not():
-    assert len(np.unique(trained(random, 8)["neurons"].sum(axis=0))) > 1
-
-
-@IN_TURN
-def test_a_plan_in_turn_lasts_resample_every_steps_too(strategy):
-    assert (trained(strategy, 12, every=3)["heads"] == np.repeat(trained(strategy, 4)["heads"], 3, axis=0)).all()
-
-
-def test_cyclic_keeps_its_parts_and_balanced_deals_them_anew():
-    parts = [
-        {tuple(neurons[step, 2].nonzero()[0]) for step in range(60) if neurons[step, 2].any()}
-        for neurons in (trained(strategy, 60)["neurons"] for strategy in (cyclic, balanced))
-    ]
-    assert len(parts[0]) == 2
-    assert len(parts[1]) > 20
-
-
-def together(found: dict[str, np.ndarray], a: tuple[str, int, int], b: tuple[str, int, int]) -> list[int]:
-    """How often the second unit is trained (0, 1), over the steps that train the first and the second's layer."""
-    one, other = (found[name][:, layer, unit] for name, layer, unit in (a, b))
-    both = other[(one == 1) & (found["layers"][:, b[1]] == 1)]
-    return [int((both == 0).sum()), int(both.sum())]
-
-
-@IN_TURN
-def test_dimensions_and_layers_do_not_share_a_phase(strategy):
-    """A head meets any neuron of its layer, and any head of another layer, in half of the steps: not always."""
-    found = trained(strategy, 600)
-    for other in (("neurons", 0, 3), ("heads", 2, 0), ("neurons", 2, 9)):
-        assert chisquare(together(found, ("heads", 0, 1), other)).pvalue > 1e-3, other
-
-
-@IN_TURN
-def test_units_in_turn_need_a_rate_of_one_over_k(strategy):
-    for rates, message in (
-        (Rates(mlp=0.75), r"sampling\.mlp: .* 16 units .* and 12 are not .* 1/k, for example 0\.5"),
-        (Rates(layers=0.75), r"sampling\.layers: .* 4 units .* and 3 are not"),
-    ):
-        with pytest.raises(UserError, match=message):
-            sample(0, 0, Stage(1, 0, 10, rates), SIZES, SamplingConfig(), strategy)
