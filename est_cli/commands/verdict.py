@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 from rich.console import Console
+from rich.table import Table
 
 from est_cli.commands.arms import ARMS, EST, FULL, FULL_SAME_FLOPS
 from est_cli.reports.arms import short_key
@@ -84,28 +85,23 @@ class Verdict:
         return [arm.as_dict() for arm in self.arms]
 
     def show(self, console: Console) -> None:
-        table = narrow_table(title="mean ± standard deviation over seeds", title_justify="left")
         keys = list(self.arms[0].settings) if self.arms else []
-        table.add_column("arm", no_wrap=True)
-        settings = [short_key(key, keys) for key in keys]
-        for column in (*settings, "seeds", "val loss", "FLOPs", "time", "steps*", "FLOPs*", "time*"):
-            table.add_column(column, justify="right")
+        results = _table(*(short_key(key, keys) for key in keys), "seeds", "val loss", "FLOPs", "time")
+        reached = _table("steps", "FLOPs", "time")
         for arm in self.arms:
-            table.add_row(
-                arm.name,
-                *map(format_setting, arm.settings.values()),
-                str(len(arm.seeds)),
-                _mean(arm.val_loss, format_loss),
-                _mean(arm.flops, format_flops),
-                _mean(arm.seconds, format_clock),
-                _mean(arm.to_baseline["steps"], format_count),
-                _mean(arm.to_baseline["flops"], format_flops),
-                _mean(arm.to_baseline["seconds"], format_clock),
-            )
-        console.print(table)
+            settings = map(format_setting, arm.settings.values())
+            spent = (_mean(arm.flops, format_flops), _mean(arm.seconds, format_clock))
+            results.add_row(arm.name, *settings, str(len(arm.seeds)), _mean(arm.val_loss, format_loss), *spent)
+            forms = (("steps", format_count), ("flops", format_flops), ("seconds", format_clock))
+            reached.add_row(arm.name, *(_mean(arm.to_baseline[key], form) for key, form in forms))
+        console.print("mean ± standard deviation over seeds", style="italic")
+        console.print(results)
         if keys:
             console.print(f"Every arm at the best of its values of {', '.join(keys)}.", style="dim")
-        console.print(f"* until an evaluation is as low as the final loss of arm {FULL}; - where none is", style="dim")
+        if any(arm.name == FULL for arm in self.arms):
+            console.print(f"\nuntil an evaluation is as low as the final loss of arm {FULL}", style="italic")
+            console.print(reached)
+        console.print()
         for sentence in self.sentences():
             console.print(sentence, highlight=False, markup=False)
 
@@ -125,6 +121,14 @@ class Verdict:
         if FULL_SAME_FLOPS in arms:
             said.append(f"For the same FLOPs {against(est, arms[FULL_SAME_FLOPS])} the full model's.")
         return said
+
+
+def _table(*columns: str) -> Table:
+    table = narrow_table()
+    table.add_column("arm", no_wrap=True)
+    for column in columns:
+        table.add_column(column, justify="right")
+    return table
 
 
 def _compared(saved: float) -> str:
