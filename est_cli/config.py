@@ -159,8 +159,6 @@ class OptimizerConfig:
     """Largest global gradient norm; null never clips."""
     warmup: Natural | Fraction = 0.02
     """Steps (int) or fraction of the run (float) of linear warmup."""
-    rewarm: Natural = 0
-    """Steps of linear warmup at the start of every later stage."""
     decay: Literal["cosine", "linear", "none"] = "cosine"
     decay_steps: Count | Annotated[float, Within(0, 1, open_low=True)] | None = None
     """Step at which the decay has reached min_lr_ratio, as a step or a fraction; null means max_steps."""

@@ -117,7 +117,6 @@ def _beyond_the_paper() -> list[Run]:
         _mild("ramp", "`ramp`: four equal stages, rates from 0.5 to 1", "scheduler=ramp"),
         _mild("longer-0.75", "rates 0.75, boundaries 0.3 and 0.8", *longer_mild),
         _screen("shared-10", "a plan for every 10 steps", "sampling.resample_every=10"),
-        _screen("rewarm", "learning rate warmed again over 100 steps", "optimizer.rewarm=100"),
         _screen("longer", "boundaries 0.2 and 0.7", *_boundaries(0.2, 0.7)),
     ]
 
@@ -166,6 +165,7 @@ def retired() -> list[Run]:
             _screen(name, f"`{name}` instead of random subnetworks", f"sampling.strategy={name}")
             for name in ("cyclic", "balanced")
         ),
+        _screen("rewarm", "learning rate warmed again over 100 steps", "optimizer.rewarm=100"),
     ]
 
 

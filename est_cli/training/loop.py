@@ -130,7 +130,7 @@ class Training:
             loss += micro_loss.detach()
         updates = subnet.updates()
         self.shards.average_(loss, {update.name: update.gradient for update in updates})
-        lr = learning_rate(config.optimizer, self.step, config.trainer.max_steps, self.stages)
+        lr = learning_rate(config.optimizer, self.step, config.trainer.max_steps)
         grad_norm = self.optimizer.norm(updates)
         if (loss + grad_norm).isfinite():  # waits for the device: microseconds, and the weights stay sound
             self.optimizer.step(updates, lr, grad_norm)

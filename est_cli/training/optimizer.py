@@ -1,7 +1,5 @@
 """The optimizer of the master weights: AdamW that knows which rows a step has trained."""
 
-from collections.abc import Sequence
-
 import numpy as np
 import torch
 from torch import Tensor
@@ -9,22 +7,13 @@ from torch import Tensor
 from est_cli.config import OptimizerConfig
 from est_cli.kernels.adamw import Hyperparameters, Move
 from est_cli.model.transformer import Transformer
-from est_cli.subnet.schedule import Stage, boundary_step, stage_at
+from est_cli.subnet.schedule import boundary_step
 from est_cli.training.shards import Shards, whole
 from est_cli.training.subnetwork import Update, as_rows
 
 
-def learning_rate(config: OptimizerConfig, step: int, max_steps: int, stages: Sequence[Stage] = ()) -> float:
-    """The rate of optimizer step `step`: linear warmup, then decay to min_lr_ratio; one schedule over all stages.
-
-    `rewarm` steps at the start of each of `stages` but the first rise linearly to what that schedule says.
-    """
-    rate = _scheduled(config, step, max_steps)
-    since = step - stage_at(stages, step).first_step if config.rewarm and stages else step
-    return rate if since == step else rate * min(1.0, (since + 1) / config.rewarm)
-
-
-def _scheduled(config: OptimizerConfig, step: int, max_steps: int) -> float:
+def learning_rate(config: OptimizerConfig, step: int, max_steps: int) -> float:
+    """The rate of optimizer step `step`: linear warmup, then decay to min_lr_ratio; one schedule over all stages."""
     warmup = boundary_step(config.warmup, max_steps)
     if step < warmup:
         return config.lr * (step + 1) / warmup

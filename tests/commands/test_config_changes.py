@@ -41,11 +41,11 @@ def test_an_equal_config_continues_in_silence(directory):
 def test_a_run_from_before_a_key_was_there_continues_with_its_default(directory):
     config = train_config()
     path = begun(directory, config).path / "config.yaml"
-    path.write_text(path.read_text().replace("  rewarm: 0\n", ""))
-    assert "rewarm" not in path.read_text()
+    path.write_text(path.read_text().replace("  unsampled: zero_grad\n", ""))
+    assert "unsampled" not in path.read_text()
     assert directory.check(config) == []
-    with pytest.raises(UserError, match=r"optimizer.rewarm: was 0, is 5 \(decides the weights\)"):
-        directory.check(replace(config, optimizer=replace(config.optimizer, rewarm=5)))
+    with pytest.raises(UserError, match=r"optimizer.unsampled: was zero_grad, is freeze \(decides the weights\)"):
+        directory.check(replace(config, optimizer=replace(config.optimizer, unsampled="freeze")))
 
 
 def test_logging_evaluation_and_checkpoints_may_change_and_are_told(directory):

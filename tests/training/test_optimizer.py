@@ -3,7 +3,6 @@
 import itertools
 from dataclasses import replace
 
-import numpy as np
 import pytest
 import torch
 from tiny import GPT2, random_batch, random_master, snapshot
@@ -11,7 +10,7 @@ from tiny import GPT2, random_batch, random_master, snapshot
 from est_cli.config import OptimizerConfig, SamplingConfig
 from est_cli.subnet.plan import subnetwork
 from est_cli.subnet.sampler import sample
-from est_cli.subnet.schedule import Rates, Stage, StageSpec, build_stages
+from est_cli.subnet.schedule import Rates, Stage
 from est_cli.training.optimizer import SampledAdamW, learning_rate
 from est_cli.training.subnetwork import PackedSubnetwork, Update
 
@@ -53,15 +52,6 @@ def test_cosine_and_linear_decay_fall_to_the_smallest_rate_at_the_end():
 
 def test_no_decay_stays():
     assert set(rates(replace(COSINE, decay="none"))[10:]) == {1.0}
-
-
-def test_rewarm_rises_again_at_the_start_of_every_later_stage():
-    stages = build_stages([StageSpec(20), StageSpec(60), StageSpec()], 110)
-    found = [learning_rate(replace(COSINE, rewarm=4), step, 110, stages) for step in range(110)]
-    expected = np.array(rates(COSINE))
-    for start in (20, 60):
-        expected[start : start + 4] *= [0.25, 0.5, 0.75, 1.0]
-    assert found == pytest.approx(expected.tolist())
 
 
 @pytest.mark.parametrize("decay_steps", [60, 60 / 110])
