@@ -28,19 +28,18 @@ class Device:
     processes: int = 1
 
 
-def has_gpu() -> bool:
-    """Whether this machine shows an NVIDIA GPU, found without importing torch."""
-    return any(Path("/dev").glob("nvidia[0-9]*")) or shutil.which("nvidia-smi") is not None
+def count_gpus() -> int:
+    """The NVIDIA GPUs that this machine shows, found without importing torch."""
+    return len(list(Path("/dev").glob("nvidia[0-9]*"))) or int(shutil.which("nvidia-smi") is not None)
 
 
 def expected_device(config: TrainConfig) -> Device:
     """The device that this machine would train on, judged without torch."""
-    kind = config.trainer.device
+    kind, devices, gpus = config.trainer.device, config.trainer.devices, count_gpus()
     if kind == "auto":
-        kind = "cuda" if has_gpu() else "cpu"
-    devices = config.trainer.devices
+        kind = "cuda" if gpus else "cpu"
     if devices == "auto":
-        devices = max(1, len(list(Path("/dev").glob("nvidia[0-9]*")))) if kind == "cuda" else 1
+        devices = max(1, gpus) if kind == "cuda" else 1
     return Device(kind, devices)
 
 

@@ -6,7 +6,6 @@
 
 import dataclasses
 import inspect
-import itertools
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -25,6 +24,8 @@ NotNegative = Annotated[float, AtLeast(0)]
 Fraction = Annotated[float, Within(0, 1)]
 Momentum = Annotated[float, Within(0, 1, open_high=True)]
 Auto = Literal["auto"]
+Format = Literal["text", "json"]
+"""What a command prints: words and tables, or one JSON object."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,10 @@ class ModelConfig:
     def gated(self) -> bool:
         """SwiGLU: gate and up projections share their neurons."""
         return self.mlp == "swiglu"
+
+    def with_head_dim(self) -> "ModelConfig":
+        """The same with a number for head_dim."""
+        return dataclasses.replace(self, head_dim=self.head_dim or self.d_model // self.n_heads)
 
 
 @dataclass(frozen=True)
@@ -137,14 +142,12 @@ class SchedulerConfig:
     @property
     def names(self) -> tuple[str, ...]:
         """The config key that decides each boundary."""
-
-        def name(i: int, stage: StageSpec) -> str:
-            key = f"stage{i + 1}_end"
-            # With stages of one's own the option may be there, and reach nothing.
-            decides = key in self.options and self.options[key] == stage.end
-            return f"scheduler.{key}" if decides else f"scheduler.stages[{i}].end"
-
-        return tuple(itertools.starmap(name, enumerate(self.stages)))
+        # With stages of one's own an option may be there, and reach nothing.
+        options = ((f"stage{i + 1}_end", stage.end) for i, stage in enumerate(self.stages))
+        return tuple(
+            f"scheduler.{option}" if (option, end) in self.options.items() else f"scheduler.stages[{i}].end"
+            for i, (option, end) in enumerate(options)
+        )
 
 
 @dataclass(frozen=True)
@@ -236,7 +239,7 @@ class TrainConfig:
     kernels: Literal["auto", "torch", "triton", "masked"] = "auto"
     name: str = "est"
     run_id: str | None = None
-    format: Literal["text", "json"] = "text"
+    format: Format = "text"
 
     @property
     def sequences_per_step(self) -> int:
@@ -286,8 +289,7 @@ def read_train_config(plain: Mapping[str, Any]) -> TrainConfig:
     problems += problems_together(read_sections, _max_steps(plain))
     if problems:
         raise UserError(*problems)
-    model = read_sections["model"]
-    read_sections["model"] = dataclasses.replace(model, head_dim=model.head_dim or model.d_model // model.n_heads)
+    read_sections["model"] = read_sections["model"].with_head_dim()
     return TrainConfig(**read_sections)
 
 

@@ -28,7 +28,7 @@ def main() -> int:
         if not arguments.tables:
             failed = _train(matching(arguments.runs), records, arguments.workers)
     except KeyboardInterrupt:
-        print("stopped; the same command goes on", file=sys.stderr)
+        entry.say("stopped; the same command goes on")
         return entry.STOPPED
     finally:
         for path in rebuild(document, records):

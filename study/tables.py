@@ -72,15 +72,15 @@ def headline_says(records: Records) -> str:
 def candidates(records: Records) -> str:
     """What was trained as long as the headline, against the full model of the same seed; ± deviation over seeds."""
     rows = []
-    for says, runs in _long_schedules().items():
-        done = _LongRuns.of(records, runs)
+    for says, done in _long_runs(records).items():
+        seeds = f"{len(done.losses)} of {done.asked}"
         if not done.losses:
-            rows.append((says, f"0 of {len(runs)}", MISSING, *[""] * 5))
+            rows.append((says, seeds, MISSING, *[""] * 5))
             continue
         rows.append(
             (
                 says,
-                f"{len(done.losses)} of {len(runs)}",
+                seeds,
                 done.saved,
                 _over_seeds(done.losses, "{:.4f}"),
                 _over_seeds([f.loss[-1] if len(f.loss) else math.nan for f in done.frontiers], "{:.4f}"),
@@ -106,11 +106,14 @@ def candidates(records: Records) -> str:
 
 def best_says(records: Records) -> str:
     """The schedule that all seeds are there of, and that is furthest below the full model for the same FLOPs."""
-    known = {says: _LongRuns.of(records, runs) for says, runs in _long_schedules().items()}
-    known = {says: done for says, done in known.items() if len(done.losses) == len(SEEDS) and len(done.frontier.loss)}
-    if not known:
+    whole = [
+        (float(np.mean(done.against_same_flops)), says, done)
+        for says, done in _long_runs(records).items()
+        if len(done.losses) == len(SEEDS) and len(done.frontier.loss)
+    ]
+    if not whole:
         return f"Nothing to say: the long runs are {MISSING}."
-    says, best = min(known.items(), key=lambda entry: float(np.mean(entry[1].against_same_flops)))
+    _, says, best = min(whole, key=lambda entry: entry[0])
     same_tokens = np.subtract(best.losses, [frontier.loss[-1] for frontier in best.frontiers])
     return (
         f"The best over {len(SEEDS)} seeds: {says}. Loss less that of the full model for the same FLOPs: "
@@ -122,8 +125,7 @@ def best_says(records: Records) -> str:
 def goal_says(records: Records) -> str:
     """How close the schedules that were trained as long as the headline came to the goal."""
     said, best = [], (-math.inf, "")
-    for says, runs in _long_schedules().items():
-        done = _LongRuns.of(records, runs)
+    for says, done in _long_runs(records).items():
         if not len(done.frontier.loss):
             continue
         seeds = f"{says} ({len(done.losses)} seed{'s' if len(done.losses) > 1 else ''})"
@@ -140,6 +142,8 @@ def goal_says(records: Records) -> str:
 class _LongRuns:
     """The seeds of one schedule that are done, each beside the full model of its own seed."""
 
+    asked: int
+    """Seeds, the missing ones included."""
     losses: list[float]
     flops: list[float]
     frontiers: list[Frontier]
@@ -149,7 +153,7 @@ class _LongRuns:
         done = [run for run in runs if run in records]
         outcomes = [record.outcome for record in records.of(done)]
         frontiers = [long_frontier(records, run.seed) for run in done]
-        return cls([o["val_loss"] for o in outcomes], [o["flops_total"] for o in outcomes], frontiers)
+        return cls(len(runs), [o["val_loss"] for o in outcomes], [o["flops_total"] for o in outcomes], frontiers)
 
     @property
     def frontier(self) -> Frontier:
@@ -336,16 +340,18 @@ ARM_WORDS = {
 
 def _schedules() -> dict[str, list[Run]]:
     """What is screened, and its runs; EST as the paper has it is the arm that the learning rates were tried on."""
-    schedules: dict[str, list[Run]] = {}
-    for run in [*runs_with(group="lr", arm=EST), *schedules_of("screen")]:
-        schedules.setdefault(run.says, []).append(run)
-    return schedules
+    return _by_words([*runs_with(group="lr", arm=EST), *schedules_of("screen")])
 
 
-def _long_schedules() -> dict[str, list[Run]]:
-    """What is trained with three seeds and held against the full model, and its runs."""
+def _long_runs(records: Records) -> dict[str, _LongRuns]:
+    """What is trained as long as the headline and held against the full model."""
+    schedules = _by_words([*runs_with(group="headline", arm=EST), *schedules_of("candidate")])
+    return {says: _LongRuns.of(records, runs) for says, runs in schedules.items()}
+
+
+def _by_words(runs: list[Run]) -> dict[str, list[Run]]:
     schedules: dict[str, list[Run]] = {}
-    for run in [*runs_with(group="headline", arm=EST), *schedules_of("candidate")]:
+    for run in runs:
         schedules.setdefault(run.says, []).append(run)
     return schedules
 

@@ -2,7 +2,7 @@
 
 import argparse
 import json
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from typing import Any
 
 from est_cli.benchmark.case import Case
@@ -77,7 +77,7 @@ def to_case(arguments: argparse.Namespace) -> Case:
     if problems:
         raise UserError(*problems)
     return Case(
-        replace(model, head_dim=model.head_dim or model.d_model // model.n_heads),
+        model.with_head_dim(),
         sampling,
         optimizer,
         rates,

@@ -4,7 +4,7 @@ import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from rich.console import Console
 
@@ -12,6 +12,7 @@ from est_cli.commands.analysis_tables import print_analysis
 from est_cli.commands.entry import read_only, say
 from est_cli.commands.evaluate import short_names
 from est_cli.commands.run_directory import CONFIG, METRICS
+from est_cli.config import Format
 from est_cli.errors import UserError
 from est_cli.evaluation.measures import Measures
 from est_cli.schema import read
@@ -29,7 +30,7 @@ def run(plain: dict[str, Any]) -> None:
     plain = dict(plain)
     given = read(str | tuple[str, ...] | None, plain.pop("run"), "run", problems)
     out = read(str | None, plain.pop("out"), "out", problems)
-    kind = read(Literal["text", "json"], plain.pop("format"), "format", problems)
+    kind = read(Format, plain.pop("format"), "format", problems)
     measures = read(Measures, plain, "", problems)
     if not given and not problems:
         problems.append("run: is missing; must be a run directory, or a list of them")

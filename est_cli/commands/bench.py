@@ -12,7 +12,7 @@ from est_cli.commands.entry import read_only
 from est_cli.config import Count, Natural, read_train_config
 from est_cli.errors import UserError
 from est_cli.schema import read
-from est_cli.units import format_bytes, format_flops, format_interval, format_step_time
+from est_cli.units import format_bytes, format_flops, format_interval, format_percent, format_step_time
 
 
 def main() -> None:
@@ -74,7 +74,7 @@ def _print(result: dict[str, Any], console: Console) -> None:
             f"{stage['flops_ratio']:.3f}",
             format_interval(stage["efficiency"], stage["efficiency_quartiles"]),
             format_bytes(stage["peak_memory_bytes"]),
-            "-" if stage["mfu"] is None else f"{stage['mfu']:.1%}",
+            format_percent(stage["mfu"]),
         )
     console.print(table)
     phases = Table(title="phases", title_justify="left")

@@ -127,18 +127,18 @@ def asks_hydra(arguments: Any) -> bool:
 def hand_to_hydra(config_name: str, arguments: Any, task: Callable[[DictConfig], Any]) -> NoReturn:
     if arguments.help:
         exit_with(lambda: print(help_text(config_name, arguments)))
-    exit_with(lambda: _checked_by_us(config_name, arguments) or run_hydra(config_name, task))
+    exit_with(lambda: _check_and_run_hydra(config_name, arguments, task))
 
 
-def _checked_by_us(config_name: str, arguments: argparse.Namespace) -> None:
-    """Hydra would tell of a mistake in its own words, and exit with 1. Raises UserError."""
+def _check_and_run_hydra(config_name: str, arguments: argparse.Namespace, task: Callable[[DictConfig], Any]) -> None:
+    """Raises UserError for a mistake: Hydra would tell of it in its own words, and exit with 1."""
     alone = [f"--{flag}" for flag in ("multirun", "cfg", "info", "shell_completion") if getattr(arguments, flag)]
     if len(alone) > 1:
         raise UserError(f"{' '.join(alone)}: only one of them at a time")
-    if arguments.hydra_help or arguments.shell_completion:
-        return
-    with Composer(config_name, arguments) as composer:
-        composer.compose_sweep() if arguments.multirun else composer.compose()
+    if not (arguments.hydra_help or arguments.shell_completion):
+        with Composer(config_name, arguments) as composer:
+            composer.compose_sweep() if arguments.multirun else composer.compose()
+    run_hydra(config_name, task)
 
 
 def run_in_directory(config_name: str, arguments: argparse.Namespace, task: Callable[[DictConfig], int]) -> int:

@@ -4,13 +4,13 @@ import dataclasses
 import json
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
 
 from est_cli.commands.entry import read_only, say
-from est_cli.config import Count, DataConfig, Natural, as_plain, read_train_config
+from est_cli.config import Count, DataConfig, Format, Natural, as_plain, read_train_config
 from est_cli.errors import UserError
 from est_cli.schema import read
 
@@ -39,7 +39,7 @@ def run(plain: dict[str, Any]) -> None:
     problems: list[str] = []
     plain = dict(plain)
     given = read(str | tuple[str, ...] | None, plain.pop("run"), "run", problems)
-    kind = read(Literal["text", "json"], plain.pop("format"), "format", problems)
+    kind = read(Format, plain.pop("format"), "format", problems)
     request = read(Request, plain, "", problems)
     if not given and not problems:
         problems.append("run: is missing; must be a run directory, or a list of them")

@@ -7,7 +7,7 @@ from typing import Any, Literal
 from rich.console import Console
 
 from est_cli.commands.entry import read_only, say
-from est_cli.config import Natural
+from est_cli.config import Format, Natural
 from est_cli.errors import UserError
 from est_cli.schema import read
 from est_cli.subnet.schedule import Rate, Rates
@@ -26,7 +26,7 @@ def run(plain: dict[str, Any]) -> None:
     plan_step = read(Natural | None, plain["plan_step"], "plan_step", problems)
     given = {name: read(Rate | None, plain[name], name, problems) for name in ("heads", "mlp", "layers")}
     rates = {name: rate for name, rate in given.items() if rate is not None}
-    kind = read(Literal["text", "json"], plain["format"], "format", problems)
+    kind = read(Format, plain["format"], "format", problems)
     if folder is None:
         problems.append("run: is missing; must be a run directory")
     if out is None:

@@ -4,10 +4,10 @@ import json
 import re
 import sys
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from est_cli.commands.entry import read_only, say
-from est_cli.config import Count, Natural, NotNegative
+from est_cli.config import Count, Format, Natural, NotNegative
 from est_cli.errors import UserError
 from est_cli.schema import read
 
@@ -32,10 +32,10 @@ def run(plain: dict[str, Any]) -> None:
     """Continue `prompt=`, printed as it comes; raises UserError for bad input."""
     problems: list[str] = []
     folder = read(str | None, plain["run"], "run", problems)
-    kinds = {"max_tokens": Count, "temperature": NotNegative, "top_k": Count | None, "seed": Natural}
-    decoding = {key: read(kind, plain[key], key, problems) for key, kind in kinds.items()}
+    types = {"max_tokens": Count, "temperature": NotNegative, "top_k": Count | None, "seed": Natural}
+    decoding = {key: read(type_, plain[key], key, problems) for key, type_ in types.items()}
     prompt = "" if plain["prompt"] is None else str(plain["prompt"])
-    form = read(Literal["text", "json"], plain["format"], "format", problems)
+    kind = read(Format, plain["format"], "format", problems)
     if folder is None:
         problems.append("run: is missing; must be a run directory")
     if problems:
@@ -45,7 +45,7 @@ def run(plain: dict[str, Any]) -> None:
 
     opened = open_run(Path(folder), say)
     pieces = generate_text(opened.model, run_tokenizer(opened, say), prompt, Decoding(**decoding))
-    if form == "json":
+    if kind == "json":
         texts, counts = zip(*pieces, strict=True) if (pieces := list(pieces)) else ((), ())
         print(json.dumps({"prompt": prompt, "text": "".join(texts), "tokens": sum(counts)}))
         return

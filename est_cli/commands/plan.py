@@ -1,6 +1,5 @@
 """est-plan: what a run would cost, without torch."""
 
-import dataclasses
 import json
 import shlex
 from textwrap import shorten
@@ -77,7 +76,7 @@ def describe(config: TrainConfig) -> dict[str, Any]:
                 "tokens": stage.steps * config.tokens_per_step,
                 "flops_per_step": cost.total,
                 "saved": ledger.stage_saved(stage.number),
-                "saved_blocks": 1.0 - cost.blocks / ledger.full.blocks,
+                "saved_blocks": ledger.stage_saved_blocks(stage.number),
             }
             for stage, cost in zip(ledger.stages, ledger.per_step, strict=True)
         ],
@@ -162,9 +161,8 @@ def _print_step(config: TrainConfig, step: int, console: Console) -> None:
 
 def _stage_override(spec: StageSpec) -> str:
     """`{end:0.2,heads:0.5}`: as an override has it."""
-    values = {"end": spec.end, "heads": spec.heads, "mlp": spec.mlp, "layers": spec.layers}
-    full = dataclasses.asdict(StageSpec())
-    return "{" + ",".join(f"{key}:{value}" for key, value in values.items() if value != full[key]) + "}"
+    full = vars(StageSpec())
+    return "{" + ",".join(f"{key}:{value}" for key, value in vars(spec).items() if value != full[key]) + "}"
 
 
 def _ranges(indices: np.ndarray) -> str:

@@ -76,7 +76,7 @@ def _say_who_was_killed(ranks: Sequence[subprocess.Popen]) -> None:
     for number, rank in enumerate(ranks):
         if rank.returncode is not None and rank.returncode < 0:
             name = signal.Signals(-rank.returncode).name
-            print(f"rank {number} was ended by {name}", file=sys.stderr, flush=True)
+            entry.say(f"rank {number} was ended by {name}")
 
 
 def _exit_code(codes: Sequence[int]) -> int:

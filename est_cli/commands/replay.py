@@ -4,11 +4,11 @@ import argparse
 import dataclasses
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from est_cli import schema
 from est_cli.commands import entry
-from est_cli.config import TrainConfig, read_train_config
+from est_cli.config import Format, TrainConfig, read_train_config
 from est_cli.errors import UserError
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ def run(value: str, arguments: argparse.Namespace) -> None:
         raise UserError(f"{KEY}{value}: goes with {', '.join(ALLOWED)} alone, and not with {', '.join(strange)}")
     composed, _ = entry.compose("train", arguments)
     problems: list[str] = []
-    form = schema.read(Literal["text", "json"], composed["format"], "format", problems)
+    form = schema.read(Format, composed["format"], "format", problems)
     if problems:
         raise UserError(*problems)
     from est_cli.training.device import available_device

@@ -93,8 +93,8 @@ def run(arguments: Any, job: Job) -> int:
     result = SweepResult.of(directory, _swept_keys(master))
     result.show(master.format)
     code = result.exit_code if stopped is None else stopped
-    if code not in (entry.DONE, entry.FAILED, entry.BAD_INPUT):
-        print(f"continue with: {call.command}", file=sys.stderr)
+    if stopped is not None or code == entry.STOPPED:
+        entry.say(f"continue with: {call.command}")
     return code
 
 
@@ -151,7 +151,7 @@ def _guarded(job: Job, call: Call, composed: DictConfig) -> float | None:
         text = f"{entry.PROBLEM}{error}"
     except Exception:
         text = traceback.format_exc()
-    print(f"{directory.path.name} failed\n{text}", file=sys.stderr, flush=True)
+    entry.say(f"{directory.path.name} failed\n{text}")
     with contextlib.suppress(OSError):
         directory.write_error(text + "\n")
     return None

@@ -17,9 +17,6 @@ from est_cli.commands.verdict import Verdict
 from est_cli.tracking.display import console_for
 from est_cli.units import format_clock, format_loss, format_percent
 
-_TUNED = "optimizer."
-"""Keys that every arm of a comparison may set to what suits it."""
-
 
 @dataclass(frozen=True)
 class JobResult:
@@ -91,12 +88,17 @@ class SweepResult:
         done = [self.directory / job.name for job in self.jobs if job.status == "done"]
         if not done or "arm" not in self.swept or self._not_shared:
             return None
-        return Verdict.of(load_runs(done), sorted(key for key in self.swept if key.startswith(_TUNED)))
+        return Verdict.of(load_runs(done), self._tuned)
+
+    @property
+    def _tuned(self) -> list[str]:
+        """Keys that every arm of a comparison may set to what suits it."""
+        return sorted(key for key in self.swept if key.startswith("optimizer."))
 
     @property
     def _not_shared(self) -> list[str]:
         """What the jobs differ in, and arms must not."""
-        return sorted(key for key in self.swept - {"arm", "seed"} if not key.startswith(_TUNED))
+        return sorted(self.swept - {"arm", "seed", *self._tuned})
 
     def show(self, format: str) -> None:
         """A table for people; one JSON object on standard output with format=json."""

@@ -98,10 +98,10 @@ def job_of_sweep(composed: DictConfig, directory: RunDirectory, call: sweep.Call
     if config.logger.group is None:
         config = replace(config, logger=replace(config.logger, group=Path(node.sweep.dir).name))
     if directory.is_done(config):
-        print(f"{directory.path.name}: done already, skipped", file=sys.stderr, flush=True)
+        entry.say(f"{directory.path.name}: done already, skipped")
         return directory.summary()["val_loss"]
     label = directory.path.name if call.is_elsewhere else None
-    print(f"{directory.path.name}: job {node.job.num + 1}", file=sys.stderr, flush=True)
+    entry.say(f"{directory.path.name}: job {node.job.num + 1}")
     prepared = _prepare(config, notes, directory, list(node.overrides.task), Peers(), label)
     code = execute(replace(prepared, command=call.command, job=True), Peers())
     if code != entry.DONE:
@@ -127,7 +127,7 @@ def read_config(composed: dict[str, Any]) -> tuple[TrainConfig, list[str]]:
 def _tokens(config: TrainConfig, quiet: bool = False) -> "TokenStore":
     from est_cli.data.tokens import prepare
 
-    say = (lambda message: None) if quiet else (lambda message: print(message, file=sys.stderr, flush=True))
+    say = (lambda message: None) if quiet else entry.say
     show_progress = not quiet and sys.stderr.isatty()
     store = prepare(config.data, config.tokenizer, config.model.vocab_size, say, show_progress)
     store.check(config.data.seq_len, config.sequences_per_step)

@@ -37,9 +37,7 @@ class ArmResult:
     """What the arm was tuned to, by config key."""
 
     @classmethod
-    def of(
-        cls, name: str, runs: Sequence[RunRecord], targets: dict[int, float], tuned: Sequence[str] = ()
-    ) -> "ArmResult":
+    def of(cls, name: str, runs: Sequence[RunRecord], targets: dict[int, float], tuned: Sequence[str]) -> "ArmResult":
         def outcomes(key: str) -> np.ndarray:
             return np.array([run.outcome[key] for run in runs])
 
@@ -177,7 +175,7 @@ def _best_setting(runs: Sequence[RunRecord], tuned: Sequence[str]) -> list[RunRe
         settings.setdefault(str([run.setting(key) for key in tuned]), []).append(run)
     seeds = max(map(len, settings.values()), default=0)
     finished = [group for group in settings.values() if len(group) == seeds]
-    return min(finished, key=lambda group: _mean_loss(group), default=[])
+    return min(finished, key=_mean_loss, default=[])
 
 
 def _mean_loss(runs: Sequence[RunRecord]) -> float:

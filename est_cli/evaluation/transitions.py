@@ -1,7 +1,7 @@
 """The loss around each stage transition, as the run logged it."""
 
 from collections import defaultdict, deque
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -58,18 +58,18 @@ def transitions(stages: Sequence[Stage], records: Iterable[Mapping[str, Any]], w
         Transition(
             old.end,
             old.number,
-            _training_loss(last[old.number], first[new.number]),
+            _training_loss(list(last[old.number]), first[new.number]),
             _around(val, old.end),
         )
         for old, new in pairwise(stages)
     ]
 
 
-def _training_loss(before: Collection[float], after: Collection[float]) -> TrainingLoss | None:
+def _training_loss(before: list[float], after: list[float]) -> TrainingLoss | None:
     if not before or not after:
         return None
-    variances = [np.var(list(side), ddof=1) / len(side) if len(side) > 1 else 0.0 for side in (before, after)]
-    return TrainingLoss(float(np.mean(list(before))), float(np.mean(after)), float(np.sqrt(sum(variances))))
+    variances = [np.var(side, ddof=1) / len(side) if len(side) > 1 else 0.0 for side in (before, after)]
+    return TrainingLoss(float(np.mean(before)), float(np.mean(after)), float(np.sqrt(sum(variances))))
 
 
 def _around(val: list[Validation], end: int) -> tuple[Validation, Validation] | None:

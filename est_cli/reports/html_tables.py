@@ -71,7 +71,7 @@ def _time(arm: Arm, baseline: Arm | None) -> str:
     text = format_clock(arm.mean("train_s"))
     if baseline is None or baseline is arm or not baseline.mean("train_s") > 0:
         return text
-    return f"{text} <small>{arm.mean('train_s') / baseline.mean('train_s'):.2f}×</small>"
+    return f"{text} <small>{format_ratio(arm.mean('train_s') / baseline.mean('train_s'))}</small>"
 
 
 def stages_table(comparison: Comparison) -> str:

@@ -67,6 +67,10 @@ class Ledger:
         """Share of the whole model's FLOPs that one step of this stage does not spend."""
         return 1.0 - self.per_step[number - 1].total / self.full.total
 
+    def stage_saved_blocks(self, number: int) -> float:
+        """The same on the transformer blocks alone."""
+        return 1.0 - self.per_step[number - 1].blocks / self.full.blocks
+
     def record(self, step: int) -> dict[str, float | int]:
         """The `flops/*` metrics of optimizer step `step`."""
         steps = step + 1

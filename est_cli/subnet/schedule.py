@@ -125,9 +125,8 @@ def _explain_empty(specs, max_steps: int, names, index: int, previous: int, end:
 def smallest_max_steps(specs: Sequence[StageSpec]) -> int | None:
     """The smallest run length at which no stage is empty, or None where there is none to be found."""
     # The last stage ends with the training, all others before it.
-    *earlier, last = [spec.end for spec in specs]
-    steps = [end + 1 for end in earlier if isinstance(end, int)] + ([last] if isinstance(last, int) else [])
-    floor = max([len(specs), *steps])
+    last = len(specs) - 1
+    floor = max([len(specs), *(spec.end + (i < last) for i, spec in enumerate(specs) if isinstance(spec.end, int))])
     for index, spec in enumerate(specs):
         if isinstance(spec.end, float):
             # The boundary after index + 1 stages lies at that step at least.
