@@ -50,6 +50,7 @@ def test_an_offline_run_that_was_resumed_is_one_run_of_the_real_wandb_with_every
     run = run_info(tmp_path, project="mine", group="sweep", tags=("a", "b"))
     assert track(run, range(4), status="stopped") == []
     [old] = (tmp_path / "wandb").glob("offline-run-*")
+    time.sleep(1.1)  # within one second wandb numbers the second folder, behind the id
     assert track(dataclasses.replace(run, first_step=3), range(3, 6)) == []
     [folder] = (tmp_path / "wandb").glob("offline-run-*")
     run_id = (tmp_path / "wandb" / "run_id.txt").read_text().strip()
