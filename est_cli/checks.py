@@ -1,5 +1,6 @@
 """Values of a config that are fine alone and do not go together, or not here."""
 
+import itertools
 import re
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
@@ -36,6 +37,7 @@ def problems_together(sections: Mapping[str, Any], max_steps: int | None) -> lis
         (_strategy, "sampling"),
         (_processes, "trainer"),
         (_stages, "scheduler", "max_steps"),
+        (_growth, "model", "sampling", "scheduler"),
     )
     sections = {**sections, "max_steps": max_steps}
     problems = []
@@ -90,10 +92,15 @@ def _paths(data: "DataConfig", tokenizer: "TokenizerConfig") -> Iterator[str]:
 
 
 def _strategy(sampling: "SamplingConfig") -> Iterator[str]:
-    try:
-        named_function(sampling.strategy, STRATEGIES, "sampling.strategy")
-    except UserError as error:
-        yield from error.problems
+    for key in ("strategy", "layer_strategy"):
+        name = getattr(sampling, key)
+        try:
+            if name is not None:
+                named_function(name, STRATEGIES, f"sampling.{key}")
+        except UserError as error:
+            yield from error.problems
+    if sampling.rescale_layers and sampling.rescale.layers == "sqrt":
+        yield "sampling.rescale.layers=sqrt: sampling.rescale_layers=true asks for inverse; leave one of them out"
 
 
 def _processes(trainer: "TrainerConfig") -> Iterator[str]:
@@ -108,3 +115,27 @@ def _stages(scheduler: "SchedulerConfig", max_steps: int) -> Iterator[str]:
         build_stages(scheduler.stages, max_steps, scheduler.names)
     except ValueError as error:
         yield str(error)
+
+
+def _growth(model: "ModelConfig", sampling: "SamplingConfig", scheduler: "SchedulerConfig") -> Iterator[str]:
+    """What joins must be there, and a model only grows."""
+    if model.n_heads % model.n_kv_heads or model.d_ff % sampling.mlp_block:
+        return  # told already
+    depths, sizes = scheduler.options.get("depths"), []
+    for index, spec in enumerate(scheduler.stages):
+        try:
+            sizes.append(spec.grown.sizes(model, sampling.mlp_block))
+        except ValueError as error:
+            named = f"scheduler.stages[{index}].{error}"
+            if str(error).startswith("n_layers=") and depths == spec.n_layers:
+                named = f"scheduler.depths{str(error).removeprefix('n_layers')}"
+            elif str(error).startswith("n_layers=") and isinstance(depths, list) and spec.n_layers in depths:
+                named = f"scheduler.depths[{index}]{str(error).removeprefix('n_layers')}"
+            yield named
+            return
+    for index, (before, after) in enumerate(itertools.pairwise(sizes), 1):
+        for key in ("n_layers", "n_heads", "d_ff"):
+            if after[key] < before[key]:
+                yield f"scheduler.stages[{index}].{key}={after[key]}: follows {before[key]}; a model only grows"
+        if before["n_layers"] == 0 < after["n_layers"] and scheduler.grow not in ("zero", "random"):
+            yield f"scheduler.grow={scheduler.grow}: there is no layer to copy from 0; must be zero or random"

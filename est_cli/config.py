@@ -6,6 +6,7 @@
 
 import dataclasses
 import inspect
+import math
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -114,6 +115,20 @@ class TokenizerConfig:
     """sentencepiece without a path: at most this much text of the training split trains the pieces."""
 
 
+Rescale = Literal["none", "sqrt", "inverse"]
+"""What is kept with probability p is multiplied by 1, 1/√p or 1/p."""
+
+
+@dataclass(frozen=True)
+class RescaleConfig:
+    """Scales of what is kept; the paper scales heads and neurons by total/kept."""
+
+    heads: Rescale = "inverse"
+    mlp: Rescale = "inverse"
+    layers: Rescale = "none"
+    """Of both residual branches of a kept layer, output bias included; with layer_strategy=increasing by its own p."""
+
+
 @dataclass(frozen=True)
 class SamplingConfig:
     """Granularity. The three rates are what the scheduler's stages refer to."""
@@ -127,15 +142,34 @@ class SamplingConfig:
     """group: key/value groups with all their query heads; query: query heads of every group."""
     strategy: str = "random"
     """random (the paper), prefix (nested), or the dotted path of your own function."""
+    layer_strategy: str | None = None
+    """How layers are chosen: also ends (first and last always), increasing (deeper ones left out more often);
+    null: as strategy says."""
     resample_every: Count = 1
     """Optimizer steps that share one plan."""
     rescale_layers: bool = False
-    """Multiply the residual branches of kept layers by N_L/|I_L| (the paper does not say)."""
+    """Another word for rescale.layers=inverse: N_L/|I_L| (the paper does not say)."""
+    rescale: RescaleConfig = RescaleConfig()
+
+    @property
+    def layer_rescale(self) -> Rescale:
+        return "inverse" if self.rescale_layers else self.rescale.layers
+
+    @property
+    def strategy_of_layers(self) -> str:
+        return self.layer_strategy or self.strategy
+
+
+GrowMethod = Literal["stack", "interleave", "middle", "zero", "random"]
+"""What layers start from that join at a boundary; see est_cli/subnet/growth.py."""
 
 
 @dataclass(frozen=True)
 class SchedulerConfig:
     stages: tuple[StageSpec, ...]
+    grow: GrowMethod = "stack"
+    grow_moments: Literal["copy", "reset"] = "copy"
+    """Layers that start as copies also start with copies of the optimizer's moments and step counts, or with none."""
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     """The scheduler's other keys, which the stages were made from: stage1_end, n_stages, ..."""
 
@@ -143,11 +177,18 @@ class SchedulerConfig:
     def names(self) -> tuple[str, ...]:
         """The config key that decides each boundary."""
         # With stages of one's own an option may be there, and reach nothing.
-        options = ((f"stage{i + 1}_end", stage.end) for i, stage in enumerate(self.stages))
-        return tuple(
-            f"scheduler.{option}" if (option, end) in self.options.items() else f"scheduler.stages[{i}].end"
-            for i, (option, end) in enumerate(options)
-        )
+        names = []
+        for i, stage in enumerate(self.stages):
+            grow_at = self.options.get("grow_at")
+            if self.options.get(f"stage{i + 1}_end", math.nan) == stage.end:
+                names.append(f"scheduler.stage{i + 1}_end")
+            elif grow_at is not None and grow_at == stage.end:
+                names.append("scheduler.grow_at")
+            elif isinstance(grow_at, list) and grow_at[i : i + 1] == [stage.end]:
+                names.append(f"scheduler.grow_at[{i}]")
+            else:
+                names.append(f"scheduler.stages[{i}].end")
+        return tuple(names)
 
 
 @dataclass(frozen=True)
@@ -310,14 +351,19 @@ def _boundaries_alone(scheduler: Mapping[str, Any]) -> dict[str, Any]:
     return {**scheduler, "stages": [{"end": stage.get("end")} for stage in stages]}
 
 
+_GROW_KEYS = ("grow", "grow_moments")
+
+
 def read_scheduler(plain: Mapping[str, Any], rates: Rates, problems: list[str]) -> SchedulerConfig | None:
     """The explicit stages of a scheduler section.
 
     `stages` is the list itself, or the name of a schedule (or the dotted path of a person's own function)
     that makes it: called as `function(rates, **the other keys)`.
     """
-    options = {key: value for key, value in plain.items() if key != "stages"}
+    options = {key: value for key, value in plain.items() if key not in ("stages", *_GROW_KEYS)}
     stages = plain.get("stages")
+    hints = typing.get_type_hints(SchedulerConfig, include_extras=True)
+    grow = {key: read(hints[key], plain[key], f"scheduler.{key}", problems) for key in _GROW_KEYS if key in plain}
     if isinstance(stages, str):
         stages = _call_schedule(stages, rates, options, problems)
         if stages is None:
@@ -327,7 +373,7 @@ def read_scheduler(plain: Mapping[str, Any], rates: Rates, problems: list[str]) 
     specs = read(tuple[StageSpec, ...], stages, "scheduler.stages", problems)
     if len(problems) > before:
         return None
-    return SchedulerConfig(specs, options)
+    return SchedulerConfig(specs, **grow, options=options)
 
 
 def _call_schedule(name: str, rates: Rates, options: dict, problems: list[str]) -> list | None:
@@ -345,7 +391,8 @@ def _call_schedule(name: str, rates: Rates, options: dict, problems: list[str]) 
 def as_plain(config: Any) -> Any:
     """Nested plain dicts and lists of a config dataclass, as `read_train_config` reads them."""
     if isinstance(config, SchedulerConfig):
-        return {**config.options, "stages": as_plain(config.stages)}
+        grow = {key: getattr(config, key) for key in _GROW_KEYS}
+        return {**config.options, **grow, "stages": as_plain(config.stages)}
     if dataclasses.is_dataclass(config):
         return {f.name: as_plain(getattr(config, f.name)) for f in dataclasses.fields(config)}
     return [as_plain(item) for item in config] if isinstance(config, tuple) else config

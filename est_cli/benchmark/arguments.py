@@ -9,7 +9,7 @@ from est_cli.benchmark.case import Case
 from est_cli.config import Count, ModelConfig, Natural, OptimizerConfig, SamplingConfig
 from est_cli.errors import UserError
 from est_cli.schema import read
-from est_cli.subnet.schedule import Rates
+from est_cli.subnet.schedule import StageSpec
 
 _GPT2 = {"norm": "layernorm", "position": "learned", "mlp": "gelu", "bias": True, "tie_embeddings": True}
 _LLAMA = {"norm": "rmsnorm", "position": "rope", "mlp": "swiglu", "bias": False, "tie_embeddings": False}
@@ -68,11 +68,11 @@ def to_case(arguments: argparse.Namespace) -> Case:
     model = read(ModelConfig, arguments.model, "--model", problems)
     sampling = read(SamplingConfig, arguments.sampling, "--sampling", problems)
     optimizer = read(OptimizerConfig, arguments.optimizer, "--optimizer", problems)
-    rates = read(tuple[Rates, ...], arguments.rates, "--rates", problems)
+    stages = read(tuple[StageSpec, ...], arguments.rates, "--rates", problems)
     for name in ("batch_size", "seq_len", "grad_accum", "rounds"):
         read(Count, getattr(arguments, name), f"--{name.replace('_', '-')}", problems)
     read(Natural, arguments.warmup, "--warmup", problems)
-    if not problems and rates[-1:] != (Rates(),):
+    if not problems and stages[-1:] != (StageSpec(),):
         problems.append(f"--rates={json.dumps(arguments.rates)}: the last must be the full model, {{}}")
     if problems:
         raise UserError(*problems)
@@ -80,7 +80,7 @@ def to_case(arguments: argparse.Namespace) -> Case:
         model.with_head_dim(),
         sampling,
         optimizer,
-        rates,
+        stages,
         arguments.batch_size,
         arguments.seq_len,
         arguments.grad_accum,
@@ -111,7 +111,7 @@ def to_arguments(case: Case) -> list[str]:
         "--kernels",
         case.kernels,
         "--rates",
-        json.dumps([asdict(rates) for rates in case.rates]),
+        json.dumps([asdict(stage) for stage in case.stages]),
         "--sampling",
         json.dumps(asdict(case.sampling)),
         "--optimizer",

@@ -1,6 +1,6 @@
 """What is measured: one optimizer step of every stage of a schedule, on random tokens."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -10,7 +10,7 @@ from torch import Tensor
 from est_cli.config import ModelConfig, OptimizerConfig, SamplingConfig, TrainConfig
 from est_cli.subnet.flops import Flops, training_flops
 from est_cli.subnet.plan import subnetwork
-from est_cli.subnet.schedule import Rates
+from est_cli.subnet.schedule import StageSpec
 
 Clock = dict[str, float]
 """Seconds of each phase of a step."""
@@ -23,8 +23,8 @@ class Case:
     model: ModelConfig
     sampling: SamplingConfig
     optimizer: OptimizerConfig
-    rates: tuple[Rates, ...]
-    """One entry a stage; the last one is the full model, which the others are compared with."""
+    stages: tuple[StageSpec, ...]
+    """Without their ends; the last one is the full model, which the others are compared with."""
     batch_size: int
     seq_len: int
     grad_accum: int = 1
@@ -44,7 +44,7 @@ class Case:
     @property
     def flops(self) -> tuple[Flops, ...]:
         """Cost of one optimizer step of each stage."""
-        models = [subnetwork(self.model, self.sampling, rates).model for rates in self.rates]
+        models = [subnetwork(self.model, self.sampling, stage).model for stage in self.stages]
         return tuple(training_flops(model, self.seq_len, self.tokens) for model in models)
 
     def batch(self) -> tuple[Tensor, Tensor]:
@@ -58,15 +58,15 @@ class Case:
 
 def case_of(config: TrainConfig) -> Case:
     """The stages of a training config, in order; the full model is added where the last one does not train it."""
-    rates = [stage.rates for stage in config.stages]
-    if rates[-1] != Rates():
-        rates.append(Rates())
+    stages = [replace(spec, end=None) for spec in config.scheduler.stages]
+    if stages[-1] != StageSpec():
+        stages.append(StageSpec())
     trainer = config.trainer
     return Case(
         config.model,
         config.sampling,
         config.optimizer,
-        tuple(rates),
+        tuple(stages),
         trainer.batch_size,
         config.data.seq_len,
         trainer.grad_accum,

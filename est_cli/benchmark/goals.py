@@ -22,7 +22,7 @@ from est_cli.benchmark.case import Case
 from est_cli.benchmark.measure import QUARTILES, measure, peak_in_own_process
 from est_cli.benchmark.peer import SETTINGS
 from est_cli.config import ModelConfig, OptimizerConfig, SamplingConfig
-from est_cli.subnet.schedule import Rates
+from est_cli.subnet.schedule import StageSpec
 from est_cli.units import format_interval
 
 GPT2 = ModelConfig(**PRESETS["gpt2"])
@@ -37,7 +37,7 @@ LLAMA = replace(
     max_seq_len=1024,
 )
 """A Llama that a CPU trains in seconds a step: 125M parameters, GPT-2's width and depth, TinyLlama's vocabulary."""
-STAGES = tuple(Rates(**rates) for rates in THREE_STAGES)
+STAGES = tuple(StageSpec(**stage) for stage in THREE_STAGES)
 LARGE_STEP = 16
 """Micro-batches of 4 × 256 tokens in a step of 16384."""
 STARTS = 5
@@ -206,7 +206,7 @@ GROUPS: dict[str, Callable[[int, Progress], Iterator[Row]]] = {
 }
 
 
-def _case(model: ModelConfig, precision: str, stages: Sequence[Rates], grad_accum: int = 1) -> Case:
+def _case(model: ModelConfig, precision: str, stages: Sequence[StageSpec], grad_accum: int = 1) -> Case:
     return Case(
         model, SamplingConfig(), OptimizerConfig(), tuple(stages), 4, 256, grad_accum=grad_accum, precision=precision
     )

@@ -34,8 +34,8 @@ def measure(
     keep_freed_memory()
     stepper = Stepper(case)
     peer = fastest(case, warmup) if against else None
-    stages = range(len(case.rates))
-    seconds = np.zeros((rounds, len(case.rates), len(PHASES)))
+    stages = range(len(case.stages))
+    seconds = np.zeros((rounds, len(case.stages), len(PHASES)))
     peer_seconds = np.zeros(rounds)
     for number in range(-warmup, rounds):
         progress(number + warmup, rounds + warmup)
@@ -67,7 +67,8 @@ def _stage(case: Case, seconds: np.ndarray, index: int) -> dict[str, Any]:
     peak = peak_flops(torch.device(case.device), case.precision, case.peak_flops)
     return {
         "stage": index + 1,
-        "rates": asdict(case.rates[index]),
+        "rates": asdict(case.stages[index].rates),
+        "grown": asdict(case.stages[index].grown),
         "step_s": step_s,
         "step_s_quartiles": np.percentile(totals[:, index], QUARTILES).tolist(),
         "phases": {phase: float(np.median(seconds[:, index, i])) for i, phase in enumerate(PHASES)},

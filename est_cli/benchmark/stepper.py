@@ -9,7 +9,7 @@ from est_cli.kernels.dispatch import kernels_for
 from est_cli.model.initialisation import initialise
 from est_cli.model.transformer import Transformer
 from est_cli.subnet.plan import subnetwork
-from est_cli.subnet.sampler import sample, strategy_named
+from est_cli.subnet.sampler import sample, strategies_of
 from est_cli.subnet.schedule import Stage
 from est_cli.training.optimizer import SampledAdamW
 from est_cli.training.subnetwork import DTYPES, MaskedSubnetwork, PackedSubnetwork
@@ -25,7 +25,7 @@ class Stepper:
         model = Transformer(case.model, recompute=case.recompute, kernels=kernels_for(case.kernels, case.device))
         self.model = initialise(model, case.seed).to(case.device)
         self.optimizer = SampledAdamW(self.model, case.optimizer)
-        self.strategy = strategy_named(case.sampling.strategy)
+        self.strategies = strategies_of(case.sampling)
         self.batch = case.batch()
         self.subnetworks: dict[int, PackedSubnetwork | MaskedSubnetwork] = {}
         self.steps = 0
@@ -34,9 +34,10 @@ class Stepper:
         """One optimizer step of the stage at `index`; seconds of each phase."""
         case = self.case
         subnet = self._subnetwork(index)
-        stage = Stage(index + 1, 0, _MANY_STEPS, case.rates[index])
+        spec = case.stages[index]
+        stage = Stage(index + 1, 0, _MANY_STEPS, spec.rates, spec.grown)
         marks = [_now(case.device)]
-        plan = sample(case.seed, self.steps, stage, case.model, case.sampling, self.strategy)
+        plan = sample(case.seed, self.steps, stage, case.model, case.sampling, self.strategies)
         marks.append(_now(case.device))
         subnet.load(plan)
         marks.append(_now(case.device))
@@ -59,7 +60,7 @@ class Stepper:
         if index not in self.subnetworks:
             case = self.case
             kind = MaskedSubnetwork if case.kernels == "masked" else PackedSubnetwork
-            shape = subnetwork(case.model, case.sampling, case.rates[index])
+            shape = subnetwork(case.model, case.sampling, case.stages[index])
             subnet = self.subnetworks[index] = kind(self.model, shape, DTYPES[case.precision])
             if case.compile:
                 subnet.module.compile_blocks()

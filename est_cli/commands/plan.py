@@ -17,14 +17,16 @@ from est_cli.errors import UserError
 from est_cli.schema import read
 from est_cli.subnet.boundaries import scale_boundaries, with_boundaries
 from est_cli.subnet.flops import config_ledger
+from est_cli.subnet.growth import stage_models
 from est_cli.subnet.memory import count_parameters, training_bytes
 from est_cli.subnet.plan import effective_rates, subnetwork
-from est_cli.subnet.sampler import check_strategy, sample, strategy_named
+from est_cli.subnet.sampler import check_strategy, sample, strategies_of
 from est_cli.subnet.schedule import StageSpec, stage_at
 from est_cli.tracking.summary import narrow_table
 from est_cli.units import format_bytes, format_count, format_flops, format_percent
 
-RATES = ("heads", "mlp", "layers")
+RATES = {"heads": "n_heads", "mlp": "d_ff", "layers": "n_layers"}
+"""What is sampled, and the key of the model that counts it."""
 _LONGEST = 40
 """Characters of a list of indices that people are shown."""
 
@@ -72,13 +74,14 @@ def describe(config: TrainConfig) -> dict[str, Any]:
                 "first_step": stage.first_step,
                 "last_step": stage.last_step,
                 "rates": vars(stage.rates),
-                "effective_rates": vars(effective_rates(config.model, config.sampling, stage.rates)),
+                "grown": {key: getattr(grown, key) for key in vars(stage.grown)},
+                "effective_rates": vars(effective_rates(config.model, config.sampling, stage)),
                 "tokens": stage.steps * config.tokens_per_step,
                 "flops_per_step": cost.total,
                 "saved": ledger.stage_saved(stage.number),
                 "saved_blocks": ledger.stage_saved_blocks(stage.number),
             }
-            for stage, cost in zip(ledger.stages, ledger.per_step, strict=True)
+            for stage, cost, grown in zip(ledger.stages, ledger.per_step, stage_models(config), strict=True)
         ],
     }
 
@@ -86,7 +89,7 @@ def describe(config: TrainConfig) -> dict[str, Any]:
 def memory_bytes(config: TrainConfig) -> int:
     """Estimated peak of one process."""
     trainer = config.trainer
-    models = [subnetwork(config.model, config.sampling, stage.rates).model for stage in config.stages]
+    models = [subnetwork(config.model, config.sampling, stage).model for stage in config.stages]
     return training_bytes(
         config.model,
         models,
@@ -115,7 +118,7 @@ def _print_plan(config: TrainConfig, notes: list[str], console: Console) -> None
             str(stage["stage"]),
             f"{stage['first_step']}-{stage['last_step']}",
             format_count(stage["tokens"]),
-            *(_rate(stage["rates"][name], stage["effective_rates"][name]) for name in RATES),
+            *(_rate(stage, name, key, getattr(config.model, key)) for name, key in RATES.items()),
             format_flops(stage["flops_per_step"]),
             format_percent(stage["saved"]),
             format_percent(stage["saved_blocks"]),
@@ -134,8 +137,11 @@ def _print_plan(config: TrainConfig, notes: list[str], console: Console) -> None
         console.print(note, style="dim")
 
 
-def _rate(requested: float, effective: float) -> str:
-    """The rate, and what it really keeps where rounding to whole units changed it."""
+def _rate(stage: dict[str, Any], name: str, key: str, total: int) -> str:
+    """The rate, and what it really keeps where rounding to whole units changed it; `4 of 8` until all have joined."""
+    requested, effective, grown = stage["rates"][name], stage["effective_rates"][name], stage["grown"][key]
+    if grown < total:
+        return f"{round(effective * total)} of {total}"
     return f"{requested:g}" if abs(requested - effective) < 5e-4 else f"{requested:g} → {effective:.3g}"
 
 
@@ -147,7 +153,7 @@ def _print_step(config: TrainConfig, step: int, console: Console) -> None:
             f"(trainer.max_steps={config.trainer.max_steps})"
         )
     stage = stage_at(config.stages, step)
-    plan = sample(config.seed, step, stage, config.model, config.sampling, strategy_named(config.sampling.strategy))
+    plan = sample(config.seed, step, stage, config.model, config.sampling, strategies_of(config.sampling))
     if config.format == "json":
         print(json.dumps({"step": step, "stage": stage.number, **plan.as_dict()}))
         return

@@ -1,7 +1,7 @@
 """What the paper argues from, measured on a run: its stage transitions, the spread over subnetworks, the sharpness."""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from typing import Any
 
@@ -10,7 +10,7 @@ import torch
 
 from est_cli.data.batches import validation_windows
 from est_cli.evaluation.measures import Measures
-from est_cli.evaluation.run import OpenRun
+from est_cli.evaluation.run import OpenRun, load_model
 from est_cli.evaluation.sharpness import hessian_product, largest_eigenvalue, loss_rises
 from est_cli.evaluation.spread import Spread, mean_loss, spread
 from est_cli.evaluation.transitions import transitions
@@ -62,11 +62,11 @@ def analyze(run: OpenRun, val: np.ndarray, rates: Sequence[Rates], measures: Mea
 def _measure_earlier(
     run: OpenRun, windows: np.ndarray, rates: Sequence[Rates], measures: Measures, say: Say
 ) -> Iterator[Measured]:
-    """The newest first, each in the place of the run's weights."""
+    """The newest first."""
     for checkpoint in Checkpoints(run.folder / "checkpoints").sound(say):
         if checkpoint.step < run.checkpoint.step:
-            checkpoint.load_model(run.model)
-            yield _measure(run, checkpoint.step, windows, rates, measures, say)
+            model = load_model(run.config, checkpoint)
+            yield _measure(replace(run, model=model), checkpoint.step, windows, rates, measures, say)
 
 
 def _measure(
@@ -108,13 +108,13 @@ def _transitions(run: OpenRun, measured: list[Measured], window: int) -> list[di
             "to_stage": new.number,
             "train_loss": None if found.train is None else asdict(found.train),
             "val_loss": None if found.val is None else [asdict(entry) for entry in found.val],
-            "at_checkpoint": _growth(at[old.end], old, new) if old.end in at else None,
+            "at_checkpoint": _larger(at[old.end], old, new) if old.end in at else None,
         }
         for (old, new), found in zip(pairwise(stages), logged, strict=True)
     ]
 
 
-def _growth(measured: Measured, old: Stage, new: Stage) -> dict[str, float]:
+def _larger(measured: Measured, old: Stage, new: Stage) -> dict[str, float]:
     """What the larger subnetworks alone do to the loss, weights unchanged; compared plan by plan."""
     before, after = measured.losses(old.rates), measured.losses(new.rates)
     drops = before - after

@@ -1,4 +1,4 @@
-"""A run directory opened for reading: its config, its data and the full model of its newest checkpoint."""
+"""A run directory opened for reading: its config, its data and the model of its newest checkpoint."""
 
 import sys
 from collections.abc import Callable
@@ -13,7 +13,10 @@ from est_cli.data.sentencepiece_bpe import SentencePieceTokenizer
 from est_cli.data.tokenizers import Tokenizer, load_tokenizer
 from est_cli.data.tokens import TokenStore, prepare
 from est_cli.errors import UserError, nearest
+from est_cli.evaluation.standalone import Sampled, packed
 from est_cli.model.transformer import Transformer
+from est_cli.subnet.growth import model_after
+from est_cli.subnet.plan import Subnetwork, whole_plan
 from est_cli.training.checkpoint import Checkpoint, Checkpoints
 
 TOKENIZER = "tokenizer"
@@ -26,7 +29,7 @@ class OpenRun:
     config: TrainConfig
     checkpoint: Checkpoint
     model: Transformer
-    """The full model on its device."""
+    """On its device: the full model, or the part of it that has joined by the checkpoint."""
 
 
 def read_run_config(folder: Path) -> TrainConfig:
@@ -54,10 +57,16 @@ def open_run(folder: Path, warn: Callable[[str], None]) -> OpenRun:
             f"run={folder}: this run has no checkpoint; trainer.save_final=weights or full writes one "
             f"(this run had {config.trainer.save_final})"
         )
+    return OpenRun(folder, config, checkpoint, load_model(config, checkpoint))
+
+
+def load_model(config: TrainConfig, checkpoint: Checkpoint) -> Transformer:
+    """The model of a checkpoint on its device; of a run that grows, what has joined by then."""
     device = torch.device("cuda" if torch.cuda.is_available() and config.trainer.device == "cuda" else "cpu")
     model = Transformer(config.model)
     checkpoint.load_model(model)
-    return OpenRun(folder, config, checkpoint, model.to(device))
+    grown = model_after(config, checkpoint.step)
+    return packed(model.to(device), Sampled(Subnetwork(grown), whole_plan(grown)))
 
 
 def run_tokenizer(run: OpenRun, say: Callable[[str], None]) -> Tokenizer:

@@ -6,9 +6,9 @@ import torch
 
 from est_cli.config import TrainConfig
 from est_cli.errors import UserError
-from est_cli.model.transformer import Transformer
+from est_cli.model.transformer import Transformer, layer_of
 from est_cli.subnet.plan import Plan, Subnetwork, subnetwork
-from est_cli.subnet.sampler import sample, strategy_named
+from est_cli.subnet.sampler import sample, strategies_of
 from est_cli.subnet.schedule import Rates, Stage, stage_at
 from est_cli.training.subnetwork import PackedSubnetwork
 
@@ -34,9 +34,8 @@ def sampled_with(config: TrainConfig, rates: Rates) -> Sampled:
 
 
 def _sample(config: TrainConfig, step: int, stage: Stage) -> Sampled:
-    strategy = strategy_named(config.sampling.strategy)
-    plan = sample(config.seed, step, stage, config.model, config.sampling, strategy)
-    return Sampled(subnetwork(config.model, config.sampling, stage.rates), plan)
+    plan = sample(config.seed, step, stage, config.model, config.sampling, strategies_of(config.sampling))
+    return Sampled(subnetwork(config.model, config.sampling, stage), plan)
 
 
 def packed(model: Transformer, subnet: Sampled) -> Transformer:
@@ -47,19 +46,21 @@ def packed(model: Transformer, subnet: Sampled) -> Transformer:
 
 
 @torch.no_grad()
-def standalone(module: Transformer, shape: Subnetwork) -> Transformer:
+def standalone(module: Transformer, subnet: Sampled) -> Transformer:
     """A model without rescales whose logits are those of the packed `module`.
 
-    Both scales multiply the output projections; the layer's also multiplies their biases.
+    A branch's scale multiplies its output projection; what of it is the layer's own also multiplies the bias.
     """
+    shape, scales = subnet.shape, subnet.plan.scales
     dtype = next(module.parameters()).dtype
     model = Transformer(shape.model, dtype=dtype)
-    scales = {"attention.out": shape.head_scale, "mlp.down": shape.mlp_scale}
+    branches = {"attention.out": (0, shape.head_scale), "mlp.down": (1, shape.mlp_scale)}
     sources = dict(module.named_parameters())
     for name, parameter in model.named_parameters():
         branch, _, leaf = name.split(".", 2)[-1].rpartition(".")
         factor = 1.0
-        if branch in scales:
-            factor = shape.layer_scale * (scales[branch] if leaf == "weight" else 1.0)
+        if branch in branches:
+            column, unit = branches[branch]
+            factor = float(scales[layer_of(name), column]) / (1.0 if leaf == "weight" else unit)
         parameter.copy_(sources[name] * factor)
     return model

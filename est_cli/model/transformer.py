@@ -37,12 +37,12 @@ ROW_KINDS: dict[str, RowKind] = {
 class BlockMask:
     """Literal 0/1 masks of one layer, rescale included: what `kernels=masked` multiplies by.
 
-    heads [H], neurons [F]; `layer` is 0 for a skipped layer.
+    heads [H], neurons [F]; `layer` [2], of the attention and MLP branches, is 0 for a skipped layer.
     """
 
     heads: Tensor
     neurons: Tensor
-    layer: float
+    layer: Tensor
 
 
 class Linear(nn.Module):
@@ -58,19 +58,23 @@ class Linear(nn.Module):
 
 
 class ResidualOutput(nn.Module):
-    """residual + layer_scale · (scale · x W + b) with W [in, D]: the output projection of a branch."""
+    """residual + scale · (x W + b / unit) with W [in, D]: the output projection of a branch.
+
+    `scale`, a scalar tensor, is the branch's whole scale, and `unit` the part of it that b is spared: the one of heads
+    or neurons. A tensor, so that a plan's scales change no compiled graph. Without a scale: residual + x W + b.
+    """
 
     def __init__(self, n_in: int, n_out: int, bias: bool, device=None, dtype=None):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(n_in, n_out, device=device, dtype=dtype))
         self.bias = nn.Parameter(torch.empty(n_out, device=device, dtype=dtype)) if bias else None
 
-    def forward(self, x: Tensor, residual: Tensor, scale: float, layer_scale: float) -> Tensor:
-        if scale == layer_scale == 1.0:
+    def forward(self, x: Tensor, residual: Tensor, unit: float, scale: Tensor | None) -> Tensor:
+        if scale is None:
             return residual + F.linear(x, self.weight.t(), self.bias)
         # Dividing the bias, D numbers, lets the scale ride on the residual addition instead of a pass of its own.
-        bias = None if self.bias is None else self.bias / scale
-        return torch.add(residual, F.linear(x, self.weight.t(), bias), alpha=scale * layer_scale)
+        bias = self.bias if self.bias is None or unit == 1.0 else self.bias / unit
+        return torch.addcmul(residual, F.linear(x, self.weight.t(), bias), scale)
 
 
 class Attention(nn.Module):
@@ -123,18 +127,21 @@ class Block(nn.Module):
 
     def __init__(self, shape: Subnetwork, device=None, dtype=None):
         super().__init__()
-        self.head_scale, self.mlp_scale, self.layer_scale = shape.head_scale, shape.mlp_scale, shape.layer_scale
+        self.head_scale, self.mlp_scale = shape.head_scale, shape.mlp_scale
+        scales = torch.ones(2, device=device) if shape.is_scaled else None
+        self.register_buffer("scales", scales, persistent=False)  # of the attention and MLP branches
         self.norm1 = _norm(shape.model, device, dtype)
         self.attention = Attention(shape.model, device, dtype)
         self.norm2 = _norm(shape.model, device, dtype)
         self.mlp = MLP(shape.model, device, dtype)
 
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor] | None, mask: BlockMask | None = None) -> Tensor:
-        layer_scale = self.layer_scale if mask is None else mask.layer
+        scales = self.scales if mask is None else mask.layer
+        attention_scale, mlp_scale = (None, None) if scales is None else scales
         values = self.attention(self.norm1(x), rope, None if mask is None else mask.heads)
-        x = self.attention.out(values, x, self.head_scale, layer_scale)
+        x = self.attention.out(values, x, self.head_scale, attention_scale)
         activations = self.mlp(self.norm2(x), None if mask is None else mask.neurons)
-        return self.mlp.down(activations, x, self.mlp_scale, layer_scale)
+        return self.mlp.down(activations, x, self.mlp_scale, mlp_scale)
 
 
 class Transformer(nn.Module):

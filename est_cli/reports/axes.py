@@ -65,7 +65,7 @@ def run_with_shared_stages(comparison: Comparison, axis: Axis) -> RunRecord | No
     None where no run has stages, or they disagree: then they cannot be one set of bands.
     """
     staged = [run for run in comparison.runs if len(run.stages) > 1 and run.n_rows]
-    if not staged or len({tuple(stage.rates for stage in run.stages) for run in staged}) > 1:
+    if not staged or len({tuple(stage.kept for stage in run.stages) for run in staged}) > 1:
         return None
     furthest = max(staged, key=lambda run: run.steps_done)
     tolerance = 0.01 * axis.at_step(furthest, furthest.steps_done)

@@ -12,8 +12,9 @@ import numpy as np
 
 from est_cli.config import ModelConfig, SamplingConfig
 from est_cli.reports.records import RunRecord
-from est_cli.subnet.sampler import STRATEGIES, sample
+from est_cli.subnet.sampler import sample, strategies_of
 from est_cli.subnet.schedule import Rates, Stage
+from est_cli.subnet.strategies import STRATEGIES
 
 MAX_PLANS_PER_STAGE = 2000
 # Together about a second: a draw costs some 20 microseconds, ranking a unit some 100 nanoseconds.
@@ -53,13 +54,15 @@ def coverage(run: RunRecord) -> Coverage | str:
     if not run.stages:
         return "its stages are not known"
     try:
-        model, sampling = _read(ModelConfig, run.config["model"]), _read(SamplingConfig, run.config["sampling"])
+        # What is kept is not scaled here.
+        chosen = {key: value for key, value in run.config["sampling"].items() if key != "rescale"}
+        model, sampling = _read(ModelConfig, run.config["model"]), _read(SamplingConfig, chosen)
         seed = int(run.config["seed"])
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, TypeError, ValueError, AttributeError):
         return "its config.yaml does not tell the model and the sampling"
-    if sampling.strategy not in STRATEGIES:
+    for strategy in {sampling.strategy, sampling.strategy_of_layers} - STRATEGIES.keys():
         # A report must not run code that a data file names.
-        return f"its strategy {sampling.strategy} is your own code, which a report does not run"
+        return f"its strategy {strategy} is your own code, which a report does not run"
     return _count(run, model, sampling, seed)
 
 
@@ -117,7 +120,7 @@ def _tally(run: RunRecord, model: ModelConfig, sampling: SamplingConfig, seed: i
         kept = stage.rates.heads * stage.rates.layers
         variance += kept * (1 - kept) * weights.sum() ** 2 * (1 / len(steps) - 1 / n_plans)
         for step, weight in zip(steps.tolist(), weights.tolist(), strict=True):
-            plan = sample(seed, step, stage, model, sampling, STRATEGIES[sampling.strategy])
+            plan = sample(seed, step, stage, model, sampling, strategies_of(sampling))
             layers[plan.layers] += weight
             heads[plan.layers[:, None], plan.heads] += weight
             neurons[plan.layers[:, None], plan.neurons] += weight

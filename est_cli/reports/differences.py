@@ -97,7 +97,7 @@ def _without_constant_schedule_keys(flat: list[dict[str, Any]]) -> list[dict[str
 def stages_as_text(run: RunRecord) -> str:
     """`0.5/0.5/0.5 to step 20, 1/1/1 to step 150`: the rates of heads, MLP and layers."""
     return ", ".join(
-        "/".join(format_setting(rate) for rate in (stage.rates.heads, stage.rates.mlp, stage.rates.layers))
+        "/".join(format_setting(rate) for rate in (stage.kept.heads, stage.kept.mlp, stage.kept.layers))
         + f" to step {stage.end}"
         for stage in run.stages
     )

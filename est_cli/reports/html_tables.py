@@ -101,7 +101,7 @@ def _stage_row(entry: StageTime) -> list[str]:
     stage = entry.stage
     rates = [
         f"{rate:.3g}" if math.isfinite(rate) else UNKNOWN
-        for rate in (stage.rates.heads, stage.rates.mlp, stage.rates.layers)
+        for rate in (stage.kept.heads, stage.kept.mlp, stage.kept.layers)
     ]
     return [
         str(stage.number),

@@ -3,7 +3,7 @@
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -84,14 +84,16 @@ class RunRecord:
 
     @cached_property
     def stages(self) -> tuple[Stage, ...]:
-        """The config's stages; where it does not tell, those that the metrics show."""
+        """The config's stages, with fractions for what has joined; where it does not tell, those of the metrics."""
         try:
             known = {field.name for field in fields(StageSpec)}
             specs = [
                 StageSpec(**{key: spec[key] for key in known & spec.keys()})
                 for spec in self.config["scheduler"]["stages"]
             ]
-            return build_stages(specs, self.config["trainer"]["max_steps"])
+            model = self.config["model"]
+            stages = build_stages(specs, self.config["trainer"]["max_steps"])
+            return tuple(replace(stage, grown=stage.grown.fractions(model)) for stage in stages)
         except (KeyError, TypeError, ValueError, AttributeError):
             return self._logged_stages()
 

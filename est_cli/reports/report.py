@@ -8,7 +8,6 @@ from pathlib import Path
 from est_cli.errors import UserError, nearest
 from est_cli.reports.arms import Comparison
 from est_cli.reports.records import RunRecord
-from est_cli.subnet.schedule import Rates
 
 FORMATS = ("html", "png", "csv")
 
@@ -82,7 +81,7 @@ def _draw(comparison: Comparison, out: Path, files: dict[str, Path]) -> None:
 def _most_telling(comparison: Comparison) -> RunRecord:
     """The best run that sampled subnetworks; where none did, the best run."""
     ranked = [run for arm in comparison.arms for run in arm.runs]
-    return next((run for run in ranked if any(stage.rates != Rates() for stage in run.stages)), ranked[0])
+    return next((run for run in ranked if not all(stage.is_full for stage in run.stages)), ranked[0])
 
 
 @contextmanager

@@ -20,7 +20,7 @@ def draw_stages(ax: Axes, comparison: Comparison, axis: Axis, scale: float) -> N
         _draw_strips(ax, comparison, axis, scale)
         return
     for stage, low, high in _stretches(shared, axis, scale, ax.get_xlim()[1]):
-        ax.axvspan(low, high, color=palette.BAND, alpha=0.42 * _smallness(stage.rates), linewidth=0, zorder=0)
+        ax.axvspan(low, high, color=palette.BAND, alpha=0.42 * _smallness(stage.kept), linewidth=0, zorder=0)
         if low > 0:
             ax.axvline(low, color=palette.MUTED, linewidth=0.6, linestyle=(0, (2, 2)), zorder=1)
         _name_stage(ax, stage, low, high)
@@ -36,7 +36,7 @@ def _stretches(run: RunRecord, axis: Axis, scale: float, end: float) -> list[tup
 def _name_stage(ax: Axes, stage: Stage, low: float, high: float) -> None:
     share = (high - low) / (ax.get_xlim()[1] - ax.get_xlim()[0])
     text = "" if share < 0.03 else str(stage.number) if share < 0.14 else f"stage {stage.number}"
-    text += ", full model" if stage.rates == Rates() and share > 0.3 else ""
+    text += ", full model" if stage.is_full and share > 0.3 else ""
     ax.annotate(
         text,
         ((low + high) / 2, 1),
@@ -70,7 +70,7 @@ def _draw_strips(ax: Axes, comparison: Comparison, axis: Axis, scale: float) -> 
                     height,
                     transform=ax.get_xaxis_transform(),
                     color=palette.series(arm.rank),
-                    alpha=0.1 + 0.9 * _smallness(stage.rates),
+                    alpha=0.1 + 0.9 * _smallness(stage.kept),
                     linewidth=0,
                     clip_on=False,
                 )

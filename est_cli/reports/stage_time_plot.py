@@ -8,7 +8,6 @@ from matplotlib.axes import Axes
 from est_cli.reports import palette
 from est_cli.reports.arms import Comparison
 from est_cli.reports.stage_times import StageTime, stage_times
-from est_cli.subnet.schedule import Rates
 from est_cli.units import format_step_time
 
 _MOST_ARMS = 6
@@ -52,7 +51,7 @@ def _draw_box(ax: Axes, entry: StageTime, y: float, scale: float, colour: str) -
     ax.barh(y, third - first, left=first, height=0.55, color=colour, alpha=0.4, linewidth=0, zorder=3)
     ax.plot([median, median], [y - 0.275, y + 0.275], color=colour, linewidth=2.2, zorder=4)
     text = format_step_time(entry.median)
-    if np.isfinite(entry.time_ratio) and entry.stage.rates != Rates():
+    if np.isfinite(entry.time_ratio) and not entry.stage.is_full:
         text += f" · {entry.time_ratio:.2f}×"
         ax.plot(
             [entry.flops_ratio * entry.full_step_s / scale],

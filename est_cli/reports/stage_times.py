@@ -6,7 +6,7 @@ import numpy as np
 
 from est_cli.reports.arms import Arm
 from est_cli.reports.records import RunRecord
-from est_cli.subnet.schedule import Rates, Stage
+from est_cli.subnet.schedule import Stage
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ def stage_times(arm: Arm) -> list[StageTime]:
         step_s, flops = step_s[np.isfinite(step_s)], flops[np.isfinite(flops)]
         if len(step_s):
             measured.append(StageTime(arm, stage, step_s, float(np.median(flops)) if len(flops) else np.nan))
-    full = next((entry for entry in measured if entry.stage.rates == Rates()), None)
+    full = next((entry for entry in measured if entry.stage.is_full), None)
     if full is None:
         return measured
     return [StageTime(arm, entry.stage, entry.step_s, entry.flops, full.median, full.flops) for entry in measured]

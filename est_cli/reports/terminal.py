@@ -166,7 +166,7 @@ def _print_stages(arm: Arm, console: Console) -> None:
     for name in [*names, "FLOPs"]:
         table.add_column(name, justify="right", no_wrap=True)
     for entry in times:
-        rates = entry.stage.rates
+        rates = entry.stage.kept
         kept = [f"{rate:.3g}" for rate in (rates.heads, rates.mlp, rates.layers)] if wide else []
         steps = [] if narrow else [f"{entry.stage.first_step}–{entry.stage.last_step}"]
         table.add_row(

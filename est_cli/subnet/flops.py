@@ -86,6 +86,6 @@ class Ledger:
 def config_ledger(config: TrainConfig) -> Ledger:
     """The ledger of a run, from its config (with numbers, no `auto`) alone."""
     stages, seq_len, tokens = config.stages, config.data.seq_len, config.tokens_per_step
-    models = [subnetwork(config.model, config.sampling, stage.rates).model for stage in stages]
+    models = [subnetwork(config.model, config.sampling, stage).model for stage in stages]
     costs = tuple(training_flops(model, seq_len, tokens) for model in models)
     return Ledger(stages, costs, training_flops(config.model, seq_len, tokens))

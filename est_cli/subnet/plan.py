@@ -1,27 +1,32 @@
-"""A plan: which heads, neurons and layers one optimizer step trains; and the small model that they make."""
+"""A plan: which heads, neurons and layers one optimizer step trains; and the small model that they make.
 
-import math
+Three models nest: the full one; the part of it that has joined by a stage, its first layers, heads and neurons
+(`grown_model`); and what a step samples of that part (`subnetwork`).
+"""
+
 from dataclasses import dataclass, replace
 
 import numpy as np
 
-from est_cli.config import ModelConfig, SamplingConfig
-from est_cli.subnet.schedule import Rates
-
-
-def keep(rate: float, total: int) -> int:
-    """How many of `total` units a rate in (0, 1] keeps: max(1, floor(rate·total + 0.5))."""
-    return max(1, math.floor(rate * total + 0.5))
+from est_cli.config import ModelConfig, Rescale, SamplingConfig
+from est_cli.subnet.schedule import Grown, Rates, Stage, StageSpec, keep
+from est_cli.subnet.strategies import inclusion_probabilities
 
 
 @dataclass(frozen=True)
 class Subnetwork:
-    """The shape of a sampled subnetwork: a smaller model, and the rescale (total/kept) of its parts."""
+    """The shape of a sampled subnetwork: a smaller model, and the rescale of its heads and neurons."""
 
     model: ModelConfig
     head_scale: float = 1.0
     mlp_scale: float = 1.0
-    layer_scale: float = 1.0
+    scales_layers: bool = False
+    """Whether the plan also scales every layer by a number of its own."""
+
+    @property
+    def is_scaled(self) -> bool:
+        """Whether any residual branch is multiplied by something other than 1."""
+        return self.scales_layers or self.head_scale != 1.0 or self.mlp_scale != 1.0
 
 
 @dataclass(frozen=True)
@@ -32,15 +37,32 @@ class Plan:
     heads     [n, n_heads]     query heads of each kept layer
     kv_heads  [n, n_kv_heads]  key/value heads of each kept layer
     neurons   [n, d_ff]        MLP neurons of each kept layer
+    scales    [n, 2]           what the attention and MLP branches of each kept layer are multiplied by
     """
 
     layers: np.ndarray
     heads: np.ndarray
     kv_heads: np.ndarray
     neurons: np.ndarray
+    scales: np.ndarray
 
     def as_dict(self) -> dict[str, list]:
-        return {name: getattr(self, name).tolist() for name in ("layers", "heads", "kv_heads", "neurons")}
+        return {name: getattr(self, name).tolist() for name in ("layers", "heads", "kv_heads", "neurons", "scales")}
+
+
+def whole_plan(model: ModelConfig) -> Plan:
+    """Every unit of `model`, which is the full model or the part of it that has joined; nothing is rescaled."""
+
+    def every(units: int) -> np.ndarray:
+        return np.tile(np.arange(units), (model.n_layers, 1))
+
+    layers, scales = np.arange(model.n_layers), np.ones((model.n_layers, 2))
+    return Plan(layers, every(model.n_heads), every(model.n_kv_heads), every(model.d_ff), scales)
+
+
+def grown_model(model: ModelConfig, grown: Grown, mlp_block: int = 1) -> ModelConfig:
+    """The part of `model` that has joined. Raises ValueError, as `Grown.sizes` does."""
+    return replace(model, **grown.sizes(model, mlp_block))
 
 
 def grouped(model: ModelConfig) -> bool:
@@ -48,8 +70,9 @@ def grouped(model: ModelConfig) -> bool:
     return model.n_kv_heads != model.n_heads
 
 
-def subnetwork(model: ModelConfig, sampling: SamplingConfig, rates: Rates) -> Subnetwork:
-    """The shape of every subnetwork that these rates sample; the full model where every count is full."""
+def subnetwork(model: ModelConfig, sampling: SamplingConfig, stage: Stage | StageSpec) -> Subnetwork:
+    """The shape of every subnetwork that a stage samples; the full model where every count is full."""
+    model, rates = grown_model(model, stage.grown, sampling.mlp_block), stage.rates
     if not grouped(model):
         n_heads = n_kv_heads = keep(rates.heads, model.n_heads)
     else:
@@ -65,13 +88,27 @@ def subnetwork(model: ModelConfig, sampling: SamplingConfig, rates: Rates) -> Su
     small = replace(model, n_layers=n_layers, n_heads=n_heads, n_kv_heads=n_kv_heads, d_ff=d_ff)
     return Subnetwork(
         small,
-        head_scale=model.n_heads / n_heads,
-        mlp_scale=model.d_ff / d_ff,
-        layer_scale=model.n_layers / n_layers if sampling.rescale_layers else 1.0,
+        head_scale=float(_rescale(sampling.rescale.heads, model.n_heads / n_heads)),
+        mlp_scale=float(_rescale(sampling.rescale.mlp, model.d_ff / d_ff)),
+        scales_layers=sampling.layer_rescale != "none" and n_layers < model.n_layers,
     )
 
 
-def effective_rates(model: ModelConfig, sampling: SamplingConfig, rates: Rates) -> Rates:
-    """The fractions that are really kept, after rounding to whole units."""
-    small = subnetwork(model, sampling, rates).model
+def branch_scales(shape: Subnetwork, sampling: SamplingConfig, n_layers: int, layers: np.ndarray) -> np.ndarray:
+    """What the branches of the kept `layers` of `n_layers` are multiplied by: [n, 2], attention and MLP."""
+    units = np.array([shape.head_scale, shape.mlp_scale])
+    if not shape.scales_layers:
+        return np.tile(units, (len(layers), 1))
+    kept = inclusion_probabilities(sampling.strategy_of_layers, n_layers, len(layers))[layers]
+    return units * _rescale(sampling.layer_rescale, 1.0 / kept)[:, None]
+
+
+def _rescale(mode: Rescale, inverse: float | np.ndarray) -> float | np.ndarray:
+    """The scale of units, by the inverse of the probability with which they are kept."""
+    return inverse ** {"none": 0.0, "sqrt": 0.5, "inverse": 1.0}[mode]
+
+
+def effective_rates(model: ModelConfig, sampling: SamplingConfig, stage: Stage | StageSpec) -> Rates:
+    """The fractions of the full model that are really kept, after rounding to whole units."""
+    small = subnetwork(model, sampling, stage).model
     return Rates(small.n_heads / model.n_heads, small.d_ff / model.d_ff, small.n_layers / model.n_layers)

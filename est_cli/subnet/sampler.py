@@ -2,27 +2,38 @@
 
 from collections.abc import Callable
 from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 
 from est_cli.config import ModelConfig, SamplingConfig, TrainConfig
 from est_cli.errors import UserError
 from est_cli.plugins import named_function
-from est_cli.subnet.plan import Plan, grouped, subnetwork
+from est_cli.subnet.plan import Plan, branch_scales, grouped, grown_model, subnetwork
 from est_cli.subnet.schedule import Stage
 from est_cli.subnet.strategies import STRATEGIES, Draw, Strategy, random
 
 
+class Strategies(NamedTuple):
+    """How heads and neurons are chosen, and how layers are."""
+
+    units: Strategy = random
+    layers: Strategy = random
+
+
 def sample(
-    seed: int, step: int, stage: Stage, model: ModelConfig, sampling: SamplingConfig, strategy: Strategy = random
+    seed: int, step: int, stage: Stage, model: ModelConfig, sampling: SamplingConfig, strategies: Strategies
 ) -> Plan:
     """The plan of optimizer step `step`, which lies in `stage`."""
-    small = subnetwork(model, sampling, stage.rates).model
+    shape, model = subnetwork(model, sampling, stage), grown_model(model, stage.grown, sampling.mlp_block)
+    small = shape.model
     number = (step - stage.first_step) // sampling.resample_every
 
     def choose(dimension: str, total: int, kept: int, layer: int = 0, group: int = 0) -> np.ndarray:
         if kept == total:
             return np.arange(total)
+        of_layers = dimension == "layers"
+        strategy = strategies.layers if of_layers else strategies.units
         draw = Draw(seed, stage.first_step, number, layer, dimension, group)
         chosen = np.sort(np.asarray(strategy(draw, total, kept)))
         if (
@@ -32,7 +43,8 @@ def sample(
             or chosen[-1] >= total
             or (np.diff(chosen) == 0).any()
         ):
-            raise UserError(f"sampling.strategy must return {kept} different indices below {total}, got {chosen}")
+            key = "layer_strategy" if of_layers and sampling.layer_strategy else "strategy"
+            raise UserError(f"sampling.{key} must return {kept} different indices below {total}, got {chosen}")
         return chosen
 
     layers = choose("layers", model.n_layers, small.n_layers)
@@ -43,7 +55,8 @@ def sample(
         kv_heads.append(key_value)
         blocks = choose("mlp", model.d_ff // sampling.mlp_block, small.d_ff // sampling.mlp_block, layer)
         neurons.append(_members(blocks, sampling.mlp_block))
-    return Plan(layers, np.stack(heads), np.stack(kv_heads), np.stack(neurons))
+    units = (np.array(rows, np.int64).reshape(len(layers), -1) for rows in (heads, kv_heads, neurons))
+    return Plan(layers, *units, branch_scales(shape, sampling, model.n_layers, layers))
 
 
 def _choose_heads(
@@ -65,13 +78,16 @@ def _members(blocks: np.ndarray, size: int) -> np.ndarray:
 
 
 def check_strategy(config: TrainConfig) -> None:
-    """Draws the first plan of every stage, so that counts which the strategy cannot serve are found before a run
+    """Draws the first plan of every stage, so that counts which the strategies cannot serve are found before a run
     begins. Raises UserError."""
-    strategy = strategy_named(config.sampling.strategy)
+    strategies = strategies_of(config.sampling)
     for stage in config.stages:
-        sample(config.seed, stage.first_step, stage, config.model, config.sampling, strategy)
+        sample(config.seed, stage.first_step, stage, config.model, config.sampling, strategies)
 
 
-def strategy_named(name: str) -> Strategy:
-    """A strategy by its name, or what a dotted path imports. Raises UserError."""
-    return named_function(name, STRATEGIES, "sampling.strategy")
+def strategies_of(sampling: SamplingConfig) -> Strategies:
+    """The strategies by their names, or what dotted paths import. Raises UserError."""
+    units = named_function(sampling.strategy, STRATEGIES, "sampling.strategy")
+    if sampling.layer_strategy is None:
+        return Strategies(units, units)
+    return Strategies(units, named_function(sampling.layer_strategy, STRATEGIES, "sampling.layer_strategy"))

@@ -1,20 +1,22 @@
-"""The schedule: which rates hold at which optimizer step.
+"""The schedule: which rates hold at which optimizer step, and how much of the model has joined by then.
 
 A schedule is a list of stages. A stage gives its exclusive `end` (an int is a step, a float a fraction of
-the run: floor(f·T + 0.5), null the end of training) and the three rates. Named schedules and people's own
-functions only write such a list.
+the run: floor(f·T + 0.5), null the end of training), the three rates at which it samples, and the part of the
+model that it samples from. Named schedules and people's own functions only write such a list.
 """
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Protocol
 
 from est_cli.schema import Within
 
 Rate = Annotated[float, Within(0, 1, open_low=True)]
 Boundary = Annotated[int, Within(1)] | Annotated[float, Within(0, 1, open_low=True)]
+Part = Annotated[int, Within(0)] | Rate
+"""How much of something has joined the model: an int counts units, a float is a fraction of them."""
 
 _LARGEST_MAX_STEPS_TRIED = 20_000
 _LARGEST_FRACTION = 2**63
@@ -30,28 +32,110 @@ class Rates:
     layers: Rate = 1.0
 
 
+class Sizes(Protocol):
+    """A model, as far as parts of it can join later."""
+
+    n_layers: int
+    n_heads: int
+    n_kv_heads: int
+    d_ff: int
+
+
+@dataclass(frozen=True)
+class Grown:
+    """The part of the model that has joined: its first layers, heads and neurons. None means all of them."""
+
+    n_layers: Part | None = None
+    n_heads: Part | None = None
+    d_ff: Part | None = None
+
+    def fractions(self, model: Mapping[str, int]) -> "Grown":
+        """The same with fractions of `model`'s counts, and None where all have joined."""
+        parts = {key: part / model[key] if type(part) is int else part for key, part in vars(self).items()}
+        return Grown(**{key: None if part == 1.0 else part for key, part in parts.items()})
+
+    def sizes(self, model: Sizes, mlp_block: int = 1) -> dict[str, int]:
+        """Layers, heads, key/value heads and neurons that have joined: whole groups of heads and blocks of neurons.
+
+        Raises ValueError, beginning with the name of the field, for counts that the model does not have.
+        """
+        group = model.n_heads // model.n_kv_heads
+        groups = _joined("n_heads", self.n_heads, model.n_heads, group)
+        return {
+            "n_layers": _joined("n_layers", self.n_layers, model.n_layers, smallest=0),
+            "n_heads": groups * group,
+            "n_kv_heads": groups,
+            "d_ff": _joined("d_ff", self.d_ff, model.d_ff, mlp_block) * mlp_block,
+        }
+
+
+def keep(rate: float, total: int) -> int:
+    """How many of `total` units a rate in (0, 1] keeps: max(1, floor(rate·total + 0.5)), and 0 of 0."""
+    return min(total, max(1, math.floor(rate * total + 0.5)))
+
+
+def _joined(name: str, part: Part | None, total: int, unit: int = 1, smallest: int = 1) -> int:
+    """Units that have joined, of `unit` each."""
+    if part is None:
+        return total // unit
+    if isinstance(part, float):
+        return keep(part, total // unit)
+    if not smallest * unit <= part <= total or part % unit:
+        multiple = f" and a multiple of {unit}" if unit > 1 else ""
+        raise ValueError(f"{name}={part}: must be in [{smallest * unit}, {total}]{multiple}, or a fraction in (0, 1]")
+    return part // unit
+
+
 @dataclass(frozen=True)
 class StageSpec:
-    """A stage as a person writes it."""
+    """A stage as a person writes it: the rates are fractions of what has joined."""
 
     end: Boundary | None = None
     heads: Rate = 1.0
     mlp: Rate = 1.0
     layers: Rate = 1.0
+    n_layers: Part | None = None
+    n_heads: Part | None = None
+    d_ff: Part | None = None
+
+    @classmethod
+    def of(cls, rates: Rates) -> "StageSpec":
+        """A stage that samples from the whole model."""
+        return cls(None, rates.heads, rates.mlp, rates.layers)
 
     @property
     def rates(self) -> Rates:
         return Rates(self.heads, self.mlp, self.layers)
 
+    @property
+    def grown(self) -> Grown:
+        return Grown(self.n_layers, self.n_heads, self.d_ff)
+
 
 @dataclass(frozen=True)
 class Stage:
-    """Optimizer steps `first_step` … `end` − 1 train subnetworks of these rates."""
+    """Optimizer steps `first_step` … `end` − 1 train subnetworks of these rates, of what has joined by then."""
 
     number: int
     first_step: int
     end: int
     rates: Rates
+    grown: Grown = Grown()
+
+    @property
+    def is_full(self) -> bool:
+        """Whether it trains the full model."""
+        return self.rates == Rates() and self.grown == Grown()
+
+    @property
+    def kept(self) -> Rates:
+        """Fractions of the full model that it trains; NaN where what has joined is not given as a fraction."""
+        joined = (
+            1.0 if part is None else part if isinstance(part, float) else math.nan
+            for part in (self.grown.n_heads, self.grown.d_ff, self.grown.n_layers)
+        )
+        rates = (self.rates.heads, self.rates.mlp, self.rates.layers)
+        return Rates(*(rate * part for rate, part in zip(rates, joined, strict=True)))
 
     @property
     def last_step(self) -> int:
@@ -94,7 +178,7 @@ def build_stages(specs: Sequence[StageSpec], max_steps: int, names: Sequence[str
         previous = end
     starts = [0, *ends[:-1]]
     return tuple(
-        Stage(i + 1, start, end, spec.rates)
+        Stage(i + 1, start, end, spec.rates, spec.grown)
         for i, (start, end, spec) in enumerate(zip(starts, ends, specs, strict=True))
     )
 
@@ -152,8 +236,7 @@ def stage_at(stages: Sequence[Stage], step: int) -> Stage:
 
 def ramp(rates: Rates, n_stages: int = 4) -> list[StageSpec]:
     """Rates that rise from `rates` to 1 in `n_stages` equal stages; the last one trains the full model."""
-    if type(n_stages) is not int or not 1 <= n_stages <= _MOST_STAGES:
-        raise ValueError(f"scheduler.n_stages={n_stages}: must be an integer of at least 1 and at most {_MOST_STAGES}")
+    _check_n_stages(n_stages)
 
     def rate(low: float, i: int) -> float:
         return 1.0 if i == n_stages - 1 else low + (1.0 - low) * i / (n_stages - 1)
@@ -169,4 +252,46 @@ def ramp(rates: Rates, n_stages: int = 4) -> list[StageSpec]:
     ]
 
 
-NAMED_SCHEDULES = {"ramp": ramp}
+def raptr(rates: Rates, n_stages: int = 4) -> list[StageSpec]:
+    """More and more layers, from `rates.layers` to all, in equal stages (Panigrahi et al., 2025, arXiv 2402.05913)."""
+    return ramp(Rates(layers=rates.layers), n_stages)
+
+
+def layer_drop(rates: Rates, p_max: float = 0.5, n_stages: int = 4) -> list[StageSpec]:
+    """Layer l of L is left out with probability p·l / (L − 1), and p falls from `p_max` to 0 in equal stages.
+
+    After arXiv 2609.05275. On average p / 2 of the layers are left out. `sampling.layer_strategy=increasing` makes
+    the deeper ones the likelier.
+    """
+    _check_n_stages(n_stages)
+    if type(p_max) not in (int, float) or not 0 < p_max <= 1:
+        raise ValueError(f"scheduler.p_max={p_max}: must be a number in (0, 1]")
+    falling = [p_max * (1 - i / max(1, n_stages - 1)) for i in range(n_stages)]
+    ends = [(i + 1) / n_stages for i in range(n_stages - 1)]
+    return [StageSpec(end, layers=1 - p / 2) for end, p in zip([*ends, None], falling, strict=True)]
+
+
+def stacking(
+    rates: Rates, grow_at: Boundary | Sequence[Boundary] = 0.5, depths: Part | Sequence[Part] = 0.5
+) -> list[StageSpec]:
+    """The first `depths` layers until `grow_at`, then all; lists of equal length grow as many times.
+
+    Gong et al. (2019); Du et al. (2024), arXiv 2405.15319. How the layers that join start is `scheduler.grow`.
+    """
+    ends = list(grow_at) if isinstance(grow_at, list | tuple) else [grow_at]
+    layers = list(depths) if isinstance(depths, list | tuple) else [depths]
+    if len(ends) != len(layers):
+        raise ValueError(
+            f"scheduler.grow_at={grow_at}, scheduler.depths={depths}: must be as many, a depth until each growth"
+        )
+    if any(end is None for end in ends) or any(depth is None for depth in layers):
+        raise ValueError(f"scheduler.grow_at={grow_at}, scheduler.depths={depths}: must be numbers")
+    return [*(StageSpec(end, n_layers=depth) for end, depth in zip(ends, layers, strict=True)), StageSpec()]
+
+
+def _check_n_stages(n_stages: int) -> None:
+    if type(n_stages) is not int or not 1 <= n_stages <= _MOST_STAGES:
+        raise ValueError(f"scheduler.n_stages={n_stages}: must be an integer of at least 1 and at most {_MOST_STAGES}")
+
+
+NAMED_SCHEDULES = {"ramp": ramp, "raptr": raptr, "layer_drop": layer_drop, "stacking": stacking}

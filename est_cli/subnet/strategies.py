@@ -9,6 +9,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from est_cli.errors import UserError
+
 DIMENSIONS = ("heads", "mlp", "layers")
 
 
@@ -51,4 +53,35 @@ def prefix(draw: Draw, total: int, kept: int) -> np.ndarray:
     return np.arange(kept)
 
 
-STRATEGIES: dict[str, Strategy] = {"random": random, "prefix": prefix}
+def ends(draw: Draw, total: int, kept: int) -> np.ndarray:
+    """The first and the last unit always, of those between a uniform choice: RAPTR's layers (arXiv 2402.05913)."""
+    fixed = [0, total - 1][:kept]
+    between = 1 + np.argsort(draw.words(total - 2), kind="stable")[: kept - len(fixed)]
+    return np.concatenate([fixed, between]).astype(np.int64)
+
+
+def increasing(draw: Draw, total: int, kept: int) -> np.ndarray:
+    """Unit l is left out with probability p·l / (total − 1): the deeper, the likelier.
+
+    Systematic sampling (Madow, 1949): steps of one through the running sum of the inclusion probabilities, from a
+    uniform start. Every draw keeps `kept` units, and every unit has exactly its probability.
+    """
+    sums = np.concatenate([[0.0], np.cumsum(inclusion_probabilities("increasing", total, kept))])
+    sums[-1] = kept  # the last bit of a sum must not lose a unit
+    start = (int(draw.words(1)[0]) >> 11) * 2.0**-53
+    return np.searchsorted(sums, start + np.arange(kept), side="right") - 1
+
+
+def inclusion_probabilities(strategy: str, total: int, kept: int) -> np.ndarray:
+    """How often each of `total` units is among the `kept` ones; equally often for all but `increasing`."""
+    if strategy != "increasing" or kept == total:
+        return np.full(total, kept / total)
+    if 2 * kept < total:
+        raise UserError(
+            f"sampling.layer_strategy=increasing: keeps at least half of the {total} layers, and a stage asks for "
+            f"{kept}; give higher rates, or a scheduler.p_max of at most 1"
+        )
+    return 1 - 2 * (total - kept) / total * np.arange(total) / (total - 1)
+
+
+STRATEGIES: dict[str, Strategy] = {"random": random, "prefix": prefix, "ends": ends, "increasing": increasing}

@@ -10,6 +10,7 @@ from typing import Any, TextIO
 from rich.console import Console
 from rich.live import Live
 
+from est_cli.config import TrainConfig
 from est_cli.subnet.schedule import Stage
 from est_cli.tracking.panel import Panel
 from est_cli.tracking.tracker import Record, RunInfo
@@ -104,18 +105,7 @@ class Display:
         )
 
     def _describe(self, stage: Stage, how: str, step: int) -> str:
-        rates = (
-            ", ".join(
-                f"{rate:g} of the {what}"
-                for what, rate in (
-                    ("heads", stage.rates.heads),
-                    ("neurons", stage.rates.mlp),
-                    ("layers", stage.rates.layers),
-                )
-                if rate < 1
-            )
-            or "the full model"
-        )
+        rates = ", ".join(_trained(self._run.config, stage)) or "the full model"
         share = self._run.flops_per_step[stage.number - 1] / self._run.full_flops_per_step
         return f"stage {stage.number} of {len(self._run.stages)}, {how} step {step}: {rates}" + (
             f" ({100 * share:.0f}% of full FLOPs)" if share < 1 else ""
@@ -134,3 +124,19 @@ class Display:
         if record["val/loss"] is not None:
             parts.append(f"validation {format_loss(record['val/loss'])}")
         return "  ".join(parts)
+
+
+def _trained(config: TrainConfig, stage: Stage) -> Iterator[str]:
+    """`the first 4 of 8 layers`, `0.5 of the heads`: what a stage has and samples of the model, where it is not all."""
+    sizes = stage.grown.sizes(config.model, config.sampling.mlp_block)
+    for key, what, rate in (
+        ("n_heads", "heads", stage.rates.heads),
+        ("d_ff", "neurons", stage.rates.mlp),
+        ("n_layers", "layers", stage.rates.layers),
+    ):
+        total = getattr(config.model, key)
+        joined = f"the first {sizes[key]} of {total} {what}" if sizes[key] < total else ""
+        if rate < 1:
+            yield f"{rate:g} of {joined or f'the {what}'}"
+        elif joined:
+            yield joined

@@ -17,12 +17,14 @@ from est_cli.kernels.dispatch import kernels_for
 from est_cli.model.initialisation import initialise
 from est_cli.model.transformer import Transformer
 from est_cli.subnet.flops import config_ledger
+from est_cli.subnet.growth import growth_into, model_after
 from est_cli.subnet.plan import Plan, Subnetwork, subnetwork
-from est_cli.subnet.sampler import sample, strategy_named
+from est_cli.subnet.sampler import sample, strategies_of
 from est_cli.subnet.schedule import Stage, stage_at
 from est_cli.training.checkpoint import Checkpoint, Checkpoints
 from est_cli.training.device import peak_flops, peak_memory_bytes, reset_peak_memory
 from est_cli.training.distributed import World
+from est_cli.training.growth import grow
 from est_cli.training.nonfinite import NonFinite
 from est_cli.training.optimizer import SampledAdamW, learning_rate
 from est_cli.training.pretrained import load_pretrained
@@ -66,7 +68,7 @@ class Training:
         self.stages = config.stages
         self.ledger = config_ledger(config)
         self.dtype = DTYPES[config.trainer.precision]
-        self.strategy = strategy_named(config.sampling.strategy)
+        self.strategies = strategies_of(config.sampling)
         self.peak_flops = peak_flops(world.device, config.trainer.precision, config.trainer.peak_flops)
         recompute, kernels = config.trainer.recompute == "block", kernels_for(config.kernels, world.device)
         model = Transformer(config.model, "meta", recompute=recompute, kernels=kernels)
@@ -74,7 +76,8 @@ class Training:
         self.model = initialise(model, config.seed, world.device, self.shards.holds)
         if config.model.init_from is not None:
             load_pretrained(self.model)
-        self.optimizer = SampledAdamW(self.model, config.optimizer, self.shards)
+        self.grown = model_after(config, 0)
+        self.optimizer = SampledAdamW(self.model, config.optimizer, self.shards, self.grown)
         self.step = 0
         self.train_s = 0.0
         self.val_loss: float | None = None
@@ -86,6 +89,8 @@ class Training:
     def restore(self, checkpoint: Checkpoint) -> None:
         """Go on after the last step of `checkpoint`."""
         checkpoint.load_model(self.model)
+        self.grown = model_after(self.config, checkpoint.step)
+        self.optimizer.join(self.grown)
         if checkpoint.can_resume:
             checkpoint.load_optimizer(self.optimizer)
         self.step = self.saved_step = checkpoint.step
@@ -99,6 +104,8 @@ class Training:
         stopped = False
         while self.step < trainer.max_steps and not stopped:
             stage = stage_at(self.stages, self.step)
+            if self.step == stage.first_step:
+                self._grow_into(stage)
             subnet = self._build(stage)
             while self.step < stage.end and not stopped:
                 self._train_step(stage, subnet)
@@ -111,8 +118,15 @@ class Training:
         status, memory = "stopped" if stopped else "done", peak_memory_bytes(self.world.device)
         return Outcome(status, self.step, self.train_s, memory, self.skipped_steps)
 
+    def _grow_into(self, stage: Stage) -> None:
+        """A checkpoint at a boundary holds the model before the growth, and this is done again after a restart."""
+        growth = growth_into(self.config, stage)
+        if growth is not None:
+            grow(self.model, self.optimizer, growth, self.config.scheduler.grow_moments)
+            self.grown = growth.after
+
     def _build(self, stage: Stage) -> PackedSubnetwork | MaskedSubnetwork:
-        shape = subnetwork(self.config.model, self.config.sampling, stage.rates)
+        shape = subnetwork(self.config.model, self.config.sampling, stage)
         kind = MaskedSubnetwork if self.config.kernels == "masked" else PackedSubnetwork
         subnet = kind(self.model, shape, self.dtype, self.shards)
         if self.config.trainer.compile:
@@ -121,7 +135,7 @@ class Training:
 
     def _train_step(self, stage: Stage, subnet: PackedSubnetwork | MaskedSubnetwork) -> None:
         config, started = self.config, time.perf_counter()
-        plan = sample(config.seed, self.step, stage, config.model, config.sampling, self.strategy)
+        plan = sample(config.seed, self.step, stage, config.model, config.sampling, self.strategies)
         subnet.load(plan)
         loss = torch.zeros((), device=self.world.device)
         for inputs, targets in self._micro_batches():
@@ -174,6 +188,9 @@ class Training:
                 "subnet/heads": plan.heads.shape[1] / config.model.n_heads,
                 "subnet/mlp": plan.neurons.shape[1] / config.model.d_ff,
                 "subnet/layers": len(plan.layers) / config.model.n_layers,
+                "grown/heads": self.grown.n_heads / config.model.n_heads,
+                "grown/mlp": self.grown.d_ff / config.model.d_ff,
+                "grown/layers": self.grown.n_layers / config.model.n_layers,
                 **self.ledger.record(self.step - 1),
                 **self._speed(stage, step_s),
             }
@@ -202,14 +219,14 @@ class Training:
         return training_windows(self.tokens.train, config.data.seq_len, config.seed, self.step * n, n)
 
     def validate(self, subnet: PackedSubnetwork | MaskedSubnetwork) -> float:
-        """Loss of the full model on the first eval_tokens of the validation split.
+        """Loss of all that has joined the model on the first eval_tokens of the validation split.
 
-        `subnet` is the stage's, whose slots serve again where it holds the whole model.
+        `subnet` is the stage's, whose slots serve again where it holds all of that.
         """
         trainer = self.config.trainer
         windows = validation_windows(self.tokens.val, self.config.data.seq_len, trainer.eval_tokens)
-        if not (isinstance(subnet, PackedSubnetwork) and subnet.small == subnet.full):
-            subnet = PackedSubnetwork(self.model, Subnetwork(self.model.config), self.dtype, self.shards)
+        if not (isinstance(subnet, PackedSubnetwork) and subnet.small == self.grown):
+            subnet = PackedSubnetwork(self.model, Subnetwork(self.grown), self.dtype, self.shards)
         return validation_loss(self.model, windows, trainer.batch_size, self.dtype, self.world, subnet)
 
     def _speed(self, stage: Stage, step_s: float) -> dict[str, float | None]:

@@ -22,7 +22,7 @@ from est_cli.errors import RunFailed
 from est_cli.kernels.dispatch import kernels_for
 from est_cli.model.transformer import Transformer
 from est_cli.subnet.plan import Plan, subnetwork
-from est_cli.subnet.schedule import Rates, Stage
+from est_cli.subnet.schedule import Stage
 from est_cli.training.checkpoint import MODEL, write_json
 from est_cli.training.shards import ReadTensor
 from est_cli.training.subnetwork import DTYPES, MaskedSubnetwork, PackedSubnetwork
@@ -65,7 +65,6 @@ def keep(
         "loss": _finite(failed.loss),
         "grad_norm": _finite(failed.grad_norm),
         "stage": failed.stage.number,
-        "rates": as_plain(failed.stage.rates),
         "plan": failed.plan.as_dict(),
         "config": as_plain(config),
     }
@@ -79,7 +78,6 @@ class Kept:
 
     step: int
     stage: int
-    rates: Rates
     plan: Plan
     windows: Tensor
     weights: Mapping[str, Tensor]
@@ -89,9 +87,10 @@ def read(folder: Path) -> Kept:
     """What `keep` wrote. Raises OSError, ValueError or KeyError for anything else."""
     content = json.loads((folder / STEP).read_text())
     # An empty list, of a skipped layer's units, has no type of its own.
-    plan = Plan(**{name: np.array(units, np.int64) for name, units in content["plan"].items()})
+    units = {name: np.array(content["plan"][name], np.int64) for name in ("layers", "heads", "kv_heads", "neurons")}
+    plan = Plan(**units, scales=np.array(content["plan"]["scales"], float).reshape(-1, 2))
     windows, weights = read_tensors(folder / BATCH)["windows"], read_tensors(folder / MODEL)
-    return Kept(content["step"], content["stage"], Rates(**content["rates"]), plan, windows, weights)
+    return Kept(content["step"], content["stage"], plan, windows, weights)
 
 
 @dataclass(frozen=True)
@@ -115,7 +114,11 @@ def replay(kept: Kept, config: TrainConfig, device: torch.device) -> Replay:
     model.load_state_dict(kept.weights)
     model = model.to(device)
     kind = MaskedSubnetwork if config.kernels == "masked" else PackedSubnetwork
-    subnet = kind(model, subnetwork(config.model, config.sampling, kept.rates), DTYPES[config.trainer.precision])
+    subnet = kind(
+        model,
+        subnetwork(config.model, config.sampling, config.stages[kept.stage - 1]),
+        DTYPES[config.trainer.precision],
+    )
     subnet.load(kept.plan)
     micro_batches = kept.windows.to(device).split(config.trainer.batch_size)
     losses, first = [], []

@@ -4,9 +4,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from est_cli.config import OptimizerConfig
-from est_cli.kernels.adamw import Hyperparameters, Move
-from est_cli.model.transformer import Transformer
+from est_cli.config import ModelConfig, OptimizerConfig
+from est_cli.kernels.adamw import Hyperparameters, Move, Rows
+from est_cli.kernels.upload import upload
+from est_cli.model.transformer import Transformer, layer_of, row_kind
+from est_cli.subnet.plan import whole_plan
+from est_cli.subnet.rows import n_rows, sampled_rows
 from est_cli.subnet.schedule import boundary_step
 from est_cli.training.shards import Shards, whole
 from est_cli.training.subnetwork import Update, as_rows
@@ -31,20 +34,45 @@ class SampledAdamW:
     unsampled=zero_grad  every row takes every step, with gradient 0 where it was not sampled
     unsampled=freeze     only sampled rows, their moments and their step counts move
 
-    Weight decay is for matrices and embeddings only. Of a sharded model every rank moves the parameters that it
-    holds; the others, and their moments, are meta tensors.
+    Weight decay is for matrices and embeddings only. What has not joined the model stands still, and its parameters
+    have no moments. Of a sharded model every rank moves the parameters that it holds; the others, and their moments,
+    are meta tensors.
     """
 
-    def __init__(self, model: Transformer, config: OptimizerConfig, shards: Shards | None = None):
+    def __init__(
+        self,
+        model: Transformer,
+        config: OptimizerConfig,
+        shards: Shards | None = None,
+        grown: ModelConfig | None = None,
+    ):
         self.config, self.kernels, self.shards = config, model.kernels, shards or whole(model)
+        self.full = model.config
         self.parameters = {name: parameter.data for name, parameter in model.named_parameters()}
-        self.moments = {name: torch.zeros_like(p) for name, p in self.parameters.items()}
-        self.squares = {name: torch.zeros_like(p) for name, p in self.parameters.items()}
-        self._matrices = {
-            name: [as_rows(name, t, model.config) for t in (p, self.moments[name], self.squares[name])]
-            for name, p in self.parameters.items()
-        }
-        self.counts = {name: np.zeros(len(rows), np.int64) for name, (rows, _, _) in self._matrices.items()}
+        self.joined: dict[str, Rows | None] = {}
+        """The rows of every parameter that have joined; None for all of them."""
+        self.moments: dict[str, Tensor] = {}
+        self.squares: dict[str, Tensor] = {}
+        self.counts: dict[str, np.ndarray] = {}
+        self._matrices: dict[str, list[Tensor]] = {}
+        self.join(grown or model.config)
+
+    def join(self, grown: ModelConfig) -> None:
+        """From now on move what belongs to `grown`; what is new begins with moments of 0."""
+        plan = whole_plan(grown)
+        for name, parameter in self.parameters.items():
+            layer, kind = layer_of(name), row_kind(name)
+            if layer is not None and layer >= grown.n_layers:
+                continue
+            self.joined[name] = None
+            if kind is not None and n_rows(kind, grown) != n_rows(kind, self.full):
+                host = sampled_rows(kind, self.full, plan, layer)
+                self.joined[name] = Rows(host, upload(host, self.shards.world.device))
+            if name not in self.moments:
+                self.moments[name], self.squares[name] = torch.zeros_like(parameter), torch.zeros_like(parameter)
+                tensors = (parameter, self.moments[name], self.squares[name])
+                self._matrices[name] = [as_rows(name, tensor, self.full) for tensor in tensors]
+                self.counts[name] = np.zeros(len(self._matrices[name][0]), np.int64)
 
     @torch.no_grad()
     def norm(self, updates: list[Update]) -> Tensor:
@@ -57,7 +85,7 @@ class SampledAdamW:
         norm = self.norm(updates) if norm is None else norm
         clip = None if self.config.grad_clip is None else (self.config.grad_clip / (norm + 1e-6)).clamp(max=1.0)
         by_name = {update.name: update for update in updates}
-        moves = [self._move(name, by_name.get(name), lr) for name in self.parameters]
+        moves = [self._move(name, by_name.get(name), lr) for name in self.parameters if name in self.joined]
         self.kernels.adamw_step([move for move in moves if move is not None], clip)
         return norm
 
@@ -67,14 +95,18 @@ class SampledAdamW:
         if update is None and freeze:
             return None
         rows = update.rows if update else None
-        counts = self.counts[name]
-        moving = slice(None) if rows is None or not freeze else rows.host
-        counts[moving] += 1
+        counts, moving = self.counts[name], rows if freeze else self.joined[name]
+        counts[slice(None) if moving is None else moving.host] += 1
         if not self.shards.holds(name):
             return None
         matrices = self._matrices[name]
         gradient = None if update is None else update.gradient.reshape(-1, matrices[0].shape[1])
-        taken = counts[moving] if freeze else int(counts[0])
+        taken: int | np.ndarray = counts if moving is None else counts[moving.host]
+        if not freeze and moving is None and (counts == counts[0]).all():
+            taken = int(counts[0])
+        elif not freeze:
+            # Some rows joined later, or have not: each takes its own step, with gradient 0 where it was not sampled.
+            gradient, rows = _spread(gradient, rows, moving, matrices[0]), moving
         return Move(*matrices, gradient, rows, taken, self._hyperparameters(self.parameters[name], lr))
 
     def _hyperparameters(self, parameter: Tensor, lr: float) -> Hyperparameters:
@@ -82,9 +114,27 @@ class SampledAdamW:
         return Hyperparameters(lr, *self.config.betas, self.config.eps, decay)
 
     def state(self) -> dict[str, Tensor]:
-        """Every tensor that the optimizer carries between steps, by name, the widest type first."""
+        """Every tensor that the optimizer carries between steps, by name, the widest type first.
+
+        Of what has joined; in the order in which it did.
+        """
         return {
             **{f"counts.{name}": torch.from_numpy(c) for name, c in self.counts.items()},
             **{f"moments.{name}": t for name, t in self.moments.items()},
             **{f"squares.{name}": t for name, t in self.squares.items()},
         }
+
+
+def _spread(gradient: Tensor | None, rows: Rows | None, moving: Rows | None, matrix: Tensor) -> Tensor:
+    """The gradient of the rows that move, 0 where `rows` names none; matrix [R, C]."""
+    if gradient is not None and (rows is moving or (rows and moving and np.array_equal(rows.host, moving.host))):
+        return gradient
+    n_moving = len(matrix) if moving is None else len(moving.host)
+    spread = matrix.new_zeros((n_moving, matrix.shape[1]))
+    if gradient is None:
+        return spread
+    if rows is None:
+        assert moving is None, "what has not joined has no gradient"
+        return gradient
+    places = rows.host if moving is None else np.searchsorted(moving.host, rows.host)
+    return spread.index_copy_(0, upload(places, matrix.device), gradient)

@@ -54,6 +54,18 @@ class Shards:
         if self.is_sharded:
             self.world.broadcast_(self._by_holder(slots))
 
+    def copy_(self, tensors: Mapping[str, Tensor], source: str, target: str) -> None:
+        """Copy one parameter's tensor into another's, wherever the two are held."""
+        if not self.is_sharded:
+            tensors[target].copy_(tensors[source])
+            return
+        travelling = torch.empty_like(tensors[source], device=self.world.device)
+        if self.holds(source):
+            travelling.copy_(tensors[source])
+        self.world.broadcast_({self.holders[source]: [travelling]})
+        if self.holds(target):
+            tensors[target].copy_(travelling)
+
     def average_(self, loss: Tensor, gradients: Mapping[str, Tensor]) -> None:
         """Average over all ranks the loss, and each gradient where its parameter is held; elsewhere it is lost."""
         if not self.is_sharded:

@@ -16,7 +16,7 @@ from est_cli.config import ModelConfig
 from est_cli.kernels.adamw import Rows
 from est_cli.kernels.upload import upload
 from est_cli.model.transformer import BlockMask, Transformer, layer_of, row_kind, set_parameter
-from est_cli.subnet.plan import Plan, Subnetwork
+from est_cli.subnet.plan import Plan, Subnetwork, whole_plan
 from est_cli.subnet.rows import n_rows, sampled_rows
 from est_cli.training.shards import Shards, whole
 
@@ -70,9 +70,10 @@ class PackedSubnetwork:
         self.master = dict(master.named_parameters())
         self.shards = shards or whole(master)
         self.device = self.shards.world.device
-        self.full, self.small, self.kernels = master.config, shape.model, master.kernels
+        self.shape, self.full, self.small, self.kernels = shape, master.config, shape.model, master.kernels
         self.casts = dtype != next(iter(self.master.values())).dtype
         self.copies = self.casts or self.shards.is_sharded
+        self.scale_dtype = torch.promote_types(dtype, torch.float32)
         self.is_master = self.small == self.full and not self.copies
         if self.is_master:
             self.module = master
@@ -102,6 +103,8 @@ class PackedSubnetwork:
         self.rows = self._rows_of(plan)
         if not self.copies:
             self._share()
+        if self.shape.is_scaled:
+            self.scales.copy_(upload(plan.scales, self.device))
         copied = list(self.parameters if self.copies else self.rows)
         held = [name for name in copied if self.shards.holds(self.names[name])]
         self.kernels.gather_rows(
@@ -112,9 +115,8 @@ class PackedSubnetwork:
         self.shards.spread({self.names[name]: self.parameters[name].data for name in copied})
 
     def load_whole(self) -> None:
-        """As `load`, where the subnetwork is the full model: there is nothing to choose."""
-        every = np.arange(self.full.n_layers)
-        self.load(Plan(every, *(np.empty((len(every), 0), int),) * 3))
+        """As `load`, where the subnetwork is all that has joined: there is nothing to choose."""
+        self.load(whole_plan(self.small))
 
     def loss(self, inputs: Tensor, targets: Tensor) -> Tensor:
         """Mean cross-entropy of one micro-batch [B, T]; differentiable."""
@@ -138,6 +140,10 @@ class PackedSubnetwork:
             shares = not self.copies and not self._is_sampled(name)
             data = source.data if shares else torch.empty(parameter.shape, dtype=dtype, device=self.device)
             set_parameter(self.module, name, data)
+        self.scales = torch.ones(self.small.n_layers, 2, dtype=self.scale_dtype, device=self.device)
+        if self.shape.is_scaled:
+            for block, own in zip(self.module.blocks, self.scales, strict=True):
+                block.scales = own
 
     def _share(self) -> None:
         """Point the tensors that are not sampled by rows at the master's storage."""
@@ -201,12 +207,14 @@ class MaskedSubnetwork:
         config, parameter = self.config, next(iter(self.full.parameters.values()))
         heads = torch.zeros(config.n_heads, device=parameter.device, dtype=parameter.dtype)
         neurons = torch.zeros(config.d_ff, device=parameter.device, dtype=parameter.dtype)
+        scales = torch.zeros(2, device=parameter.device, dtype=self.full.scale_dtype)
         kept = np.flatnonzero(self.plan.layers == layer)
-        if not len(kept):
-            return BlockMask(heads, neurons, 0.0)
-        heads[torch.from_numpy(self.plan.heads[kept[0]])] = self.shape.head_scale
-        neurons[torch.from_numpy(self.plan.neurons[kept[0]])] = self.shape.mlp_scale
-        return BlockMask(heads, neurons, self.shape.layer_scale)
+        if len(kept):
+            units = np.array([self.shape.head_scale, self.shape.mlp_scale])
+            heads[torch.from_numpy(self.plan.heads[kept[0]])] = units[0]
+            neurons[torch.from_numpy(self.plan.neurons[kept[0]])] = units[1]
+            scales.copy_(torch.from_numpy(self.plan.scales[kept[0]] / units))
+        return BlockMask(heads, neurons, scales)
 
 
 def as_rows(name: str, tensor: Tensor, model: ModelConfig) -> Tensor:

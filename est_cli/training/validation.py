@@ -1,4 +1,4 @@
-"""Validation loss: always the full model, with no rescale."""
+"""Validation loss: always the full model, or the part of it that has joined, with no rescale."""
 
 import numpy as np
 import torch
@@ -20,8 +20,8 @@ def validation_loss(
 ) -> float:
     """Mean cross-entropy in nats of the full model, in the run's precision.
 
-    windows [n, T + 1] of token ids; ranks share the windows. `whole` is a packed copy of the full model to use
-    again; its gradients are dropped.
+    windows [n, T + 1] of token ids; ranks share the windows. `whole` is a packed copy of the model, or of what has
+    joined, to use instead; its gradients are dropped.
     """
     subnetwork = whole or PackedSubnetwork(model, Subnetwork(model.config), dtype)
     if not subnetwork.is_master:
