@@ -129,7 +129,7 @@ def test_boundaries_out_of_order_are_collected_too(other):
         ({"run_id": "../elsewhere"}, "run_id=../elsewhere: must be letters, digits"),
         (
             {"sampling.strategy": "randm"},
-            "must be one of random, prefix, or the dotted path of a function; did you mean 'ra",
+            "must be one of random, prefix, ends, increasing, or the dotted path of a function; did you mean 'ra",
         ),
         ({"model.n_head": 4}, "model.n_head: there is no such key; did you mean 'n_heads'?"),
         ({"samplng": {}}, "samplng: there is no such key; did you mean 'sampling'?"),
@@ -202,7 +202,7 @@ def test_a_persons_own_schedule_is_called_by_its_dotted_path():
     [
         (
             {"stages": "rmp"},
-            "scheduler.stages=rmp: must be one of ramp, or the dotted path of a function; did you mean 'r",
+        ({"stages": "rmp"}, "scheduler.stages=rmp: must be one of ramp, raptr, layer_drop, stacking, or the dotted path of a"),
         ),
         ({"stages": "no_such_module.schedule"}, "scheduler.stages=no_such_module.schedule: cannot be imported"),
         ({"stages": f"{__name__}.halves"}, "missing a required argument: 'count'"),

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from est_cli.config import ModelConfig, OptimizerConfig, SamplingConfig, TrainConfig
 from est_cli.subnet.flops import Flops, training_flops
-from est_cli.subnet.plan import subnetwork
+from est_cli.subnet.plan import stage_subnetwork
 from est_cli.subnet.schedule import StageSpec
 
 Clock = dict[str, float]
@@ -44,7 +44,7 @@ class Case:
     @property
     def flops(self) -> tuple[Flops, ...]:
         """Cost of one optimizer step of each stage."""
-        models = [subnetwork(self.model, self.sampling, stage).model for stage in self.stages]
+        models = [stage_subnetwork(self.model, self.sampling, stage).model for stage in self.stages]
         return tuple(training_flops(model, self.seq_len, self.tokens) for model in models)
 
     def batch(self) -> tuple[Tensor, Tensor]:

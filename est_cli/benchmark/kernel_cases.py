@@ -16,7 +16,7 @@ from est_cli.kernels.adamw import Hyperparameters, Move, Rows
 from est_cli.model.transformer import Transformer, layer_of, row_kind
 from est_cli.subnet.plan import subnetwork
 from est_cli.subnet.rows import n_rows
-from est_cli.subnet.schedule import Rates, StageSpec
+from est_cli.subnet.schedule import Rates
 
 HYPER = Hyperparameters(lr=3e-4, beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.1)
 
@@ -44,7 +44,7 @@ class PackCase:
 
 def model_matrices(model: ModelConfig, rates: Rates) -> list[Matrix]:
     """All parameters of a model, as a step at these rates trains them."""
-    small = subnetwork(model, SamplingConfig(), StageSpec.of(rates)).model
+    small = subnetwork(model, SamplingConfig(), rates).model
     matrices = []
     for name, parameter in Transformer(model, device="meta").named_parameters():
         kind, layer = row_kind(name), layer_of(name)

@@ -8,8 +8,8 @@ from est_cli.benchmark.case import PHASES, Case, Clock
 from est_cli.kernels.dispatch import kernels_for
 from est_cli.model.initialisation import initialise
 from est_cli.model.transformer import Transformer
-from est_cli.subnet.plan import subnetwork
-from est_cli.subnet.sampler import sample, strategies_of
+from est_cli.subnet.plan import stage_subnetwork
+from est_cli.subnet.sampler import sample
 from est_cli.subnet.schedule import Stage
 from est_cli.training.optimizer import SampledAdamW
 from est_cli.training.subnetwork import DTYPES, MaskedSubnetwork, PackedSubnetwork
@@ -25,7 +25,6 @@ class Stepper:
         model = Transformer(case.model, recompute=case.recompute, kernels=kernels_for(case.kernels, case.device))
         self.model = initialise(model, case.seed).to(case.device)
         self.optimizer = SampledAdamW(self.model, case.optimizer)
-        self.strategies = strategies_of(case.sampling)
         self.batch = case.batch()
         self.subnetworks: dict[int, PackedSubnetwork | MaskedSubnetwork] = {}
         self.steps = 0
@@ -37,7 +36,7 @@ class Stepper:
         spec = case.stages[index]
         stage = Stage(index + 1, 0, _MANY_STEPS, spec.rates, spec.grown)
         marks = [_now(case.device)]
-        plan = sample(case.seed, self.steps, stage, case.model, case.sampling, self.strategies)
+        plan = sample(case.seed, self.steps, stage, case.model, case.sampling)
         marks.append(_now(case.device))
         subnet.load(plan)
         marks.append(_now(case.device))
@@ -60,7 +59,7 @@ class Stepper:
         if index not in self.subnetworks:
             case = self.case
             kind = MaskedSubnetwork if case.kernels == "masked" else PackedSubnetwork
-            shape = subnetwork(case.model, case.sampling, case.stages[index])
+            shape = stage_subnetwork(case.model, case.sampling, case.stages[index])
             subnet = self.subnetworks[index] = kind(self.model, shape, DTYPES[case.precision])
             if case.compile:
                 subnet.module.compile_blocks()

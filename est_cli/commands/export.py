@@ -49,7 +49,7 @@ def run(plain: dict[str, Any]) -> None:
         subnet = sampled_with(config, Rates(**rates)) if rates else sampled_at(config, plan_step)
         family_of(subnet.shape.model)
         reference = packed(model, subnet)
-        model = standalone(reference, subnet.shape)
+        model = standalone(reference, subnet)
     tokenizer = run_tokenizer(opened, say)
     difference = export(model, reference, tokenizer, destination)
     if difference is None:

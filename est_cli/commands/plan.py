@@ -19,8 +19,8 @@ from est_cli.subnet.boundaries import scale_boundaries, with_boundaries
 from est_cli.subnet.flops import config_ledger
 from est_cli.subnet.growth import stage_models
 from est_cli.subnet.memory import count_parameters, training_bytes
-from est_cli.subnet.plan import effective_rates, subnetwork
-from est_cli.subnet.sampler import check_strategy, sample, strategies_of
+from est_cli.subnet.plan import effective_rates, stage_subnetwork
+from est_cli.subnet.sampler import check_strategy, sample
 from est_cli.subnet.schedule import StageSpec, stage_at
 from est_cli.tracking.summary import narrow_table
 from est_cli.units import format_bytes, format_count, format_flops, format_percent
@@ -89,7 +89,7 @@ def describe(config: TrainConfig) -> dict[str, Any]:
 def memory_bytes(config: TrainConfig) -> int:
     """Estimated peak of one process."""
     trainer = config.trainer
-    models = [subnetwork(config.model, config.sampling, stage).model for stage in config.stages]
+    models = [stage_subnetwork(config.model, config.sampling, stage).model for stage in config.stages]
     return training_bytes(
         config.model,
         models,
@@ -153,7 +153,7 @@ def _print_step(config: TrainConfig, step: int, console: Console) -> None:
             f"(trainer.max_steps={config.trainer.max_steps})"
         )
     stage = stage_at(config.stages, step)
-    plan = sample(config.seed, step, stage, config.model, config.sampling, strategies_of(config.sampling))
+    plan = sample(config.seed, step, stage, config.model, config.sampling)
     if config.format == "json":
         print(json.dumps({"step": step, "stage": stage.number, **plan.as_dict()}))
         return

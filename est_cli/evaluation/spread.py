@@ -9,8 +9,8 @@ import torch
 from est_cli.config import SamplingConfig
 from est_cli.model.transformer import Transformer
 from est_cli.subnet.plan import subnetwork
-from est_cli.subnet.sampler import sample, strategies_of
-from est_cli.subnet.schedule import Rates, Stage, StageSpec
+from est_cli.subnet.sampler import sample
+from est_cli.subnet.schedule import Rates, Stage
 from est_cli.training.subnetwork import PackedSubnetwork
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
@@ -62,12 +62,12 @@ def spread(
     Plan n draws from the same numbers whatever the rates, so that losses of two rates can be compared in pairs.
     """
     every_plan_anew = replace(sampling, resample_every=1)
-    stage, strategies = Stage(1, 0, plans, rates), strategies_of(sampling)
+    stage = Stage(1, 0, plans, rates)
     dtype = next(model.parameters()).dtype
-    packed = PackedSubnetwork(model, subnetwork(model.config, sampling, StageSpec.of(rates)), dtype)
+    packed = PackedSubnetwork(model, subnetwork(model.config, sampling, rates), dtype)
     losses = []
     for step in range(plans):
-        packed.load(sample(seed, step, stage, model.config, every_plan_anew, strategies))
+        packed.load(sample(seed, step, stage, model.config, every_plan_anew))
         losses.append(mean_loss(packed.module, windows, batch_size))
     return Spread(rates, tuple(losses))
 

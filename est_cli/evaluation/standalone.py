@@ -7,8 +7,8 @@ import torch
 from est_cli.config import TrainConfig
 from est_cli.errors import UserError
 from est_cli.model.transformer import Transformer, layer_of
-from est_cli.subnet.plan import Plan, Subnetwork, subnetwork
-from est_cli.subnet.sampler import sample, strategies_of
+from est_cli.subnet.plan import Plan, Subnetwork, stage_subnetwork
+from est_cli.subnet.sampler import sample
 from est_cli.subnet.schedule import Rates, Stage, stage_at
 from est_cli.training.subnetwork import PackedSubnetwork
 
@@ -34,8 +34,8 @@ def sampled_with(config: TrainConfig, rates: Rates) -> Sampled:
 
 
 def _sample(config: TrainConfig, step: int, stage: Stage) -> Sampled:
-    plan = sample(config.seed, step, stage, config.model, config.sampling, strategies_of(config.sampling))
-    return Sampled(subnetwork(config.model, config.sampling, stage), plan)
+    plan = sample(config.seed, step, stage, config.model, config.sampling)
+    return Sampled(stage_subnetwork(config.model, config.sampling, stage), plan)
 
 
 def packed(model: Transformer, subnet: Sampled) -> Transformer:

@@ -12,7 +12,7 @@ import numpy as np
 
 from est_cli.config import ModelConfig, SamplingConfig
 from est_cli.reports.records import RunRecord
-from est_cli.subnet.sampler import sample, strategies_of
+from est_cli.subnet.sampler import sample
 from est_cli.subnet.schedule import Rates, Stage
 from est_cli.subnet.strategies import STRATEGIES
 
@@ -120,7 +120,7 @@ def _tally(run: RunRecord, model: ModelConfig, sampling: SamplingConfig, seed: i
         kept = stage.rates.heads * stage.rates.layers
         variance += kept * (1 - kept) * weights.sum() ** 2 * (1 / len(steps) - 1 / n_plans)
         for step, weight in zip(steps.tolist(), weights.tolist(), strict=True):
-            plan = sample(seed, step, stage, model, sampling, strategies_of(sampling))
+            plan = sample(seed, step, stage, model, sampling)
             layers[plan.layers] += weight
             heads[plan.layers[:, None], plan.heads] += weight
             neurons[plan.layers[:, None], plan.neurons] += weight

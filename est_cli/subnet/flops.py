@@ -8,7 +8,7 @@ dense model only: a subnetwork costs what its small model costs.
 from dataclasses import dataclass
 
 from est_cli.config import ModelConfig, TrainConfig
-from est_cli.subnet.plan import subnetwork
+from est_cli.subnet.plan import stage_subnetwork
 from est_cli.subnet.schedule import Stage, stage_at
 
 
@@ -86,6 +86,6 @@ class Ledger:
 def config_ledger(config: TrainConfig) -> Ledger:
     """The ledger of a run, from its config (with numbers, no `auto`) alone."""
     stages, seq_len, tokens = config.stages, config.data.seq_len, config.tokens_per_step
-    models = [subnetwork(config.model, config.sampling, stage).model for stage in stages]
+    models = [stage_subnetwork(config.model, config.sampling, stage).model for stage in stages]
     costs = tuple(training_flops(model, seq_len, tokens) for model in models)
     return Ledger(stages, costs, training_flops(config.model, seq_len, tokens))

@@ -70,9 +70,13 @@ def grouped(model: ModelConfig) -> bool:
     return model.n_kv_heads != model.n_heads
 
 
-def subnetwork(model: ModelConfig, sampling: SamplingConfig, stage: Stage | StageSpec) -> Subnetwork:
-    """The shape of every subnetwork that a stage samples; the full model where every count is full."""
-    model, rates = grown_model(model, stage.grown, sampling.mlp_block), stage.rates
+def stage_subnetwork(model: ModelConfig, sampling: SamplingConfig, stage: Stage | StageSpec) -> Subnetwork:
+    """The shape of every subnetwork that a stage samples of what has joined `model` by then."""
+    return subnetwork(grown_model(model, stage.grown, sampling.mlp_block), sampling, stage.rates)
+
+
+def subnetwork(model: ModelConfig, sampling: SamplingConfig, rates: Rates) -> Subnetwork:
+    """The shape of every subnetwork that these rates sample of `model`; all of it where every count is full."""
     if not grouped(model):
         n_heads = n_kv_heads = keep(rates.heads, model.n_heads)
     else:
@@ -110,5 +114,5 @@ def _rescale(mode: Rescale, inverse: float | np.ndarray) -> float | np.ndarray:
 
 def effective_rates(model: ModelConfig, sampling: SamplingConfig, stage: Stage | StageSpec) -> Rates:
     """The fractions of the full model that are really kept, after rounding to whole units."""
-    small = subnetwork(model, sampling, stage).model
+    small = stage_subnetwork(model, sampling, stage).model
     return Rates(small.n_heads / model.n_heads, small.d_ff / model.d_ff, small.n_layers / model.n_layers)

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
 
 import numpy as np
 
@@ -11,21 +10,14 @@ from est_cli.errors import UserError
 from est_cli.plugins import named_function
 from est_cli.subnet.plan import Plan, branch_scales, grouped, grown_model, subnetwork
 from est_cli.subnet.schedule import Stage
-from est_cli.subnet.strategies import STRATEGIES, Draw, Strategy, random
+from est_cli.subnet.strategies import STRATEGIES, Draw, Strategy
 
 
-class Strategies(NamedTuple):
-    """How heads and neurons are chosen, and how layers are."""
-
-    units: Strategy = random
-    layers: Strategy = random
-
-
-def sample(
-    seed: int, step: int, stage: Stage, model: ModelConfig, sampling: SamplingConfig, strategies: Strategies
-) -> Plan:
-    """The plan of optimizer step `step`, which lies in `stage`."""
-    shape, model = subnetwork(model, sampling, stage), grown_model(model, stage.grown, sampling.mlp_block)
+def sample(seed: int, step: int, stage: Stage, model: ModelConfig, sampling: SamplingConfig) -> Plan:
+    """The plan of optimizer step `step`, which lies in `stage`. Raises UserError for a strategy that fails."""
+    of_unit, of_layer = strategies_of(sampling)
+    model = grown_model(model, stage.grown, sampling.mlp_block)
+    shape = subnetwork(model, sampling, stage.rates)
     small = shape.model
     number = (step - stage.first_step) // sampling.resample_every
 
@@ -33,7 +25,7 @@ def sample(
         if kept == total:
             return np.arange(total)
         of_layers = dimension == "layers"
-        strategy = strategies.layers if of_layers else strategies.units
+        strategy = of_layer if of_layers else of_unit
         draw = Draw(seed, stage.first_step, number, layer, dimension, group)
         chosen = np.sort(np.asarray(strategy(draw, total, kept)))
         if (
@@ -80,14 +72,13 @@ def _members(blocks: np.ndarray, size: int) -> np.ndarray:
 def check_strategy(config: TrainConfig) -> None:
     """Draws the first plan of every stage, so that counts which the strategies cannot serve are found before a run
     begins. Raises UserError."""
-    strategies = strategies_of(config.sampling)
     for stage in config.stages:
-        sample(config.seed, stage.first_step, stage, config.model, config.sampling, strategies)
+        sample(config.seed, stage.first_step, stage, config.model, config.sampling)
 
 
-def strategies_of(sampling: SamplingConfig) -> Strategies:
-    """The strategies by their names, or what dotted paths import. Raises UserError."""
+def strategies_of(sampling: SamplingConfig) -> tuple[Strategy, Strategy]:
+    """How heads and neurons are chosen, and how layers are. Raises UserError."""
     units = named_function(sampling.strategy, STRATEGIES, "sampling.strategy")
     if sampling.layer_strategy is None:
-        return Strategies(units, units)
-    return Strategies(units, named_function(sampling.layer_strategy, STRATEGIES, "sampling.layer_strategy"))
+        return units, units
+    return units, named_function(sampling.layer_strategy, STRATEGIES, "sampling.layer_strategy")

@@ -98,11 +98,6 @@ class StageSpec:
     n_heads: Part | None = None
     d_ff: Part | None = None
 
-    @classmethod
-    def of(cls, rates: Rates) -> "StageSpec":
-        """A stage that samples from the whole model."""
-        return cls(None, rates.heads, rates.mlp, rates.layers)
-
     @property
     def rates(self) -> Rates:
         return Rates(self.heads, self.mlp, self.layers)

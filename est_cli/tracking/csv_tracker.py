@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import IO
 
 from est_cli.tracking.file_tracker import FileTracker
-from est_cli.tracking.metrics import METRIC_KEYS
 from est_cli.tracking.tracker import Record
 
 CSV_NAME = "metrics.csv"
@@ -16,10 +15,12 @@ class CsvTracker(FileTracker):
 
     def _open(self, run_dir: Path) -> None:
         self._file = (run_dir / CSV_NAME).open("w", newline="", buffering=1)
-        self._rows = csv.DictWriter(self._file, METRIC_KEYS, lineterminator="\n")
-        self._rows.writeheader()
+        self._rows: csv.DictWriter | None = None
 
     def _write(self, record: Record) -> None:
+        if self._rows is None:
+            self._rows = csv.DictWriter(self._file, list(record), lineterminator="\n")
+            self._rows.writeheader()
         self._rows.writerow(record)
 
     def _close(self) -> None:

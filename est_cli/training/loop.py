@@ -18,8 +18,8 @@ from est_cli.model.initialisation import initialise
 from est_cli.model.transformer import Transformer
 from est_cli.subnet.flops import config_ledger
 from est_cli.subnet.growth import growth_into, model_after
-from est_cli.subnet.plan import Plan, Subnetwork, subnetwork
-from est_cli.subnet.sampler import sample, strategies_of
+from est_cli.subnet.plan import Plan, Subnetwork, stage_subnetwork
+from est_cli.subnet.sampler import sample
 from est_cli.subnet.schedule import Stage, stage_at
 from est_cli.training.checkpoint import Checkpoint, Checkpoints
 from est_cli.training.device import peak_flops, peak_memory_bytes, reset_peak_memory
@@ -68,7 +68,6 @@ class Training:
         self.stages = config.stages
         self.ledger = config_ledger(config)
         self.dtype = DTYPES[config.trainer.precision]
-        self.strategies = strategies_of(config.sampling)
         self.peak_flops = peak_flops(world.device, config.trainer.precision, config.trainer.peak_flops)
         recompute, kernels = config.trainer.recompute == "block", kernels_for(config.kernels, world.device)
         model = Transformer(config.model, "meta", recompute=recompute, kernels=kernels)
@@ -77,6 +76,7 @@ class Training:
         if config.model.init_from is not None:
             load_pretrained(self.model)
         self.grown = model_after(config, 0)
+        self.grows = any(growth_into(config, stage) for stage in self.stages[1:])
         self.optimizer = SampledAdamW(self.model, config.optimizer, self.shards, self.grown)
         self.step = 0
         self.train_s = 0.0
@@ -126,7 +126,7 @@ class Training:
             self.grown = growth.after
 
     def _build(self, stage: Stage) -> PackedSubnetwork | MaskedSubnetwork:
-        shape = subnetwork(self.config.model, self.config.sampling, stage)
+        shape = stage_subnetwork(self.config.model, self.config.sampling, stage)
         kind = MaskedSubnetwork if self.config.kernels == "masked" else PackedSubnetwork
         subnet = kind(self.model, shape, self.dtype, self.shards)
         if self.config.trainer.compile:
@@ -135,7 +135,7 @@ class Training:
 
     def _train_step(self, stage: Stage, subnet: PackedSubnetwork | MaskedSubnetwork) -> None:
         config, started = self.config, time.perf_counter()
-        plan = sample(config.seed, self.step, stage, config.model, config.sampling, self.strategies)
+        plan = sample(config.seed, self.step, stage, config.model, config.sampling)
         subnet.load(plan)
         loss = torch.zeros((), device=self.world.device)
         for inputs, targets in self._micro_batches():
@@ -188,13 +188,22 @@ class Training:
                 "subnet/heads": plan.heads.shape[1] / config.model.n_heads,
                 "subnet/mlp": plan.neurons.shape[1] / config.model.d_ff,
                 "subnet/layers": len(plan.layers) / config.model.n_layers,
-                "grown/heads": self.grown.n_heads / config.model.n_heads,
-                "grown/mlp": self.grown.d_ff / config.model.d_ff,
-                "grown/layers": self.grown.n_layers / config.model.n_layers,
+                **self._grown_record(),
                 **self.ledger.record(self.step - 1),
                 **self._speed(stage, step_s),
             }
         )
+
+    def _grown_record(self) -> dict[str, float]:
+        """Of a run that grows: the fractions that have joined, and that val/loss is of."""
+        if not self.grows:
+            return {}
+        full, grown = self.config.model, self.grown
+        return {
+            "grown/heads": grown.n_heads / full.n_heads,
+            "grown/mlp": grown.d_ff / full.d_ff,
+            "grown/layers": grown.n_layers / full.n_layers,
+        }
 
     def _refuse(self, step: NonFinite) -> None:
         """A step that is not finite is not taken: it ends the run, or is counted."""

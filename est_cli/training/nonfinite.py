@@ -21,7 +21,7 @@ from est_cli.config import TrainConfig, as_plain
 from est_cli.errors import RunFailed
 from est_cli.kernels.dispatch import kernels_for
 from est_cli.model.transformer import Transformer
-from est_cli.subnet.plan import Plan, subnetwork
+from est_cli.subnet.plan import Plan, stage_subnetwork
 from est_cli.subnet.schedule import Stage
 from est_cli.training.checkpoint import MODEL, write_json
 from est_cli.training.shards import ReadTensor
@@ -116,7 +116,7 @@ def replay(kept: Kept, config: TrainConfig, device: torch.device) -> Replay:
     kind = MaskedSubnetwork if config.kernels == "masked" else PackedSubnetwork
     subnet = kind(
         model,
-        subnetwork(config.model, config.sampling, config.stages[kept.stage - 1]),
+        stage_subnetwork(config.model, config.sampling, config.stages[kept.stage - 1]),
         DTYPES[config.trainer.precision],
     )
     subnet.load(kept.plan)

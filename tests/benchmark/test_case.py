@@ -12,15 +12,15 @@ from est_cli.benchmark.case import Case, case_of
 from est_cli.benchmark.stepper import Stepper
 from est_cli.commands.entry import compose
 from est_cli.config import OptimizerConfig, SamplingConfig, read_train_config
-from est_cli.subnet.schedule import Rates, StageSpec
+from est_cli.subnet.schedule import StageSpec
 
-PLAIN = Case(GPT2, SamplingConfig(), OptimizerConfig(), (Rates(0.5, 0.5, 0.5), Rates()), 2, 8)
-SAME = {"model", "rates", "seed"}
+PLAIN = Case(GPT2, SamplingConfig(), OptimizerConfig(), (StageSpec(None, 0.5, 0.5, 0.5), StageSpec()), 2, 8)
+SAME = {"model", "seed"}
 UNUSUAL = Case(
     GPT2,
     SamplingConfig(mlp_block=4),
     OptimizerConfig(unsampled="freeze", betas=(0.8, 0.9), grad_clip=None),
-    (Rates(0.5, 0.5, 0.5), Rates()),
+    (StageSpec(None, 0.5, 0.5, 0.5, n_layers=2), StageSpec()),
     batch_size=3,
     seq_len=7,
     grad_accum=2,
@@ -50,17 +50,17 @@ def test_a_case_takes_what_the_trainer_was_told():
     config = train_config(GPT2, precision="bf16", compile=True, recompute="block", grad_accum=3)
     case = case_of(config)
     assert (case.precision, case.compile, case.recompute, case.grad_accum) == ("bf16", True, True, 3)
-    assert case.rates[-1] == Rates()
+    assert case.stages[-1] == StageSpec()
 
 
 def test_stages_keep_their_numbers_where_one_of_them_is_the_full_model():
     config = train_config(GPT2)
     half, full = StageSpec(heads=0.5), StageSpec()
     stages = (replace(full, end=2), replace(half, end=4), full)
-    rates = case_of(replace(config, scheduler=replace(config.scheduler, stages=stages))).rates
-    assert rates == (full.rates, half.rates, full.rates)
-    sampled = case_of(replace(config, scheduler=replace(config.scheduler, stages=(half,)))).rates
-    assert sampled == (half.rates, full.rates), "the full model is what the others are compared with"
+    measured = case_of(replace(config, scheduler=replace(config.scheduler, stages=stages))).stages
+    assert measured == (full, half, full)
+    sampled = case_of(replace(config, scheduler=replace(config.scheduler, stages=(half,)))).stages
+    assert sampled == (half, full), "the full model is what the others are compared with"
 
 
 @pytest.mark.parametrize(

@@ -10,9 +10,9 @@ from est_cli.benchmark.case import PHASES, Case
 from est_cli.benchmark.goals import Row, row_of_peer, rows_of_stages
 from est_cli.benchmark.measure import measure
 from est_cli.config import OptimizerConfig, SamplingConfig
-from est_cli.subnet.schedule import Rates
+from est_cli.subnet.schedule import StageSpec
 
-STAGES = (Rates(0.5, 0.5, 0.5), Rates(0.5, 0.5), Rates())
+STAGES = (StageSpec(None, 0.5, 0.5, 0.5), StageSpec(None, 0.5, 0.5), StageSpec())
 
 
 def case(family: str = "gpt2", **options) -> Case:

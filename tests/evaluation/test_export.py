@@ -79,7 +79,7 @@ def test_a_subnetwork_becomes_a_smaller_model_with_the_packed_ones_logits(tmp_pa
     model = model_of(byte_model("llama", bias=True))
     config = train_config(model.config, SamplingConfig(gqa=gqa, rescale_layers=rescale_layers))
     subnet = sampled_at(config, 1)
-    small = standalone(packed(model, subnet), subnet.shape)
+    small = standalone(packed(model, subnet), subnet)
     assert (small.config.n_heads, small.config.d_ff, small.config.n_layers) == ({"group": 4, "query": 3}[gqa], 8, 2)
     assert export(small, packed(model, subnet), TOKENIZER, tmp_path / "out") in (None, pytest.approx(0, abs=1e-5))
     written = json.loads((tmp_path / "out" / "config.json").read_text())
@@ -93,7 +93,7 @@ def test_gpt2_exports_fewer_neurons_and_layers(transformers, tmp_path):
     model = model_of(byte_model("gpt2"))
     subnet = sampled_with(train_config(model.config), Rates(mlp=0.5, layers=0.5))
     reference = packed(model, subnet)
-    assert export(standalone(reference, subnet.shape), reference, TOKENIZER, tmp_path / "out") < 1e-5
+    assert export(standalone(reference, subnet), reference, TOKENIZER, tmp_path / "out") < 1e-5
     loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert (loaded.config.n_inner, loaded.config.n_layer, loaded.config.n_head) == (8, 2, 4)
 
@@ -102,7 +102,7 @@ def test_gpt2_with_fewer_heads_is_refused_and_what_works_is_said(tmp_path):
     model = model_of(byte_model("gpt2"))
     subnet = sampled_with(train_config(model.config), Rates(heads=0.5))
     with pytest.raises(UserError, match=r"model.n_heads=2: GPT2LMHeadModel ties .* fewer MLP neurons and layers"):
-        export(standalone(packed(model, subnet), subnet.shape), model, TOKENIZER, tmp_path / "out")
+        export(standalone(packed(model, subnet), subnet), model, TOKENIZER, tmp_path / "out")
     assert not list(tmp_path.iterdir())
 
 

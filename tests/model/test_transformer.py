@@ -154,8 +154,10 @@ def sliced(model: Transformer, layers: list[int], heads: list[int], neurons: lis
     """A GPT-2 cut by hand to the same heads and neurons in each of its kept layers."""
     full = model.config
     small = replace(full, n_layers=len(layers), n_heads=len(heads), n_kv_heads=len(heads), d_ff=len(neurons))
-    scales = {"head_scale": full.n_heads / len(heads), "mlp_scale": full.d_ff / len(neurons), "layer_scale": 1.5}
-    cut = Transformer(Subnetwork(small, **scales), dtype=torch.float64)
+    scales = {"head_scale": full.n_heads / len(heads), "mlp_scale": full.d_ff / len(neurons)}
+    cut = Transformer(Subnetwork(small, **scales, scales_layers=True), dtype=torch.float64)
+    for block in cut.blocks:
+        block.scales = 1.5 * torch.tensor(list(scales.values()), dtype=torch.float64)
     state = dict(model.named_parameters())
     for name, parameter in cut.named_parameters():
         tensor = state[name]
@@ -197,7 +199,7 @@ def test_rescaled_outputs_average_to_the_full_output(kept):
     def output(rows: list[int]) -> Tensor:
         projection = ResidualOutput(len(rows), 4, bias=True)
         projection.weight.data, projection.bias.data = weight[rows], bias
-        return projection(x[:, rows], residual, 6 / len(rows), 1.0)
+        return projection(x[:, rows], residual, 6 / len(rows), torch.tensor(6 / len(rows)))
 
     with torch.no_grad():
         subsets = [output(list(rows)) for rows in combinations(range(6), kept)]

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from tiny import GPT2, LLAMA
 
-from est_cli.config import SamplingConfig
-from est_cli.subnet.plan import Plan, effective_rates, keep, subnetwork
+from est_cli.config import RescaleConfig, SamplingConfig
+from est_cli.subnet.plan import Plan, branch_scales, effective_rates, subnetwork
 from est_cli.subnet.sampler import sample
-from est_cli.subnet.schedule import Rates, Stage
+from est_cli.subnet.schedule import Rates, Stage, StageSpec, keep
 
 TINYLLAMA = replace(LLAMA, n_layers=22, n_heads=32, n_kv_heads=4, d_model=2048, d_ff=5632, head_dim=64)
 HALF = Rates(0.5, 0.5, 0.5)
@@ -28,7 +28,7 @@ def test_half_of_gpt2_keeps_half_of_everything():
     gpt2 = replace(GPT2, n_layers=12, n_heads=12, n_kv_heads=12, d_model=768, d_ff=3072, head_dim=64)
     shape = subnetwork(gpt2, GROUP, HALF)
     assert shape.model == replace(gpt2, n_layers=6, n_heads=6, n_kv_heads=6, d_ff=1536)
-    assert (shape.head_scale, shape.mlp_scale, shape.layer_scale) == (2.0, 2.0, 1.0)
+    assert (shape.head_scale, shape.mlp_scale, shape.scales_layers) == (2.0, 2.0, False)
 
 
 def test_group_mode_drops_key_value_heads_with_all_their_query_heads():
@@ -69,9 +69,29 @@ def test_blocks_are_counted_whole(block, d_ff):
 
 
 def test_layers_are_rescaled_only_where_that_is_asked_for():
-    assert subnetwork(LLAMA, GROUP, HALF).layer_scale == 1.0
-    assert subnetwork(LLAMA, SamplingConfig(rescale_layers=True), HALF).layer_scale == 3 / 2
-    assert subnetwork(LLAMA, SamplingConfig(rescale_layers=True), Rates(0.5, 0.5)).layer_scale == 1.0
+    rescaled, layers = SamplingConfig(rescale_layers=True), np.array([0, 2])
+    assert not subnetwork(LLAMA, GROUP, HALF).scales_layers
+    assert not subnetwork(LLAMA, rescaled, Rates(0.5, 0.5)).scales_layers
+    scales = branch_scales(subnetwork(LLAMA, rescaled, Rates(layers=0.5)), rescaled, 3, layers)
+    assert scales.tolist() == [[3 / 2, 3 / 2]] * 2
+
+
+@pytest.mark.parametrize(("mode", "scale"), [("none", 1.0), ("sqrt", 1.5**0.5), ("inverse", 1.5)])
+def test_heads_neurons_and_layers_are_scaled_each_in_its_own_way(mode, scale):
+    """Of 3 key/value groups and 3 layers 2 are kept, of 16 neurons 8."""
+    paper = branch_scales(subnetwork(LLAMA, GROUP, HALF), GROUP, 3, np.array([0, 1]))
+    assert paper.tolist() == [[1.5, 2.0]] * 2
+    sampling = SamplingConfig(rescale=RescaleConfig(heads="none", mlp="sqrt", layers=mode))
+    scales = branch_scales(subnetwork(LLAMA, sampling, HALF), sampling, 3, np.array([0, 1]))
+    np.testing.assert_allclose(scales, [[scale, 2**0.5 * scale]] * 2, rtol=1e-15)
+
+
+def test_layers_that_are_dropped_by_depth_are_scaled_by_their_own_probability():
+    """6 of 8 layers: layer l is kept with probability 1 − 0.5·l/7."""
+    sampling = SamplingConfig(layer_strategy="increasing", rescale=RescaleConfig(layers="inverse"))
+    model, layers = replace(GPT2, n_layers=8), np.array([0, 1, 2, 4, 6, 7])
+    scales = branch_scales(subnetwork(model, sampling, Rates(layers=0.75)), sampling, 8, layers)
+    np.testing.assert_allclose(scales, [[1 / (1 - 0.5 * layer / 7)] * 2 for layer in layers], rtol=1e-15)
 
 
 @pytest.mark.parametrize("rates", [Rates(), Rates(0.9, 0.99, 0.9)])
@@ -79,14 +99,15 @@ def test_full_means_that_every_count_is_full(rates):
     """Rates that round to everything are the full model: same shape, no scale."""
     shape = subnetwork(LLAMA, SamplingConfig(rescale_layers=True), rates)
     assert shape.model == LLAMA
-    assert (shape.head_scale, shape.mlp_scale, shape.layer_scale) == (1.0, 1.0, 1.0)
+    assert not shape.is_scaled
 
 
 def test_effective_rates_are_the_fractions_after_rounding():
-    assert effective_rates(LLAMA, GROUP, Rates(0.5, 0.3, 0.5)) == Rates(2 / 3, 5 / 16, 2 / 3)
-    assert effective_rates(TINYLLAMA, QUERY, Rates(0.3, 0.3, 0.3)) == Rates(8 / 32, 1690 / 5632, 7 / 22)
+    assert effective_rates(LLAMA, GROUP, StageSpec(None, 0.5, 0.3, 0.5)) == Rates(2 / 3, 5 / 16, 2 / 3)
+    assert effective_rates(TINYLLAMA, QUERY, StageSpec(None, 0.3, 0.3, 0.3)) == Rates(8 / 32, 1690 / 5632, 7 / 22)
 
 
 def test_a_plan_prints_as_plain_lists():
-    plan = Plan(np.array([1]), np.array([[0, 2]]), np.array([[0]]), np.array([[3, 4]]))
-    assert plan.as_dict() == {"layers": [1], "heads": [[0, 2]], "kv_heads": [[0]], "neurons": [[3, 4]]}
+    plan = Plan(np.array([1]), np.array([[0, 2]]), np.array([[0]]), np.array([[3, 4]]), np.array([[2.0, 1.5]]))
+    units = {"layers": [1], "heads": [[0, 2]], "kv_heads": [[0]], "neurons": [[3, 4]]}
+    assert plan.as_dict() == {**units, "scales": [[2.0, 1.5]]}

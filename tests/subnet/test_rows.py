@@ -14,6 +14,7 @@ PLAN = Plan(
     heads=np.array([[0, 1, 4, 5], [2, 3, 4, 5]]),
     kv_heads=np.array([[0, 2], [1, 2]]),
     neurons=np.array([[1, 3], [0, 15]]),
+    scales=np.ones((2, 2)),
 )
 
 

@@ -14,9 +14,9 @@ from tiny import FAMILIES, GPT2, LLAMA
 from est_cli.config import ModelConfig, SamplingConfig
 from est_cli.errors import UserError
 from est_cli.subnet.plan import Plan, subnetwork
-from est_cli.subnet.sampler import sample, strategy_named
+from est_cli.subnet.sampler import sample
 from est_cli.subnet.schedule import Rates, Stage, StageSpec, build_stages, stage_at
-from est_cli.subnet.strategies import Draw
+from est_cli.subnet.strategies import STRATEGIES, Draw
 
 ROOT = Path(__file__).resolve().parents[2]
 STAGES = build_stages([StageSpec(20, 0.5, 0.5, 0.5), StageSpec(70, 0.5, 0.5), StageSpec()], 150)
@@ -189,8 +189,7 @@ def odd_units(draw: Draw, total: int, kept: int) -> np.ndarray:
 
 
 def test_a_persons_own_strategy_is_called_by_its_dotted_path_and_sorted():
-    strategy = strategy_named(f"{__name__}.odd_units")
-    plan = sample(0, 0, STAGES[0], LLAMA, SAMPLING, strategy)
+    plan = sample(0, 0, STAGES[0], LLAMA, SamplingConfig(strategy=f"{__name__}.odd_units"))
     assert plan.layers.tolist() == [1, 2]
     assert plan.neurons[0].tolist() == list(range(8, 16))
 
@@ -208,6 +207,7 @@ def test_a_persons_own_strategy_is_called_by_its_dotted_path_and_sorted():
     ],
     ids=["too few", "too many", "twice the same", "negative", "past the end", "of two dimensions", "fractions"],
 )
-def test_a_strategy_that_returns_something_else_is_refused(strategy):
+def test_a_strategy_that_returns_something_else_is_refused(strategy, monkeypatch):
+    monkeypatch.setitem(STRATEGIES, "odd", strategy)
     with pytest.raises(UserError, match=r"sampling\.strategy must return 2 different indices below 3"):
-        sample(0, 0, STAGES[0], LLAMA, SAMPLING, strategy)
+        sample(0, 0, STAGES[0], LLAMA, SamplingConfig(strategy="odd"))

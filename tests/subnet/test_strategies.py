@@ -1,5 +1,6 @@
 """Strategies, and the random words that they choose by."""
 
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -9,9 +10,9 @@ from tiny import LLAMA
 
 from est_cli.config import SamplingConfig
 from est_cli.errors import UserError
-from est_cli.subnet.sampler import sample, strategy_named
+from est_cli.subnet.sampler import sample, strategies_of
 from est_cli.subnet.schedule import Rates, Stage
-from est_cli.subnet.strategies import Draw, prefix, random
+from est_cli.subnet.strategies import STRATEGIES, Draw, inclusion_probabilities, increasing, random
 
 DRAW = Draw(seed=1, stage_start=10, number=0, layer=2, dimension="heads", group=1)
 GROUPED = replace(LLAMA, n_heads=8, n_kv_heads=2)
@@ -54,7 +55,7 @@ def test_random_takes_the_ranks_of_the_words():
 @pytest.mark.parametrize("gqa", ["group", "query"])
 def test_prefix_keeps_the_first_units_so_that_smaller_networks_are_nested_in_larger_ones(gqa):
     plans = [
-        sample(0, step, Stage(1, 0, 10, Rates(rate, rate, rate)), GROUPED, SamplingConfig(gqa=gqa), prefix)
+        sample(0, step, Stage(1, 0, 10, Rates(rate, rate, rate)), GROUPED, SamplingConfig(gqa=gqa, strategy="prefix"))
         for rate, step in ((0.25, 3), (0.5, 8))
     ]
     small, large = plans
@@ -67,10 +68,51 @@ def test_prefix_keeps_the_first_units_so_that_smaller_networks_are_nested_in_lar
 
 def test_a_misspelt_strategy_is_met_with_the_nearest_one():
     with pytest.raises(UserError, match=r"sampling\.strategy=randm: must be one of random, prefix.*mean 'random'"):
-        strategy_named("randm")
+        strategies_of(SamplingConfig(strategy="randm"))
 
 
 @pytest.mark.parametrize("path", ["no_such_module.strategy", "est_cli.subnet.sampler.no_such_name"])
 def test_a_dotted_path_that_leads_nowhere_is_refused(path):
     with pytest.raises(UserError, match=r"sampling\.strategy=.*cannot be imported"):
-        strategy_named(path)
+        strategies_of(SamplingConfig(strategy=path))
+
+
+def test_the_layers_have_a_strategy_of_their_own():
+    sampling = SamplingConfig(strategy="random", layer_strategy="prefix")
+    for step in range(20):
+        plan = sample(0, step, Stage(1, 0, 20, Rates(0.5, 0.5, 0.5)), GROUPED, sampling)
+        assert plan.layers.tolist() == [0, 1]
+    with pytest.raises(UserError, match=r"sampling\.layer_strategy=end: must be one of.*mean 'ends'"):
+        strategies_of(SamplingConfig(layer_strategy="end"))
+
+
+@pytest.mark.parametrize("kept", range(1, 8))
+def test_ends_keeps_the_first_and_the_last_and_every_subset_between_them_equally_often(kept):
+    draws, found = 1500, {}
+    for number in range(draws):
+        chosen = sorted(STRATEGIES["ends"](replace(DRAW, number=number, dimension="layers"), 8, kept).tolist())
+        assert len(set(chosen)) == kept
+        assert {0, 7} <= set(chosen) or (kept == 1 and chosen == [0])
+        found[tuple(chosen)] = found.get(tuple(chosen), 0) + 1
+    assert len(found) == math.comb(6, max(0, kept - 2))
+    assert len(found) == 1 or chisquare(list(found.values())).pvalue > 1e-3
+
+
+@pytest.mark.parametrize(("total", "kept"), [(8, 4), (8, 6), (8, 7), (12, 9), (5, 3), (2, 1)])
+def test_increasing_leaves_out_layer_l_with_a_probability_that_rises_with_l(total, kept):
+    draws, often = 4000, np.zeros(total)
+    for number in range(draws):
+        chosen = increasing(replace(DRAW, number=number, dimension="layers"), total, kept)
+        assert len(set(chosen.tolist())) == kept
+        assert 0 <= chosen.min() <= chosen.max() < total
+        often[chosen] += 1
+    p_max = 2 * (total - kept) / total
+    expected = [1 - p_max * layer / (total - 1) for layer in range(total)]
+    np.testing.assert_allclose(inclusion_probabilities("increasing", total, kept), expected, rtol=1e-12)
+    assert expected[0] == often[0] / draws == 1, "the first layer is always there"
+    np.testing.assert_allclose(often / draws, expected, atol=4 * 0.5 / draws**0.5)
+
+
+def test_increasing_needs_half_of_the_layers():
+    with pytest.raises(UserError, match=r"layer_strategy=increasing: keeps at least half of the 8 layers"):
+        increasing(DRAW, 8, 3)
