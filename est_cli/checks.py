@@ -82,7 +82,7 @@ def _blocks(model: "ModelConfig", sampling: "SamplingConfig") -> Iterator[str]:
 
 
 def _paths(data: "DataConfig", tokenizer: "TokenizerConfig") -> Iterator[str]:
-    if data.kind != "stdlib" and data.path is None and not data.sources:
+    if data.kind in ("text", "hf") and data.path is None and not data.sources:
         what = "a dataset's name, or a file or glob" if data.kind == "hf" else "a file, folder or glob"
         yield f"data.path: is missing; must be {what}"
     if data.streaming and data.train_tokens is not None:

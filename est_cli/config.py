@@ -78,7 +78,7 @@ class SourceConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    kind: Literal["stdlib", "text", "hf"]
+    kind: Literal["stdlib", "packages", "text", "hf"]
     seq_len: Count | Auto = "auto"
     """Tokens of one training sequence."""
     val_fraction: Annotated[float, Within(0, 0.5, open_low=True)] = 0.05

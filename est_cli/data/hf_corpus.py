@@ -34,6 +34,9 @@ _FORMATS = "parquet, jsonl, json, csv, tsv, txt or arrow"
 class HFCorpus:
     """Rows of one text column. Local files are only hashed until their rows are needed."""
 
+    groups = None
+    packages = None
+
     def __init__(self, data: DataConfig):
         self._data = data
         self._files = local_files(data)

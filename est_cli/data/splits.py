@@ -1,8 +1,9 @@
 """Training and validation: the documents of a corpus that each gets, and their text.
 
 Documents are ordered by a hash of their content, so that the split depends neither on where they lie nor
-on what they are called, and equal documents always land on the same side: validation leaks nothing. Where the source
-names its own validation split, that is taken as it is.
+on what they are called, and equal documents always land on the same side: validation leaks nothing. Documents that a
+corpus puts into groups are ordered by group, and a group is on one side. Where the source names its own validation
+split, that is taken as it is.
 """
 
 import itertools
@@ -19,6 +20,8 @@ PIECE_BYTES = 1 << 20
 """A longer document is read in pieces of about this size."""
 SAMPLE_BLOCK_BYTES = 1 << 16
 _CUT_WINDOW_BYTES = 1 << 16
+_GROUP_SHARE = 4
+"""A group is at most 1/4 of what validation is to get: one package's habits are not those of all."""
 
 
 class Piece(NamedTuple):
@@ -123,7 +126,7 @@ def split_corpus(corpus: Corpus, val_fraction: float) -> tuple[Split, Split]:
     Where whole documents cannot make up that share (there is one, or they are too long), validation is the
     tail of the longest document, from a new line on if there is one.
 
-    Raises UserError where the corpus is too short to be split.
+    Raises UserError where the corpus is too short to be split, or its groups are too large.
     """
     filled = corpus.sizes > 0
     if not filled.any():
@@ -133,6 +136,12 @@ def split_corpus(corpus: Corpus, val_fraction: float) -> tuple[Split, Split]:
     else:
         budget = max(1, int(val_fraction * corpus.sizes.sum()))
         in_val = _draw_validation(corpus, filled, budget)
+        if in_val is None and corpus.groups is not None:
+            raise UserError(
+                f"data.val_fraction={val_fraction}: comes to {budget} bytes, and too few packages of "
+                f"data={corpus.source['kind']} have a quarter of that or less; use a larger fraction, up to 0.5, "
+                "or install more packages"
+            )
         if in_val is None:
             return _cut_tail(corpus, filled, budget)
     train, val = _whole(corpus, filled & ~in_val), _whole(corpus, filled & in_val)
@@ -143,10 +152,11 @@ def split_corpus(corpus: Corpus, val_fraction: float) -> tuple[Split, Split]:
 
 
 def _draw_validation(corpus: Corpus, filled: np.ndarray, budget: int) -> np.ndarray | None:
-    """Which documents validation gets, or None where whole documents come to less than half of `budget`."""
-    keys, group = np.unique(corpus.keys, return_inverse=True)
+    """Which documents validation gets, or None where whole groups come to less than half of `budget`."""
+    largest = budget if corpus.groups is None else budget // _GROUP_SHARE
+    keys, group = np.unique(corpus.keys if corpus.groups is None else corpus.groups, return_inverse=True)
     group_bytes = np.bincount(group, weights=corpus.sizes, minlength=len(keys)).astype(np.int64)
-    fitting = np.flatnonzero((group_bytes > 0) & (group_bytes <= budget))
+    fitting = np.flatnonzero((group_bytes > 0) & (group_bytes <= largest))
     drawn_bytes = np.cumsum(group_bytes[fitting])
     if not len(fitting) or drawn_bytes[-1] < budget / 2:
         return None

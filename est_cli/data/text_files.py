@@ -1,9 +1,10 @@
-"""Finds the files of `data=stdlib` and `data=text`."""
+"""Finds the files of `data=stdlib`, `data=packages` and `data=text`."""
 
 import glob
 import hashlib
 import os
 import platform
+import re
 import sysconfig
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -26,6 +27,30 @@ _STDLIB_FOLDERS_LEFT_OUT = {
     "_bundled",
 }
 _STDLIB_FILES_LEFT_OUT = {"html/entities.py", "_opcode_metadata.py", "stringprep.py"}
+
+# This project's own source changes while one works on it; the rest comes with the tool that made the environment.
+_PACKAGES_LEFT_OUT = {"est_cli", "pip", "setuptools", "wheel", "_distutils_hack", "pkg_resources", "_virtualenv"}
+# Editable installs leave modules that only name the place of a checkout.
+_EDITABLE_PREFIXES = ("__editable__", "_editable_impl_")
+# Compared without the underscores around a name. Tests repeat themselves, copies of other packages may sit on the
+# other side of the split, and generated code repeats its template.
+_PACKAGE_FOLDERS_LEFT_OUT = {
+    "test",
+    "tests",
+    "pycache",
+    "vendor",
+    "vendored",
+    "third_party",
+    "thirdparty",
+    "extern",
+    "externals",
+    "generated",
+}
+_GENERATED = re.compile(
+    rb"^#.*(do not edit|@generated|auto-?generated|automatically generated|generated (by|from))", re.I | re.M
+)
+_HEADER_BYTES = 1000
+"""A file that was generated says so at its top."""
 
 _STRANGE_SHARE = 0.3
 """A file whose first bytes hold more control characters and invalid UTF-8 than this is no text (Perl's -T)."""
@@ -57,6 +82,57 @@ def find_stdlib_files() -> tuple[list[Path], dict]:
             f"data=stdlib: there is no Python source in {root}; use data=text data.path=FOLDER with text of your own"
         )
     return files, {"kind": "stdlib", "python": platform.python_version()}
+
+
+def site_packages() -> list[Path]:
+    """The folders that the running interpreter's packages are installed in."""
+    paths = (sysconfig.get_path(name) for name in ("purelib", "platlib"))
+    return [Path(path) for path in dict.fromkeys(map(os.path.realpath, paths))]
+
+
+def find_package_files() -> dict[str, Path]:
+    """The Python source of installed packages, by its place among them (`numpy/ma/core.py`), sorted."""
+    roots = site_packages()
+    files: dict[str, Path] = {}
+    for root in roots:
+        for folder, folders, names in os.walk(root):
+            inside = Path(folder).relative_to(root)
+            folders[:] = [
+                name
+                for name in folders
+                if name.isidentifier()
+                and name.strip("_") not in _PACKAGE_FOLDERS_LEFT_OUT
+                and (inside.parts or name not in _PACKAGES_LEFT_OUT)
+            ]
+            for name in names:
+                if name.endswith(".py") and (inside.parts or _is_package_module(name.removesuffix(".py"))):
+                    files.setdefault((inside / name).as_posix(), Path(folder, name))
+    if not files:
+        raise UserError(
+            f"data=packages: there is no Python source in {', '.join(map(str, roots))}; install packages there, "
+            "or use data=stdlib"
+        )
+    return dict(sorted(files.items()))
+
+
+def _is_package_module(name: str) -> bool:
+    return name not in _PACKAGES_LEFT_OUT and not name.startswith(_EDITABLE_PREFIXES)
+
+
+def digest_source(file: Path) -> bytes | str:
+    """SHA-256 of a source file, or why it is left out of `data=packages`."""
+    try:
+        data = file.read_bytes()
+        data.decode("utf-8")
+    except OSError:
+        return "unreadable"
+    except UnicodeDecodeError:
+        return "not UTF-8"
+    if not data or b"\0" in data:
+        return "empty or binary"
+    if _GENERATED.search(data, 0, _HEADER_BYTES):
+        return "generated"
+    return hashlib.sha256(data).digest()
 
 
 def find_text_files(paths: str | tuple[str, ...] | None, say: Say) -> list[Path]:

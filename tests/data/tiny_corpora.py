@@ -38,13 +38,15 @@ def prose(n_lines: int, seed: int = 0) -> str:
 class Documents:
     """A corpus in memory."""
 
-    def __init__(self, *documents: bytes, given_val=None):
+    def __init__(self, *documents: bytes, given_val=None, groups=None):
         self.documents = documents
         self.source = {"kind": "text"}
         self.sizes = np.array([len(document) for document in documents], dtype=np.int64)
         digests = [hashlib.blake2b(document, digest_size=8).digest() for document in documents]
         self.keys = np.frombuffer(b"".join(digests), dtype=np.uint64)
         self.given_val = given_val
+        self.groups = groups
+        self.packages = None
 
     def read(self, document, start, end):
         assert 0 <= start <= end <= self.sizes[document]
