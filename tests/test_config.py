@@ -202,7 +202,7 @@ def test_a_persons_own_schedule_is_called_by_its_dotted_path():
     [
         (
             {"stages": "rmp"},
-        ({"stages": "rmp"}, "scheduler.stages=rmp: must be one of ramp, raptr, layer_drop, stacking, or the dotted path of a"),
+            "scheduler.stages=rmp: must be one of ramp, raptr, layer_drop, stacking, or the dotted path of a function",
         ),
         ({"stages": "no_such_module.schedule"}, "scheduler.stages=no_such_module.schedule: cannot be imported"),
         ({"stages": f"{__name__}.halves"}, "missing a required argument: 'count'"),
