@@ -6,13 +6,14 @@ from typing import TYPE_CHECKING, Any
 
 from est_cli.errors import UserError
 from est_cli.plugins import named_function
-from est_cli.subnet.schedule import build_stages
+from est_cli.subnet.schedule import boundary_step, build_stages
 from est_cli.subnet.strategies import STRATEGIES
 
 if TYPE_CHECKING:
     from est_cli.config import (
         DataConfig,
         ModelConfig,
+        OptimizerConfig,
         SamplingConfig,
         SchedulerConfig,
         TokenizerConfig,
@@ -36,6 +37,7 @@ def problems_together(sections: Mapping[str, Any], max_steps: int | None) -> lis
         (_strategy, "sampling"),
         (_processes, "trainer"),
         (_stages, "scheduler", "max_steps"),
+        (_decay, "optimizer", "max_steps"),
     )
     sections = {**sections, "max_steps": max_steps}
     problems = []
@@ -108,3 +110,15 @@ def _stages(scheduler: "SchedulerConfig", max_steps: int) -> Iterator[str]:
         build_stages(scheduler.stages, max_steps, scheduler.names)
     except ValueError as error:
         yield str(error)
+
+
+def _decay(optimizer: "OptimizerConfig", max_steps: int) -> Iterator[str]:
+    warmup, start = boundary_step(optimizer.warmup, max_steps), optimizer.decay_start(max_steps)
+    if optimizer.decay != "wsd" or warmup <= start:
+        return
+    key = "decay_fraction" if optimizer.decay_steps is None else "decay_steps"
+    yield (
+        f"optimizer.{key}={getattr(optimizer, key)}: with optimizer.decay=wsd the decay takes the last "
+        f"{max_steps - start} of the {max_steps} steps (trainer.max_steps), and warmup the first {warmup} "
+        f"(optimizer.warmup={optimizer.warmup}); together they must be at most {max_steps}"
+    )
