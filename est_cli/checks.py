@@ -7,13 +7,14 @@ from typing import TYPE_CHECKING, Any
 
 from est_cli.errors import UserError
 from est_cli.plugins import named_function
-from est_cli.subnet.schedule import build_stages
+from est_cli.subnet.schedule import boundary_step, build_stages
 from est_cli.subnet.strategies import STRATEGIES
 
 if TYPE_CHECKING:
     from est_cli.config import (
         DataConfig,
         ModelConfig,
+        OptimizerConfig,
         SamplingConfig,
         SchedulerConfig,
         TokenizerConfig,
@@ -38,6 +39,7 @@ def problems_together(sections: Mapping[str, Any], max_steps: int | None) -> lis
         (_processes, "trainer"),
         (_stages, "scheduler", "max_steps"),
         (_growth, "model", "sampling", "scheduler"),
+        (_decay, "optimizer", "max_steps"),
     )
     sections = {**sections, "max_steps": max_steps}
     problems = []
@@ -139,3 +141,15 @@ def _growth(model: "ModelConfig", sampling: "SamplingConfig", scheduler: "Schedu
                 yield f"scheduler.stages[{index}].{key}={after[key]}: follows {before[key]}; a model only grows"
         if before["n_layers"] == 0 < after["n_layers"] and scheduler.grow not in ("zero", "random"):
             yield f"scheduler.grow={scheduler.grow}: there is no layer to copy from 0; must be zero or random"
+
+
+def _decay(optimizer: "OptimizerConfig", max_steps: int) -> Iterator[str]:
+    warmup, start = boundary_step(optimizer.warmup, max_steps), optimizer.decay_start(max_steps)
+    if optimizer.decay != "wsd" or warmup <= start:
+        return
+    key = "decay_fraction" if optimizer.decay_steps is None else "decay_steps"
+    yield (
+        f"optimizer.{key}={getattr(optimizer, key)}: with optimizer.decay=wsd the decay takes the last "
+        f"{max_steps - start} of the {max_steps} steps (trainer.max_steps), and warmup the first {warmup} "
+        f"(optimizer.warmup={optimizer.warmup}); together they must be at most {max_steps}"
+    )

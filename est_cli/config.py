@@ -16,13 +16,14 @@ from est_cli.checks import AUTO_MAX_STEPS, problems_together
 from est_cli.errors import UserError, nearest
 from est_cli.plugins import named_function
 from est_cli.schema import AtLeast, Within, read
-from est_cli.subnet.schedule import NAMED_SCHEDULES, Rate, Rates, Stage, StageSpec, build_stages
+from est_cli.subnet.schedule import NAMED_SCHEDULES, Rate, Rates, Stage, StageSpec, boundary_step, build_stages
 
 Count = Annotated[int, AtLeast(1)]
 Natural = Annotated[int, AtLeast(0)]
 Positive = Annotated[float, Within(0, open_low=True)]
 NotNegative = Annotated[float, AtLeast(0)]
 Fraction = Annotated[float, Within(0, 1)]
+Share = Annotated[float, Within(0, 1, open_low=True)]
 Momentum = Annotated[float, Within(0, 1, open_high=True)]
 Auto = Literal["auto"]
 Format = Literal["text", "json"]
@@ -203,12 +204,34 @@ class OptimizerConfig:
     """Largest global gradient norm; null never clips."""
     warmup: Natural | Fraction = 0.02
     """Steps (int) or fraction of the run (float) of linear warmup."""
-    decay: Literal["cosine", "linear", "none"] = "cosine"
-    decay_steps: Count | Annotated[float, Within(0, 1, open_low=True)] | None = None
-    """Step at which the decay has reached min_lr_ratio, as a step or a fraction; null means max_steps."""
+    decay: Literal["cosine", "linear", "wsd", "none"] = "cosine"
+    """cosine and linear fall from the end of warmup. wsd (warmup, stable, decay) keeps the rate until the last
+    part of the run and falls there."""
+    decay_steps: Count | Share | None = None
+    """cosine, linear: the step at which the decay has reached min_lr_ratio, as a step or a fraction; null means
+    max_steps. wsd: how many steps the decay takes, the last ones of the run, as a number or a fraction; null means
+    decay_fraction."""
+    decay_fraction: Share = 0.2
+    """wsd: share of the run that the decay takes, where decay_steps does not say it."""
+    decay_shape: Literal["sqrt", "linear"] = "sqrt"
+    """wsd: sqrt falls as 1 - sqrt(progress) (Hägele et al. 2024, arXiv 2405.18392), linear as 1 - progress."""
     min_lr_ratio: Fraction = 0.1
+    """The decay ends at this share of lr; 0 is allowed."""
     unsampled: Literal["zero_grad", "freeze"] = "zero_grad"
     """Unsampled rows take a step with gradient 0, or stand still with their moments and step counts."""
+
+    def decay_start(self, max_steps: int) -> int:
+        """The first step of the decay, which still has the full rate; `max_steps` where the rate never falls."""
+        if self.decay == "none":
+            return max_steps
+        if self.decay == "wsd":
+            length = self.decay_fraction if self.decay_steps is None else self.decay_steps
+            return max_steps - max(1, boundary_step(length, max_steps))
+        return boundary_step(self.warmup, max_steps)
+
+    def decay_end(self, max_steps: int) -> int:
+        """The step at which the decay has reached min_lr_ratio. That of wsd always ends with the run."""
+        return max_steps if self.decay == "wsd" else boundary_step(self.decay_steps, max_steps)
 
 
 @dataclass(frozen=True)

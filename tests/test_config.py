@@ -124,6 +124,20 @@ def test_boundaries_out_of_order_are_collected_too(other):
         ({"trainer.max_steps": 1.5}, "trainer.max_steps=1.5: must be an integer of at least 1 or auto"),
         ({"optimizer.grad_clip": 0.0}, "optimizer.grad_clip=0.0: must be a number above 0 or null"),
         ({"optimizer.unsampled": "freze"}, "must be one of zero_grad, freeze; did you mean 'freeze'?"),
+        (
+            {"optimizer.decay": "wsd", "optimizer.warmup": 3, "optimizer.decay_steps": 13},
+            "optimizer.decay_steps=13: with optimizer.decay=wsd the decay takes the last 13 of the 15 steps "
+            "(trainer.max_steps), and warmup the first 3 (optimizer.warmup=3); together they must be at most 15",
+        ),
+        (
+            {"optimizer.decay": "wsd", "optimizer.warmup": 0.5, "optimizer.decay_fraction": 0.8},
+            "optimizer.decay_fraction=0.8: with optimizer.decay=wsd the decay takes the last 12 of the 15 steps",
+        ),
+        ({"optimizer.decay": "wsd", "optimizer.decay_steps": 16, "optimizer.warmup": 0}, "optimizer.decay_steps=16"),
+        ({"optimizer.decay_fraction": 0.0}, "optimizer.decay_fraction=0.0: must be a number in (0, 1]"),
+        ({"optimizer.decay_fraction": 1.1}, "optimizer.decay_fraction=1.1: must be a number in (0, 1]"),
+        ({"optimizer.decay_shape": "sqr"}, "must be one of sqrt, linear; did you mean 'sqrt'?"),
+        ({"optimizer.decay": "wds"}, "must be one of cosine, linear, wsd, none; did you mean 'wsd'?"),
         ({"seed": -1}, "seed=-1: must be an integer in [0, "),
         ({"seed": 2**63}, f"seed={2**63}: must be an integer in [0, "),
         ({"run_id": "../elsewhere"}, "run_id=../elsewhere: must be letters, digits"),
@@ -140,6 +154,18 @@ def test_boundaries_out_of_order_are_collected_too(other):
 def test_one_problem_is_one_message(changes, problem):
     (found,) = problems_of({"model.head_dim": None, **changes} if "model" not in changes else changes)
     assert problem in found
+
+
+def test_a_decay_that_begins_where_warmup_ends_and_one_to_nothing_are_fine():
+    changes = {"optimizer.decay": "wsd", "optimizer.warmup": 3, "optimizer.decay_steps": 12}
+    assert read_train_config(plain_config({**changes, "optimizer.min_lr_ratio": 0.0})).optimizer.min_lr_ratio == 0
+
+
+def test_a_config_from_before_wsd_reads_as_it_trained():
+    plain = plain_config({"optimizer.decay": "cosine"})
+    for key in ("decay_fraction", "decay_shape"):
+        del plain["optimizer"][key]
+    assert read_train_config(plain) == read_train_config(plain_config())
 
 
 @pytest.mark.parametrize("betas", [[1.0, 0.95], [0.9, 1.0]])

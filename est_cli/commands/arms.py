@@ -5,7 +5,7 @@ from dataclasses import replace
 from est_cli.config import TrainConfig
 from est_cli.errors import UserError, nearest
 from est_cli.subnet.flops import config_ledger
-from est_cli.subnet.schedule import StageSpec
+from est_cli.subnet.schedule import StageSpec, boundary_step
 
 EST, FULL, FULL_SAME_FLOPS = ARMS = ("est", "full", "full_same_flops")
 
@@ -39,4 +39,8 @@ def _shortened(config: TrainConfig, max_steps: int) -> TrainConfig:
     if isinstance(decay_steps, int):
         decay_steps = max(1, decay_steps)
     optimizer = replace(optimizer, warmup=scaled(optimizer.warmup), decay_steps=decay_steps)
+    start = optimizer.decay_start(max_steps)
+    if optimizer.decay == "wsd" and boundary_step(optimizer.warmup, max_steps) > start:
+        # Each was rounded up: in the long run they touched, here they would overlap.
+        optimizer = replace(optimizer, warmup=start)
     return replace(config, optimizer=optimizer, trainer=replace(config.trainer, max_steps=max_steps))

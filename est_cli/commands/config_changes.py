@@ -82,7 +82,10 @@ def _fractions(config: dict[str, Any]) -> Iterator[tuple[str, Any]]:
     optimizer = config["optimizer"]
     if isinstance(optimizer["warmup"], float):
         yield "optimizer.warmup", optimizer["warmup"]
-    if optimizer["decay"] != "none" and not isinstance(optimizer["decay_steps"], int):
+    if optimizer["decay"] == "wsd":
+        # Its decay begins so many steps before the end, in steps or not.
+        yield "optimizer.decay", "wsd"
+    elif optimizer["decay"] != "none" and not isinstance(optimizer["decay_steps"], int):
         yield "optimizer.decay_steps", "null" if optimizer["decay_steps"] is None else optimizer["decay_steps"]
 
 

@@ -16,16 +16,27 @@ from est_cli.training.subnetwork import Update, as_rows
 
 
 def learning_rate(config: OptimizerConfig, step: int, max_steps: int) -> float:
-    """The rate of optimizer step `step`: linear warmup, then decay to min_lr_ratio; one schedule over all stages."""
+    """The rate of optimizer step `step`: linear warmup, then decay to min_lr_ratio; one schedule over all stages.
+
+    The decay reaches min_lr_ratio one step after its last one: a run's last step is just above it.
+    """
     warmup = boundary_step(config.warmup, max_steps)
     if step < warmup:
         return config.lr * (step + 1) / warmup
-    if config.decay == "none":
+    start, end = config.decay_start(max_steps), config.decay_end(max_steps)
+    if config.decay == "none" or step < start:
         return config.lr
-    end = boundary_step(config.decay_steps, max_steps)
-    progress = min(1.0, (step - warmup) / max(1, end - warmup))
-    shape = 1.0 - progress if config.decay == "linear" else 0.5 * (1.0 + np.cos(np.pi * progress))
+    progress = min(1.0, (step - start) / max(1, end - start))
+    shape = _SHAPES[config.decay_shape if config.decay == "wsd" else config.decay](progress)
     return float(config.lr * (config.min_lr_ratio + (1.0 - config.min_lr_ratio) * shape))
+
+
+_SHAPES = {
+    "cosine": lambda progress: 0.5 * (1.0 + np.cos(np.pi * progress)),
+    "linear": lambda progress: 1.0 - progress,
+    "sqrt": lambda progress: 1.0 - np.sqrt(progress),
+}
+"""What is left of a decay's way after the fraction `progress` of its steps."""
 
 
 class SampledAdamW:

@@ -2,6 +2,7 @@
 
 import argparse
 import io
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -59,6 +60,24 @@ def test_the_third_arm_has_a_learning_rate_schedule_of_its_own():
     assert arm.optimizer.warmup == round(arm.trainer.max_steps / 10)
     shares = with_arm(config_of("optimizer.warmup=0.02"), "full_same_flops")
     assert shares.optimizer.warmup == 0.02
+
+
+def test_the_decay_of_wsd_takes_the_same_share_of_the_third_arm():
+    keys = ("optimizer.decay=wsd", "trainer.max_steps=1000", "optimizer.warmup=100")
+    for length in ("optimizer.decay_steps=200", "optimizer.decay_steps=0.2", "optimizer.decay_fraction=0.2"):
+        arm = with_arm(config_of(*keys, length), "full_same_flops")
+        steps = arm.trainer.max_steps
+        assert steps < 1000
+        assert steps - arm.optimizer.decay_start(steps) == round(steps / 5)
+
+
+def test_warmup_and_decay_that_touch_do_not_overlap_in_the_third_arm():
+    """Both lengths are rounded, and may both be rounded up."""
+    config = config_of("optimizer.decay=wsd", "optimizer.warmup=0", "trainer.max_steps=1000")
+    lengths = [(warmup, 1000 - warmup) for warmup in range(300, 310)]
+    for warmup, decay_steps in [*lengths, *((w / 1000, d) for w, d in lengths), *((w, d / 1000) for w, d in lengths)]:
+        touching = replace(config, optimizer=replace(config.optimizer, warmup=warmup, decay_steps=decay_steps))
+        read_train_config(as_plain(with_arm(touching, "full_same_flops")))
 
 
 def test_an_arm_that_there_is_not_is_bad_input():

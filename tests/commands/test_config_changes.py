@@ -90,6 +90,7 @@ def test_max_steps_may_grow_where_everything_is_given_in_steps(directory):
         (IN_STEPS, replace(STEADY, warmup=0.1), "optimizer.warmup=0.1"),
         (IN_STEPS, replace(STEADY, decay_steps=None), "optimizer.decay_steps=null"),
         (IN_STEPS, replace(STEADY, decay_steps=0.9), "optimizer.decay_steps=0.9"),
+        (IN_STEPS, replace(STEADY, decay="wsd", decay_steps=5), "optimizer.decay=wsd"),
     ],
 )
 def test_max_steps_may_not_grow_where_a_fraction_would_change_the_past(directory, stages, optimizer, named):

@@ -61,6 +61,43 @@ def test_decay_may_end_before_the_run_and_the_rate_then_stays(decay_steps):
     assert found[59] > 0.1
 
 
+WSD = replace(COSINE, decay="wsd")
+
+
+@pytest.mark.parametrize("length", [{"decay_steps": 22}, {"decay_steps": 0.2}, {"decay_fraction": 0.2}])
+def test_wsd_keeps_the_full_rate_and_falls_over_the_last_part_of_the_run(length):
+    """110 steps: 10 of warmup, 78 at the full rate, 22 of decay, whose first one still has the full rate."""
+    found = rates(replace(WSD, **length))
+    assert found[:10] == pytest.approx([0.1 * (i + 1) for i in range(10)])
+    assert found[10:89] == [1.0] * 79
+    assert all(a > b for a, b in itertools.pairwise(found[88:]))
+
+
+def test_the_two_shapes_of_wsd_end_one_step_above_the_smallest_rate():
+    for shape, expected in (("sqrt", lambda x: 1 - x**0.5), ("linear", lambda x: 1 - x)):
+        for smallest in (0.0, 0.1):
+            config = replace(WSD, decay_steps=25, decay_shape=shape, min_lr_ratio=smallest)
+            assert rates(config)[85:] == pytest.approx(
+                [smallest + (1 - smallest) * expected(i / 25) for i in range(25)], abs=1e-12
+            )
+            assert learning_rate(config, 110, 110) == pytest.approx(smallest, abs=1e-12)
+    assert WSD.decay_shape == "sqrt"
+
+
+def test_decay_steps_is_where_cosine_ends_and_how_long_wsd_takes():
+    config = replace(COSINE, decay_steps=40)
+    assert (config.decay_start(110), config.decay_end(110)) == (10, 40)
+    config = replace(WSD, decay_steps=40)
+    assert (config.decay_start(110), config.decay_end(110)) == (70, 110)
+    assert replace(WSD, decay_steps=1).decay_start(110) == 109
+    assert replace(WSD, decay_steps=1.0, warmup=0).decay_start(110) == 0
+
+
+def test_what_wsd_adds_does_not_reach_the_other_decays():
+    for config in (COSINE, LINEAR, replace(COSINE, decay="none")):
+        assert rates(replace(config, decay_fraction=0.9, decay_shape="linear")) == rates(config)
+
+
 def zero_update(model: torch.nn.Module) -> list[Update]:
     return [Update(name, None, torch.zeros_like(parameter)) for name, parameter in model.named_parameters()]
 
