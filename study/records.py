@@ -1,7 +1,8 @@
 """Records: what the study keeps of a finished run, a few kilobytes of JSON that are committed.
 
-{name, overrides, corpus, environment, config, summary, curve}: `corpus` is the fingerprint of the token files (the
-standard library's text depends on the interpreter's version), `curve` has a value for every evaluation.
+{name, overrides, corpus, environment, config, summary, curve}: `corpus` is the fingerprint of the token files (the text
+is that of the installed packages), `curve` has some forty points of the run: what was logged at each, and the mean
+training loss since the point before, which is of text that the model had not seen.
 """
 
 import json
@@ -20,7 +21,8 @@ from est_cli.reports.records import RunRecord, load_runs
 from study.grid import Run
 
 ROOT = conf_dir().parent
-_CURVE = ("step", "stage", "tokens", "val/loss", "flops/total", "seconds")
+_CURVE = ("step", "stage", "tokens", "flops/total", "seconds")
+_POINTS = 40
 _SPEED = ("train_s", "peak_memory_bytes", "step_s_median", "tokens_per_s")
 
 
@@ -93,9 +95,11 @@ def _decisive(config: TrainConfig) -> dict[str, Any]:
 
 
 def _curve(run: RunRecord) -> dict[str, list[float]]:
-    """The columns, at the evaluations."""
-    evaluated = np.isfinite(run.column("val/loss"))
-    return {key: [_short(value) for value in run.column(key)[evaluated]] for key in _CURVE}
+    """The columns at evenly spaced lines, and the mean training loss of the lines up to each."""
+    lines = [part for part in np.array_split(np.arange(run.n_rows), _POINTS) if len(part)]
+    last = np.array([part[-1] for part in lines])
+    curve = {key: [_short(value) for value in run.column(key)[last]] for key in _CURVE}
+    return {**curve, "train/loss": [_short(run.column("train/loss")[part].mean()) for part in lines]}
 
 
 def _short(value: float) -> float | int:
