@@ -53,12 +53,17 @@ class Sizes:
 
 @dataclass
 class ReferencePlan:
-    """What one optimizer step keeps: indices into the full model, ascending. Dict keys are layer indices."""
+    """What one optimizer step keeps: indices into the full model, ascending. Dict keys are layer indices.
+
+    `scales` of a layer: of its kept heads, of its kept neurons, and of both its branches; without them the paper's,
+    N_H/|I_H|, F/|I_M| and 1.
+    """
 
     layers: list[int]
     heads: dict[int, list[int]]
     kv_heads: dict[int, list[int]]
     neurons: dict[int, list[int]]
+    scales: dict[int, tuple[float, float, float]] | None = None
 
 
 def full_plan(sizes: Sizes) -> ReferencePlan:
@@ -129,7 +134,9 @@ def _project(sizes: Sizes, parameters: dict[str, Tensor], name: str, index: int,
     return out + parameters[f"{name}.bias"][index] if sizes.bias else out
 
 
-def attention(sizes: Sizes, parameters: dict[str, Tensor], layer: int, heads: list[int], x: Tensor) -> Tensor:
+def attention(
+    sizes: Sizes, parameters: dict[str, Tensor], layer: int, heads: list[int], x: Tensor, scale: float | None = None
+) -> Tensor:
     """(H / kept) * sum over the kept heads of head_i W_O,i, before the output bias. x [B, T, D] -> [B, T, D]."""
     T = x.shape[1]
     future = torch.ones(T, T, dtype=torch.bool).triu(diagonal=1)
@@ -146,10 +153,12 @@ def attention(sizes: Sizes, parameters: dict[str, Tensor], layer: int, heads: li
         weights = torch.exp(scores - scores.amax(dim=-1, keepdim=True).detach())
         weights = weights / weights.sum(dim=-1, keepdim=True)
         total = total + (weights @ value) @ parameters[f"{layer}.o.weight"][head]
-    return (sizes.n_heads / len(heads)) * total
+    return (sizes.n_heads / len(heads) if scale is None else scale) * total
 
 
-def mlp(sizes: Sizes, parameters: dict[str, Tensor], layer: int, neurons: list[int], x: Tensor) -> Tensor:
+def mlp(
+    sizes: Sizes, parameters: dict[str, Tensor], layer: int, neurons: list[int], x: Tensor, scale: float | None = None
+) -> Tensor:
     """(F / kept) * sum over the kept neurons of activation_f W2[f], before the output bias. x [B, T, D] -> same."""
     total = torch.zeros_like(x)
     for neuron in neurons:
@@ -160,7 +169,7 @@ def mlp(sizes: Sizes, parameters: dict[str, Tensor], layer: int, neurons: list[i
         else:
             activation = 0.5 * up * (1.0 + torch.tanh(math.sqrt(2.0 / math.pi) * (up + 0.044715 * up**3)))
         total = total + activation[..., None] * parameters[f"{layer}.down.weight"][neuron]
-    return (sizes.d_ff / len(neurons)) * total
+    return (sizes.d_ff / len(neurons) if scale is None else scale) * total
 
 
 def _check(sizes: Sizes, parameters: dict[str, Tensor], plan: ReferencePlan) -> None:
@@ -172,7 +181,7 @@ def _check(sizes: Sizes, parameters: dict[str, Tensor], plan: ReferencePlan) -> 
     def subset(kept: list[int], of: list[int]) -> bool:
         return len(kept) > 0 and list(kept) == [unit for unit in of if unit in set(kept)]
 
-    assert subset(plan.layers, everything.layers), plan.layers
+    assert plan.layers == [] or subset(plan.layers, everything.layers), plan.layers
     for layer in plan.layers:
         assert subset(plan.heads[layer], everything.heads[layer]), (layer, plan.heads[layer])
         assert subset(plan.neurons[layer], everything.neurons[layer]), (layer, plan.neurons[layer])
@@ -188,15 +197,20 @@ def logits(
     x = parameters["embedding"][inputs]
     if sizes.position == "learned":
         x = x + parameters["positions"][: inputs.shape[1]]
-    branch_scale = sizes.n_layers / len(plan.layers) if rescale_layers else 1.0
     for layer in range(sizes.n_layers):
         if layer not in plan.layers:
             continue
-        branch = attention(sizes, parameters, layer, plan.heads[layer], _norm(sizes, parameters, f"{layer}.norm1", x))
+        head_scale = mlp_scale = None
+        branch_scale = sizes.n_layers / len(plan.layers) if rescale_layers else 1.0
+        if plan.scales is not None:
+            head_scale, mlp_scale, branch_scale = plan.scales[layer]
+        normed = _norm(sizes, parameters, f"{layer}.norm1", x)
+        branch = attention(sizes, parameters, layer, plan.heads[layer], normed, head_scale)
         if sizes.bias:
             branch = branch + parameters[f"{layer}.o.bias"]
         x = x + branch_scale * branch
-        branch = mlp(sizes, parameters, layer, plan.neurons[layer], _norm(sizes, parameters, f"{layer}.norm2", x))
+        normed = _norm(sizes, parameters, f"{layer}.norm2", x)
+        branch = mlp(sizes, parameters, layer, plan.neurons[layer], normed, mlp_scale)
         if sizes.bias:
             branch = branch + parameters[f"{layer}.down.bias"]
         x = x + branch_scale * branch
@@ -304,10 +318,15 @@ class ReferenceAdamW:
         self.steps: dict[tuple[str, Row], int] = defaultdict(int)
 
     @torch.no_grad()
-    def step(self, gradients: dict[str, Tensor], plan: ReferencePlan, sizes: Sizes) -> None:
-        """One update. gradients: one tensor per parameter, shaped like it, and zero in every unsampled row."""
+    def step(
+        self, gradients: dict[str, Tensor], plan: ReferencePlan, sizes: Sizes, joined: ReferencePlan | None = None
+    ) -> None:
+        """One update. gradients: one tensor per parameter, shaped like it, and zero in every unsampled row.
+
+        What has not joined the model stands still, `zero_grad` or not; without `joined` everything has.
+        """
         assert set(gradients) == set(self.parameters), set(gradients) ^ set(self.parameters)
-        everything = full_plan(sizes)
+        everything = full_plan(sizes) if joined is None else joined
         for name, gradient in gradients.items():
             assert gradient.shape == self.parameters[name].shape, name
             sampled = sampled_rows(name, plan)
@@ -331,3 +350,50 @@ class ReferenceAdamW:
         unbiased_first = first / (1.0 - beta1**count)
         unbiased_second = second / (1.0 - beta2**count)
         weight.sub_(self.lr * unbiased_first / (unbiased_second.sqrt() + self.eps))
+
+
+@torch.no_grad()
+def grow(
+    parameters: dict[str, Tensor],
+    optimizer: ReferenceAdamW,
+    before: ReferencePlan,
+    sources: list[int | None],
+    new_heads: list[int],
+    new_neurons: list[int],
+    zero: bool,
+    copy_moments: bool,
+) -> None:
+    """Layers join: layer i of the larger model starts from layer sources[i] of the smaller one, in place.
+
+    None stands for the initial weights, with output projections of 0 where `zero`. The first layer with a source is
+    that layer itself, and keeps its moments and steps; the others are copies. New heads and neurons of the old layers
+    begin with outputs of 0.
+    """
+    old = {name: tensor.clone() for name, tensor in parameters.items()}
+    first = {name: tensor.clone() for name, tensor in optimizer.first.items()}
+    second = {name: tensor.clone() for name, tensor in optimizer.second.items()}
+    steps = dict(optimizer.steps)
+    seen: set[int] = set()
+    for layer, source in enumerate(sources):
+        for name in parameters:
+            own, part = _split(name)
+            if own != layer:
+                continue
+            if source is None:
+                if zero and part in ("o.weight", "o.bias", "down.weight", "down.bias"):
+                    parameters[name].zero_()
+                continue
+            there = f"{source}.{part}"
+            parameters[name].copy_(old[there])
+            keeps = source not in seen or copy_moments
+            optimizer.first[name].copy_(first[there] if keeps else torch.zeros_like(first[there]))
+            optimizer.second[name].copy_(second[there] if keeps else torch.zeros_like(second[there]))
+            for row in [..., *range(len(parameters[name]))]:
+                optimizer.steps[name, row] = steps.get((there, row), 0) if keeps else 0
+        if source is not None:
+            seen.add(source)
+    for layer in before.layers:
+        for head in new_heads:
+            parameters[f"{layer}.o.weight"][head] = 0.0
+        for neuron in new_neurons:
+            parameters[f"{layer}.down.weight"][neuron] = 0.0

@@ -63,12 +63,28 @@ def _print(facts: dict[str, Any], console: Console) -> None:
     console.print(table)
     if facts["mixture"]:
         console.print(_mixture_table(facts["mixture"]))
+    if facts["packages"]:
+        console.print(_package_table(facts["packages"]))
+        left_out = ", ".join(f"{count:,} {reason}" for reason, count in facts["source"]["left_out"].items())
+        console.print(f"files left out: {left_out or 'none'}", highlight=False)
     for sample in facts["samples"]:
         console.print(Panel(Text(sample)))
     tokenizing = facts["tokenizing"]
     processes = f"{tokenizing['processes']} process{'es' if tokenizing['processes'] > 1 else ''}"
     console.print(f"tokenized at {tokenizing['mb_per_s']:.1f} MB/s by {processes}", highlight=False)
     console.print(f"folder: {facts['folder']}", soft_wrap=True, highlight=False)
+
+
+def _package_table(packages: dict[str, dict[str, int]]) -> Table:
+    """How many packages each split has, and which are the largest."""
+    table = Table(title="packages", title_justify="left")
+    table.add_column("split")
+    table.add_column("packages", justify="right")
+    table.add_column("the largest, MB")
+    for name, sizes in packages.items():
+        largest = ", ".join(f"{package} {n_bytes / 1e6:.1f}" for package, n_bytes in list(sizes.items())[:4])
+        table.add_row(name, f"{len(sizes):,}", Text(largest))
+    return table
 
 
 def _mixture_table(mixture: list[dict[str, Any]]) -> Table:

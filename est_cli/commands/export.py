@@ -1,6 +1,7 @@
 """est-export: a run's model, or a subnetwork of it, as a Hugging Face folder."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -46,7 +47,10 @@ def run(plain: dict[str, Any]) -> None:
     model = reference = opened.model.cpu()
     if plan_step is not None or rates:
         config = opened.config
-        subnet = sampled_with(config, Rates(**rates)) if rates else sampled_at(config, plan_step)
+        if rates:
+            subnet = sampled_with(replace(config, model=model.config), Rates(**rates))
+        else:
+            subnet = sampled_at(config, plan_step, opened.checkpoint.step)
         family_of(subnet.shape.model)
         reference = packed(model, subnet)
         model = standalone(reference, subnet)

@@ -11,7 +11,8 @@ def inspect(store: TokenStore, n_samples: int = 3, sample_tokens: int = 64) -> d
     """Counts of each split, the entropy of its unigrams, bytes per token, and decoded samples of the training split.
 
     `mixture` has an entry for each of several sources: its weight, the share of the tokens that it got, how often it
-    was used (`passes`). `tokenizing` is how fast the store was made.
+    was used (`passes`). `packages` has the bytes of each package in each split, where there are packages. `tokenizing`
+    is how fast the store was made.
     The unigram entropy is the loss of a model that knows how frequent each token is and nothing else.
     """
     manifest = store.manifest
@@ -23,6 +24,7 @@ def inspect(store: TokenStore, n_samples: int = 3, sample_tokens: int = 64) -> d
         "dtype": np.dtype(manifest["dtype"]).name,
         "splits": {name: _describe(store, name) for name in manifest["splits"]},
         "mixture": manifest["mixture"],
+        "packages": manifest.get("packages", {}),
         "tokenizing": manifest["tokenizing"],
         "samples": _samples(store, n_samples, sample_tokens),
     }

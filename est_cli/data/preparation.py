@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from functools import reduce
 from pathlib import Path
 
+import numpy as np
+
 from est_cli.config import DataConfig
 from est_cli.data import Say
 from est_cli.data.mixture import TokenStream, interleave
@@ -68,9 +70,21 @@ def write_store(
         "dtype": dtype.str,
         "splits": {name: dataclasses.asdict(count) for name, count in counts.items()},
         "mixture": mixture,
+        "packages": _package_bytes(splits) if sources[0].corpus.packages is not None else {},
         "tokenizing": speed,
         "files": files,
     }
+
+
+def _package_bytes(splits: dict[str, list[Split]]) -> dict[str, dict[str, int]]:
+    """Bytes of each package in each split, the largest first."""
+    sizes = {}
+    for name, (split,) in splits.items():
+        packages, places = np.unique(split.corpus.packages[split.documents], return_inverse=True)
+        n_bytes = np.bincount(places, weights=split.ends - split.starts).astype(int)
+        order = np.argsort(-n_bytes, kind="stable")
+        sizes[name] = {str(packages[i]): int(n_bytes[i]) for i in order}
+    return sizes
 
 
 def discard_work(folder: Path) -> None:

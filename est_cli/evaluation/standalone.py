@@ -7,6 +7,7 @@ import torch
 from est_cli.config import TrainConfig
 from est_cli.errors import UserError
 from est_cli.model.transformer import Transformer, layer_of
+from est_cli.subnet.growth import growth_into
 from est_cli.subnet.plan import Plan, Subnetwork, stage_subnetwork
 from est_cli.subnet.sampler import sample
 from est_cli.subnet.schedule import Rates, Stage, stage_at
@@ -21,11 +22,21 @@ class Sampled:
     plan: Plan
 
 
-def sampled_at(config: TrainConfig, step: int) -> Sampled:
-    """The subnetwork that the run trained in optimizer step `step`. Raises UserError."""
+def sampled_at(config: TrainConfig, step: int, steps_done: int | None = None) -> Sampled:
+    """The subnetwork that the run trained in optimizer step `step`.
+
+    Raises UserError where the run has no such step, or where the weights after `steps_done` steps do not hold the
+    subnetwork, because a growth lies between.
+    """
     if not 0 <= step < config.trainer.max_steps:
         raise UserError(f"plan_step={step}: must be an integer in [0, {config.trainer.max_steps - 1}]")
-    return _sample(config, step, stage_at(config.stages, step))
+    stage = stage_at(config.stages, step)
+    if steps_done is not None and stage.first_step >= steps_done and (growth := growth_into(config, stage)):
+        raise UserError(
+            f"plan_step={step}: the newest checkpoint, of {steps_done} steps, is from before step {stage.first_step}, "
+            f"where the model {growth}; name an earlier step"
+        )
+    return _sample(config, step, stage)
 
 
 def sampled_with(config: TrainConfig, rates: Rates) -> Sampled:

@@ -47,7 +47,8 @@ def sample(seed: int, step: int, stage: Stage, model: ModelConfig, sampling: Sam
         kv_heads.append(key_value)
         blocks = choose("mlp", model.d_ff // sampling.mlp_block, small.d_ff // sampling.mlp_block, layer)
         neurons.append(_members(blocks, sampling.mlp_block))
-    units = (np.array(rows, np.int64).reshape(len(layers), -1) for rows in (heads, kv_heads, neurons))
+    chosen = ((heads, small.n_heads), (kv_heads, small.n_kv_heads), (neurons, small.d_ff))
+    units = (np.array(rows, np.int64).reshape(len(layers), width) for rows, width in chosen)  # no layer, no row
     return Plan(layers, *units, branch_scales(shape, sampling, model.n_layers, layers))
 
 

@@ -124,6 +124,7 @@ class Training:
         if growth is not None:
             grow(self.model, self.optimizer, growth, self.config.scheduler.grow_moments)
             self.grown = growth.after
+            self._say(f"step {self.step}: the model {growth}")
 
     def _build(self, stage: Stage) -> PackedSubnetwork | MaskedSubnetwork:
         shape = stage_subnetwork(self.config.model, self.config.sampling, stage)

@@ -21,7 +21,7 @@ from est_cli.training.checkpoint import Checkpoints
 from est_cli.training.distributed import World
 from est_cli.training.loop import Training
 from est_cli.training.shards import Shards
-from tests.training.two_ranks import CASES, STREAMED, SmallTokens, stream_store
+from tests.training.two_ranks import CASES, GROWING, STREAMED, SmallTokens, stream_store
 
 CPU = World(torch.device("cpu"))
 PACKED = [name for name in CASES if "masked" not in name]
@@ -173,6 +173,20 @@ def test_no_rank_holds_more_than_its_share_and_one_large_matrix():
 def test_a_stream_gives_two_ranks_the_samples_of_one(folder, tmp_path):
     _, records = alone(STREAMED, SmallTokens(stream_store(folder)), tmp_path)
     assert_close(seen(folder, "streamed")["records"], records, 1e-5)
+
+
+def test_two_ranks_grow_as_one(folder, tmp_path):
+    training, records = alone(GROWING, RandomTokens(LLAMA.vocab_size), tmp_path)
+    assert_close(seen(folder, "growing")["records"], records, 1e-5)
+    assert seen(folder, "growing", 0)["weights"] == seen(folder, "growing", 1)["weights"]
+    model = Transformer(LLAMA)
+    Checkpoints(folder / "growing").newest(pytest.fail).load_model(model)
+    for parameter, weight in snapshot(training.model).items():
+        torch.testing.assert_close(snapshot(model)[parameter], weight, rtol=0, atol=1e-5)
+
+
+def test_a_sharded_run_that_stops_before_its_growth_grows_to_the_same_bits(folder):
+    assert files(folder, "growing-sharded") == files(folder, "growing")
 
 
 def test_one_process_has_nobody_to_share_with():

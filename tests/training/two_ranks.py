@@ -15,9 +15,10 @@ import torch
 import torch.distributed as dist
 from tiny import GPT2, LLAMA, RandomTokens, Recorder, train_config
 
-from est_cli.config import DataConfig, OptimizerConfig, TokenizerConfig, TrainConfig
+from est_cli.config import DataConfig, OptimizerConfig, SchedulerConfig, TokenizerConfig, TrainConfig
 from est_cli.data import stream_preparation, stream_shards
 from est_cli.data.tokens import prepare
+from est_cli.subnet.schedule import StageSpec
 from est_cli.training import loop
 from est_cli.training.checkpoint import Checkpoints
 from est_cli.training.distributed import World, join
@@ -44,6 +45,13 @@ CASES = {
     "llama-fp32-masked": case(LLAMA, "fp32", "zero_grad", "masked"),
 }
 STREAMED = case(LLAMA, "fp32", "zero_grad")
+GROWING = replace(
+    case(LLAMA, "fp32", "zero_grad"),
+    scheduler=SchedulerConfig(
+        (StageSpec(5, n_layers=2, n_heads=2), StageSpec(9, n_layers=2), StageSpec()), "interleave"
+    ),
+)
+"""Heads join at step 5, and at 9 a layer in the middle: layers move, and their copies lie on other ranks."""
 
 
 def sharded(config: TrainConfig) -> TrainConfig:
@@ -118,6 +126,10 @@ def main(folder: Path) -> None:
     name, config = next(iter(CASES.items()))
     for stop_after in (STOP_AFTER, 99):
         run("resumed", sharded(config), RandomTokens(LLAMA.vocab_size), world, seen, folder, stop_after)
+    tokens = RandomTokens(LLAMA.vocab_size)
+    run("growing", GROWING, tokens, world, seen, folder)
+    for stop_after in (9, 99):
+        run("growing-sharded", sharded(GROWING), tokens, world, seen, folder, stop_after)
     store = peers.agree("stream", lambda: stream_store(folder), main_first=True)
     run("streamed", STREAMED, SmallTokens(store), world, seen, folder)
 
