@@ -21,6 +21,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from est_cli.commands.cooldown import cooldown_config
 from est_cli.commands.rerun import recorded_config
 from est_cli.errors import UserError, nearest
 
@@ -32,13 +33,21 @@ def conf_dir() -> Path:
     return inside if inside.is_dir() else package.parent / "conf"
 
 
+def config_of_flags(arguments: argparse.Namespace) -> str | None:
+    """The name of the primary config that --rerun or --cooldown makes; None without either. Raises UserError."""
+    rerun, cooldown = getattr(arguments, "rerun", None), getattr(arguments, "cooldown", None)
+    if rerun is not None and cooldown is not None:
+        raise UserError("--rerun, --cooldown: only one of them at a time")
+    if rerun is not None:
+        return recorded_config(rerun, arguments.overrides)
+    return None if cooldown is None else cooldown_config(cooldown, arguments.overrides)
+
+
 class Composer:
     """Composes one command's configuration; `with` it, since Hydra keeps a global."""
 
     def __init__(self, config_name: str, arguments: argparse.Namespace):
-        rerun = getattr(arguments, "rerun", None)
-        recorded = recorded_config(rerun, arguments.overrides) if rerun is not None else None
-        self.config_name = recorded or arguments.config_name or config_name
+        self.config_name = config_of_flags(arguments) or arguments.config_name or config_name
         self.arguments = arguments
 
     def __enter__(self) -> "Composer":

@@ -40,8 +40,8 @@ def run_id() -> str:
 OmegaConf.register_new_resolver("est.run_id", run_id, replace=True)
 
 
-def read_arguments(reruns: bool = False) -> argparse.Namespace:
-    """Hydra's flags and the overrides of the command line; with `reruns` also --rerun.
+def read_arguments(trains: bool = False) -> argparse.Namespace:
+    """Hydra's flags and the overrides of the command line; with `trains` also --rerun and --cooldown.
 
     Also lets a config name a person's own functions by a dotted path: an installed command, unlike python -m, does
     not look for modules in the current directory. It comes last, so that no file there can take a library's place.
@@ -51,9 +51,15 @@ def read_arguments(reruns: bool = False) -> argparse.Namespace:
     parser = get_args_parser()
     versions = f"est-cli {est_cli.__version__} (Hydra {hydra.__version__})"
     next(action for action in parser._actions if action.dest == "version").version = versions
-    if reruns:
-        parser.add_argument("--rerun", metavar="DIR")
+    if trains:
+        add_own_flags(parser)
     return parser.parse_intermixed_args()
+
+
+def add_own_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags that Hydra does not know: which recorded config is the primary one."""
+    parser.add_argument("--rerun", metavar="DIR")
+    parser.add_argument("--cooldown", metavar="CHECKPOINT")
 
 
 def read_only(config_name: str, call: Callable[[dict[str, Any]], int | None]) -> NoReturn:

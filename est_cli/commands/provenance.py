@@ -9,9 +9,12 @@ import sys
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from est_cli.commands.run_directory import write_whole
+
+if TYPE_CHECKING:
+    from est_cli.commands.cooldown import Trunk
 
 PACKAGES = (
     "est-cli", "torch", "triton", "numpy", "hydra-core", "omegaconf", "safetensors", "sentencepiece", "tokenizers",
@@ -20,9 +23,11 @@ PACKAGES = (
 """What can change a run's numbers or files."""
 
 
-def write_environment(path: Path, overrides: list[str]) -> None:
+def write_environment(path: Path, overrides: list[str], trunk: "Trunk | None" = None) -> None:
     """Record this start of a run. A run that continues keeps the records of its earlier starts, oldest first."""
     record = environment(overrides)
+    if trunk is not None:
+        record["cooldown_of"] = trunk.as_record()
     with contextlib.suppress(OSError, ValueError, AttributeError):
         before = json.loads(path.read_text())
         record["earlier_starts"] = [*before.pop("earlier_starts", []), before]

@@ -34,7 +34,7 @@ def recorded_config(run_dir: str, overrides: list[str]) -> str:
         raise UserError(f"--rerun={run_dir}: its {CONFIG} is not that of a run of est-train")
     _check(run_dir, overrides)
     name = f"rerun-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
-    _store(name, _unbound(config))
+    store_config(name, without_call(config))
     return name
 
 
@@ -54,7 +54,7 @@ def _check(run_dir: str, overrides: list[str]) -> None:
         raise UserError(*(f"{key}: does not reach the stages that {run_dir} recorded; {anew}" for key in dead))
 
 
-def _unbound(config: dict) -> dict:
+def without_call(config: dict) -> dict:
     """Without what the call decides, and with a head width that follows from the other widths again, if it did."""
     model = config["model"]
     if model.get("head_dim") == model.get("d_model", 0) // max(1, model.get("n_heads", 1)):
@@ -62,8 +62,11 @@ def _unbound(config: dict) -> dict:
     return {key: value for key, value in {**config, "model": model}.items() if key not in _OF_THE_CALL}
 
 
-def _store(name: str, config: dict) -> None:
-    """As options of the config groups, so that a group can still be exchanged as a whole."""
+def store_config(name: str, config: dict) -> None:
+    """Make `config` a primary one for this process.
+
+    Its sections become options of the config groups, so that a group can still be exchanged as a whole.
+    """
     store = ConfigStore.instance()
     groups = {key: value for key, value in config.items() if isinstance(value, dict)}
     for group, section in groups.items():

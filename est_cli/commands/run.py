@@ -19,6 +19,7 @@ from est_cli.errors import PeerLost, RunFailed, UserError
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from est_cli.commands.cooldown import Trunk
     from est_cli.data.tokens import TokenStore
     from est_cli.tracking.tracker import RunInfo, Tracker
     from est_cli.training.checkpoint import Checkpoints
@@ -39,6 +40,8 @@ class Prepared:
     """The command line that goes on with the run when it has been stopped."""
     notes: list[str]
     trackers: "list[Tracker]"
+    trunk: "Trunk | None" = None
+    """Of a cooldown: what it begins with."""
     job: bool = False
     """Whether it is one of a sweep, which has the last word on standard output."""
     label: str | None = None
@@ -68,6 +71,8 @@ def execute(prepared: Prepared, peers: "Peers") -> int:
         torch.set_num_threads(config.trainer.threads)
     with _told_by_one(prepared, peers):
         training = Training(config, prepared.store, join(config.trainer.device, peers), prepared.trackers)
+        if peers.is_main and prepared.trunk is not None and not prepared.directory.has_checkpoints:
+            _begin_with_trunk(prepared)
         _restore(prepared, training, checkpoints, peers)
         run = _begin(prepared, training) if peers.is_main else None
         try:
@@ -81,6 +86,13 @@ def execute(prepared: Prepared, peers: "Peers") -> int:
     if peers.is_main:
         _print_result(prepared, summary)
     return entry.STOPPED if outcome.status == "stopped" else entry.DONE
+
+
+def _begin_with_trunk(prepared: Prepared) -> None:
+    try:
+        prepared.trunk.begin(prepared.directory, prepared.config)
+    except OSError as error:
+        raise RunFailed(f"the trunk's checkpoint and metrics cannot be brought here: {error}") from error
 
 
 def _restore(prepared: Prepared, training: "Training", checkpoints: "Checkpoints", peers: "Peers") -> None:
@@ -102,7 +114,7 @@ def _begin(prepared: Prepared, training: "Training") -> "RunInfo":
     config, directory = prepared.config, prepared.directory
     directory.write_config(config)
     directory.write_tokenizer(prepared.store.tokenizer)
-    write_environment(directory.path / ENVIRONMENT, prepared.overrides)
+    write_environment(directory.path / ENVIRONMENT, prepared.overrides, prepared.trunk)
     run = RunInfo(
         directory.path,
         config,

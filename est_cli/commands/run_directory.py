@@ -36,6 +36,10 @@ class RunDirectory:
         return self.path / "checkpoints"
 
     @property
+    def has_checkpoints(self) -> bool:
+        return any(self.checkpoints.glob("step-*"))
+
+    @property
     def nonfinite(self) -> Path:
         return self.path / "nonfinite"
 

@@ -11,7 +11,8 @@ from omegaconf import DictConfig
 from est_cli import auto
 from est_cli.commands import entry, replay, sweep
 from est_cli.commands.arms import with_arm
-from est_cli.commands.composition import plain
+from est_cli.commands.composition import config_of_flags, plain
+from est_cli.commands.cooldown import Trunk, take_trunk
 from est_cli.commands.run import Prepared, execute, stop_request
 from est_cli.commands.run_directory import RunDirectory, continue_command
 from est_cli.config import TrainConfig, read_train_config
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 
 
 def main() -> None:
-    arguments = entry.read_arguments(reruns=True)
+    arguments = entry.read_arguments(trains=True)
     if entry.asks_hydra(arguments):
         entry.exit_with(lambda: _explain(arguments))
     if (folder := replay.take_folder(arguments)) is not None:
@@ -32,15 +33,11 @@ def main() -> None:
 
 
 def _explain(arguments: Any) -> None:
-    """--help, --cfg and --info are Hydra's own words; it does not know --rerun."""
-    name = "train"
-    if arguments.rerun is not None:
-        from est_cli.commands.rerun import recorded_config
-
-        name = recorded_config(arguments.rerun, arguments.overrides)
-        ours = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-        ours.add_argument("--rerun")
-        sys.argv[1:] = ours.parse_known_args()[1]
+    """--help, --cfg and --info are Hydra's own words; it does not know --rerun and --cooldown."""
+    name = config_of_flags(arguments) or "train"
+    ours = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    entry.add_own_flags(ours)
+    sys.argv[1:] = ours.parse_known_args()[1]
     entry.hand_to_hydra(name, arguments, lambda _: None)
 
 
@@ -50,13 +47,14 @@ def _run(arguments: Any) -> int:
 
     peers = meet()
     composed, hydra_node = peers.agree("composition", lambda: entry.compose("train", arguments))
+    trunk = peers.agree("trunk", lambda: take_trunk(composed))
     config, notes = peers.agree("config", lambda: read_config(composed))
     if config.trainer.devices > peers.size:
         from est_cli.commands.processes import start_processes
 
         return start_processes(config.trainer.devices, ["-m", "est_cli", *sys.argv[1:]])
     directory = RunDirectory(Path(peers.from_main("directory", str(Path(hydra_node.run.dir).absolute()))))
-    prepared = _prepare(config, notes, directory, arguments.overrides, peers)
+    prepared = _prepare(config, notes, directory, arguments.overrides, peers, trunk)
     if not peers.is_main:
         return execute(prepared, peers)
     return entry.run_in_directory("train", arguments, lambda _: execute(prepared, peers))
@@ -68,6 +66,7 @@ def _prepare(
     directory: RunDirectory,
     overrides: list[str],
     peers: "Peers",
+    trunk: Trunk | None = None,
     label: str | None = None,
 ) -> Prepared:
     """What a run needs. Rank 0 alone looks into the directory and tells of the run, and is the first at the data."""
@@ -75,10 +74,21 @@ def _prepare(
 
     is_main = peers.is_main
     changes = peers.agree("changes", lambda: directory.check(config) if is_main else [])
+    if trunk is not None:
+        begins = is_main and not directory.has_checkpoints
+        peers.agree("cooldown", lambda: _check_trunk(trunk, config, begins))
+        notes = [trunk.note(config), *notes]
     trackers = peers.agree("trackers", lambda: trackers_for(config, label) if is_main else [])
     store = peers.agree("data", lambda: _tokens(config, quiet=not is_main), main_first=True)
     command = continue_command(sys.argv[1:], config)
-    return Prepared(config, directory, store, overrides, command, notes + changes, trackers, label=label)
+    return Prepared(config, directory, store, overrides, command, notes + changes, trackers, trunk=trunk, label=label)
+
+
+def _check_trunk(trunk: Trunk, config: TrainConfig, begins: bool) -> None:
+    """A cooldown that goes on from a checkpoint of its own does not need the trunk's any more."""
+    trunk.check(config)
+    if begins:
+        trunk.verify()
 
 
 def job_of_sweep(composed: DictConfig, directory: RunDirectory, call: sweep.Call) -> float:
@@ -92,7 +102,9 @@ def job_of_sweep(composed: DictConfig, directory: RunDirectory, call: sweep.Call
     from est_cli.training.peers import Peers, launched_ranks
 
     node = HydraConfig.get()
-    config, notes = read_config(plain(composed))
+    composed = plain(composed)
+    trunk = take_trunk(composed)
+    config, notes = read_config(composed)
     if config.trainer.devices > 1 or launched_ranks() > 1:
         raise UserError(f"trainer.devices={config.trainer.devices}: must be 1 in a sweep")
     if config.logger.group is None:
@@ -102,7 +114,7 @@ def job_of_sweep(composed: DictConfig, directory: RunDirectory, call: sweep.Call
         return directory.summary()["val_loss"]
     label = directory.path.name if call.is_elsewhere else None
     entry.say(f"{directory.path.name}: job {node.job.num + 1}")
-    prepared = _prepare(config, notes, directory, list(node.overrides.task), Peers(), label)
+    prepared = _prepare(config, notes, directory, list(node.overrides.task), Peers(), trunk, label)
     code = execute(replace(prepared, command=call.command, job=True), Peers())
     if code != entry.DONE:
         raise SystemExit(code)

@@ -127,6 +127,24 @@ class Checkpoints:
             _sync(path)
         _sync(temporary)
 
+    def adopt(self, checkpoint: Path) -> None:
+        """Take in another run's checkpoint whole, or not at all: as hard links, or copies where there can be none.
+
+        No file of a checkpoint is ever changed, so that the two runs can share them.
+        """
+        self._remove_leftovers()
+        temporary = self.folder / f".writing-{checkpoint.name}"
+        temporary.mkdir(parents=True)
+        for path in checkpoint.iterdir():
+            try:
+                os.link(path, temporary / path.name)
+            except OSError:
+                shutil.copyfile(path, temporary / path.name)
+                _sync(temporary / path.name)
+        _sync(temporary)
+        temporary.rename(self.folder / checkpoint.name)
+        _sync(self.folder)
+
     def newest(self, warn: Callable[[str], None]) -> Checkpoint | None:
         """The sound checkpoint of the highest step; damaged ones are named and passed over.
 
@@ -153,7 +171,7 @@ class Checkpoints:
         """Every sound checkpoint, the newest first; see `newest`."""
         damaged, folders = [], self._folders()
         for folder in reversed(folders):
-            problem = _damage(folder)
+            problem = damage(folder)
             if problem is None:
                 yield Checkpoint(folder, json.loads((folder / STATE).read_text()))
                 continue
@@ -208,7 +226,7 @@ def _state(folder: Path) -> dict[str, Any]:
     return _read_json(folder / STATE)
 
 
-def _damage(folder: Path) -> str | None:
+def damage(folder: Path) -> str | None:
     """What is wrong with a checkpoint, or None."""
     checksums = _read_json(folder / CHECKSUMS)
     if not {MODEL, STATE} <= checksums.keys():

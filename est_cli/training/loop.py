@@ -17,7 +17,7 @@ from est_cli.kernels.dispatch import kernels_for
 from est_cli.model.initialisation import initialise
 from est_cli.model.transformer import Transformer
 from est_cli.subnet.flops import config_ledger
-from est_cli.subnet.growth import growth_into, model_after
+from est_cli.subnet.growth import growth_into, model_after, stage_models
 from est_cli.subnet.plan import Plan, Subnetwork, stage_subnetwork
 from est_cli.subnet.sampler import sample
 from est_cli.subnet.schedule import Stage, stage_at
@@ -76,7 +76,7 @@ class Training:
         if config.model.init_from is not None:
             load_pretrained(self.model)
         self.grown = model_after(config, 0)
-        self.grows = any(growth_into(config, stage) for stage in self.stages[1:])
+        self.has_parts = any(part != config.model for part in stage_models(config))
         self.optimizer = SampledAdamW(self.model, config.optimizer, self.shards, self.grown)
         self.step = 0
         self.train_s = 0.0
@@ -196,8 +196,8 @@ class Training:
         )
 
     def _grown_record(self) -> dict[str, float]:
-        """Of a run that grows: the fractions that have joined, and that val/loss is of."""
-        if not self.grows:
+        """Of a run that grows, or stays small: the fractions that have joined, and that val/loss is of."""
+        if not self.has_parts:
             return {}
         full, grown = self.config.model, self.grown
         return {

@@ -71,12 +71,17 @@ def test_the_decay_of_wsd_takes_the_same_share_of_the_third_arm():
         assert steps - arm.optimizer.decay_start(steps) == round(steps / 5)
 
 
-def test_warmup_and_decay_that_touch_do_not_overlap_in_the_third_arm():
-    """Both lengths are rounded, and may both be rounded up."""
+@pytest.mark.parametrize(("warmup", "decay"), [(int, int), (float, int), (int, float), (float, float)])
+def test_warmup_and_decay_that_touch_do_not_overlap_in_the_third_arm(warmup, decay):
+    """Half of an odd number of steps each: both may be rounded up."""
+
+    def half(kind: type, steps: int) -> int | float:
+        return 0.5 if kind is float else steps // 2
+
     config = config_of("optimizer.decay=wsd", "optimizer.warmup=0", "trainer.max_steps=1000")
-    lengths = [(warmup, 1000 - warmup) for warmup in range(300, 310)]
-    for warmup, decay_steps in [*lengths, *((w / 1000, d) for w, d in lengths), *((w, d / 1000) for w, d in lengths)]:
-        touching = replace(config, optimizer=replace(config.optimizer, warmup=warmup, decay_steps=decay_steps))
+    for steps in range(1000, 1024, 2):
+        optimizer = replace(config.optimizer, warmup=half(warmup, steps), decay_steps=half(decay, steps))
+        touching = replace(config, optimizer=optimizer, trainer=replace(config.trainer, max_steps=steps))
         read_train_config(as_plain(with_arm(touching, "full_same_flops")))
 
 

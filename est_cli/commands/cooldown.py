@@ -1,0 +1,260 @@
+"""est-train --cooldown CHECKPOINT: a run of its own that shares a trunk's steps and then lets the learning rate fall.
+
+The trunk trained at a constant rate. The new run has the config of a straight run with optimizer.decay=wsd whose decay
+begins where the checkpoint lies, so that its first steps are the trunk's to the bit. Its folder starts with the
+trunk's checkpoint and metrics; from there on it is an ordinary run. One trunk can serve many budgets.
+"""
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+
+from est_cli.commands.config_changes import BATCH, HARMLESS, MAX_STEPS, changes
+from est_cli.commands.rerun import store_config, without_call
+from est_cli.commands.run_directory import METRICS, RunDirectory
+from est_cli.config import OptimizerConfig, TrainConfig, as_plain, read_train_config
+from est_cli.errors import UserError, nearest
+from est_cli.schema import read
+from est_cli.subnet.schedule import boundary_step
+
+KEY = "--cooldown"
+"""The flag, and the composed config's key for the checkpoint: no override can be written with this name."""
+
+_LENGTH = ("optimizer.decay_steps", "optimizer.decay_fraction")
+_FREE = (*_LENGTH, "optimizer.decay_shape", "optimizer.min_lr_ratio", "trainer.device", *HARMLESS, *BATCH, "hydra")
+"""Keys, and whole sections, that a cooldown may change; of BATCH the product must stay."""
+_STEP = re.compile(r"step-(\d+)")
+
+
+@dataclass(frozen=True)
+class Trunk:
+    """A checkpoint of a run whose learning rate had not begun to fall."""
+
+    folder: Path
+    step: int
+    """Optimizer steps that the checkpoint has taken."""
+    config: TrainConfig
+
+    @classmethod
+    def at(cls, path: str) -> "Trunk":
+        """The trunk that ends with the checkpoint in `path`. Its checksums are not compared here; see `verify`.
+
+        Raises UserError where there is no checkpoint, or one that no cooldown can begin with.
+        """
+        from est_cli.training.checkpoint import OPTIMIZER, Checkpoint, damage
+
+        typed = Path(path).expanduser()
+        folder = Path(os.path.abspath(typed.parent if typed.is_file() else typed))
+        if not _STEP.fullmatch(folder.name) or not folder.is_dir():
+            raise UserError(f"{KEY}={path}: must be a checkpoint, a folder RUN/checkpoints/step-…{_nearest(typed)}")
+        state = Checkpoint.at(folder).state
+        if not isinstance(state.get("config"), dict) or not isinstance(state.get("step"), int):
+            raise UserError(f"{KEY}={path}: this checkpoint is damaged: {damage(folder) or 'it names no config'}")
+        if not (folder / OPTIMIZER).exists():
+            problem = damage(folder)
+            raise UserError(
+                f"{KEY}={path}: this checkpoint is damaged: {problem}"
+                if problem
+                else f"{KEY}={path}: holds weights and no optimizer moments, and cannot be trained further; must be a "
+                "full checkpoint, as trainer.checkpoint_every and trainer.save_final=full write them"
+            )
+        try:
+            config = read_train_config(state["config"])
+        except UserError as error:
+            raise UserError(f"{KEY}={path}: its config is of another version:", *error.problems) from error
+        trunk = cls(folder, state["step"], config)
+        trunk._check_rate(path)
+        return trunk
+
+    def _check_rate(self, path: str) -> None:
+        decay, steps = self.config.optimizer.decay, self.config.trainer.max_steps
+        start = self.config.optimizer.decay_start(steps)
+        if self.step > start:
+            raise UserError(
+                f"{KEY}={path}: the trunk's learning rate began to fall at step {start} (optimizer.decay={decay}); "
+                f"must be a checkpoint of step {start} or before, or of a run with optimizer.decay=none"
+            )
+
+    @property
+    def run_dir(self) -> Path:
+        return self.folder.parent.parent
+
+    @property
+    def decay_start(self) -> int:
+        """Where the decay begins: at the checkpoint, or where the warmup that it lies in ends."""
+        return max(self.step, boundary_step(self.config.optimizer.warmup, self.config.trainer.max_steps))
+
+    def cooled(self, decay_steps: int) -> TrainConfig:
+        """The config of a straight run that begins as the trunk did, and decays over its last `decay_steps` steps.
+
+        What was a fraction of the trunk's length becomes a number of steps. Stages that begin at the checkpoint or
+        later are left out; the last one that stays lasts to the end.
+        """
+        config, steps = self.config, self.config.trainer.max_steps
+        specs = zip(config.scheduler.stages, config.stages, strict=True)
+        begun = [replace(spec, end=stage.end) for spec, stage in specs if stage.first_step < self.step]
+        begun[-1] = replace(begun[-1], end=None)
+        warmup = boundary_step(config.optimizer.warmup, steps)
+        return replace(
+            config,
+            # The other options made the stages of the trunk, and would not reach these.
+            scheduler=replace(config.scheduler, stages=tuple(begun), options={}),
+            optimizer=replace(config.optimizer, warmup=warmup, decay="wsd", decay_steps=decay_steps),
+            trainer=replace(config.trainer, max_steps=self.decay_start + decay_steps),
+        )
+
+    def length(self, decay_steps: int | float | None, decay_fraction: float) -> int:
+        """Steps of the decay; a fraction is the share of the whole new run. Raises UserError where it is all of it."""
+        if isinstance(decay_steps, int):
+            return decay_steps
+        key, share = (_LENGTH[1], decay_fraction) if decay_steps is None else (_LENGTH[0], decay_steps)
+        if share == 1:
+            raise UserError(
+                f"{key}={share}: must be below 1 in a cooldown: it is the share of the whole run, of which "
+                f"{self.decay_start} steps come before it; an integer counts steps"
+            )
+        return max(1, round(self.decay_start * share / (1 - share)))
+
+    def check(self, config: TrainConfig) -> None:
+        """Raises UserError where the rest of `config` is not the trunk's."""
+        differing = changes(as_plain(self.cooled(config.optimizer.decay_steps)), as_plain(config))
+        wrong = [change for change in differing if change.problem and (change.key in BATCH or not _is_free(change.key))]
+        if wrong:
+            raise UserError(
+                f"{KEY}={self.folder}: the trunk has another config:", *(f"{c} ({c.problem})" for c in wrong)
+            )
+
+    def verify(self) -> None:
+        """Raises UserError where the checkpoint is damaged, or the trunk's metrics are not beside it."""
+        from est_cli.training.checkpoint import damage
+
+        if problem := damage(self.folder):
+            raise UserError(f"{KEY}={self.folder}: this checkpoint is damaged: {problem}")
+        if not (self.run_dir / METRICS).is_file():
+            raise UserError(
+                f"{KEY}={self.folder}: must lie in its run directory, whose {METRICS} the cooldown begins with; "
+                f"there is none in {self.run_dir}"
+            )
+
+    def begin(self, directory: RunDirectory, config: TrainConfig) -> None:
+        """Leave in `directory` what a run of `config` would have left that was stopped after the trunk's last step.
+
+        A process that dies here leaves a folder in which this is done again. Raises OSError.
+        """
+        import shutil
+
+        from est_cli.tracking.metrics import truncate
+        from est_cli.training.checkpoint import Checkpoints
+
+        directory.write_config(config)
+        copied = directory.path / f".{METRICS}"
+        shutil.copyfile(self.run_dir / METRICS, copied)
+        truncate(copied, self.step)
+        copied.rename(directory.path / METRICS)
+        Checkpoints(directory.checkpoints).adopt(self.folder)
+
+    def note(self, config: TrainConfig) -> str:
+        """One line for people: what the run consists of."""
+        said = (
+            f"cooldown of {self.folder}: {self.step} steps are the trunk's; the learning rate falls from step "
+            f"{self.decay_start} to step {config.trainer.max_steps}"
+        )
+        left_out = len(self.config.stages) - len(config.stages)
+        return said + (f"; stages of the trunk that begin later are left out ({left_out})" if left_out else "")
+
+    def as_record(self) -> dict[str, Any]:
+        """For environment.json."""
+        return {"checkpoint": str(self.folder), "step": self.step, "run_id": self.config.run_id}
+
+
+def cooldown_config(path: str, overrides: list[str]) -> str:
+    """The name of a primary config, made for this process, of a cooldown whose length is not settled yet.
+
+    Raises UserError where `path` is no trunk, and for overrides of what the trunk has decided.
+    """
+    trunk = Trunk.at(path)
+    config = without_call(as_plain(trunk.cooled(1)))
+    _check(trunk, overrides)
+    config["optimizer"]["decay_steps"], config["trainer"]["max_steps"] = None, "auto"
+    config[KEY] = str(trunk.folder)
+    name = f"cooldown-{hashlib.sha256(json.dumps(config, default=str).encode()).hexdigest()[:8]}"
+    store_config(name, config)
+    return name
+
+
+def take_trunk(composed: dict[str, Any]) -> Trunk | None:
+    """The trunk of a composed config, whose lengths are settled here; None where it is of no cooldown."""
+    path = composed.pop(KEY, None)
+    if path is None:
+        return None
+    trunk = Trunk.at(path)
+    problems: list[str] = []
+    optimizer = read(OptimizerConfig, composed["optimizer"], "optimizer", problems)
+    if problems:
+        raise UserError(*problems)
+    decay_steps = trunk.length(optimizer.decay_steps, optimizer.decay_fraction)
+    composed["optimizer"]["decay_steps"] = decay_steps
+    composed["trainer"]["max_steps"] = trunk.decay_start + decay_steps
+    return trunk
+
+
+def _check(trunk: Trunk, overrides: list[str]) -> None:
+    """Raises UserError for keys that the trunk has decided, and for keys that there are not."""
+    problems, decided = [], False
+    known = set(_dotted(as_plain(trunk.config)))
+    for text in overrides:
+        try:
+            key = OverridesParser.create().parse_override(text).key_or_group.lstrip("+~")
+        except HydraException:
+            continue  # told, with all others, when the config is composed
+        if _is_free(key):
+            continue
+        if key == MAX_STEPS:
+            problems.append(f"{key}: follows from the checkpoint and the length of the decay; give {_LENGTH[0]}")
+        elif "." in key and key not in known:
+            problems.append(f"{key}: there is no such key{nearest(key, known)}")
+        else:
+            problems.append(f"{key}: the trunk has decided this")
+            decided = True
+    if decided:
+        problems.append(f"{KEY}={trunk.folder}: may change only {', '.join(_FREE)}")
+    if problems:
+        raise UserError(*problems)
+
+
+def _is_free(key: str) -> bool:
+    return any(key == free or key.startswith((f"{free}.", f"{free}/")) for free in _FREE)
+
+
+def _dotted(config: dict[str, Any], prefix: str = "") -> Iterator[str]:
+    for key, value in config.items():
+        yield f"{prefix}{key}"
+        if isinstance(value, dict):
+            yield from _dotted(value, f"{prefix}{key}.")
+
+
+def _nearest(path: Path) -> str:
+    """`; did you mean …?` for the checkpoint, or else the folder, that `path` may have been meant to name."""
+    for folder in (path / "checkpoints", path, path.parent, path.parent / "checkpoints"):
+        steps = {
+            int(found[1]): child
+            for child in (folder.iterdir() if folder.is_dir() else ())
+            if (found := _STEP.fullmatch(child.name))
+        }
+        if steps:
+            meant = _STEP.fullmatch(path.name)
+            step = min(steps, key=lambda step: abs(step - int(meant[1]))) if meant else max(steps)
+            return f"; did you mean '{steps[step]}'?"
+    above = next((parent for parent in path.parents if parent.is_dir()), None)
+    if above is None:
+        return ""
+    hint = nearest(path.relative_to(above).parts[0], (child.name for child in above.iterdir() if child.is_dir()))
+    return re.sub(r"'(.*)'", lambda match: f"'{above / match[1]}'", hint)

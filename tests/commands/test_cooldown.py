@@ -1,0 +1,411 @@
+"""est-train --cooldown CHECKPOINT: a trunk's steps and a decay make the run that a straight one would have been."""
+
+import argparse
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from tiny import LLAMA, RandomTokens, Recorder, train_config
+
+from est_cli.commands.cooldown import Trunk, cooldown_config, take_trunk
+from est_cli.commands.entry import compose
+from est_cli.commands.run_directory import RunDirectory
+from est_cli.config import OptimizerConfig, TrainConfig, as_plain, read_train_config
+from est_cli.errors import UserError
+from est_cli.subnet.schedule import StageSpec
+from est_cli.tracking.metrics import to_line
+from est_cli.training.checkpoint import Checkpoints
+from est_cli.training.distributed import World
+from est_cli.training.loop import Training
+from est_cli.training.optimizer import learning_rate
+from tests.commands.cli import TINY, Finished, metrics, run, without_speed, write_corpus
+
+CONSTANT = OptimizerConfig(warmup=0.2, decay="none")
+SHARED = (
+    *TINY, "data=text", "data.path=corpus", "checkpoint.keep=100", "trainer.checkpoint_every=4",
+    "trainer.eval_every=3", "format=json",
+)  # fmt: skip
+TRUNK = ("trainer.max_steps=20", "optimizer.warmup=0.1", "optimizer.decay=none")
+STRAIGHT = (
+    "trainer.max_steps=13", "optimizer.warmup=2", "optimizer.decay=wsd", "optimizer.decay_steps=5",
+    "optimizer.min_lr_ratio=0.0", "scheduler=full",
+)  # fmt: skip
+COOLDOWN = ("optimizer.decay_steps=5", "optimizer.min_lr_ratio=0.0", "format=json")
+AT = "trunk/checkpoints/step-00000008"
+
+THREE = "[{end: 3, heads: 0.5, mlp: 0.5, layers: 0.5}, {heads: 0.5, mlp: 0.5}]"
+GROWN = "[{end: 6, n_layers: 2}, {}]"
+SMALL = "[{n_layers: 2}]"
+
+
+def train(place: Path, *arguments: str, code: int = 0) -> Finished:
+    done = run("est-train", *arguments, cwd=place)
+    assert done.code == code, done.err
+    return done
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    """A folder in which `trunk` is a run of 20 steps at a constant rate, over three stages that end at 3, 9 and 20."""
+    folder = tmp_path_factory.mktemp("cooldown")
+    write_corpus(folder / "corpus")
+    train(folder, *SHARED, *TRUNK, "scheduler=three_stage", "hydra.run.dir=trunk")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def cooled(place) -> Path:
+    """The cooldown of the trunk from step 8 over 5 steps."""
+    train(place, "--cooldown", AT, *COOLDOWN, "hydra.run.dir=cooled")
+    return place / "cooled"
+
+
+def assert_equal_runs(one: Path, other: Path, steps: int) -> None:
+    """To the bit: weights, moments, and every number but those of time."""
+    for name in ("model.safetensors", "optimizer.safetensors"):
+        files = [folder / "checkpoints" / f"step-{steps:08d}" / name for folder in (one, other)]
+        assert files[0].read_bytes() == files[1].read_bytes()
+    records = [without_speed(metrics(folder)) for folder in (one, other)]
+    assert len(records[0]) == steps
+    assert records[0] == records[1]
+    summaries = [json.loads((folder / "summary.json").read_text()) for folder in (one, other)]
+    for key in ("status", "steps", "tokens", "val_loss", "flops_total", "flops_full_total", "flops_saved_blocks"):
+        assert summaries[0][key] == summaries[1][key]
+    for stages in zip(*(summary["stages"] for summary in summaries), strict=True):
+        assert stages[0]["flops"] == stages[1]["flops"]
+
+
+def test_trunk_and_cooldown_make_a_straight_run_to_the_bit(place, cooled):
+    """The third stage begins after the checkpoint, and is left out."""
+    train(place, *SHARED, *STRAIGHT, f"scheduler.stages={THREE}", "hydra.run.dir=straight")
+    assert_equal_runs(cooled, place / "straight", 13)
+    assert metrics(cooled)[-1]["train/lr"] < metrics(place / "trunk")[12]["train/lr"]
+    assert json.loads((cooled / "summary.json").read_text())["train_s"] > 0
+
+
+@pytest.mark.parametrize(("grow_at", "stages"), [(0.3, GROWN), (0.4, SMALL)], ids=["before", "at the checkpoint"])
+def test_so_they_do_where_the_trunk_grows(place, grow_at, stages):
+    """The checkpoint lies at step 8; growth at that boundary (0.4 of 20) would come after it."""
+    name = f"grows-{grow_at}"
+    growing = ("scheduler=stacking", f"scheduler.grow_at={grow_at}", "scheduler.depths=2")
+    train(place, *SHARED, *TRUNK, *growing, f"hydra.run.dir={name}")
+    train(place, "--cooldown", f"{name}/checkpoints/step-00000008", *COOLDOWN, f"hydra.run.dir={name}-cooled")
+    train(place, *SHARED, *STRAIGHT, f"scheduler.stages={stages}", f"hydra.run.dir={name}-straight")
+    assert_equal_runs(place / f"{name}-cooled", place / f"{name}-straight", 13)
+
+
+def test_the_config_is_that_of_the_straight_run(place, cooled):
+    config = read_train_config(yaml.safe_load((cooled / "config.yaml").read_text()))
+    assert config.trainer.max_steps == 13
+    assert (config.optimizer.decay, config.optimizer.decay_steps, config.optimizer.warmup) == ("wsd", 5, 2)
+    assert config.scheduler.stages == (StageSpec(3, 0.5, 0.5, 0.5), StageSpec(None, 0.5, 0.5))
+
+
+def test_environment_json_names_the_trunks_checkpoint(place, cooled):
+    record = json.loads((cooled / "environment.json").read_text())
+    assert record["cooldown_of"]["checkpoint"] == str(place / AT)
+    assert record["cooldown_of"]["step"] == 8
+
+
+def test_the_trunk_is_left_as_it_was_and_both_share_the_checkpoints_files(place, cooled):
+    ours = cooled / "checkpoints" / "step-00000008" / "model.safetensors"
+    assert ours.samefile(place / AT / "model.safetensors")
+    assert len(metrics(place / "trunk")) == 20
+
+
+def interrupted(cooled: Path, copy: Path) -> None:
+    """What a cooldown that was killed between steps 12 and 13 leaves."""
+    shutil.copytree(cooled, copy)
+    (copy / "summary.json").unlink()
+    shutil.rmtree(copy / "checkpoints" / "step-00000013")
+
+
+def test_the_same_command_continues_a_cooldown_that_was_killed(place, cooled):
+    interrupted(cooled, place / "killed")
+    said = train(place, "--cooldown", AT, *COOLDOWN, "hydra.run.dir=killed").err
+    assert "continuing at step 12" in said
+    assert_equal_runs(place / "killed", cooled, 13)
+
+
+def test_a_cooldown_continues_by_its_own_config_where_the_trunk_is_gone(place, cooled):
+    interrupted(cooled, place / "orphan")
+    said = train(place, "--rerun", "orphan", "format=json", "hydra.run.dir=orphan").err
+    assert "continuing at step 12" in said
+    assert_equal_runs(place / "orphan", cooled, 13)
+
+
+def test_a_cooldown_that_died_before_it_had_the_checkpoint_begins_again(place, cooled):
+    folder = place / "early"
+    interrupted(cooled, folder)
+    shutil.rmtree(folder / "checkpoints")
+    (folder / "checkpoints" / ".writing-step-00000008").mkdir(parents=True)
+    (folder / "metrics.jsonl").write_text("{")
+    assert "continuing at step 8" in train(place, "--cooldown", AT, *COOLDOWN, "hydra.run.dir=early").err
+    assert_equal_runs(folder, cooled, 13)
+
+
+def test_another_decay_is_another_run(place, cooled):
+    arguments = ("--cooldown", AT, "optimizer.decay_steps=6", "hydra.run.dir=killed-too")
+    interrupted(cooled, place / "killed-too")
+    assert "optimizer.decay_steps: was 5, is 6 (decides the weights)" in train(place, *arguments, code=2).err
+
+
+def test_one_trunk_serves_many_budgets_in_a_sweep(place, cooled):
+    jobs = train(place, "--cooldown", AT, *COOLDOWN, "-m", "optimizer.decay_steps=2,5").json["jobs"]
+    assert sorted(job["steps"] for job in jobs) == [10, 13]
+    same = next(Path(job["run_dir"]) for job in jobs if job["steps"] == 13)
+    assert without_speed(metrics(same)) == without_speed(metrics(cooled))
+
+
+def test_bad_input_is_one_message_and_makes_no_folder(place):
+    for arguments, said in (
+        (("--cooldown", "trunk"), f"did you mean '{Path('trunk/checkpoints/step-00000020')}'?"),
+        (("--cooldown", AT, "optimizer.lr=1"), "optimizer.lr: the trunk has decided this"),
+        (("--cooldown", AT, "trainer.batch_size=4"), "trainer.batch_size=2 trainer.grad_accum=1"),
+        (("--cooldown", AT, "optimizer.decay_steps=0"), "optimizer.decay_steps=0: must be"),
+        (("--cooldown", AT, "--rerun", "trunk"), "only one of them"),
+    ):
+        done = train(place, *arguments, "hydra.run.dir=refused", code=2)
+        assert said in done.err
+        assert "Traceback" not in done.err
+        assert not (place / "refused").exists()
+
+
+def test_help_and_cfg_know_the_flag(place):
+    assert "est-train --cooldown" in train(place, "--help").out
+    shown = yaml.safe_load(train(place, "--cooldown", AT, "--cfg", "job").out)
+    assert (shown["optimizer"]["decay"], shown["optimizer"]["warmup"]) == ("wsd", 2)
+
+
+def trunk_in(run_dir: Path, config: TrainConfig, steps: int = 6) -> Path:
+    """A run of `config` that has taken `steps` steps; returns its checkpoint."""
+    recorder = Recorder()
+    training = Training(config, RandomTokens(LLAMA.vocab_size), World(torch.device("cpu")), [recorder])
+    training.run(Checkpoints(run_dir / "checkpoints"), stopping=lambda: training.step == steps)
+    (run_dir / "metrics.jsonl").write_bytes(b"".join(map(to_line, recorder.records)))
+    return run_dir / "checkpoints" / f"step-{steps:08d}"
+
+
+def settled(checkpoint: Path, *overrides: str) -> TrainConfig:
+    """The config of the cooldown, as est-train composes it."""
+    arguments = argparse.Namespace(
+        overrides=list(overrides), config_name=None, config_dir=None, cooldown=str(checkpoint)
+    )
+    composed, _ = compose("train", arguments)
+    trunk = take_trunk(composed)
+    config = read_train_config(composed)
+    trunk.check(config)
+    return config
+
+
+def test_the_decay_is_so_many_steps_or_a_share_of_the_whole_new_run(tmp_path):
+    at = trunk_in(tmp_path, train_config(optimizer=CONSTANT))
+    lengths = {
+        ("optimizer.decay_steps=4",): (10, 4),
+        ("optimizer.decay_steps=0.4",): (10, 4),
+        ("optimizer.decay_fraction=0.5",): (12, 6),
+        (): (8, 2),  # the nearest to a fifth, which is the default
+        ("optimizer.decay_steps=0.001",): (7, 1),
+    }
+    for overrides, (max_steps, decay_steps) in lengths.items():
+        config = settled(at, *overrides)
+        assert (config.trainer.max_steps, config.optimizer.decay_steps) == (max_steps, decay_steps)
+        assert config.optimizer.decay_start(max_steps) == 6
+    with pytest.raises(UserError, match=r"optimizer.decay_steps=1.0: must be below 1 in a cooldown"):
+        settled(at, "optimizer.decay_steps=1.0")
+
+
+def test_a_share_of_the_run_is_the_share_that_a_straight_run_would_take(tmp_path):
+    trunk = Trunk.at(str(trunk_in(tmp_path, train_config(optimizer=CONSTANT))))
+    for step in (6, 100, 1001):
+        for share in (0.05, 0.1, 0.15, 1 / 3, 0.5, 0.77):
+            length = replace(trunk, step=step).length(share, 0.2)
+            straight = OptimizerConfig(decay="wsd", decay_steps=share)
+            assert straight.decay_start(step + length) == step
+
+
+def test_fractions_of_the_trunk_become_steps(tmp_path):
+    """Three stages that end at 2/15 and 7/15 of 15 steps, and a fifth of them warmup."""
+    config = settled(trunk_in(tmp_path, train_config(optimizer=CONSTANT), 8), "optimizer.decay_steps=4")
+    assert [spec.end for spec in config.scheduler.stages] == [2, 7, None]
+    assert [(stage.first_step, stage.end) for stage in config.stages] == [(0, 2), (2, 7), (7, 12)]
+    assert (config.optimizer.warmup, type(config.optimizer.warmup)) == (3, int)
+
+
+@pytest.mark.parametrize(("step", "stages"), [(2, 1), (3, 2), (7, 2), (8, 3)])
+def test_a_stage_that_begins_at_the_checkpoint_or_later_is_dropped(tmp_path, step, stages):
+    trunk = Trunk.at(str(trunk_in(tmp_path, train_config(optimizer=OptimizerConfig(warmup=0, decay="none")), step)))
+    config = trunk.cooled(5)
+    assert len(config.stages) == stages
+    assert config.stages[-1].end == step + 5
+    assert config.stages[:-1] == trunk.config.stages[: stages - 1]
+    assert ("left out" in trunk.note(config)) == (stages < 3)
+
+
+def test_within_warmup_the_warmup_ends_first(tmp_path):
+    config = train_config(optimizer=CONSTANT)
+    cooled = settled(trunk_in(tmp_path, config, 2), "optimizer.decay_steps=4")
+    assert (cooled.trainer.max_steps, cooled.optimizer.decay_steps) == (7, 4)
+    assert cooled.optimizer.decay_start(7) == 3
+    for step in range(3):
+        assert learning_rate(cooled.optimizer, step, 7) == learning_rate(config.optimizer, step, 15)
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "refused_at"),
+    [
+        (replace(CONSTANT, decay="cosine"), 3),
+        (replace(CONSTANT, decay="linear", decay_steps=10), 3),
+        (replace(CONSTANT, decay="wsd", decay_steps=9), 6),
+        (CONSTANT, 15),
+    ],
+)
+def test_a_trunk_is_taken_up_to_the_step_at_which_its_rate_falls(tmp_path, optimizer, refused_at):
+    config = train_config(optimizer=optimizer, save_final="full")
+    for step in range(refused_at - 1, min(15, refused_at + 1) + 1):
+        at = str(trunk_in(tmp_path / str(step), config, step))
+        if step <= refused_at:
+            assert Trunk.at(at).step == step
+        else:
+            with pytest.raises(UserError, match=rf"rate began to fall at step {refused_at} \(optimizer.decay="):
+                Trunk.at(at)
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "model.n_layers=2", "model=gpt2", "data=text", "data.seq_len=4", "tokenizer.kind=byte", "seed=1",
+        "sampling.heads=0.25", "sampling=all", "scheduler=full", "scheduler.grow=zero", "optimizer.lr=1.0",
+        "optimizer.betas=[0.9,0.99]", "optimizer.weight_decay=0", "optimizer.warmup=1", "optimizer.decay=cosine",
+        "optimizer.unsampled=freeze", "optimizer=adamw", "trainer.precision=bf16", "trainer.compile=true",
+        "trainer=gpu", "kernels=masked", "experiment=quickstart", "+arm=full",
+    ],
+)  # fmt: skip
+def test_what_the_trunk_has_decided_is_refused_by_its_name(tmp_path, override):
+    at = str(trunk_in(tmp_path, train_config(optimizer=CONSTANT)))
+    with pytest.raises(UserError) as caught:
+        cooldown_config(at, [override, "logger=none"])
+    key = override.partition("=")[0].lstrip("+")
+    assert caught.value.problems[0] == f"{key}: the trunk has decided this"
+    assert "may change only optimizer.decay_steps, " in caught.value.problems[1]
+    assert len(caught.value.problems) == 2
+
+
+def test_the_length_is_given_by_the_decay_and_a_mistyped_key_is_told(tmp_path):
+    at = str(trunk_in(tmp_path, train_config(optimizer=CONSTANT)))
+    with pytest.raises(UserError) as caught:
+        cooldown_config(at, ["trainer.max_steps=50", "optimizer.decay_step=5"])
+    assert caught.value.problems == (
+        "trainer.max_steps: follows from the checkpoint and the length of the decay; give optimizer.decay_steps",
+        "optimizer.decay_step: there is no such key; did you mean 'optimizer.decay_steps'?",
+    )
+
+
+def test_what_does_not_change_the_result_may_change(tmp_path):
+    """Sizes of a micro-batch too, as long as a step has as many sequences."""
+    at = trunk_in(tmp_path, train_config(optimizer=CONSTANT))
+    overrides = (
+        "trainer.eval_every=2", "trainer.eval_tokens=8", "trainer.log_every=3", "trainer.checkpoint_every=1",
+        "trainer.save_final=none", "trainer.threads=1", "trainer.device=cpu", "logger=csv", "logger.project=p",
+        "checkpoint.keep=7", "name=other", "run_id=mine", "format=json", "hydra.run.dir=elsewhere",
+        "optimizer.decay_shape=linear", "optimizer.min_lr_ratio=0.0", "hydra/launcher=basic",
+        "trainer.batch_size=1", "trainer.grad_accum=2",
+    )  # fmt: skip
+    config = settled(at, *overrides)
+    assert (config.name, config.trainer.eval_every, config.logger.kind) == ("other", 2, "csv")
+    assert (config.optimizer.decay_shape, config.optimizer.min_lr_ratio) == ("linear", 0.0)
+
+
+@pytest.fixture
+def at(tmp_path) -> Path:
+    return trunk_in(tmp_path / "trunk", train_config(optimizer=CONSTANT))
+
+
+def problem_of(path: Path) -> str:
+    with pytest.raises(UserError) as caught:
+        Trunk.at(str(path)).verify()
+    (problem,) = caught.value.problems
+    assert problem.startswith(f"--cooldown={path}: ")
+    return problem
+
+
+@pytest.mark.parametrize(
+    ("typed", "meant"),
+    [
+        ("trunk", "trunk/checkpoints/step-00000006"),
+        ("trunk/checkpoints", "trunk/checkpoints/step-00000006"),
+        ("trunk/checkpoints/step-5", "trunk/checkpoints/step-00000006"),
+        ("trunk/step-00000006", "trunk/checkpoints/step-00000006"),
+        ("trnk/checkpoints/step-00000006", "trunk"),
+    ],
+)
+def test_a_path_that_is_no_checkpoint_is_answered_with_the_nearest(tmp_path, at, typed, meant):
+    problem = problem_of(tmp_path / typed)
+    assert "must be a checkpoint, a folder RUN/checkpoints/step-…" in problem
+    assert problem.endswith(f"did you mean '{tmp_path / meant}'?")
+
+
+def test_a_file_of_a_checkpoint_names_it(at):
+    assert Trunk.at(str(at / "model.safetensors")).folder == at
+
+
+def test_weights_without_moments_are_refused(tmp_path):
+    config = train_config(optimizer=CONSTANT, save_final="weights")
+    assert "holds weights and no optimizer moments" in problem_of(trunk_in(tmp_path, config, 15))
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "state.json", "checksums.json"])
+@pytest.mark.parametrize("damage", [Path.unlink, lambda path: path.write_bytes(b"{}" + path.read_bytes()[2:])])
+def test_a_damaged_checkpoint_is_refused(at, name, damage):
+    damage(at / name)
+    assert "this checkpoint is damaged: " in problem_of(at)
+
+
+def test_a_checkpoint_away_from_its_run_is_refused(tmp_path, at):
+    shutil.copytree(at, tmp_path / "elsewhere" / "checkpoints" / at.name)
+    assert "must lie in its run directory" in problem_of(tmp_path / "elsewhere" / "checkpoints" / at.name)
+
+
+def test_a_config_of_another_version_is_told(at):
+    state = json.loads((at / "state.json").read_text())
+    state["config"]["optimizer"]["lookahead"] = 3
+    (at / "state.json").write_text(json.dumps(state))
+    with pytest.raises(UserError, match=r"its config is of another version:\noptimizer.lookahead: there is no such"):
+        Trunk.at(str(at))
+
+
+def test_a_trunk_from_before_wsd_is_read_and_its_new_keys_can_be_given(at):
+    state = json.loads((at / "state.json").read_text())
+    for key in ("decay_fraction", "decay_shape"):
+        del state["config"]["optimizer"][key]
+    (at / "state.json").write_text(json.dumps(state))
+    config = settled(at, "optimizer.decay_fraction=0.5", "optimizer.decay_shape=linear")
+    assert (config.optimizer.decay_steps, config.optimizer.decay_shape) == (6, "linear")
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_the_folder_begins_as_a_run_that_was_stopped_there(tmp_path, at, links, monkeypatch):
+    """Also where the file system has no hard links. Later lines of a trunk that goes on are left out."""
+    if not links:
+        monkeypatch.setattr("os.link", lambda *_: (_ for _ in ()).throw(OSError("not here")))
+    trunk, directory = Trunk.at(str(at)), RunDirectory(tmp_path / "new")
+    directory.path.mkdir()
+    lines = (trunk.run_dir / "metrics.jsonl").read_bytes()
+    (trunk.run_dir / "metrics.jsonl").write_bytes(lines + to_line({"step": 6}) + b'{"step": 7')
+    config = trunk.cooled(5)
+    trunk.begin(directory, config)
+    assert (directory.path / "metrics.jsonl").read_bytes() == lines
+    found = Checkpoints(directory.checkpoints).to_resume(config.trainer.max_steps, pytest.fail)
+    assert (found.step, found.can_resume) == (6, True)
+    assert directory.config() == as_plain(config)
+    assert (found.folder / "model.safetensors").samefile(at / "model.safetensors") == links
+
+
+def test_a_run_that_stays_small_says_how_much_of_the_model_it_is(tmp_path):
+    """So do the first steps of one that grows: a trunk's lines are those of a straight run that never grows."""
+    trunk_in(tmp_path, train_config(optimizer=CONSTANT, stages=(StageSpec(n_layers=1),)))
+    assert {record["grown/layers"] for record in metrics(tmp_path)} == {1 / 3}
