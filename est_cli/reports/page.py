@@ -97,7 +97,8 @@ def _footer(comparison: Comparison) -> str:
     problems: Iterable[str] = (problem for run in comparison.runs for problem in run.problems)
     parts = [
         f"Made {datetime.now().strftime('%Y-%m-%d %H:%M')}. {read}",
-        "FLOPs are matrix-multiplication FLOPs, forward and backward. Validation is always the full model. "
+        "FLOPs are matrix-multiplication FLOPs, forward and backward. Validation is always the full model, "
+        "or in a run that grows what has joined by then. "
         "Method: Evolving Subnetwork Training, arXiv 2406.06962.",
     ]
     if any(math.isnan(run.outcome["val_loss"]) for run in comparison.runs if run.n_rows):

@@ -42,6 +42,8 @@ def _loss_section(comparison: Comparison, losses: Sequence[Drawing]) -> str:
         "Dots: validation loss of the full model. Thin line: training loss, smoothed over 1% of the run; "
         "in stages that sample it is the loss of the subnetworks."
     )
+    if any((run.column("grown/layers") < 1).any() for run in comparison.runs):
+        caption += " Until layers have joined, both are of the part that has."
     grey = len(comparison.arms) > len([arm for arm in comparison.arms if arm.coloured])
     caption += " The best configurations are coloured, the others grey." if grey else ""
     if any(len(run.stages) > 1 for run in comparison.runs) and any(

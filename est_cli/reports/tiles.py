@@ -32,13 +32,18 @@ def tiles(comparison: Comparison) -> str:
     )
 
 
+def _evaluated(run: RunRecord) -> str:
+    parts = [run.column(f"grown/{unit}")[-1:] for unit in ("heads", "mlp", "layers")]
+    return "the part that has joined" if any((part < 1).any() for part in parts) else "full model"
+
+
 def _of_run(run: RunRecord) -> list[tuple[str, str, str]]:
     outcome = run.outcome
     loss = outcome["val_loss"]
     step_s = run.column("perf/step_s")
     median = format_step_time(float(np.nanmedian(step_s)) if np.isfinite(step_s).any() else None)
     return [
-        ("Validation loss", format_loss(loss), f"perplexity {_perplexity(loss)}, full model"),
+        ("Validation loss", format_loss(loss), f"perplexity {_perplexity(loss)}, {_evaluated(run)}"),
         ("FLOPs saved", format_percent(outcome["flops_saved"]), "whole model, LM head included"),
         ("FLOPs saved, blocks", format_percent(outcome["flops_saved_blocks"]), "blocks alone, as the paper counts"),
         (

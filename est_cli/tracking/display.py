@@ -13,6 +13,7 @@ from rich.live import Live
 from est_cli.config import TrainConfig
 from est_cli.subnet.schedule import Stage
 from est_cli.tracking.panel import Panel
+from est_cli.tracking.summary import of_part
 from est_cli.tracking.tracker import Record, RunInfo
 from est_cli.units import format_clock, format_count, format_loss, format_percent
 
@@ -122,7 +123,7 @@ class Display:
                 f"left {format_clock(self._panel.seconds_left)}",
             ]
         if record["val/loss"] is not None:
-            parts.append(f"validation {format_loss(record['val/loss'])}")
+            parts.append(f"validation {format_loss(record['val/loss'])}{of_part(record)}")
         return "  ".join(parts)
 
 

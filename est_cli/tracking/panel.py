@@ -11,6 +11,7 @@ from rich.text import Text
 
 from est_cli.subnet.schedule import Stage, stage_at
 from est_cli.tracking.pace import Pace
+from est_cli.tracking.summary import of_part
 from est_cli.tracking.tracker import Record, RunInfo
 from est_cli.units import (
     format_clock,
@@ -78,7 +79,9 @@ class Panel:
         done = record["step"] + 1
         validation = self._validation
         validation_text = (
-            "-" if validation is None else f"{format_loss(validation['val/loss'])} after {validation['step'] + 1} steps"
+            "-"
+            if validation is None
+            else f"{format_loss(validation['val/loss'])}{of_part(validation)} after {validation['step'] + 1} steps"
         )
         speed = (
             f"{format_count(record.get('perf/tokens_per_s'))} tokens/s, "

@@ -1,6 +1,6 @@
 """summary.json and the table that a run ends with."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from itertools import islice
 from statistics import median
 from typing import Any
@@ -63,6 +63,7 @@ def summarize(
         "train_s": train_s,
         "peak_memory_bytes": peak_memory_bytes,
         "skipped_steps": skipped_steps,
+        **{key: value for key, value in last.items() if key.startswith("grown/")},
         "stages": stages,
     }
 
@@ -80,6 +81,16 @@ def _summarize_stage(run: RunInfo, stage: Stage, end: int, step_s: list[float], 
         "step_s_median": typical,
         "tokens_per_s": tokens_per_step / typical if typical else None,
     }
+
+
+def of_part(record: Mapping[str, Any]) -> str:
+    """` (2 of 8 layers)`-like words where a loss is not the full model's; `record` has grown/* where a run grows."""
+    parts = [
+        f"{format_percent(record[f'grown/{unit}'])} of the {what}"
+        for unit, what in (("heads", "heads"), ("mlp", "neurons"), ("layers", "layers"))
+        if record.get(f"grown/{unit}", 1.0) < 1.0
+    ]
+    return f" ({', '.join(parts)})" if parts else ""
 
 
 def narrow_table(**options: Any) -> Table:
@@ -125,7 +136,7 @@ def _steps(steps: int) -> str:
 def _totals(summary: dict[str, Any]) -> str:
     steps = "" if summary["status"] == "done" else f" ({summary['status']} after {summary['steps']} steps)"
     return (
-        f"\nValidation loss of the full model: {format_loss(summary['val_loss'])}{steps}\n"
+        f"\nValidation loss{of_part(summary) or ' of the full model'}: {format_loss(summary['val_loss'])}{steps}\n"
         f"FLOPs saved: {format_percent(summary['flops_saved'])} of the whole model, "
         f"{format_percent(summary['flops_saved_blocks'])} on its blocks (as the paper counts)\n"
         f"Trained for {format_clock(summary['train_s'])} on {format_count(summary['tokens'])} tokens"
