@@ -9,14 +9,14 @@ from fnmatch import fnmatch
 
 SMALL, LARGE = "small", "large"
 SIZES = {
-    SMALL: (8, 64, 4200),
-    LARGE: (12, 64, 6200),
+    SMALL: (8, 64, 2100),
+    LARGE: (12, 64, 3100),
 }
-"""Layers, width, and the optimizer steps of 1,024 tokens that make 10 tokens a parameter."""
-LEARNING_RATES = ("2e-3", "4e-3", "8e-3", "16e-3")
+"""Layers, width, and the optimizer steps of 2,048 tokens that make 10 tokens a parameter."""
+LEARNING_RATES = ("4e-3", "8e-3", "16e-3")
 SEEDS = (0, 1, 2, 3, 4)
 FULL, WINNER = "full", "stack-2-at-0.5"
-SHORTER = (0.7, 0.45)
+SHORTER = (0.5,)
 """The full model for fewer steps, with a decay of its own: what every schedule is held against at equal FLOPs."""
 GROUPS = {
     "lr": "learning rates: one seed, every arm over the same grid",
@@ -101,7 +101,7 @@ class Run:
     @property
     def overrides(self) -> tuple[str, ...]:
         layers, width, _ = SIZES[self.size]
-        model = (f"model.n_layers={layers}", f"model.d_model={width}", f"model.d_ff={4 * width}")
+        model = (f"model.n_layers={layers}", f"model.d_model={width}")
         size = (f"trainer.max_steps={self.steps}", f"optimizer.lr={self.lr}", f"seed={self.seed}")
         return (*model, *size, *self.arm.overrides, f"name={self.arm.name}")
 
