@@ -15,7 +15,8 @@ SIZES = {
 """Layers, width, and the optimizer steps of 2,048 tokens that make 10 tokens a parameter."""
 LEARNING_RATES = ("4e-3", "8e-3", "16e-3")
 SEEDS = (0, 1, 2, 3, 4)
-FULL, WINNER = "full", "stack-2-at-0.5"
+FULL, WINNER, LATER = "full", "stack-2-at-0.5", "stack-2-at-0.7"
+"""LATER grows later than the winner: for longer runs."""
 SHORTER = (0.5,)
 """The full model for fewer steps, with a decay of its own: what every schedule is held against at equal FLOPs."""
 GROUPS = {
@@ -115,18 +116,25 @@ def run_of(group: str, arm: Arm, size: str = SMALL, lr: str | None = None, seed:
 
 def grid() -> list[Run]:
     """All runs, the most telling first."""
-    first, *later = SEEDS
     headline = [FULL, WINNER, *(f"{FULL}-{length:g}" for length in SHORTER)]
+
+    def seeds(size: str, *numbers: int) -> list[Run]:
+        return [run_of("headline", ARMS[name], size, seed=seed) for seed in numbers for name in headline]
+
+    first, second, *later = SEEDS
     rates = [run_of("lr", ARMS[name], lr=lr) for lr in LEARNING_RATES for name in (FULL, WINNER)]
-    screens = [run_of("screen", arm) for name, arm in ARMS.items() if name not in headline]
-    runs = [run_of("headline", ARMS[name], seed=first) for name in headline]
-    runs += [run for run in rates if run.lr != run.arm.lr]
-    runs += screens
-    runs += [run_of("headline", ARMS[name], LARGE, seed=first) for name in headline]
-    runs += [run_of("headline", ARMS[name], SMALL, seed=seed) for seed in later for name in headline]
-    runs += [run_of("headline", ARMS[name], LARGE, seed=seed) for seed in later for name in headline]
-    runs += [run_of("length", ARMS[name], length=length) for length in (0.5, 2.0) for name in headline[:2]]
-    return runs
+    return [
+        *seeds(SMALL, first),
+        *(run for run in rates if run.lr != run.arm.lr),
+        *(run_of("screen", arm) for name, arm in ARMS.items() if name not in headline),
+        # The full model at its ordinary length is the full model for half of the steps here.
+        *(run_of("length", ARMS[name], length=2.0) for name in (FULL, LATER, WINNER)),
+        *seeds(SMALL, second),
+        *seeds(LARGE, first),
+        *seeds(SMALL, *later),
+        *seeds(LARGE, second, *later),
+        *(run_of("length", ARMS[name], length=0.5) for name in (FULL, WINNER)),
+    ]
 
 
 def runs_with(**fields: object) -> list[Run]:
