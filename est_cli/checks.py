@@ -123,17 +123,14 @@ def _growth(model: "ModelConfig", sampling: "SamplingConfig", scheduler: "Schedu
     """What joins must be there, and a model only grows."""
     if model.n_heads % model.n_kv_heads or model.d_ff % sampling.mlp_block:
         return  # told already
-    depths, sizes = scheduler.options.get("depths"), []
+    sizes = []
     for index, spec in enumerate(scheduler.stages):
         try:
             sizes.append(spec.grown.sizes(model, sampling.mlp_block))
         except ValueError as error:
-            named = f"scheduler.stages[{index}].{error}"
-            if str(error).startswith("n_layers=") and depths == spec.n_layers:
-                named = f"scheduler.depths{str(error).removeprefix('n_layers')}"
-            elif str(error).startswith("n_layers=") and isinstance(depths, list) and spec.n_layers in depths:
-                named = f"scheduler.depths[{index}]{str(error).removeprefix('n_layers')}"
-            yield named
+            key, _, problem = str(error).partition("=")
+            options = ("depths",) if key == "n_layers" else ()
+            yield f"{scheduler.typed(index, getattr(spec, key), key, *options)}={problem}"
             return
     for index, (before, after) in enumerate(itertools.pairwise(sizes), 1):
         for key in ("n_layers", "n_heads", "d_ff"):

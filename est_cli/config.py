@@ -6,7 +6,6 @@
 
 import dataclasses
 import inspect
-import math
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -177,19 +176,20 @@ class SchedulerConfig:
     @property
     def names(self) -> tuple[str, ...]:
         """The config key that decides each boundary."""
-        # With stages of one's own an option may be there, and reach nothing.
-        names = []
-        for i, stage in enumerate(self.stages):
-            grow_at = self.options.get("grow_at")
-            if self.options.get(f"stage{i + 1}_end", math.nan) == stage.end:
-                names.append(f"scheduler.stage{i + 1}_end")
-            elif grow_at is not None and grow_at == stage.end:
-                names.append("scheduler.grow_at")
-            elif isinstance(grow_at, list) and grow_at[i : i + 1] == [stage.end]:
-                names.append(f"scheduler.grow_at[{i}]")
-            else:
-                names.append(f"scheduler.stages[{i}].end")
-        return tuple(names)
+        return tuple(
+            self.typed(i, stage.end, "end", f"stage{i + 1}_end", "grow_at") for i, stage in enumerate(self.stages)
+        )
+
+    def typed(self, index: int, value: Any, key: str, *options: str) -> str:
+        """The key that a person typed to give stage `index` a value: one of the options, or the stage's own key."""
+        for option in options:
+            given = self.options.get(option)
+            if isinstance(given, list) and given[index : index + 1] == [value]:
+                return f"scheduler.{option}[{index}]"
+            # With stages of one's own an option may be there, and reach nothing.
+            if given is not None and given == value:
+                return f"scheduler.{option}"
+        return f"scheduler.stages[{index}].{key}"
 
 
 @dataclass(frozen=True)
