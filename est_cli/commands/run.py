@@ -69,7 +69,10 @@ def execute(prepared: Prepared, peers: "Peers") -> int:
         import torch
 
         torch.set_num_threads(config.trainer.threads)
-    with _told_by_one(prepared, peers):
+    with contextlib.ExitStack() as stack:
+        lock = prepared.directory.locked(config) if peers.is_main else contextlib.nullcontext()
+        peers.agree("lock", lambda: stack.enter_context(lock))
+        stack.enter_context(_told_by_one(prepared, peers))
         training = Training(config, prepared.store, join(config.trainer.device, peers), prepared.trackers)
         if peers.is_main and prepared.trunk is not None and not prepared.directory.has_checkpoints:
             _begin_with_trunk(prepared)

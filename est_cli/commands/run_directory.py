@@ -3,12 +3,15 @@
 import contextlib
 import json
 import os
+import platform
 import shlex
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import filelock
 import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
@@ -23,7 +26,8 @@ CONFIG, METRICS, SUMMARY, ERROR = "config.yaml", "metrics.jsonl", "summary.json"
 ENVIRONMENT = "environment.json"
 TOKENIZER = "tokenizer"
 
-_BEFORE_A_RUN = {".hydra", ERROR, ENVIRONMENT, f".{CONFIG}"}
+LOCK, HOLDER = ".lock", ".holder"
+_BEFORE_A_RUN = {".hydra", ERROR, ENVIRONMENT, f".{CONFIG}", LOCK, HOLDER}
 """What a folder may hold in which no run has begun."""
 
 
@@ -60,6 +64,31 @@ class RunDirectory:
                 "model.init_from=FOLDER"
             )
         return [f"continues with a changed {line}" for line in self._harmless_changes(config)]
+
+    @contextlib.contextmanager
+    def locked(self, config: TrainConfig) -> Iterator[None]:
+        """Keep the folder from a second process that would train the same run.
+
+        The system lets go of the lock when this process ends, however it does. Raises UserError, naming the holder,
+        where another process has it, and where one has finished the run since it was checked.
+        """
+        lock, holder = filelock.FileLock(self.path / LOCK), self.path / HOLDER
+        try:
+            lock.acquire(timeout=0)
+        except filelock.Timeout:
+            with contextlib.suppress(OSError):
+                raise UserError(
+                    f"run_id={config.run_id}: {holder.read_text().strip()} trains this run at the moment ({self.path}); wait "
+                    "for it, or name another run_id"
+                ) from None
+            raise UserError(f"run_id={config.run_id}: another process trains this run ({self.path})") from None
+        try:
+            self.check(config)
+            holder.write_text(f"process {os.getpid()} on {platform.node()}\n")
+            yield
+        finally:
+            holder.unlink(missing_ok=True)
+            lock.release()
 
     def _check_writable(self) -> None:
         """Raises UserError where the folder cannot be made, or not be written."""

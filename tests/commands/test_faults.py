@@ -110,3 +110,20 @@ def test_secrets_reach_no_file_of_a_run(place):
         content = path.read_bytes()
         assert not any(secret.encode() in content for secret in secrets.values()), path
     assert not any(secret in done.out + done.err for secret in secrets.values())
+
+
+def test_one_run_is_trained_by_one_process(place):
+    """A second start of the same job is told who trains it, and spoils nothing."""
+    first = start(place, "trainer.max_steps=20000", "run_id=twice")
+    folder = place / "outputs" / "est" / "twice"
+    wait_for_steps(folder, 5)
+    second = start(place, "trainer.max_steps=20000", "run_id=twice")
+    _, told = second.communicate(timeout=300)
+    assert second.returncode == 2, told
+    assert f"run_id=twice: process {first.pid} on " in told
+    assert "trains this run at the moment" in told
+    first.send_signal(signal.SIGTERM)
+    assert first.wait(timeout=300) == 75
+    steps = [record["step"] for record in metrics(folder)]
+    assert steps == list(range(len(steps)))
+    assert not (folder / "error.txt").exists()
