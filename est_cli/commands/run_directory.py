@@ -78,8 +78,8 @@ class RunDirectory:
         except filelock.Timeout:
             with contextlib.suppress(OSError):
                 raise UserError(
-                    f"run_id={config.run_id}: {holder.read_text().strip()} trains this run at the moment ({self.path}); wait "
-                    "for it, or name another run_id"
+                    f"run_id={config.run_id}: {holder.read_text().strip()} trains this run at the moment "
+                    f"({self.path}); wait for it, or name another run_id"
                 ) from None
             raise UserError(f"run_id={config.run_id}: another process trains this run ({self.path})") from None
         try:

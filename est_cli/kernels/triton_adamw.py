@@ -23,13 +23,20 @@ from est_cli.kernels.upload import upload
 
 @torch.no_grad()
 def adamw_step(moves: Sequence[Move], clip: Tensor | None) -> None:
-    """`est_cli.kernels.adamw.adamw_step` in float32; betas and eps are those of the first move."""
-    if not moves:
-        return
+    """`est_cli.kernels.adamw.adamw_step` in float32; betas and eps are those of the first move.
+
+    One launch; two where, in a model whose heads or neurons joined late, some rows alone have counts of their own.
+    """
+    for freeze in (False, True):
+        own = [move for move in moves if isinstance(move.counts, int) is not freeze]
+        if own:
+            _step(own, clip, freeze)
+
+
+def _step(moves: Sequence[Move], clip: Tensor | None, freeze: bool) -> None:
     tensors = [t for m in moves for t in (m.parameter, m.moment, m.square, m.gradient) if t is not None]
     assert all(t.dtype == torch.float32 and t.is_contiguous() for t in tensors)
     device, hyper = moves[0].parameter.device, moves[0].hyper
-    freeze = not isinstance(moves[0].counts, int)
     moving = [m.gradient if freeze and m.rows is not None else m.parameter for m in moves]
     addresses = (
         [m.parameter.data_ptr() for m in moves],

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
@@ -65,6 +66,20 @@ def test_zero_grad_moves_rows_without_a_gradient_as_a_gradient_of_zero_does():
     for sampled, whole in zip(moves, explicit, strict=True):
         for name in TENSORS:
             assert torch.equal(getattr(sampled, name), getattr(whole, name))
+
+
+def test_rows_that_joined_late_step_beside_tensors_whose_rows_all_have_one_count():
+    """zero_grad after a growth of heads: some moves have a count, others one for every row."""
+    moves = adamw_case(ODD, False, DEVICE)
+    late = adamw_case(ALIGNED[3:4], True, DEVICE)
+    late = [replace(m, counts=np.arange(1, 1 + len(m.parameter))) for m in late]
+    both = [*moves[:3], *late, *moves[3:]]
+    found, usual = copied(both, torch.float32), copied(both, torch.float32)
+    triton_adamw.adamw_step(found, None)
+    adamw.adamw_step(usual, None)
+    for ours, theirs in zip(found, usual, strict=True):
+        for name in TENSORS:
+            torch.testing.assert_close(getattr(ours, name), getattr(theirs, name), rtol=1e-5, atol=1e-6)
 
 
 def test_nothing_to_move_is_no_error():
