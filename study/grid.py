@@ -79,6 +79,13 @@ ARMS = {
         _stack(2, 0.5, grow="random"),
         _stack(2, 0.5, grow="zero"),
         _stack(2, 0.5, grow_moments="reset"),
+        _schedule(
+            "stack-2-4",
+            "2 layers until 0.4, 4 until 0.7",
+            "scheduler=stacking",
+            "scheduler.depths=[2,4]",
+            "scheduler.grow_at=[0.4,0.7]",
+        ),
         _schedule("raptr", "RAPTR", "scheduler=raptr"),
         _schedule("layer_drop", "layer dropping by depth", "scheduler=layer_drop"),
         _schedule("est", "EST, the paper's schedule", "scheduler=three_stage"),
