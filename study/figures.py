@@ -1,152 +1,139 @@
 """The figures of docs/study.md, drawn in the reports' style, from the records alone."""
 
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Iterator
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator
 
-from est_cli.commands.arms import ARMS, EST, FULL, FULL_SAME_FLOPS
 from est_cli.reports import palette
 from est_cli.reports.figures import report_style
-from study.grid import LEARNING_RATES, Run, runs_with, schedules_of
+from study.frontier import Frontier
+from study.grid import ARMS, FULL, LEARNING_RATES, SEEDS, SIZES, SMALL, WINNER, runs_with
 from study.records import Records
-from study.tables import ARM_WORDS, losses_by_rate, screened, short_frontier, tuned_runs
+from study.results import frontier_of, headline, screened
+from study.tables import losses_by_rate
 
-_ALL_LOOKS = list(zip(palette.SERIES, "os^DvPX", strict=False))
-LOOKS = dict(zip((FULL, EST, FULL_SAME_FLOPS), _ALL_LOOKS, strict=False))
-"""Colour and marker of an arm."""
-_OTHER_LOOKS = _ALL_LOOKS[len(LOOKS) :]
-_SIZE = (6.4, 3.6)
+Panels = Iterator[Callable[[Axes], None]]
+"""What draws each panel of a figure; nothing where there is nothing to show."""
+
+_WIDE, _NARROW, _HEIGHT = 8.4, 6.3, 3.5
 _NAMED = 5
+"""Schedules that the screens' figure names, from the best on, where their names do not run into each other."""
 
 
-def learning_rates(records: Records, ax: Axes) -> bool:
-    """Final loss of every arm over the learning rate."""
-    drawn = False
-    for arm in ARMS:
-        known = {float(lr): loss for lr, loss in losses_by_rate(records, arm).items() if loss is not None}
-        _line(ax, LOOKS[arm], list(known), list(known.values()), ARM_WORDS[arm])
-        drawn |= bool(known)
-    ax.set_xscale("log", base=2)
-    ax.set_xticks([float(lr) for lr in LEARNING_RATES], [f"{float(lr):g}" for lr in LEARNING_RATES])
-    ax.minorticks_off()
-    ax.set_xlabel("Peak learning rate")
-    ax.set_ylabel("Validation loss after 10,000 steps")
-    ax.legend(frameon=False)
-    return drawn
+def _learning_rates(records: Records) -> Panels:
+    losses = {arm: losses_by_rate(records, name) for name, arm in ARMS.items()}
+    tried = {arm: known for arm, known in losses.items() if len(known) > 1}
+
+    def draw(ax: Axes) -> None:
+        for rank, (arm, known) in enumerate(tried.items()):
+            ax.plot([float(lr) for lr in known], list(known.values()), **_look(rank), label=arm.says)
+        ax.set_xscale("log", base=2)
+        ax.set_xticks([float(lr) for lr in LEARNING_RATES], [f"{float(lr):g}" for lr in LEARNING_RATES])
+        ax.minorticks_off()
+        ax.set(xlabel="Peak learning rate", ylabel="Validation loss at the end")
+
+    if tried:
+        yield draw
 
 
-def headline(records: Records, ax: Axes) -> bool:
-    return _curves(records, ax, [(run, *_arm(run)) for run in runs_with(group="headline")])
+def _headline(records: Records) -> Panels:
+    for size in SIZES:
+        results = {arm: result for arm, result in headline(records, size).items() if np.isfinite(result.share)}
+        frontiers = [frontier_of(records, size, seed) for seed in SEEDS]
+        full = Frontier.mean([frontier for frontier in frontiers if len(frontier.loss)])
+
+        def draw(ax: Axes, size=size, results=results, full=full) -> None:
+            _against_flops(ax, full)
+            others = [arm for arm in results if not arm.is_full]
+            for arm, result in results.items():
+                rank = 0 if arm.is_full else 1 + others.index(arm)
+                seeds = [result.share] * len(result.losses)
+                ax.plot(seeds, result.losses, ".", color=palette.series(rank), alpha=0.5, markeredgewidth=0)
+                if rank:
+                    ax.plot(result.share, np.mean(result.losses), **_look(rank), linestyle="", label=arm.says)
+            ax.set_title(_title(size), loc="left")
+
+        if results:
+            yield draw
 
 
-def short_runs(records: Records, ax: Axes) -> bool:
-    return _curves(records, ax, [(run, *_arm(run)) for run in tuned_runs()])
+def _curves(records: Records) -> Panels:
+    arms = (ARMS[FULL], ARMS[WINNER])
+    for size in SIZES:
+        runs = [records.of(runs_with(group="headline", size=size, arm=arm, seed=SEEDS[0])) for arm in arms]
+
+        def draw(ax: Axes, size=size, runs=runs) -> None:
+            for rank, (arm, [run]) in enumerate(zip(arms, runs, strict=True)):
+                flops = run.column("flops/total") / 1e12
+                ax.plot(flops, run.column("train/loss"), color=palette.series(rank), label=arm.says)
+            # Without the steep beginning.
+            late = np.concatenate([run.column("train/loss")[run.n_rows // 8 :] for [run] in runs])
+            ax.set_ylim(late.min() - 0.05 * np.ptp(late), late.max())
+            ax.set_title(_title(size), loc="left")
+            ax.set(xlabel="Training compute, whole model (TFLOP)", ylabel="Training loss, text not seen before")
+
+        if all(runs):
+            yield draw
 
 
-def candidates(records: Records, ax: Axes) -> bool:
-    """The long runs: the full model, the paper's schedule, and what else got as long."""
-    runs = [(run, *_arm(run)) for arm in (FULL, EST) for run in runs_with(group="headline", arm=arm)]
-    tried = schedules_of("candidate")
-    looks = dict(zip(dict.fromkeys(run.says for run in tried), _OTHER_LOOKS, strict=False))
-    runs += [(run, run.says, looks[run.says]) for run in tried]
-    return _curves(records, ax, runs)
+def _screens(records: Records) -> Panels:
+    results = [(run.arm.says, r) for run, r in screened(records, SMALL) if np.isfinite(r.share)]
+
+    def draw(ax: Axes) -> None:
+        _against_flops(ax, frontier_of(records, SMALL, SEEDS[0]))
+        ax.plot([r.share for _, r in results], [r.losses for _, r in results], **_look(1), linestyle="")
+        heights: list[float] = []
+        for says, result in results:
+            [loss], apart = result.losses, 0.05 * np.ptp(ax.get_ylim())
+            if len(heights) < _NAMED and all(abs(loss - other) > apart for other in heights):
+                ax.annotate(says, (result.share, loss), (5, 0), textcoords="offset points", va="center", fontsize=7.5)
+                heights.append(loss)
+
+    if results:
+        yield draw
 
 
-def repeated(records: Records, ax: Axes) -> bool:
-    """Loss on little text: the full model for fewer and more steps, the paper's schedule, and a longer one."""
-    looks = {"full": LOOKS[FULL], "est": LOOKS[EST]}
-    runs = [(run, run.says, looks.get(run.title, _OTHER_LOOKS[0])) for run in runs_with(group="repeated")]
-    return _curves(records, ax, runs)
-
-
-def screens(records: Records, ax: Axes) -> bool:
-    """Every schedule's loss against its FLOPs, and the line of the full model trained for fewer steps.
-
-    Named are the paper's schedule and the few that are furthest below the line, or least above it.
-    """
-    frontier, found = short_frontier(records), []
-    for place, (_, run, record) in enumerate(screened(records)):
-        name = "paper's schedule" if run.group == "lr" else run.title
-        found.append((name if run.group == "lr" or place < _NAMED else "", record))
-    _line(ax, LOOKS[FULL], frontier.flops / 1e12, frontier.loss, "full model, fewer steps")
-    colour, marker = LOOKS[EST]
-    for name, record in found:
-        x, y = record.outcome["flops_total"] / 1e12, record.outcome["val_loss"]
-        ax.plot([x], [y], color=colour, marker=marker, markersize=5, linestyle="")
-        if name:
-            ax.annotate(
-                name, (x, y), xytext=(5, 0), textcoords="offset points", va="center", fontsize=7.5, color=palette.INK
-            )  # fmt: skip
-    ax.set_xlabel("Training compute, whole model (TFLOP)")
-    ax.set_ylabel("Validation loss at the end")
-    ax.legend(frameon=False)
-    return bool(found)
-
-
-FIGURES: dict[str, Callable[[Records, Axes], bool]] = {
-    "learning-rates": learning_rates,
-    "headline": headline,
-    "candidates": candidates,
-    "short-runs": short_runs,
-    "screens": screens,
-    "repeated": repeated,
+FIGURES: dict[str, tuple[str, Callable[[Records], Panels]]] = {
+    "headline": ("Loss at the end against the share of the full run's FLOPs, every seed", _headline),
+    "curves": ("Training loss against FLOPs of the full model and the best schedule", _curves),
+    "learning-rates": ("Loss at the end over the learning rate", _learning_rates),
+    "screens": ("Loss at the end of every schedule against the share of the full run's FLOPs", _screens),
 }
-"""By file name; each returns whether there was anything to draw."""
+"""By file name: what a figure shows, and its panels."""
 
 
-def draw(records: Records, folder: Path) -> list[Path]:
-    """Write the figures that have something to show; returns their paths."""
-    folder.mkdir(parents=True, exist_ok=True)
-    written = []
+def drawn(records: Records) -> dict[str, Figure]:
+    """The figures that have something to show; they must be saved in the reports' style too."""
+    figures = {}
     with report_style():
-        for name, drawing in FIGURES.items():
-            figure = Figure(figsize=_SIZE)
-            path = folder / f"{name}.svg"
-            if drawing(records, figure.subplots()):
-                # Without a date, so that the same records give the same bytes.
-                figure.savefig(path, facecolor="white", metadata={"Date": None})
-                written.append(path)
-            else:
-                path.unlink(missing_ok=True)
-    return written
+        for name, (_, panels_of) in FIGURES.items():
+            if panels := list(panels_of(records)):
+                figure = figures[name] = Figure(figsize=(_WIDE if len(panels) > 1 else _NARROW, _HEIGHT))
+                for draw, ax in zip(panels, figure.subplots(1, len(panels), squeeze=False).flat, strict=True):
+                    draw(ax)
+                    if ax.get_legend_handles_labels()[0]:
+                        ax.legend(frameon=False)
+    return figures
 
 
-def _arm(run: Run) -> tuple[str, tuple[str, str]]:
-    """Label and look of a run that is an arm's."""
-    return ARM_WORDS[run.arm], LOOKS[run.arm]
+def _against_flops(ax: Axes, full: Frontier) -> None:
+    """The full model's line, on axes on which it is straight: losses between its runs are interpolated so."""
+    if len(full.loss):
+        ax.plot(full.flops / full.flops[-1], full.loss, **_look(0), label="full model, fewer steps")
+    ax.set_xscale("log")
+    ax.xaxis.set_major_locator(FixedLocator([0.05, 0.1, *np.arange(2, 11) / 10]))
+    ax.xaxis.set_major_formatter("{x:g}")
+    ax.minorticks_off()
+    ax.set(xlabel="FLOPs, share of the full model's whole run", ylabel="Validation loss at the end")
 
 
-def _curves(records: Records, ax: Axes, runs: list[tuple[Run, str, tuple[str, str]]]) -> bool:
-    """Loss against whole-model FLOPs of those (run, label, look) that are done, the steep beginning left out."""
-    late: list[float] = []
-    for run, label, look in runs:
-        for record in records.of([run]):
-            done, y = record.column("step") + 1, record.column("val/loss")
-            late += y[done >= 0.3 * done[-1]].tolist()
-            _line(ax, look, record.column("flops/total") / 1e12, y, label)
-    if late:
-        room = 0.06 * (max(late) - min(late))
-        ax.set_ylim(min(late) - room, max(late) + room)
-        _legend(ax)
-    ax.set_xlabel("Training compute, whole model (TFLOP)")
-    ax.set_ylabel("Validation loss, full model")
-    return bool(late)
+def _look(rank: int) -> dict[str, object]:
+    return {"color": palette.series(rank), "marker": "os^DvPX"[rank % 7], "markersize": 4.5, "linewidth": 1.4}
 
 
-def _line(
-    ax: Axes, look: tuple[str, str], x: np.ndarray | list[float], y: np.ndarray | list[float], label: str
-) -> None:
-    colour, marker = look
-    ax.plot(
-        x, y, color=colour, marker=marker, markersize=4, linewidth=1.4, label=label.replace("`", "").replace("*", "")
-    )
-
-
-def _legend(ax: Axes) -> None:
-    """Every label once: the seeds of a schedule share theirs."""
-    handles, labels = ax.get_legend_handles_labels()
-    unique = dict(zip(labels, handles, strict=True))
-    ax.legend(unique.values(), unique, frameon=False)
+def _title(size: str) -> str:
+    layers, width, _ = SIZES[size]
+    return f"{layers} layers of width {width}"

@@ -7,6 +7,7 @@ training loss since the point before, which is of text that the model had not se
 
 import json
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,11 @@ class Records:
 
     def of(self, runs: list[Run]) -> list[RunRecord]:
         """Those of `runs` that are done, as the reports read runs."""
-        return [_as_run(self.folder, self.contents[run.name]) for run in runs if run in self]
+        return self.named(run.name for run in runs if run in self)
+
+    def named(self, names: Iterable[str]) -> list[RunRecord]:
+        """The same by their names."""
+        return [_as_run(self.folder, self.contents[name]) for name in names]
 
     @property
     def corpus(self) -> str | None:

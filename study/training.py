@@ -19,11 +19,14 @@ from est_cli.commands.train import read_config
 from est_cli.config import TrainConfig
 from est_cli.data.tokens import prepare
 from est_cli.errors import UserError
-from study.grid import Run
+from est_cli.subnet.flops import config_ledger
+from study.grid import Arm, Run, run_of
 from study.records import ROOT, Records
 
 RUNS = ROOT / "outputs" / "study"
 BASE = "experiment=study/base"
+GFLOPS = 35.0
+"""What one core reaches on these models while the others are busy, to tell how long the study takes."""
 _POLL_S = 1.0
 
 
@@ -35,6 +38,18 @@ def config_of(run: Run) -> TrainConfig:
     return read_config(composed)[0]
 
 
+@functools.cache
+def _flops_of_step(arm: Arm, size: str) -> float:
+    """Of the whole model, the mean over a run."""
+    config = config_of(run_of("headline", arm, size))
+    return config_ledger(config).spent(config.trainer.max_steps).total / config.trainer.max_steps
+
+
+def minutes(run: Run) -> float:
+    """About so many minutes of one core, without the evaluation."""
+    return run.steps * _flops_of_step(run.arm, run.size) / (GFLOPS * 1e9 * 60)
+
+
 def corpus_of(config: TrainConfig, records: Records) -> str:
     """The fingerprint of the text that runs would be trained on here.
 
@@ -42,10 +57,9 @@ def corpus_of(config: TrainConfig, records: Records) -> str:
     """
     store = prepare(config.data, config.tokenizer, config.model.vocab_size, entry.say, sys.stderr.isatty())
     if records.corpus not in (None, store.fingerprint):
-        python = next(iter(records.contents.values()))["environment"]["python"]
         raise UserError(
-            f"{records.folder}: its runs were trained on the standard library of Python {python}, and this one's text "
-            "differs; use that Python, or --out FOLDER for a study of your own"
+            f"{records.folder}: its runs were trained on another text: the packages installed there differ; "
+            "install those of constraints.txt under the same Python, or use --out FOLDER for a study of your own"
         )
     return store.fingerprint
 
@@ -56,7 +70,7 @@ def train(runs: list[Run], records: Records, corpus: str, workers: int) -> list[
     Ctrl-C or SIGTERM stops the runs after their step, with checkpoints, and is passed on as KeyboardInterrupt.
     """
     waiting, going, failed = list(runs), {}, []
-    with _only_study() as lock, _terminated_as_interrupted():
+    with only_study() as lock, _terminated_as_interrupted():
         try:
             while waiting or going:
                 while waiting and len(going) < workers:
@@ -101,7 +115,8 @@ def _log(run: Run) -> Path:
 
 
 @contextmanager
-def _only_study() -> Iterator[IO[str]]:
+def only_study() -> Iterator[IO[str]]:
+    """Raises UserError where a study is training."""
     RUNS.mkdir(parents=True, exist_ok=True)
     with (RUNS / ".lock").open("w") as lock:
         try:

@@ -1,0 +1,161 @@
+"""What the records say: every schedule beside the full model of its own seed, and against the full model's frontier."""
+
+import json
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from est_cli.config import read_train_config
+from est_cli.reports.records import RunRecord
+from est_cli.subnet.memory import count_parameters
+from study.frontier import Frontier
+from study.grid import ARMS, FULL, SEEDS, SIZES, WINNER, Arm, Run, runs_with
+from study.records import Records
+
+Seeds = dict[int, RunRecord]
+
+
+@dataclass(frozen=True)
+class Result:
+    """The finished seeds of one schedule. Differences are its losses less the full model's of the same seed; shares and
+    savings are NaN where they are not known."""
+
+    runs: Seeds
+    losses: list[float]
+    share: float
+    """FLOPs as a share of the full model's for the same tokens."""
+    same_tokens: list[float]
+    same_flops: list[float]
+    saved: float
+    """Share of the FLOPs that the full model needs for the mean loss."""
+    at_least: bool
+    """Whether the mean loss is below the full model's for the same tokens: `saved` is then counted against that."""
+    seconds_saved: float
+    """`saved` in seconds of measured steps, without evaluations."""
+
+
+def compare(runs: Seeds, full: Seeds, frontiers: dict[int, Frontier], step_s: list[float]) -> Result:
+    """`full` has the full model for the same tokens, `frontiers` also for fewer; `step_s` as in `times_of`."""
+    losses = {seed: run.outcome["val_loss"] for seed, run in runs.items()}
+    flops, full_flops = _mean(_flops(runs)), _mean(_flops(full))
+    same_flops = [losses[seed] - frontiers[seed].loss_at(flops) for seed in runs if seed in frontiers]
+    frontier = Frontier.mean([frontiers[seed] for seed in runs if seed in frontiers])
+    loss = _mean([losses[seed] for seed in runs if seed in frontiers])
+    at_least = bool(len(frontier.loss) and loss < frontier.loss[-1])
+    needed = frontier.flops[-1] if at_least else frontier.flops_at(loss)
+    return Result(
+        runs,
+        list(losses.values()),
+        flops / full_flops,
+        [losses[seed] - full[seed].outcome["val_loss"] for seed in runs if seed in full],
+        [difference for difference in same_flops if math.isfinite(difference)],
+        1 - flops / needed,
+        at_least,
+        1 - _seconds(runs, step_s) / (_seconds(full, step_s[-1:]) * needed / full_flops),
+    )
+
+
+def result_of(records: Records, runs: list[Run]) -> Result:
+    """Of `runs`, which are the seeds of one arm at one size and number of steps."""
+    group, arm, size, steps = runs[0].group, runs[0].arm, runs[0].size, runs[0].steps
+    same_tokens = {"group": "length", "steps": steps} if group == "length" else {"group": "headline"}
+    frontiers = {seed: frontier_of(records, size, seed) for seed in SEEDS}
+    return compare(
+        _by_seed(records, runs),
+        _by_seed(records, runs_with(size=size, arm=ARMS[FULL], **same_tokens)),
+        {seed: frontier for seed, frontier in frontiers.items() if len(frontier.loss)},
+        times_of(records).get(size, {}).get(arm.name, []),
+    )
+
+
+def headline(records: Records, size: str) -> dict[Arm, Result]:
+    """The arms of the headline."""
+    arms = dict.fromkeys(run.arm for run in runs_with(group="headline", size=size))
+    return {arm: result_of(records, runs_with(group="headline", size=size, arm=arm)) for arm in arms}
+
+
+def at_first_seed(arm: Arm, size: str) -> list[Run]:
+    """The runs of an arm at one seed and its full length: one for every learning rate that is asked for."""
+    return [run for run in runs_with(arm=arm, size=size, seed=SEEDS[0]) if run.group != "length"]
+
+
+def screened(records: Records, size: str) -> list[tuple[Run, Result]]:
+    """Every schedule at one seed and the best of its learning rates; what saves most at equal loss comes first."""
+    schedules = [arm for arm in ARMS.values() if not arm.is_full]
+    done = [[run for run in at_first_seed(arm, size) if run in records] for arm in schedules]
+    best = [min(runs, key=lambda run: records.of([run])[0].outcome["val_loss"]) for runs in done if runs]
+
+    def rank(entry: tuple[Run, Result]) -> list[float]:
+        result = entry[1]
+        return [math.inf if math.isnan(key) else key for key in (-result.saved, _mean(result.same_flops))]
+
+    return sorted(((run, result_of(records, [run])) for run in best), key=rank)
+
+
+def frontier_of(records: Records, size: str, seed: int) -> Frontier:
+    """The full model of one seed for all lengths of the headline; empty where one of them is missing."""
+    asked = {run.arm for run in runs_with(group="headline", size=size) if run.arm.is_full}
+    done = records.of([run for run in runs_with(group="headline", size=size, seed=seed) if run.arm.is_full])
+    return Frontier.of(done if len(done) == len(asked) else [])
+
+
+def times_of(records: Records) -> dict[str, Any]:
+    """What study/times.py measured: by size and arm the seconds of a step in each stage, the full model's last."""
+    path = records.folder.parent / "times.json"
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def parameters(run: RunRecord) -> int:
+    return count_parameters(read_train_config({"logger": {}, "checkpoint": {}, **run.config}).model).total
+
+
+def headline_json(records: Records) -> dict[str, Any]:
+    """The winner in numbers. Those at the top are of the size that most seeds are done of, the larger one if equal."""
+    winner = ARMS[WINNER]
+    results = {size: headline(records, size).get(winner) for size in SIZES}
+    sizes = [_size_json(size, result) for size, result in results.items() if result and result.same_tokens]
+    main = max(reversed(sizes), key=lambda entry: entry["seeds"], default={})
+    keys = ("size", "seeds", "difference", "spread", "saved", "saved_at_equal_loss", "at_least", "seconds_saved")
+    said = {"schedule": winner.says, "overrides": list(winner.overrides)}
+    return {**said, **{key: main.get(key) for key in keys}, "sizes": sizes}
+
+
+def _size_json(size: str, result: Result) -> dict[str, Any]:
+    layers, width, _ = SIZES[size]
+    run, differences = next(iter(result.runs.values())), result.same_tokens
+    n_parameters, tokens = parameters(run), int(run.outcome["tokens"])
+    numbers = {
+        "tokens_per_parameter": tokens / n_parameters,
+        "difference": _mean(differences),
+        "spread": np.std(differences, ddof=1) if len(differences) > 1 else math.nan,
+        "saved": 1 - result.share,
+        "saved_at_equal_loss": result.saved,
+        "seconds_saved": result.seconds_saved,
+    }
+    return {
+        **{"size": size, "n_layers": layers, "d_model": width, "params": n_parameters, "tokens": tokens},
+        **{key: round(float(value), 6) if math.isfinite(value) else None for key, value in numbers.items()},
+        **{"at_least": result.at_least, "seeds": len(differences)},
+    }
+
+
+def _by_seed(records: Records, runs: list[Run]) -> Seeds:
+    return {run.seed: records.of([run])[0] for run in runs if run in records}
+
+
+def _flops(runs: Seeds) -> list[float]:
+    return [run.outcome["flops_total"] for run in runs.values()]
+
+
+def _seconds(runs: Seeds, step_s: list[float]) -> float:
+    """Of one run's steps; NaN where there is no run or a stage was not measured."""
+    stages = next(iter(runs.values())).summary["stages"] if runs else []
+    if not stages or len(stages) > len(step_s):
+        return math.nan
+    return sum((s["last_step"] - s["first_step"] + 1) * t for s, t in zip(stages, step_s, strict=False))
+
+
+def _mean(values: list[float]) -> float:
+    return float(np.mean(values)) if values else math.nan
