@@ -13,7 +13,7 @@ SIZES = {
     LARGE: (12, 64, 3100),
 }
 """Layers, width, and the optimizer steps of 2,048 tokens that make 10 tokens a parameter."""
-LEARNING_RATES = ("4e-3", "8e-3", "16e-3")
+LEARNING_RATES = ("2e-3", "4e-3", "8e-3")
 SEEDS = (0, 1, 2, 3, 4)
 FULL, WINNER, LATER = "full", "stack-2-at-0.5", "stack-2-at-0.7"
 """LATER grows later than the winner: for longer runs."""
@@ -25,7 +25,7 @@ GROUPS = {
     "length": "fewer and more tokens a parameter",
     "screen": "screens: one seed",
 }
-"""What the runs of a group are; a run's name begins with its group."""
+"""What the runs of a group are for."""
 
 
 @dataclass(frozen=True)
@@ -49,10 +49,10 @@ class Arm:
 
 def _full(length: float = 1.0) -> Arm:
     name, says = (FULL, "full model") if length == 1 else (f"{FULL}-{length:g}", f"full model, {length:g} of the steps")
-    return Arm(name, says, ("scheduler=full",), "8e-3", length)
+    return Arm(name, says, ("scheduler=full",), "4e-3", length)
 
 
-def _stack(depth: int, at: float, lr: str = "8e-3", **options: str) -> Arm:
+def _stack(depth: int, at: float, lr: str = "4e-3", **options: str) -> Arm:
     name = "-".join([f"stack-{depth}-at-{at:g}", *options.values()])
     says = ", ".join([f"{depth} layer{'s' if depth > 1 else ''} until {at:g}", *options.values()])
     chosen = tuple(f"scheduler.{key}={value}" for key, value in options.items())
@@ -61,7 +61,7 @@ def _stack(depth: int, at: float, lr: str = "8e-3", **options: str) -> Arm:
     )
 
 
-def _schedule(name: str, says: str, *overrides: str, lr: str = "8e-3") -> Arm:
+def _schedule(name: str, says: str, *overrides: str, lr: str = "4e-3") -> Arm:
     return Arm(name, says, overrides, lr)
 
 
@@ -117,7 +117,7 @@ class Run:
 def run_of(group: str, arm: Arm, size: str = SMALL, lr: str | None = None, seed: int = 0, length: float = 1.0) -> Run:
     """`length` is in the size's own steps, 10 tokens a parameter."""
     lr, steps = lr or arm.lr, round(SIZES[size][2] * length * arm.length)
-    parts = [group, size, arm.name, lr, *([f"x{length:g}"] if length != 1 else []), f"seed{seed}"]
+    parts = [size, arm.name, lr, *([f"x{length:g}"] if length != 1 else []), f"seed{seed}"]
     return Run("-".join(parts), group, arm, size, lr, steps, seed)
 
 
@@ -130,6 +130,7 @@ def grid() -> list[Run]:
 
     first, second, *later = SEEDS
     rates = [run_of("lr", ARMS[name], lr=lr) for lr in LEARNING_RATES for name in (FULL, WINNER)]
+    rates.append(run_of("lr", ARMS["stack-1-at-0.5"], lr="8e-3"))
     return [
         *seeds(SMALL, first),
         *(run for run in rates if run.lr != run.arm.lr),
