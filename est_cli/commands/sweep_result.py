@@ -52,12 +52,14 @@ class SweepResult:
     """Lowest validation loss first."""
     swept: frozenset[str] = frozenset()
     """The keys in which the jobs differ."""
+    at_a_time: int | None = None
+    """How many jobs ran at a time, where that is known."""
 
     @classmethod
-    def of(cls, directory: Path, swept: Iterable[str] = ()) -> "SweepResult":
+    def of(cls, directory: Path, swept: Iterable[str] = (), at_a_time: int | None = None) -> "SweepResult":
         folders = [path for path in sorted(directory.iterdir()) if (path / CONFIG).exists() or (path / ERROR).exists()]
         jobs = sorted(map(JobResult.of, folders), key=lambda job: job.val_loss)
-        return cls(directory, tuple(jobs), frozenset(swept))
+        return cls(directory, tuple(jobs), frozenset(swept), at_a_time)
 
     @property
     def exit_code(self) -> int:
