@@ -158,9 +158,7 @@ class ComparisonJobs:
         if folders is None:
             return
         best = dict(self._best(grid, folders))
-        launch(
-            [(*arm.overrides, *seed, *best[arm.name]) for seed in later for arm in self.arms if arm.name in best]
-        )
+        launch([(*arm.overrides, *seed, *best[arm.name]) for seed in later for arm in self.arms if arm.name in best])
 
     def _best(
         self, grid: Sequence[tuple[ArmJobs, tuple[str, ...]]], folders: Sequence[Path]

@@ -3,13 +3,14 @@
 import argparse
 import os
 import re
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from hydra import version
-from hydra._internal.config_search_path_impl import ConfigSearchPathImpl
 from hydra._internal.callbacks import Callbacks
+from hydra._internal.config_search_path_impl import ConfigSearchPathImpl
 from hydra._internal.hydra import Hydra
 from hydra._internal.utils import create_automatic_config_search_path
 from hydra.core.config_search_path import SearchPathQuery
@@ -26,6 +27,10 @@ from omegaconf.errors import OmegaConfBaseException
 from est_cli.commands.cooldown import cooldown_config
 from est_cli.commands.rerun import recorded_config
 from est_cli.errors import UserError, nearest
+
+# conf/hydra/launcher/joblib.yaml sets values of the plugin's schema of that name, as Hydra before 1.1 wanted it. Every
+# process of a sweep would say so.
+warnings.filterwarnings("ignore", message=r"\s*'hydra/launcher/joblib' is validated against ConfigStore schema")
 
 
 def conf_dir() -> Path:

@@ -3,7 +3,6 @@
 import contextlib
 import functools
 import hashlib
-import itertools
 import json
 import multiprocessing
 import os
@@ -130,14 +129,13 @@ def _comparison(composer: Composer, master: DictConfig, read_config: ReadConfig)
 
 
 def _launch(launcher: Launcher, received: list[int]) -> Launch:
-    """Launches jobs in several goes, which are numbered on, until a signal comes."""
-    begun = itertools.count()
+    """Launches jobs in several goes, whose numbers run on, until a signal comes."""
+    begun = 0
 
     def launch(jobs: Sequence[Sequence[str]]) -> list[Path] | None:
-        if not jobs:
-            return []
-        first = [next(begun) for _ in jobs][0]
-        returned = launcher.launch(jobs, initial_job_idx=first)
+        nonlocal begun
+        first, begun = begun, begun + len(jobs)
+        returned = launcher.launch(jobs, initial_job_idx=first) if jobs else []
         return None if received else [Path(job.hydra_cfg.hydra.runtime.output_dir) for job in returned]
 
     return launch
