@@ -83,7 +83,7 @@ def run(arguments: Any, job: Job, read_config: ReadConfig) -> int:
     with Composer("train", arguments) as composer:
         master = composer.compose_sweep()
         _check_installed(master)
-        comparison = _comparison(composer, master, read_config)
+        comparison = comparison_jobs(composer, master, read_config)
         directory = Path(master.hydra.sweep.dir).absolute()
         # The jobs compose their own configs, whose overrides are other ones: the folder is settled here.
         fixed = [key for key, override in _overrides(master).items() if not override.is_sweep_override()]
@@ -117,7 +117,7 @@ def run(arguments: Any, job: Job, read_config: ReadConfig) -> int:
     return code
 
 
-def _comparison(composer: Composer, master: DictConfig, read_config: ReadConfig) -> ComparisonJobs | None:
+def comparison_jobs(composer: Composer, master: DictConfig, read_config: ReadConfig) -> ComparisonJobs | None:
     """The jobs of `arms=[…]`; None where the sweep is another one. Raises UserError."""
     given = _overrides(master)
     if not swept_arms(master, list(given)):

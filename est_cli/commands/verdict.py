@@ -230,14 +230,19 @@ class Verdict:
 def _sentence(arm: ArmResult, full: ArmResult | None, same_flops: bool) -> str | None:
     said = []
     if full is not None:
-        saved = Saving(1 - arm.flops.mean() / full.flops.mean()).words("fewer", "FLOPs")
-        said.append(f"{saved} than full, and a loss {_known_difference(arm.to_full)} its loss")
+        fewer = Saving(1 - arm.flops.mean() / full.flops.mean()).words("fewer", "FLOPs")
+        said.append(f"for the same tokens {fewer}, and its loss {_to_full_model(arm.to_full)}")
     if same_flops:
-        said.append(f"for the same FLOPs {_known_difference(arm.to_same_flops)} the full model's")
-    if full is not None and any(not math.isnan(saving.share) for saving in arm.saved.values()):
+        said.append(f"for the same FLOPs its loss {_to_full_model(arm.to_same_flops)}")
+    if any(not math.isnan(saving.share) for saving in arm.saved.values()):
         flops, time = arm.saved["flops"].words("fewer", "FLOPs"), arm.saved["seconds"].words("less", "time")
-        said.append(f"at equal loss it takes {flops} and {time}")
+        said.append(f"for the same loss it takes {flops} and {time}")
     return f"{arm.name}: {'; '.join(said)}." if said else None
+
+
+def _to_full_model(differences: np.ndarray) -> str:
+    known = differences[np.isfinite(differences)]
+    return f"is {_difference(known)} the full model's" if len(known) else "has no full model's to be held against"
 
 
 def _table(*columns: str) -> Table:
@@ -256,11 +261,6 @@ def against(est: ArmResult, other: ArmResult) -> str:
     if not len(differences):
         return "no seed in common lets its loss be held against"
     return f"its loss is {_difference(differences)}"
-
-
-def _known_difference(differences: np.ndarray) -> str:
-    known = differences[np.isfinite(differences)]
-    return _difference(known) if len(known) else "that cannot be held against"
 
 
 def _difference(differences: np.ndarray) -> str:
