@@ -1,31 +1,60 @@
-"""The arms of a comparison, `+arm=NAME`: one config, trained in three ways that differ in nothing else."""
+"""The arms of a comparison, `+arm=NAME`: one config, trained in ways that differ in nothing but how they spend."""
 
 from dataclasses import replace
 
 from est_cli.config import TrainConfig
 from est_cli.errors import UserError, nearest
-from est_cli.subnet.flops import config_ledger
+from est_cli.subnet.flops import config_ledger, training_flops
 from est_cli.subnet.schedule import StageSpec, boundary_step
 
 EST, FULL, FULL_SAME_FLOPS = ARMS = ("est", "full", "full_same_flops")
+SMALL = "small"
+DENSE = (FULL, FULL_SAME_FLOPS, SMALL)
+"""Arms that train one model from the first step to the last; every other arm evolves."""
 
 
-def with_arm(config: TrainConfig, arm: str) -> TrainConfig:
+def with_arm(config: TrainConfig, arm: str, flops: int | None = None, scheduler: str | None = None) -> TrainConfig:
     """`config` (with numbers, no `auto`) as one arm trains it. Raises UserError for an arm that there is not.
 
-    est: as it stands. full: the full model for the same tokens. full_same_flops: the full model for the FLOPs, LM
-    head included, that est spends, with the learning-rate schedule of a run of that length.
+    est: as it stands. full: the full model for the same tokens. full_same_flops: the full model for `flops`, LM head
+    included, with the learning-rate schedule of a run of that length. small: fewer layers for the same tokens, so many
+    that they cost about `flops`. `flops` is what `config` spends unless given. Also `scheduler`, the option of that
+    group which `config` was composed with: as it stands.
     """
-    if arm not in ARMS:
-        raise UserError(f"arm={arm}: must be one of {', '.join(ARMS)}{nearest(str(arm), ARMS)}")
-    if arm == EST:
+    if arm not in (EST, *DENSE, scheduler):
+        raise UserError(
+            f"arm={arm}: must be one of {', '.join((EST, *DENSE))}, or the chosen scheduler"
+            f"{f' ({scheduler})' if scheduler else ''}{nearest(str(arm), (EST, *DENSE))}"
+        )
+    if arm not in DENSE:
         return replace(config, name=arm)
-    steps = config.trainer.max_steps
     full = replace(config, name=arm, scheduler=replace(config.scheduler, stages=(StageSpec(),)))
     if arm == FULL:
         return full
-    ledger = config_ledger(config)
-    return _shortened(full, max(1, round(ledger.spent(steps).total / ledger.full.total)))
+    flops = spent(config) if flops is None else flops
+    if arm == SMALL:
+        return _with_fewer_layers(full, flops)
+    return _shortened(full, max(1, round(flops / config_ledger(config).full.total)))
+
+
+def spent(config: TrainConfig) -> int:
+    """FLOPs of the whole run, LM head included."""
+    return config_ledger(config).spent(config.trainer.max_steps).total
+
+
+def _with_fewer_layers(config: TrainConfig, flops: int) -> TrainConfig:
+    """As many layers as bring the run nearest to `flops`, and at least one fewer than there are."""
+    model, per_step = config.model, flops / config.trainer.max_steps
+    if model.n_layers == 1:
+        raise UserError("arm=small: model.n_layers=1 leaves no smaller model")
+    if model.init_from is not None:
+        raise UserError("arm=small: cannot start from model.init_from, whose model has more layers")
+
+    def distance(n_layers: int) -> float:
+        cost = training_flops(replace(model, n_layers=n_layers), config.data.seq_len, config.tokens_per_step)
+        return abs(cost.total - per_step)
+
+    return replace(config, model=replace(model, n_layers=min(range(1, model.n_layers), key=distance)))
 
 
 def _shortened(config: TrainConfig, max_steps: int) -> TrainConfig:

@@ -3,11 +3,13 @@
 import argparse
 import os
 import re
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from hydra import version
+from hydra._internal.callbacks import Callbacks
 from hydra._internal.config_search_path_impl import ConfigSearchPathImpl
 from hydra._internal.hydra import Hydra
 from hydra._internal.utils import create_automatic_config_search_path
@@ -17,13 +19,18 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.core.plugins import Plugins
 from hydra.errors import HydraException
-from hydra.types import RunMode
+from hydra.plugins.launcher import Launcher
+from hydra.types import HydraContext, RunMode
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from est_cli.commands.cooldown import cooldown_config
 from est_cli.commands.rerun import recorded_config
 from est_cli.errors import UserError, nearest
+
+# conf/hydra/launcher/joblib.yaml sets values of the plugin's schema of that name, as Hydra before 1.1 wanted it. Every
+# process of a sweep would say so.
+warnings.filterwarnings("ignore", message=r"\s*'hydra/launcher/joblib' is validated against ConfigStore schema")
 
 
 def conf_dir() -> Path:
@@ -76,11 +83,25 @@ class Composer:
         try:
             master = self._compose(overrides, RunMode.MULTIRUN)
             for job in _every_value_once(overrides):
-                self._compose([*job, "hydra.mode=RUN"])
+                self.compose_job(job)
             return master
         except (HydraException, OmegaConfBaseException, ValueError) as error:
             problems = [line for job in _every_value_once(overrides) for line in self._problems(job)]
             raise UserError(*(dict.fromkeys(problems) or [_first_line(error)])) from error
+
+    def compose_master(self, overrides: list[str]) -> DictConfig:
+        """The config that the jobs of a sweep share, of other overrides than the command line's."""
+        return self._compose(overrides, RunMode.MULTIRUN)
+
+    def compose_job(self, overrides: list[str]) -> DictConfig:
+        """One job of a sweep. What Hydra says about mistakes passes through."""
+        return self._compose([*overrides, "hydra.mode=RUN"])
+
+    def launcher(self, overrides: list[str], task: Callable[[DictConfig], Any]) -> Launcher:
+        """What runs the jobs of a sweep, for a list of jobs that no sweeper could make."""
+        config = self.hydra.compose_config(self.config_name, overrides, run_mode=RunMode.MULTIRUN)
+        context = HydraContext(config_loader=self.loader, callbacks=Callbacks(config))
+        return Plugins.instance().instantiate_launcher(hydra_context=context, task_function=task, config=config)
 
     def _compose(self, overrides: list[str], mode: RunMode = RunMode.RUN) -> DictConfig:
         return self.hydra.compose_config(self.config_name, overrides, run_mode=mode, with_log_configuration=False)
@@ -162,8 +183,8 @@ def nearest_key(key: str, known: list[str]) -> str:
 
 
 def plain(config: DictConfig) -> dict[str, Any]:
-    """The resolved config as plain dicts and lists, without Hydra's own node."""
-    node = OmegaConf.masked_copy(config, [key for key in config if key != "hydra"])
+    """The resolved config as plain dicts and lists, without Hydra's own node and the sweep's `arms`."""
+    node = OmegaConf.masked_copy(config, [key for key in config if key not in ("hydra", "arms")])
     try:
         return OmegaConf.to_container(node, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:

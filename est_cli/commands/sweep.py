@@ -11,7 +11,7 @@ import shlex
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -20,10 +20,20 @@ from typing import Any
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
+from hydra.plugins.launcher import Launcher
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
 
 from est_cli.commands import entry
+from est_cli.commands.comparison import (
+    UNNAMED_KEYS,
+    ComparisonJobs,
+    Launch,
+    ReadConfig,
+    side_by_side,
+    swept_arms,
+)
 from est_cli.commands.composition import Composer
 from est_cli.commands.run_directory import RunDirectory, program
 from est_cli.commands.stopping import STOP_SIGNALS
@@ -66,36 +76,76 @@ def is_sweep(arguments: Any) -> bool:
         return composer.hydra.get_mode(composer.config_name, arguments.overrides) == RunMode.MULTIRUN
 
 
-def run(arguments: Any, job: Job) -> int:
+def run(arguments: Any, job: Job, read_config: ReadConfig) -> int:
     """Run the sweep's jobs, then show all of them; returns the exit code. Raises UserError before any job has begun."""
     call = Call(tuple(sys.argv), shlex.join([*program(), *sys.argv[1:]]), os.getpid())
     stopped: int | None = None
     with Composer("train", arguments) as composer:
         master = composer.compose_sweep()
         _check_installed(master)
+        comparison = comparison_jobs(composer, master, read_config)
         directory = Path(master.hydra.sweep.dir).absolute()
         # The jobs compose their own configs, whose overrides are other ones: the folder is settled here.
         fixed = [key for key, override in _overrides(master).items() if not override.is_sweep_override()]
-        overrides = [
-            *arguments.overrides,
-            "hydra.mode=MULTIRUN",
-            f"hydra.sweep.dir={_quoted(str(directory))}",
-            f"hydra.job.config.override_dirname.exclude_keys=[{','.join(map(_quoted, fixed))}]",
-        ]
+        overrides = [*arguments.overrides, "hydra.mode=MULTIRUN", f"hydra.sweep.dir={_quoted(str(directory))}"]
+        if comparison is not None:
+            fixed += UNNAMED_KEYS
+            launcher_given = any(override.startswith("hydra/launcher=") for override in arguments.overrides)
+            if together := side_by_side(comparison, master, launcher_given):
+                overrides += together
+                comparison = comparison.on_one_thread_each()
+                master = composer.compose_master(overrides)
+            comparison.show_cost(Console(stderr=True))
+        overrides.append(f"hydra.job.config.override_dirname.exclude_keys=[{','.join(map(_quoted, fixed))}]")
+        task = functools.partial(_guarded, job, call)
         try:
             with _signals_for_workers(master) as received:
-                composer.hydra.multirun(composer.config_name, functools.partial(_guarded, job, call), overrides)
+                if comparison is None:
+                    composer.hydra.multirun(composer.config_name, task, overrides)
+                else:
+                    comparison.run(_launch(composer.launcher(overrides, task), received))
             stopped = entry.STOPPED if received else None
         except SystemExit as error:
             stopped = int(error.code or entry.DONE)
     from est_cli.commands.sweep_result import SweepResult
 
-    result = SweepResult.of(directory, _swept_keys(master))
+    result = SweepResult.of(directory, _swept_keys(master), at_a_time=_at_a_time(master))
     result.show(master.format)
     code = result.exit_code if stopped is None else stopped
     if stopped is not None or code == entry.STOPPED:
         entry.say(f"continue with: {call.command}")
     return code
+
+
+def comparison_jobs(composer: Composer, master: DictConfig, read_config: ReadConfig) -> ComparisonJobs | None:
+    """The jobs of `arms=[…]`; None where the sweep is another one. Raises UserError."""
+    given = _overrides(master)
+    if not swept_arms(master, list(given)):
+        return None
+    if (sweeper := master.hydra.runtime.choices["hydra/sweeper"]) != "basic":
+        raise UserError(f"hydra/sweeper={sweeper}: must be basic beside arms, which have a grid: optimizer.lr=A,B,C")
+    params = [f"{key}={value}" for key, value in _params(master).items()]
+    return ComparisonJobs.of(composer, master, list(given.values()), params, read_config)
+
+
+def _launch(launcher: Launcher, received: list[int]) -> Launch:
+    """Launches jobs in several goes, whose numbers run on, until a signal comes."""
+    begun = 0
+
+    def launch(jobs: Sequence[Sequence[str]]) -> list[Path] | None:
+        nonlocal begun
+        first, begun = begun, begun + len(jobs)
+        returned = launcher.launch(jobs, initial_job_idx=first) if jobs else []
+        return None if received else [Path(job.hydra_cfg.hydra.runtime.output_dir) for job in returned]
+
+    return launch
+
+
+def _at_a_time(master: DictConfig) -> int | None:
+    """How many jobs this machine runs at a time; None where the launcher does not tell."""
+    if (launcher := master.hydra.runtime.choices["hydra/launcher"]) == "basic":
+        return 1
+    return master.hydra.launcher.n_jobs if launcher == "joblib" else None
 
 
 def _check_installed(master: DictConfig) -> None:
@@ -160,6 +210,8 @@ def _guarded(job: Job, call: Call, composed: DictConfig) -> float | None:
 def sweep_name(_root_: DictConfig) -> str:
     """`sweep-stage1_end-seed-1f0c93aa`: the swept keys, and a digest of all overrides in any order."""
     params = [f"{key}={value}" for key, value in _params(_root_).items()]
+    if swept_arms(_root_, given := list(_overrides(_root_))) and "arms" not in given:
+        params.append(f"arms={list(_root_.arms)}")
     overrides = sorted([*params, *_root_.hydra.overrides.task])
     config_name = OmegaConf.select(_root_, "hydra.job.config_name")
     if config_name not in (None, "train"):
@@ -184,7 +236,8 @@ OmegaConf.register_new_resolver("est.job_name", job_name, replace=True)
 
 def _swept_keys(master: DictConfig) -> set[str]:
     keys = {key for key, override in _overrides(master).items() if override.is_sweep_override()}
-    return keys | {key.lstrip("+~") for key in _params(master)}
+    keys |= {key.lstrip("+~") for key in _params(master)}
+    return keys | ({"arm"} if swept_arms(master, list(_overrides(master))) else set())
 
 
 def _params(config: DictConfig) -> dict[str, Any]:

@@ -52,12 +52,14 @@ class SweepResult:
     """Lowest validation loss first."""
     swept: frozenset[str] = frozenset()
     """The keys in which the jobs differ."""
+    at_a_time: int | None = None
+    """How many jobs ran at a time, where that is known."""
 
     @classmethod
-    def of(cls, directory: Path, swept: Iterable[str] = ()) -> "SweepResult":
+    def of(cls, directory: Path, swept: Iterable[str] = (), at_a_time: int | None = None) -> "SweepResult":
         folders = [path for path in sorted(directory.iterdir()) if (path / CONFIG).exists() or (path / ERROR).exists()]
         jobs = sorted(map(JobResult.of, folders), key=lambda job: job.val_loss)
-        return cls(directory, tuple(jobs), frozenset(swept))
+        return cls(directory, tuple(jobs), frozenset(swept), at_a_time)
 
     @property
     def exit_code(self) -> int:
@@ -90,6 +92,15 @@ class SweepResult:
             return None
         return Verdict.of(load_runs(done), self._tuned)
 
+    @cached_property
+    def comparison_figure(self) -> Path | None:
+        """Loss against FLOPs and against time, of the runs that the verdict is on; None without a verdict or report."""
+        if self.verdict is None or not isinstance(self.report, Path):
+            return None
+        from est_cli.reports.report import write_compute_and_time
+
+        return write_compute_and_time(self.verdict.runs, self.report.with_name("comparison.png"))
+
     @property
     def _tuned(self) -> list[str]:
         """Keys that every arm of a comparison may set to what suits it."""
@@ -108,12 +119,14 @@ class SweepResult:
         else:
             self._print_table(console)
             if self.verdict is not None:
-                self.verdict.show(console)
+                self.verdict.show(console, self.at_a_time)
             elif "arm" in self.swept and self._not_shared:
                 console.print(
                     f"No verdict: the jobs differ in {', '.join(self._not_shared)} too, which arms must share."
                 )
-        figure = self.report.with_name("report.png") if isinstance(self.report, Path) else None
+        figure = self.comparison_figure
+        if figure is None and isinstance(self.report, Path):
+            figure = self.report.with_name("report.png")
         paths = {"sweep": self.directory, "figure": figure, "report": self.report}
         for name, path in paths.items():
             if path is not None:
@@ -142,4 +155,5 @@ class SweepResult:
         facts["report"] = None if self.report is None else str(self.report)
         if self.verdict is not None:
             facts["arms"] = self.verdict.as_dict()
+            facts["at_a_time"] = self.at_a_time
         return facts

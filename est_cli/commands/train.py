@@ -29,7 +29,9 @@ def main() -> None:
         entry.exit_with(lambda: _explain(arguments))
     if (folder := replay.take_folder(arguments)) is not None:
         entry.exit_with(lambda: replay.run(folder, arguments))
-    entry.exit_with(lambda: sweep.run(arguments, job_of_sweep) if sweep.is_sweep(arguments) else _run(arguments))
+    if sweep.is_sweep(arguments):
+        entry.exit_with(lambda: sweep.run(arguments, job_of_sweep, read_config))
+    entry.exit_with(lambda: _run(arguments))
 
 
 def _explain(arguments: Any) -> None:
@@ -48,7 +50,7 @@ def _run(arguments: Any) -> int:
     peers = meet()
     composed, hydra_node = peers.agree("composition", lambda: entry.compose("train", arguments))
     trunk = peers.agree("trunk", lambda: take_trunk(composed))
-    config, notes = peers.agree("config", lambda: read_config(composed))
+    config, notes = peers.agree("config", lambda: read_config(composed, hydra_node))
     if config.trainer.devices > peers.size:
         from est_cli.commands.processes import start_processes
 
@@ -104,7 +106,7 @@ def job_of_sweep(composed: DictConfig, directory: RunDirectory, call: sweep.Call
     node = HydraConfig.get()
     composed = plain(composed)
     trunk = take_trunk(composed)
-    config, notes = read_config(composed)
+    config, notes = read_config(composed, node)
     if config.trainer.devices > 1 or launched_ranks() > 1:
         raise UserError(f"trainer.devices={config.trainer.devices}: must be 1 in a sweep")
     if config.logger.group is None:
@@ -121,9 +123,9 @@ def job_of_sweep(composed: DictConfig, directory: RunDirectory, call: sweep.Call
     return directory.summary()["val_loss"]
 
 
-def read_config(composed: dict[str, Any]) -> tuple[TrainConfig, list[str]]:
+def read_config(composed: dict[str, Any], hydra_node: DictConfig) -> tuple[TrainConfig, list[str]]:
     """The config with numbers that suit this machine's device, and what was chosen. Raises UserError."""
-    arm = composed.pop("arm", None)
+    arm, flops = composed.pop("arm", None), composed.pop("arm_flops", None)
     config = read_train_config(composed)
     from est_cli.subnet.sampler import check_strategy
     from est_cli.training.device import available_device
@@ -133,7 +135,9 @@ def read_config(composed: dict[str, Any]) -> tuple[TrainConfig, list[str]]:
         check_pretrained(config.model)
     config, notes = auto.choose(config, available_device(config.trainer, config.kernels))
     check_strategy(config)
-    return (config if arm is None else with_arm(config, arm)), notes
+    if arm is None:
+        return config, notes
+    return with_arm(config, arm, flops, hydra_node.runtime.choices.get("scheduler")), notes
 
 
 def _tokens(config: TrainConfig, quiet: bool = False) -> "TokenStore":

@@ -1,4 +1,4 @@
-"""What a comparison of the three arms says: loss, FLOPs and time, and the cost of the baseline's final loss.
+"""What a comparison says of its arms: loss, FLOPs and time, and what the full model needs for the same loss.
 
 Where the runs also try settings of the optimizer, every arm stands there with the one that suits it best: a baseline
 at a learning rate that suits another arm proves nothing.
@@ -13,13 +13,84 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from est_cli.commands.arms import ARMS, EST, FULL, FULL_SAME_FLOPS
+from est_cli.commands.arms import DENSE, FULL, FULL_SAME_FLOPS
 from est_cli.reports.arms import short_key
+from est_cli.reports.frontier import Frontier
 from est_cli.reports.records import RunRecord
 from est_cli.tracking.summary import narrow_table
 from est_cli.units import format_clock, format_count, format_flops, format_loss, format_percent, format_setting
 
 _AXES = ("step", "flops/total", "seconds")
+_COSTS = {"flops": "flops_total", "seconds": "train_s"}
+_RATE = "optimizer.lr"
+
+
+@dataclass(frozen=True)
+class Saving:
+    """1 less an arm's cost over what the full model needs for the same loss; NaN where that was not measured."""
+
+    share: float = math.nan
+    bound: str | None = None
+    """`at least` where the arm is as good as the longest full run, `at most` where it is worse than the shortest."""
+
+    def words(self, less: str, what: str) -> str:
+        if math.isnan(self.share):
+            return f"unknown {what}"
+        more = self.share < 0
+        # At least so much less, where it is negative, is at most so much more.
+        bound = {"at least": "at most", "at most": "at least"}[self.bound] if more and self.bound else self.bound
+        return " ".join(filter(None, (bound, format_percent(abs(self.share)), "more" if more else less, what)))
+
+
+@dataclass(frozen=True)
+class FullModel:
+    """What the full model reaches, by seed: its runs for all tokens, and with those for fewer steps its frontiers."""
+
+    runs: dict[int, RunRecord]
+    frontiers: dict[str, dict[int, Frontier]]
+    """By what is spent (flops, seconds) and seed; only seeds with as many points as the best known one."""
+    slack: float
+    """Half a step of the shortest run: by so much its FLOPs can miss those that it was to have."""
+
+    @classmethod
+    def of(cls, full: Sequence[RunRecord], same_flops: Sequence[RunRecord]) -> "FullModel":
+        by_seed = {_seed(run): [run] for run in full}
+        for run in same_flops:
+            by_seed.setdefault(_seed(run), []).append(run)
+        points = max(map(len, by_seed.values()), default=0)
+        frontiers = {
+            key: {seed: Frontier.of(runs, cost) for seed, runs in by_seed.items() if len(runs) == points}
+            for key, cost in _COSTS.items()
+        }
+        steps = min((run.outcome["steps"] for run in (*full, *same_flops)), default=math.inf)
+        return cls({_seed(run): run for run in full}, frontiers, max(0.001, 0.51 / max(1, steps)))
+
+    def loss(self, seed: int) -> float:
+        return self.runs[seed].outcome["val_loss"] if seed in self.runs else math.nan
+
+    def loss_at(self, seed: int, flops: float) -> float:
+        """For so many FLOPs, linear in their logarithm between its runs; NaN outside of them."""
+        frontier = self.frontiers["flops"].get(seed)
+        return math.nan if frontier is None else frontier.loss_at(flops, self.slack)
+
+    def saving(self, runs: Sequence[RunRecord], key: str) -> Saving:
+        """Of means over the seeds that both have."""
+        seeds = [_seed(run) for run in runs if _seed(run) in self.runs and _seed(run) in self.frontiers[key]]
+        if not seeds:
+            return Saving()
+        cost, loss = (
+            float(np.mean([run.outcome[name] for run in runs if _seed(run) in seeds]))
+            for name in (_COSTS[key], "val_loss")
+        )
+        if loss <= np.mean([self.loss(seed) for seed in seeds]):
+            whole = float(np.mean([self.runs[seed].outcome[_COSTS[key]] for seed in seeds]))
+            return Saving(1 - cost / whole, "at least")
+        frontier = Frontier.mean([self.frontiers[key][seed] for seed in seeds])
+        if len(frontier.loss) < 2 or (np.diff(frontier.loss) >= 0).any():
+            return Saving()
+        if loss > frontier.loss[0]:
+            return Saving(1 - cost / frontier.flops[0], "at most")
+        return Saving(1 - cost / frontier.flops_at(loss))
 
 
 @dataclass(frozen=True)
@@ -35,13 +106,30 @@ class ArmResult:
     """Steps, FLOPs and seconds until an evaluation was as low as the full model's final loss; NaN if none was."""
     settings: dict[str, Any]
     """What the arm was tuned to, by config key."""
+    to_full: np.ndarray
+    """Loss less that of the full model for the same tokens; NaN where that seed has none."""
+    to_same_flops: np.ndarray
+    """Loss less that of the full model for the same FLOPs; NaN where it was not measured around them."""
+    saved: dict[str, Saving]
+    """FLOPs and seconds, at equal loss."""
+    at_edge: bool
+    """Whether its learning rate is the lowest or the highest of several that were tried."""
 
     @classmethod
-    def of(cls, name: str, runs: Sequence[RunRecord], targets: dict[int, float], tuned: Sequence[str]) -> "ArmResult":
+    def of(
+        cls,
+        name: str,
+        runs: Sequence[RunRecord],
+        full: FullModel,
+        tuned: Sequence[str] = (),
+        rates: Sequence[float] = (),
+    ) -> "ArmResult":
+        """`runs` at its best setting; `rates`: all learning rates that were tried."""
+
         def outcomes(key: str) -> np.ndarray:
             return np.array([run.outcome[key] for run in runs])
 
-        reached = [_first_reached(run, targets.get(run.setting("seed"), math.nan)) for run in runs]
+        reached = [_first_reached(run, full.loss(_seed(run))) for run in runs]
         to_baseline = dict(zip(("steps", "flops", "seconds"), np.array(reached).T, strict=True))
         return cls(
             name=name,
@@ -51,6 +139,10 @@ class ArmResult:
             seconds=outcomes("train_s"),
             to_baseline=to_baseline,
             settings={key: runs[0].setting(key) for key in tuned},
+            to_full=outcomes("val_loss") - [full.loss(_seed(run)) for run in runs],
+            to_same_flops=outcomes("val_loss") - [full.loss_at(_seed(run), run.outcome["flops_total"]) for run in runs],
+            saved={key: full.saving(runs, key) for key in _COSTS},
+            at_edge=len(set(rates)) > 1 and runs[0].setting(_RATE) in (min(rates), max(rates)),
         )
 
     def as_dict(self) -> dict[str, Any]:
@@ -62,12 +154,22 @@ class ArmResult:
             "flops_total": _numbers(self.flops),
             "train_s": _numbers(self.seconds),
             "to_baseline": {key: _numbers(values) for key, values in self.to_baseline.items()},
+            "to_full": _numbers(self.to_full),
+            "to_same_flops": _numbers(self.to_same_flops),
+            "saved_at_equal_loss": {
+                key: {"share": None if math.isnan(saving.share) else saving.share, "bound": saving.bound}
+                for key, saving in self.saved.items()
+            },
+            "lr_at_edge": self.at_edge,
         }
 
 
 @dataclass(frozen=True)
 class Verdict:
     arms: tuple[ArmResult, ...]
+    """Those that evolve, best first, then those that do not."""
+    runs: tuple[RunRecord, ...] = ()
+    """Of every arm, at its best setting."""
 
     @classmethod
     def of(cls, runs: Sequence[RunRecord], tuned: Sequence[str] = ()) -> "Verdict":
@@ -75,14 +177,24 @@ class Verdict:
 
         A seed's runs are held against that seed's full model.
         """
-        groups = {arm: _best_setting([run for run in runs if run.setting("name") == arm], tuned) for arm in ARMS}
-        targets = {run.setting("seed"): run.outcome["val_loss"] for run in groups[FULL]}
-        return cls(tuple(ArmResult.of(arm, group, targets, tuned) for arm, group in groups.items() if group))
+        by_arm: dict[str, list[RunRecord]] = {}
+        for run in runs:
+            by_arm.setdefault(run.setting("name"), []).append(run)
+        best = {arm: _best_setting(group, tuned) for arm, group in by_arm.items()}
+        evolving = sorted((arm for arm in best if arm not in DENSE), key=lambda arm: (_mean_loss(best[arm]), arm))
+        full = FullModel.of(best.get(FULL, []), best.get(FULL_SAME_FLOPS, []))
+        names = [*evolving, *(arm for arm in DENSE if arm in best)]
+        rates = {arm: [run.setting(_RATE) for run in by_arm[arm]] if _RATE in tuned else [] for arm in names}
+        return cls(
+            tuple(ArmResult.of(arm, best[arm], full, tuned, rates[arm]) for arm in names),
+            tuple(run for arm in names for run in best[arm]),
+        )
 
     def as_dict(self) -> list[dict[str, Any]]:
         return [arm.as_dict() for arm in self.arms]
 
-    def show(self, console: Console) -> None:
+    def show(self, console: Console, at_a_time: int | None = None) -> None:
+        """`at_a_time`: how many runs shared the machine, where that is known."""
         keys = list(self.arms[0].settings) if self.arms else []
         results = _table(*(short_key(key, keys) for key in keys), "seeds", "val loss", "FLOPs", "time")
         reached = _table("steps", "FLOPs", "time")
@@ -96,6 +208,10 @@ class Verdict:
         console.print(results)
         if keys:
             console.print(f"Every arm at the best of its values of {', '.join(keys)}.", style="dim")
+        if edges := [f"{arm.name} ({format_setting(arm.settings[_RATE])})" for arm in self.arms if arm.at_edge]:
+            console.print(f"At an edge of the learning rates that were tried: {', '.join(edges)}.", highlight=False)
+        if at_a_time is not None:
+            console.print(f"Times are of {at_a_time} run{'s' if at_a_time > 1 else ''} at a time.", style="dim")
         if any(arm.name == FULL for arm in self.arms):
             console.print(f"\nuntil an evaluation is as low as the final loss of arm {FULL}", style="italic")
             console.print(reached)
@@ -104,21 +220,29 @@ class Verdict:
             console.print(sentence, highlight=False, markup=False)
 
     def sentences(self) -> list[str]:
+        """One for every arm but the full model's, best first."""
         arms = {arm.name: arm for arm in self.arms}
-        if EST not in arms:
-            return []
-        est, said = arms[EST], []
-        if FULL in arms:
-            full = arms[FULL]
-            flops = 1 - est.flops.mean() / full.flops.mean()
-            time = 1 - est.seconds.mean() / full.seconds.mean()
-            said.append(
-                f"For the same tokens EST saves {format_percent(flops)} of the FLOPs and takes {_compared(time)} time; "
-                f"{against(est, full)} the full model's."
-            )
-        if FULL_SAME_FLOPS in arms:
-            said.append(f"For the same FLOPs {against(est, arms[FULL_SAME_FLOPS])} the full model's.")
-        return said
+        others = [arm for arm in self.arms if arm.name not in (FULL, FULL_SAME_FLOPS)]
+        others.sort(key=lambda arm: float(arm.val_loss.mean()))
+        return [said for arm in others if (said := _sentence(arm, arms.get(FULL), FULL_SAME_FLOPS in arms))]
+
+
+def _sentence(arm: ArmResult, full: ArmResult | None, same_flops: bool) -> str | None:
+    said = []
+    if full is not None:
+        fewer = Saving(1 - arm.flops.mean() / full.flops.mean()).words("fewer", "FLOPs")
+        said.append(f"for the same tokens {fewer}, and its loss {_to_full_model(arm.to_full)}")
+    if same_flops:
+        said.append(f"for the same FLOPs its loss {_to_full_model(arm.to_same_flops)}")
+    if any(not math.isnan(saving.share) for saving in arm.saved.values()):
+        flops, time = arm.saved["flops"].words("fewer", "FLOPs"), arm.saved["seconds"].words("less", "time")
+        said.append(f"for the same loss it takes {flops} and {time}")
+    return f"{arm.name}: {'; '.join(said)}." if said else None
+
+
+def _to_full_model(differences: np.ndarray) -> str:
+    known = differences[np.isfinite(differences)]
+    return f"is {_difference(known)} the full model's" if len(known) else "has no full model's to be held against"
 
 
 def _table(*columns: str) -> Table:
@@ -129,10 +253,6 @@ def _table(*columns: str) -> Table:
     return table
 
 
-def _compared(saved: float) -> str:
-    return f"{format_percent(abs(saved))} {'less' if saved >= 0 else 'more'}"
-
-
 def against(est: ArmResult, other: ArmResult) -> str:
     """`its loss is 0.0210 ± 0.0040 (2 seeds) below`: paired by seed, whose arms share data and initial weights."""
     losses = dict(zip(other.seeds, other.val_loss, strict=True))
@@ -140,13 +260,18 @@ def against(est: ArmResult, other: ArmResult) -> str:
     differences = np.array([loss - losses[seed] for seed, loss in pairs if seed in losses])
     if not len(differences):
         return "no seed in common lets its loss be held against"
+    return f"its loss is {_difference(differences)}"
+
+
+def _difference(differences: np.ndarray) -> str:
+    """`0.0210 ± 0.0040 (2 seeds) below`: mean and spread of one difference a seed."""
     mean, n = float(differences.mean()), len(differences)
     side = "below" if mean < 0 else "above"
     if n == 1:
-        return f"its loss is {format_loss(abs(mean))} (one seed: no spread is known) {side}"
+        return f"{format_loss(abs(mean))} (one seed: no spread is known) {side}"
     spread = float(differences.std(ddof=1))
     clear = "" if abs(mean) > 2 * spread / math.sqrt(n) else ", no clear difference,"
-    return f"its loss is {format_loss(abs(mean))} ± {format_loss(spread)} ({n} seeds{clear}) {side}".replace(",)", ")")
+    return f"{format_loss(abs(mean))} ± {format_loss(spread)} ({n} seeds{clear}) {side}".replace(",)", ")")
 
 
 def _first_reached(run: RunRecord, target: float) -> list[float]:

@@ -135,8 +135,7 @@ def coverage_drawing(found: Coverage) -> Drawing:
 def overview(comparison: Comparison) -> Figure:
     """One figure for a paper or a README: loss against every axis, savings and step time."""
     axes, groups = known_axes(comparison), shown_stage_times(comparison)
-    legend = 0.0 if comparison.single else 0.22 * -(-min(len(comparison.arms), 7) // 2) + 0.1
-    figure = Figure(figsize=(_WIDE, 8.4 + legend))
+    figure = Figure(figsize=(_WIDE, 8.4 + _legend_height(comparison)))
     cells = iter(figure.subplots(3, 2).flat)
     for axis in axes:
         draw_loss(next(cells), comparison, axis, narrow=True)
@@ -145,11 +144,31 @@ def overview(comparison: Comparison) -> Figure:
         draw_stage_times(next(cells), comparison, groups)
     for unused in cells:
         unused.set_axis_off()
-    if not comparison.single:
-        lines = [Line2D([], [], color=palette.series(arm.rank), linewidth=2) for arm in comparison.arms if arm.coloured]
-        labels = [f"{arm.letter}  {arm.label}" for arm in comparison.arms if arm.coloured]
-        figure.legend(lines, labels, loc="outside lower center", ncols=2, frameon=False)
+    _add_legend(figure, comparison)
     return laid_out(figure)
+
+
+def compute_and_time(comparison: Comparison) -> Figure:
+    """Loss against the FLOPs of the whole model and against time, side by side."""
+    figure = Figure(figsize=(_WIDE, 3.6 + _legend_height(comparison)))
+    for ax, axis in zip(
+        figure.subplots(1, 2), (axis for axis in AXES if axis.key in ("flops", "seconds")), strict=True
+    ):
+        draw_loss(ax, comparison, axis, narrow=True)
+    _add_legend(figure, comparison)
+    return laid_out(figure)
+
+
+def _legend_height(comparison: Comparison) -> float:
+    return 0.0 if comparison.single else 0.22 * -(-min(len(comparison.arms), 7) // 2) + 0.1
+
+
+def _add_legend(figure: Figure, comparison: Comparison) -> None:
+    if comparison.single:
+        return
+    lines = [Line2D([], [], color=palette.series(arm.rank), linewidth=2) for arm in comparison.arms if arm.coloured]
+    labels = [f"{arm.letter}  {arm.label}" for arm in comparison.arms if arm.coloured]
+    figure.legend(lines, labels, loc="outside lower center", ncols=2, frameon=False)
 
 
 def save_png(figure: Figure, path: Path) -> None:

@@ -37,6 +37,15 @@ def write_report(runs: Sequence[RunRecord], out: Path, formats: Sequence[str] = 
     return files
 
 
+def write_compute_and_time(runs: Sequence[RunRecord], path: Path) -> Path:
+    """Writes one PNG: loss against whole-model FLOPs, and against time."""
+    from est_cli.reports import figures
+
+    with _without_glyph_warnings(), figures.report_style():
+        figures.save_png(figures.compute_and_time(Comparison.of(runs)), path)
+    return path
+
+
 def _check(out: Path, formats: Sequence[str]) -> None:
     problems = [
         f"formats={name}: must be one of {', '.join(FORMATS)}{nearest(name, FORMATS)}"

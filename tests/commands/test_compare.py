@@ -1,4 +1,4 @@
-"""experiment=compare: three arms that differ in nothing but how they spend, and the verdict on them."""
+"""experiment=compare: arms that differ in nothing but how they spend, and the verdict on them."""
 
 import argparse
 import io
@@ -86,7 +86,7 @@ def test_warmup_and_decay_that_touch_do_not_overlap_in_the_third_arm(warmup, dec
 
 
 def test_an_arm_that_there_is_not_is_bad_input():
-    with pytest.raises(UserError, match=r"arm=ful: must be one of est, full, full_same_flops; did you mean 'full'"):
+    with pytest.raises(UserError, match=r"arm=ful: must be one of est, full, .* did you mean 'full'"):
         with_arm(config_of(), "ful")
 
 
@@ -114,7 +114,7 @@ def test_the_verdict_pairs_seeds():
     runs = [record(arm, seed, [10.0 * seed + loss], 1) for seed in (0, 1)
             for arm, loss in (("est", 1.0), ("full_same_flops", 2.0))]  # fmt: skip
     assert Verdict.of(runs).sentences() == [
-        "For the same FLOPs its loss is 1.0000 ± 0.0000 (2 seeds) below the full model's."
+        "est: for the same FLOPs its loss is 1.0000 ± 0.0000 (2 seeds) below the full model's."
     ]
 
 
