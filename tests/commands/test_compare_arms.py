@@ -89,7 +89,7 @@ def test_what_cannot_be_compared_is_bad_input(override, said):
 
 
 def test_every_arm_is_checked_before_anything_runs():
-    with pytest.raises(UserError, match="arms: stacking: .*grow_at") as raised:
+    with pytest.raises(UserError, match=r"arms: stacking: .*grow_at") as raised:
         jobs_of("arms=[full,stacking,est,small]", "model.n_layers=1", "sampling.layers=1")
     assert "arms: small: " not in str(raised.value) or "n_layers=1" in str(raised.value)
 
