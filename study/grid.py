@@ -52,7 +52,7 @@ def _full(length: float = 1.0) -> Arm:
     return Arm(name, says, ("scheduler=full",), "4e-3", length)
 
 
-def _stack(depth: int, at: float, lr: str = "4e-3", **options: str) -> Arm:
+def _stack(depth: int, at: float, lr: str = "8e-3", **options: str) -> Arm:
     name = "-".join([f"stack-{depth}-at-{at:g}", *options.values()])
     says = ", ".join([f"{depth} layer{'s' if depth > 1 else ''} until {at:g}", *options.values()])
     chosen = tuple(f"scheduler.{key}={value}" for key, value in options.items())
@@ -71,7 +71,7 @@ ARMS = {
         _full(),
         *map(_full, SHORTER),
         _stack(2, 0.5),
-        _stack(1, 0.5),
+        _stack(1, 0.5, "4e-3"),
         _stack(4, 0.5),
         _stack(2, 0.3),
         _stack(2, 0.7),
@@ -85,6 +85,7 @@ ARMS = {
             "scheduler=stacking",
             "scheduler.depths=[2,4]",
             "scheduler.grow_at=[0.4,0.7]",
+            lr="8e-3",
         ),
         _schedule("raptr", "RAPTR", "scheduler=raptr"),
         _schedule("layer_drop", "layer dropping by depth", "scheduler=layer_drop"),
