@@ -1,7 +1,12 @@
 """docs/study.md against the grid and the committed records, and its numbers on records made up here."""
 
 import json
+import math
+import os
 import re
+import subprocess
+import sys
+from collections.abc import Callable
 from copy import deepcopy
 from pathlib import Path
 from time import sleep
@@ -10,27 +15,42 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from est_cli.commands.arms import ARMS, EST, FULL, FULL_SAME_FLOPS
 from est_cli.errors import UserError
-from study import figures, tables, training
-from study.document import rebuilt
+from study import document, tables, training
+from study.figures import FIGURES
 from study.frontier import Frontier
-from study.grid import LEARNING_RATES, LONG, TUNED, Run, grid, matching, retired
+from study.grid import (
+    ARMS,
+    FULL,
+    LEARNING_RATES,
+    SEEDS,
+    SHORTER,
+    SIZES,
+    SMALL,
+    WINNER,
+    Arm,
+    Run,
+    grid,
+    matching,
+    runs_with,
+)
 from study.records import ROOT, Records
+from study.results import at_first_seed
 from tests.commands.cli import write_corpus
 
 FOLDER = ROOT / "docs" / "study"
 COMMITTED = Records(FOLDER / "records")
 DOCUMENT = (ROOT / "docs" / "study.md").read_text("utf-8")
 BY_NAME = {run.name: run for run in grid()}
-TEN_PFLOP = 1e16
+TEMPLATE = json.loads((FOLDER / "micro" / "headline-est-seed0.json").read_text())
 
 
 def test_run_names_are_unique_and_can_be_picked_by_a_pattern():
     assert len(BY_NAME) == len(grid())
-    assert {run.name for run in matching(["headline-*-seed0"])} == {f"headline-{arm}-seed0" for arm in ARMS}
-    names = [run.name for run in matching(["screen-full-5*", "screen-full-*"])]
-    assert names == ["screen-full-5000", "screen-full-6500"], "in the patterns' order, each once"
+    first = runs_with(group="headline", size=SMALL, seed=SEEDS[0])
+    assert set(matching([f"headline-{SMALL}-*-seed{SEEDS[0]}"])) == set(first)
+    last, *_ = reversed(first)
+    assert matching([last.name, f"headline-{SMALL}-*-seed{SEEDS[0]}"])[0] == last, "in the patterns' order, each once"
 
 
 @pytest.mark.slow
@@ -38,24 +58,21 @@ def test_every_run_of_the_grid_composes_to_a_run_of_its_own():
     configs = {run: training.config_of(run) for run in grid()}
     assert len({repr(config) for config in configs.values()}) == len(configs)
     for run, config in configs.items():
+        assert (config.trainer.max_steps, config.seed) == (run.steps, run.seed)
         if run in COMMITTED:
             COMMITTED.check(run, config)
-        if run.group == "headline":
-            assert config.trainer.max_steps == (23_000 if FULL_SAME_FLOPS in run.name else LONG)
 
 
 def test_the_committed_records_are_runs_of_the_grid_on_one_text():
-    known = BY_NAME | {run.name: run for run in retired()}
-    assert set(COMMITTED.contents) <= set(known)
-    assert COMMITTED.corpus is not None
+    assert set(COMMITTED.contents) <= set(BY_NAME)
+    assert (COMMITTED.corpus is None) == (not COMMITTED.contents), "of several texts it raises"
     for name, content in COMMITTED.contents.items():
-        assert content["overrides"] == list(known[name].overrides)
+        assert content["overrides"] == list(BY_NAME[name].overrides)
         assert content["summary"]["status"] == "done"
-        assert content["curve"]["val/loss"][-1] == pytest.approx(content["summary"]["val_loss"], abs=1e-5)
 
 
 def test_the_document_is_what_its_records_make_of_it():
-    assert rebuilt(DOCUMENT, COMMITTED) == DOCUMENT, "run python -m study --tables"
+    assert document.rebuilt(DOCUMENT, COMMITTED) == DOCUMENT, "run python -m study --tables"
 
 
 def test_the_readmes_advice_has_the_documents_numbers():
@@ -67,148 +84,211 @@ def test_the_readmes_advice_has_the_documents_numbers():
 
 
 def test_the_document_shows_every_table_and_figure():
-    for name in tables.TABLES:
+    for name in [*tables.TABLES, *(f"figure {name}" for name in FIGURES)]:
         assert f"<!-- begin: {name} -->" in DOCUMENT
     for path in FOLDER.glob("*.svg"):
         assert f"study/{path.name}" in DOCUMENT
         assert path.stat().st_size < 80_000
 
 
-def test_the_headline_has_the_best_learning_rates_once_they_are_known():
-    for arm in ARMS:
-        losses = {lr: COMMITTED.contents.get(f"lr-{arm}-{lr}") for lr in LEARNING_RATES}
-        if None not in losses.values():
-            best = min(losses, key=lambda lr: losses[lr]["summary"]["val_loss"])
-            assert TUNED[arm] == best
+def test_every_arm_has_its_best_learning_rate_once_all_that_are_asked_for_are_done():
+    for arm in ARMS.values():
+        losses = tables.losses_by_rate(COMMITTED, arm.name)
+        if 1 < len(losses) == len(at_first_seed(arm, SMALL)):
+            assert arm.lr == min(losses, key=losses.get)
+
+
+def full_loss(share: float) -> float:
+    """What the full model reaches for a share of the FLOPs: a straight line in their logarithm."""
+    return 2.0 - 0.1 * math.log2(share)
+
+
+Losses = Callable[[Run], tuple[float, float]]
+
+
+def full_and_winner(run: Run, share: float = 0.6, loss: float = full_loss(0.8)) -> tuple[float, float]:
+    """The share of the full run's FLOPs and the loss. The winner spends 60%, and is as good as the full model at 80%.
+    Another seed than the first is worse by 0.1, whatever trains."""
+    of_seed = 0.1 if run.seed else 0.0
+    return (run.arm.length, full_loss(run.arm.length) + of_seed) if run.arm.is_full else (share, loss + of_seed)
 
 
 @pytest.fixture
-def made_up(tmp_path) -> Records:
-    """The runs at the tuned learning rate and a few screens, with losses that are easy to reckon with."""
-    records = Records(tmp_path)
-    template = next(iter(COMMITTED.contents.values()))
-    losses = {EST: (0.75, 2.1), FULL: (1.0, 2.0), FULL_SAME_FLOPS: (0.75, 2.2)}
-    for arm, (flops, loss) in losses.items():
-        _make_up(records, template, f"lr-{arm}-{TUNED[arm]}", arm, flops, loss)
-    _make_up(records, template, "screen-balanced-4e-3", "study", 0.75, 1.9)
-    _make_up(records, template, "screen-cyclic-4e-3", "study", 0.2, 2.1)
-    return records
+def records(tmp_path) -> Records:
+    return Records(tmp_path / "records")
 
 
-def _make_up(records: Records, template: dict, name: str, arm: str, flops: float, loss: float) -> None:
-    content = deepcopy(template)
-    content["name"], content["config"]["name"], content["config"]["seed"] = name, arm, 0
-    content["summary"] |= {"val_loss": loss, "flops_total": flops * TEN_PFLOP, "flops_saved": 1 - flops}
-    content["curve"]["val/loss"][-1] = loss
-    records.contents[name] = content
+def make_up(records: Records, runs: list[Run], losses: Losses = full_and_winner) -> None:
+    records.folder.mkdir(exist_ok=True)
+    for run in runs:
+        share, loss = losses(run)
+        content = deepcopy(TEMPLATE)
+        content["config"]["model"]["n_layers"] = SIZES[run.size][0]
+        half = run.steps // 2
+        stages = [(0, run.steps - 1)] if run.arm.is_full else [(0, half - 1), (half, run.steps - 1)]
+        content["summary"] |= {
+            **{"val_loss": loss, "flops_total": share * 1e16, "steps": run.steps, "tokens": 1024 * run.steps},
+            "stages": [{"first_step": first, "last_step": last} for first, last in stages],
+        }
+        points = np.arange(1, 5) / 4
+        content["curve"] = {
+            "step": (points * run.steps - 1).tolist(),
+            "flops/total": (points * share * 1e16).tolist(),
+            "train/loss": (3 - points).tolist(),
+        }
+        records.contents[run.name] = content
+        (records.folder / f"{run.name}.json").write_text(json.dumps(content))
 
 
-def row(table: str, first: str) -> list[str]:
-    [line] = [line for line in table.splitlines() if line.startswith(f"| {first}")]
-    return [cell.strip() for cell in line.strip("|").split("|")]
+def headline_runs(*seeds: int, size: str = SMALL) -> list[Run]:
+    names = (FULL, WINNER, *(f"{FULL}-{length:g}" for length in SHORTER))
+    runs = runs_with(group="headline", size=size)
+    return [run for run in runs if run.seed in seeds and run.arm.name in names]
 
 
-def test_a_schedule_is_held_against_the_full_model_at_its_own_flops(made_up):
-    """0.1 below the 2.2 that the full model reaches for 75% of the FLOPs."""
-    table = tables.screens(made_up)
-    est = row(table, "**EST")
-    assert est[2:6] == ["25.0%", "2.1000", "2.2000", "−0.1000"]
-    # The full model reaches 2.1 halfway between the logarithms of 0.75 and 1.
-    assert est[6] == f"{100 * (1 - 0.75 / 0.75**0.5):.1f}%"
+def row(table: str, *first: str) -> list[str]:
+    """The cells after the first ones."""
+    [line] = [line for line in table.splitlines() if line.startswith(f"| {' | '.join(first)} |")]
+    return [cell.strip() for cell in line.strip("|").split("|")][len(first) :]
 
 
-def test_a_schedule_outside_of_what_the_full_model_was_measured_on_has_no_verdict(made_up):
-    table = tables.screens(made_up)
-    assert row(table, "`cyclic`")[4:6] == ["-", "-"], "nobody trained the full model for so few steps"
-    assert row(table, "`balanced`")[5:] == ["−0.3000", "-"], "the full model never was as good as 1.9"
-    assert table.index("`balanced`") < table.index("**EST") < table.index("`cyclic`"), "the best first"
-    assert "rates 0.75" in table.partition("Not yet run: ")[2]
+SAYS = ARMS[WINNER].says
+ASKED = len(runs_with(group="headline", size=SMALL, arm=ARMS[WINNER]))
 
 
-def test_what_is_missing_is_said(made_up):
-    assert row(tables.headline(made_up), "EST")[1:3] == ["0 of 3", "not yet run"]
-    assert "not yet run" in tables.headline_says(made_up)
-    assert all(tables.ARM_WORDS[arm] in tables.tuned_at_an_edge(made_up) for arm in ARMS)
-    assert row(tables.budget_table(made_up), "learning rates")[1:3] == ["12", "3"]
+def test_a_schedule_is_held_against_the_full_model_for_the_same_tokens_and_for_the_same_flops(records):
+    make_up(records, headline_runs(0))
+    same_tokens, same_flops = full_loss(0.8) - 2.0, full_loss(0.6) - full_loss(0.8)
+    cells = row(tables.headline_table(records), SMALL, SAYS)
+    assert cells[:2] == [f"1 of {ASKED}", "0.600"]
+    assert cells[2:] == [f"{full_loss(0.8):.4f}", f"+{same_tokens:.4f}", f"−{same_flops:.4f}", "25.0%", "-"]
+    assert row(tables.headline_table(records), SMALL, "full model")[3:] == ["-"] * 4
 
 
-def test_the_arms_in_words(made_up):
-    said = tables.short_arms_say(made_up)
-    assert "EST spends 25.0% fewer FLOPs, and its loss is 0.1000 (one seed: no spread is known) above" in said
-    assert "For the same FLOPs its loss is 0.1000 (one seed: no spread is known) below" in said
+def test_seeds_are_paired_with_the_full_model_of_their_own(records):
+    make_up(records, headline_runs(0, 1))
+    cells = row(tables.headline_table(records), SMALL, SAYS)
+    assert cells[2] == f"{full_loss(0.8) + 0.05:.4f} ± 0.0707"
+    assert cells[3:6] == ["+0.0322 ± 0.0000", "−0.0415 ± 0.0000", "25.0%"]
+    shorter = next(run for run in headline_runs(1) if run.arm.is_full and run.arm.length < 1)
+    del records.contents[shorter.name]
+    assert row(tables.headline_table(records), SMALL, SAYS)[4] == "−0.0415 (1 of 2)", "a length of seed 1 is missing"
 
 
-def test_the_best_learning_rate_of_an_arm_is_bold(made_up):
-    template = made_up.contents[f"lr-{EST}-{TUNED[EST]}"]
-    _make_up(made_up, template, f"lr-{EST}-2e-3", EST, 0.75, 2.05)
-    cells = row(tables.learning_rates(made_up), "EST")
-    assert "**2.0500**" in cells
-    assert "2.1000" in cells
+def test_better_than_the_whole_full_run_saves_at_least_what_it_spends_less(records):
+    make_up(records, headline_runs(0), lambda run: full_and_winner(run, loss=1.9))
+    assert row(tables.headline_table(records), SMALL, SAYS)[5] == "at least 40.0%"
 
 
-@pytest.fixture
-def long_runs(made_up) -> Records:
-    """Seed 0 of the headline, and what was trained as long."""
-    template = made_up.contents[f"lr-{EST}-{TUNED[EST]}"]
-    runs = (
-        (f"headline-{EST}-seed0", EST, 0.75, 2.1),
-        (f"headline-{FULL}-seed0", FULL, 1.0, 2.0),
-        (f"headline-{FULL_SAME_FLOPS}-seed0", FULL_SAME_FLOPS, 0.75, 2.2),
-        (f"candidate-{FULL_SAME_FLOPS}-{TUNED[EST]}-seed0", FULL_SAME_FLOPS, 0.75, 2.3),
-        ("candidate-longer-seed0", "study", 0.65, 2.15),
+def test_outside_of_what_the_full_model_was_measured_on_there_is_no_verdict(records):
+    make_up(records, headline_runs(0), lambda run: full_and_winner(run, share=0.01, loss=3.0))
+    assert row(tables.headline_table(records), SMALL, SAYS)[3:6] == ["+1.0000", "-", "-"]
+
+
+def test_seconds_are_steps_times_measured_step_times(records):
+    make_up(records, headline_runs(0))
+    times = {"cpu": "a CPU", "torch": "2", "threads": 1, SMALL: {WINNER: [0.1, 0.4]}}
+    (records.folder.parent / "times.json").write_text(json.dumps(times))
+    # A quarter and one of a full step's time in a half each, of 0.8 of the full run's.
+    assert row(tables.headline_table(records), SMALL, SAYS)[6] == f"{100 * (1 - 0.625 / 0.8):.1f}%"
+    assert "timed on a CPU, torch 2" in tables.origins(records)
+
+
+def test_the_headline_in_words(records):
+    make_up(records, headline_runs(0, 1))
+    said = tables.headline_says(records)
+    assert "It spends 40.0% fewer FLOPs" in said
+    assert "+0.0322 ± 0.0000 for the same tokens (2 seeds), and −0.0415 ± 0.0000 for the same FLOPs" in said
+    assert "Saved at equal loss: 25.0% of the FLOPs." in said
+
+
+def test_what_is_missing_is_said(records):
+    assert row(tables.headline_table(records), SMALL, SAYS)[:3] == [f"0 of {ASKED}", "", "not yet run"]
+    assert "not yet run" in tables.headline_says(records)
+    assert f"{SAYS} ({SMALL})" in tables.screens(records).partition("Not yet run: ")[2]
+    assert "not yet run" in tables.lengths(records)
+    assert tables.origins(records) == "Runs: not yet run."
+    asked, done, minutes = row(tables.budget(records), "all")
+    assert (asked, done) == (str(len(grid())), "0")
+    assert int(minutes) > 0
+    assert document.drawn(records) == {}
+
+
+def test_the_best_learning_rate_is_bold_and_one_at_an_edge_is_named(records):
+    runs = sorted(at_first_seed(ARMS[WINNER], SMALL), key=lambda run: float(run.lr))
+    make_up(records, runs, lambda run: (0.6, 2.0 - 0.01 * runs.index(run)))
+    text = tables.learning_rates(records)
+    best = 2.0 - 0.01 * (len(runs) - 1)
+    assert row(text, SAYS)[LEARNING_RATES.index(runs[-1].lr)] == f"**{best:.4f}**"
+    assert f"at an edge of the rates that were tried: {SAYS} ({float(runs[-1].lr):g})." in text
+    for run in runs[1:]:
+        del records.contents[run.name]
+    assert f"at one rate only: {SAYS} ({float(runs[0].lr):g})." in tables.learning_rates(records)
+
+
+def test_screens_have_the_best_rate_of_every_schedule_and_what_saves_most_first(records):
+    screen = next(run for run in grid() if run.group == "screen" and run.size == SMALL and not run.arm.is_full)
+    tuned = at_first_seed(ARMS[WINNER], SMALL)
+    make_up(
+        records, [*headline_runs(0), *tuned], lambda run: full_and_winner(run, loss=2.1 + 0.01 * (run != tuned[-1]))
     )
-    for name, arm, flops, loss in runs:
-        _make_up(made_up, template, name, arm, flops, loss)
-    return made_up
+    full = [run for run in headline_runs(0) if run.arm.is_full]
+    make_up(records, full)
+    make_up(records, [screen], lambda run: (0.6, 2.05))
+    text = tables.screens(records)
+    assert row(text, SMALL, SAYS)[:3] == [f"{float(tuned[-1].lr):g}", "0.600", "2.1000"]
+    # The full model needs a share of 2^-0.5 for a loss of 2.05, and 2^-1 for one of 2.1.
+    assert row(text, SMALL, screen.arm.says)[5] == f"{100 * (1 - 0.6 * 2**0.5):.1f}%"
+    assert text.index(screen.arm.says) < text.index(SAYS)
 
 
-def test_long_schedules_are_held_against_the_full_model_at_the_better_of_its_rates(long_runs):
-    table = tables.candidates(long_runs)
-    saved = f"{100 * (1 - 0.75 / 0.75**0.5):.1f}%"
-    assert row(table, "**EST")[1:] == ["1 of 3", "25.0%", "2.1000", "2.0000", "2.2000", "−0.1000", saved]
-    assert row(table, "boundaries 0.2 and 0.7")[4:7] == ["2.0000", "-", "-"], "fewer FLOPs than were measured"
-    assert row(table, "rates 0.75")[1:3] == ["0 of 3", "not yet run"]
+def test_the_winner_by_tokens_a_parameter(records):
+    make_up(records, headline_runs(0))
+    cells = next(line for line in tables.lengths(records).splitlines() if f"{SIZES[SMALL][2]:,}" in line).split(" | ")
+    assert cells[3:] == [f"1 of {ASKED}", "2.0000", f"{full_loss(0.8):.4f}", "+0.0322", "40.0% |"]
+    assert 9 < float(cells[1]) < 11
 
 
-def test_seeds_are_paired_with_the_full_model_of_their_own(long_runs):
-    """Seed 1's full model is better by 0.1, and so is the schedule: the difference is that of seed 0."""
-    template = long_runs.contents[f"lr-{EST}-{TUNED[EST]}"]
-    for arm, flops, loss in ((EST, 0.75, 2.0), (FULL, 1.0, 1.9), (FULL_SAME_FLOPS, 0.75, 2.1)):
-        _make_up(long_runs, template, f"headline-{arm}-seed1", arm, flops, loss)
-    cells = row(tables.candidates(long_runs), "**EST")
-    assert cells[1] == "2 of 3"
-    assert cells[3:7] == ["2.0500 ± 0.0707", "1.9500 ± 0.0707", "2.1500 ± 0.0707", "−0.1000 ± 0.0000"]
-    assert cells[7] == f"{100 * (1 - 0.75 / 0.75**0.5):.1f}%", "of the mean losses"
+def test_the_earlier_study():
+    table = tables.micro(COMMITTED)
+    assert row(table, "EST")[2:5] == ["2.3036 ± 0.0444", "+0.0532 ± 0.0452", "+0.0360 ± 0.0573"]
+    assert row(table, "rates 0.75")[2:] == ["2.2524 ± 0.0075", "+0.0019 ± 0.0074", "−0.0066 ± 0.0019", "9.7%"]
 
 
-def test_the_schedule_that_is_kept_is_the_one_that_was_recorded():
-    asked = Run("three", ("scheduler=three_quarters",))
-    [recorded] = [run for run in grid() if run.name == "candidate-rates-0.75-seed0"]
-    assert training.config_of(asked).scheduler.stages == training.config_of(recorded).scheduler.stages
+def test_the_headline_as_json_needs_no_torch(records):
+    """At the top are the numbers of the size that most seeds are done of."""
+    *_, larger = SIZES
+    make_up(records, [*headline_runs(0, 1), *headline_runs(0, size=larger)])
+    (records.folder.parent / "study").mkdir()
+    os.rename(records.folder, records.folder.parent / "study" / "records")
+    (records.folder.parent / "torch.py").write_text("raise ImportError('torch is not needed here')")
+    command = [sys.executable, "-m", "study", "--headline", "--out", records.folder.parent]
+    environment = {**os.environ, "PYTHONPATH": str(records.folder.parent)}
+    found = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
+    headline = json.loads(found.stdout)
+    assert headline["schedule"] == SAYS
+    assert headline["overrides"] == list(ARMS[WINNER].overrides)
+    assert (headline["size"], headline["seeds"], headline["at_least"]) == (SMALL, 2, False)
+    assert headline["saved_at_equal_loss"] == pytest.approx(0.25, abs=1e-6)
+    assert (headline["difference"], headline["spread"]) == pytest.approx((full_loss(0.8) - 2.0, 0.0), abs=1e-6)
+    assert [(entry["size"], entry["n_layers"]) for entry in headline["sizes"]] == [
+        (size, SIZES[size][0]) for size in (SMALL, larger)
+    ]
+    assert headline["sizes"][1]["spread"] is None, "of one seed"
 
 
-def test_how_close_the_goal_is(long_runs):
-    said = tables.goal_says(long_runs)
-    assert "boundaries 0.2 and 0.7 (1 seed): 35.0% saved, loss 0.1500 above the full model's" in said
-    assert f"equal loss is {100 * (1 - 0.65 / 0.75**0.75):.1f}%, by boundaries 0.2 and 0.7 (1 seed)" in said
+def test_records_of_two_texts_are_refused(records):
+    make_up(records, headline_runs(0))
+    records.contents[headline_runs(0)[-1].name]["corpus"] = "another"
+    with pytest.raises(UserError, match=r"headline-.* and headline-.* are of different texts"):
+        records.corpus  # noqa: B018
 
 
-def test_what_a_baseline_at_another_rate_would_have_said(long_runs):
-    assert "2.3000 at 0.004, 2.2000 at 0.008; EST's loss is 0.2000 below the former" in tables.second_rate_says(
-        long_runs
-    )
-
-
-def test_the_arms_by_length(long_runs):
-    table = tables.lengths(long_runs)
-    assert row(table, "10,000")[1:] == ["2.1000", "2.0000", "2.2000", "+0.1000", "−0.1000"]
-    assert row(table, "60,000")[1:] == ["not yet run"] * 3 + ["-"] * 2
-
-
-def test_records_of_two_texts_are_refused(made_up):
-    made_up.contents["screen-cyclic-4e-3"]["corpus"] = "another"
-    with pytest.raises(UserError, match=r"lr-est-.* and screen-cyclic-4e-3 are of different texts"):
-        made_up.corpus  # noqa: B018
+def test_training_on_another_text_than_the_records_is_refused(records, monkeypatch):
+    make_up(records, headline_runs(0))
+    monkeypatch.setattr(training, "prepare", lambda *_: SimpleNamespace(fingerprint="another"))
+    with pytest.raises(UserError, match="another text: the packages installed there differ"):
+        training.corpus_of(training.config_of(grid()[0]), records)
 
 
 def test_the_frontier_is_linear_in_the_logarithm_of_the_flops_and_knows_its_ends():
@@ -218,11 +298,22 @@ def test_the_frontier_is_linear_in_the_logarithm_of_the_flops_and_knows_its_ends
     assert np.isnan([frontier.loss_at(5e12), frontier.flops_at(1.9), frontier.flops_at(3.1)]).all()
 
 
-def test_the_same_records_give_the_same_figures_byte_for_byte(made_up, tmp_path):
-    drawn = [figures.draw(made_up, tmp_path / name) for name in "ab"]
-    assert {path.stem for path in drawn[0]} == {"learning-rates", "short-runs", "screens"}
+def test_the_same_records_give_the_same_figures_byte_for_byte(records, tmp_path):
+    make_up(records, [*headline_runs(0), *at_first_seed(ARMS[WINNER], SMALL)])
+    drawn = [document.draw(records, tmp_path / name) for name in "ab"]
+    assert {path.stem for path in drawn[0]} == set(FIGURES)
     for a, b in zip(*drawn, strict=True):
         assert a.read_bytes() == b.read_bytes()
+
+
+def test_step_times_are_of_every_stage_the_full_model_last(tmp_path):
+    from study.times import step_times
+
+    run = next(run for run in grid() if run.arm == ARMS[WINNER])
+    config = training.config_of(run)
+    stages = step_times(config, rounds=1)
+    assert len(stages) >= len(config.scheduler.stages)
+    assert min(stages) > 0
 
 
 @pytest.fixture
@@ -232,9 +323,10 @@ def place(tmp_path, monkeypatch) -> Path:
     return tmp_path
 
 
-def tiny(place: Path, name: str, *overrides: str) -> Run:
+def tiny(place: Path, name: str, *overrides: str, steps: int = 4) -> Run:
     text = ("data=text", f"data.path={place / 'corpus'}", f"data.cache_dir={place / 'cache'}", "tokenizer=byte")
-    return Run(name, ("trainer.max_steps=4", "trainer.batch_size=1", "trainer.eval_every=2", *text, *overrides))
+    small = ("trainer.batch_size=1", "trainer.log_every=1", "model.n_layers=2", "optimizer.warmup=0")
+    return Run(name, "lr", Arm("tiny", "tiny", (*text, *small, *overrides), "8e-3"), SMALL, "8e-3", steps, 0)
 
 
 @pytest.mark.slow
@@ -244,7 +336,7 @@ def test_what_trains_is_recorded_and_what_fails_stops_nothing_else(place):
     assert training.train([bad, good], records, "some text", workers=2) == [bad]
     found = json.loads((place / "records" / "lr-good.json").read_text())
     assert found["corpus"] == "some text"
-    assert found["curve"]["step"] == [1, 3]
+    assert found["curve"]["step"] == [0, 1, 2, 3]
     assert len(json.dumps(found)) < 8000
     assert "nonsense" in (place / "runs" / "lr-bad.log").read_text()
 
@@ -262,7 +354,7 @@ def test_what_trains_is_recorded_and_what_fails_stops_nothing_else(place):
 
 @pytest.mark.slow
 def test_a_study_that_is_stopped_goes_on_where_it_was(place, monkeypatch):
-    run, folder = tiny(place, "lr-long", "trainer.max_steps=1500"), place / "runs" / "lr-long"
+    run, folder = tiny(place, "lr-long", steps=600), place / "runs" / "lr-long"
 
     def sleep_until_it_trains(seconds: float) -> None:
         if (folder / "metrics.jsonl").exists() and (folder / "metrics.jsonl").stat().st_size:
@@ -274,15 +366,15 @@ def test_a_study_that_is_stopped_goes_on_where_it_was(place, monkeypatch):
         training.train([run], Records(place / "records"), "some text", workers=1)
     summary = json.loads((folder / "summary.json").read_text())
     assert summary["status"] == "stopped"
-    assert 0 < summary["steps"] < 1500
+    assert 0 < summary["steps"] < 600
 
     records = Records(place / "records")
     assert training.train([run], records, "some text", workers=1) == []
-    assert records.contents["lr-long"]["summary"]["steps"] == 1500
+    assert records.contents["lr-long"]["summary"]["steps"] == 600
     assert f"step-{summary['steps']:08}" in (place / "runs" / "lr-long.log").read_text()
     assert len(json.loads((folder / "environment.json").read_text())["earlier_starts"]) == 1
 
 
 def test_two_studies_do_not_train_at_once(place):
-    with training._only_study(), pytest.raises(UserError, match="a study trains there already"):
+    with training.only_study(), pytest.raises(UserError, match="a study trains there already"):
         training.train([], Records(place / "records"), "some text", workers=1)
