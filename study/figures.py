@@ -9,7 +9,7 @@ from matplotlib.ticker import FixedLocator
 
 from est_cli.reports import palette
 from est_cli.reports.figures import report_style
-from study.frontier import Frontier
+from est_cli.reports.frontier import Frontier
 from study.grid import ARMS, FULL, LEARNING_RATES, SEEDS, SIZES, SMALL, WINNER, runs_with
 from study.records import Records
 from study.results import frontier_of, headline, screened

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 
 from est_cli.config import read_train_config
+from est_cli.reports.frontier import Frontier
 from est_cli.reports.records import RunRecord
 from est_cli.subnet.memory import count_parameters
-from study.frontier import Frontier
 from study.grid import ARMS, FULL, SEEDS, SIZES, WINNER, Arm, Run, runs_with
 from study.records import Records
 

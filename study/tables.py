@@ -5,10 +5,10 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from est_cli.reports.frontier import Frontier
 from est_cli.reports.records import RunRecord
 from est_cli.units import format_count, format_percent
 from study import training
-from study.frontier import Frontier
 from study.grid import ARMS, FULL, GROUPS, LEARNING_RATES, SIZES, SMALL, WINNER, runs_with
 from study.records import ROOT, Records
 from study.results import Result, Seeds, at_first_seed, compare, headline, parameters, result_of, screened, times_of

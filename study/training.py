@@ -34,8 +34,7 @@ _POLL_S = 1.0
 def config_of(run: Run) -> TrainConfig:
     """What est-train makes of the run's overrides. Raises UserError."""
     arguments = Namespace(overrides=[BASE, *run.overrides], config_name=None, config_dir=None)
-    composed, _ = entry.compose("train", arguments)
-    return read_config(composed)[0]
+    return read_config(*entry.compose("train", arguments))[0]
 
 
 @functools.cache

@@ -16,9 +16,9 @@ import numpy as np
 import pytest
 
 from est_cli.errors import UserError
+from est_cli.reports.frontier import Frontier
 from study import document, tables, training
 from study.figures import FIGURES
-from study.frontier import Frontier
 from study.grid import (
     ARMS,
     FULL,

@@ -1,1 +1,0 @@
-from est_cli.reports.frontier import Frontier as Frontier
