@@ -174,7 +174,8 @@ def test_one_command_trains_the_arms_and_compares_them(tmp_path):
     write_corpus(tmp_path / "corpus")
     done = run(
         "est-train", "experiment=compare", *TINY, "data=text", "data.path=corpus", "trainer.max_steps=15",
-        "trainer.eval_every=5", "trainer.checkpoint_every=0", "seed=3", "format=json", cwd=tmp_path,
+        "trainer.eval_every=5", "trainer.checkpoint_every=0", "seed=3", "format=json",
+        "hydra/launcher=basic", cwd=tmp_path,
     )  # fmt: skip
     assert done.code == 0, done.err
     jobs = {job["name"]: job for job in done.json["jobs"]}
