@@ -145,7 +145,8 @@ def _at_a_time(master: DictConfig) -> int | None:
     """How many jobs this machine runs at a time; None where the launcher does not tell."""
     if (launcher := master.hydra.runtime.choices["hydra/launcher"]) == "basic":
         return 1
-    return master.hydra.launcher.n_jobs if launcher == "joblib" else None
+    n_jobs = master.hydra.launcher.n_jobs if launcher == "joblib" else 0
+    return n_jobs if n_jobs > 0 else None
 
 
 def _check_installed(master: DictConfig) -> None:

@@ -54,7 +54,9 @@ def test_arms_differ_in_schedule_and_length_only():
 
 
 def test_the_third_arm_has_a_learning_rate_schedule_of_its_own():
-    config = config_of("trainer.max_steps=1000", "optimizer.warmup=100", "optimizer.decay_steps=1000")
+    config = config_of(
+        "optimizer.decay=cosine", "trainer.max_steps=1000", "optimizer.warmup=100", "optimizer.decay_steps=1000"
+    )
     arm = with_arm(config, "full_same_flops")
     assert arm.optimizer.decay_steps == arm.trainer.max_steps
     assert arm.optimizer.warmup == round(arm.trainer.max_steps / 10)
@@ -174,7 +176,8 @@ def test_one_command_trains_the_arms_and_compares_them(tmp_path):
     write_corpus(tmp_path / "corpus")
     done = run(
         "est-train", "experiment=compare", *TINY, "data=text", "data.path=corpus", "trainer.max_steps=15",
-        "trainer.eval_every=5", "trainer.checkpoint_every=0", "seed=3", "format=json", cwd=tmp_path,
+        "trainer.eval_every=5", "trainer.checkpoint_every=0", "seed=3", "format=json",
+        "hydra/launcher=basic", cwd=tmp_path,
     )  # fmt: skip
     assert done.code == 0, done.err
     jobs = {job["name"]: job for job in done.json["jobs"]}
