@@ -84,12 +84,6 @@ def test_what_cannot_be_compared_is_bad_input(override, said):
     assert all(words in str(raised.value) for words in said), raised.value
 
 
-<<<<<<< HEAD
-def test_every_arm_is_checked_before_anything_runs():
-    with pytest.raises(UserError, match=r"arms: stacking: .*grow_at") as raised:
-        jobs_of("arms=[full,stacking,est,small]", "model.n_layers=1", "sampling.layers=1")
-    assert "arms: small: " not in str(raised.value) or "n_layers=1" in str(raised.value)
-=======
 def test_the_problems_of_all_arms_are_told_before_anything_runs(tmp_path):
     (tmp_path / "scheduler").mkdir()
     for name in ("one", "two"):
@@ -97,7 +91,6 @@ def test_the_problems_of_all_arms_are_told_before_anything_runs(tmp_path):
     with pytest.raises(UserError) as raised:
         jobs_of("arms=[one,full,two]", config_dir=str(tmp_path))
     assert [problem.split(": ")[:2] for problem in raised.value.problems] == [["arms", "one"], ["arms", "two"]]
->>>>>>> compare2
 
 
 def test_a_sweep_over_arm_is_what_it_was():
