@@ -13,7 +13,7 @@ SIZES = {
     LARGE: (12, 64, 3100),
 }
 """Layers, width, and the optimizer steps of 2,048 tokens that make 10 tokens a parameter."""
-LEARNING_RATES = ("2e-3", "4e-3", "8e-3")
+LEARNING_RATES = ("2e-3", "4e-3", "8e-3", "16e-3")
 SEEDS = (0, 1, 2, 3, 4)
 FULL, WINNER, LATER = "full", "stack-2-at-0.5", "stack-2-at-0.7"
 """LATER grows later than the winner: for longer runs."""
@@ -130,7 +130,9 @@ def grid() -> list[Run]:
         return [run_of("headline", ARMS[name], size, seed=seed) for seed in numbers for name in headline]
 
     first, second, *later = SEEDS
-    rates = [run_of("lr", ARMS[name], lr=lr) for lr in LEARNING_RATES for name in (FULL, WINNER)]
+    # Around the best one: the full model wants a lower rate than the winner.
+    rates = [run_of("lr", ARMS[FULL], lr=lr) for lr in LEARNING_RATES[:3]]
+    rates += [run_of("lr", ARMS[WINNER], lr=lr) for lr in LEARNING_RATES[1:]]
     rates.append(run_of("lr", ARMS["stack-1-at-0.5"], lr="8e-3"))
     return [
         *seeds(SMALL, first),
