@@ -75,6 +75,7 @@ ARMS = {
         _stack(4, 0.5),
         _stack(2, 0.3),
         _stack(2, 0.7),
+        _stack(2, 0.8),
         _stack(2, 0.5, grow="interleave"),
         _stack(2, 0.5, grow="random"),
         _stack(2, 0.5, grow="zero"),
