@@ -29,9 +29,11 @@ def main() -> None:
         entry.exit_with(lambda: _explain(arguments))
     if (folder := replay.take_folder(arguments)) is not None:
         entry.exit_with(lambda: replay.run(folder, arguments))
-    if sweep.is_sweep(arguments):
-        entry.exit_with(lambda: sweep.run(arguments, job_of_sweep, read_config))
-    entry.exit_with(lambda: _run(arguments))
+    entry.exit_with(lambda: _sweep(arguments) if sweep.is_sweep(arguments) else _run(arguments))
+
+
+def _sweep(arguments: Any) -> int:
+    return sweep.run(arguments, job_of_sweep, read_config)
 
 
 def _explain(arguments: Any) -> None:
