@@ -61,6 +61,15 @@ def _stack(depth: int, at: float, lr: str = "8e-3", **options: str) -> Arm:
     )
 
 
+def _stacks(name: str, depths: tuple[int, ...], ends: tuple[float, ...]) -> Arm:
+    """Several growths."""
+    says = ", ".join(
+        f"{depth} layer{'s' if depth > 1 else ''} until {end:g}" for depth, end in zip(depths, ends, strict=True)
+    )
+    lists = (f"scheduler.depths={list(depths)}", f"scheduler.grow_at={list(ends)}")
+    return Arm(name, says, ("scheduler=stacking", *(text.replace(" ", "") for text in lists)), "8e-3")
+
+
 def _schedule(name: str, says: str, *overrides: str, lr: str = "4e-3") -> Arm:
     return Arm(name, says, overrides, lr)
 
@@ -80,14 +89,11 @@ ARMS = {
         _stack(2, 0.5, grow="random"),
         _stack(2, 0.5, grow="zero"),
         _stack(2, 0.5, grow_moments="reset"),
-        _schedule(
-            "stack-2-4",
-            "2 layers until 0.4, 4 until 0.7",
-            "scheduler=stacking",
-            "scheduler.depths=[2,4]",
-            "scheduler.grow_at=[0.4,0.7]",
-            lr="8e-3",
-        ),
+        _stacks("stack-2-4", (2, 4), (0.4, 0.7)),
+        _stacks("stack-2-4-later", (2, 4), (0.5, 0.8)),
+        _stacks("stack-2-4-latest", (2, 4), (0.6, 0.85)),
+        _stacks("stack-1-2-4", (1, 2, 4), (0.15, 0.45, 0.75)),
+        _stacks("stack-2-4-6", (2, 4, 6), (0.4, 0.6, 0.8)),
         _schedule("raptr", "RAPTR", "scheduler=raptr"),
         _schedule("layer_drop", "layer dropping by depth", "scheduler=layer_drop"),
         _schedule("est", "EST, the paper's schedule", "scheduler=three_stage"),
