@@ -12,7 +12,7 @@ help: ## Explain the targets
 install: $(STAMP) ## Create .venv with the newest suitable Python and install everything, tests' needs included
 
 run: $(STAMP) ## Grow a small model on real text beside the full model for the same FLOPs: two minutes on two CPU cores
-	$(BIN)/est-train -m experiment=quickstart +arm=stacking_quarter,full_same_flops
+	$(BIN)/est-train -m experiment=quickstart +arm=doubling,full_same_flops
 
 test: $(STAMP) ## Run the tests
 	$(BIN)/python -m pytest --numprocesses auto --dist loadfile

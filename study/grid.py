@@ -15,8 +15,7 @@ SIZES = {
 """Layers, width, and the optimizer steps of 2,048 tokens that make 10 tokens a parameter."""
 LEARNING_RATES = ("2e-3", "4e-3", "8e-3", "16e-3")
 SEEDS = (0, 1, 2, 3, 4)
-FULL, WINNER, LATER = "full", "stack-2-at-0.5", "stack-2-at-0.7"
-"""LATER grows later than the winner: for longer runs."""
+FULL, WINNER = "full", "doubling"
 SHORTER = (0.5,)
 """The full model for fewer steps, with a decay of its own: what every schedule is held against at equal FLOPs."""
 GROUPS = {
@@ -79,6 +78,7 @@ ARMS = {
     for arm in (
         _full(),
         *map(_full, SHORTER),
+        _schedule("doubling", "a quarter of the layers until 0.4, half until 0.7", "scheduler=doubling", lr="8e-3"),
         _stack(2, 0.5),
         _stack(1, 0.5, "4e-3"),
         _stack(4, 0.5),
@@ -137,16 +137,16 @@ def grid() -> list[Run]:
         return [run_of("headline", ARMS[name], size, seed=seed) for seed in numbers for name in headline]
 
     first, second, *later = SEEDS
-    # Around the best one: the full model wants a lower rate than the winner.
+    # Around the best one: the full model wants a lower rate than what grows.
     rates = [run_of("lr", ARMS[FULL], lr=lr) for lr in LEARNING_RATES[:3]]
-    rates += [run_of("lr", ARMS[WINNER], lr=lr) for lr in LEARNING_RATES[1:]]
+    rates += [run_of("lr", ARMS[name], lr=lr) for name in (WINNER, "stack-2-at-0.5") for lr in LEARNING_RATES[1:]]
     rates.append(run_of("lr", ARMS["stack-1-at-0.5"], lr="8e-3"))
     return [
         *seeds(SMALL, first),
         *(run for run in rates if run.lr != run.arm.lr),
         *(run_of("screen", arm) for name, arm in ARMS.items() if name not in headline),
         # The full model at its ordinary length is the full model for half of the steps here.
-        *(run_of("length", ARMS[name], length=2.0) for name in (FULL, LATER, WINNER)),
+        *(run_of("length", ARMS[name], length=2.0) for name in (FULL, WINNER)),
         *seeds(SMALL, second),
         *seeds(LARGE, first),
         *seeds(SMALL, *later),

@@ -181,9 +181,9 @@ def test_one_command_trains_the_arms_and_compares_them(tmp_path):
     )  # fmt: skip
     assert done.code == 0, done.err
     jobs = {job["name"]: job for job in done.json["jobs"]}
-    assert set(jobs) == {"arm-est", "arm-stacking_quarter", "arm-full", "arm-full_same_flops"}
-    cheapest = min((jobs["arm-est"], jobs["arm-stacking_quarter"]), key=lambda job: job["flops_total"])
+    assert set(jobs) == {"arm-est", "arm-doubling", "arm-full", "arm-full_same_flops"}
+    cheapest = min((jobs["arm-est"], jobs["arm-doubling"]), key=lambda job: job["flops_total"])
     same = jobs["arm-full_same_flops"]
     assert same["steps"] == round(cheapest["flops_total"] / cheapest["flops_full_total"] * cheapest["steps"])
-    assert {arm["arm"] for arm in done.json["arms"]} == {"est", "stacking_quarter", "full", "full_same_flops"}
+    assert {arm["arm"] for arm in done.json["arms"]} == {"est", "doubling", "full", "full_same_flops"}
     assert Path(done.json["report"]).exists()
