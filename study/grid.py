@@ -15,13 +15,15 @@ SIZES = {
 """Layers, width, and the optimizer steps of 2,048 tokens that make 10 tokens a parameter."""
 LEARNING_RATES = ("2e-3", "4e-3", "8e-3", "16e-3")
 SEEDS = (0, 1, 2, 3, 4)
-FULL, WINNER = "full", "doubling"
+FULL, WINNER, LATEST = "full", "doubling", "stack-2-4-latest"
+"""LATEST spends least of what was screened, and is tried where there is more text."""
 SHORTER = (0.5,)
 """The full model for fewer steps, with a decay of its own: what every schedule is held against at equal FLOPs."""
 GROUPS = {
     "lr": "learning rates: one seed, every arm over the same grid",
     "headline": "headline: the full model and the best schedules, paired seeds",
     "length": "fewer and more tokens a parameter",
+    "length-lr": "the full model's learning rate at 20 tokens a parameter",
     "screen": "screens: one seed",
 }
 """What the runs of a group are for."""
@@ -146,7 +148,9 @@ def grid() -> list[Run]:
         *(run for run in rates if run.lr != run.arm.lr),
         *(run_of("screen", arm) for name, arm in ARMS.items() if name not in headline),
         # The full model at its ordinary length is the full model for half of the steps here.
-        *(run_of("length", ARMS[name], length=2.0) for name in (FULL, WINNER)),
+        *(run_of("length", ARMS[name], length=2.0) for name in (FULL, WINNER, LATEST)),
+        run_of("length-lr", ARMS[FULL], lr="2e-3", length=2.0),
+        *(run_of("length", ARMS[name], length=2.0, seed=second) for name in (FULL, WINNER)),
         *seeds(SMALL, second),
         *seeds(LARGE, first),
         *seeds(SMALL, *later),
