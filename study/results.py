@@ -11,7 +11,7 @@ from est_cli.config import read_train_config
 from est_cli.reports.frontier import Frontier
 from est_cli.reports.records import RunRecord
 from est_cli.subnet.memory import count_parameters
-from study.grid import ARMS, FULL, SEEDS, SIZES, WINNER, Arm, Run, runs_with
+from study.grid import ARMS, FULL, SEEDS, SHORTER, SIZES, WINNER, Arm, Run, runs_with
 from study.records import Records
 
 Seeds = dict[int, RunRecord]
@@ -61,7 +61,8 @@ def result_of(records: Records, runs: list[Run]) -> Result:
     """Of `runs`, which are the seeds of one arm at one size and number of steps."""
     group, arm, size, steps = runs[0].group, runs[0].arm, runs[0].size, runs[0].steps
     same_tokens = {"group": "length", "steps": steps} if group == "length" else {"group": "headline"}
-    frontiers = {seed: frontier_of(records, size, seed) for seed in SEEDS}
+    own_steps = round(SIZES[size][2] * arm.length)
+    frontiers = {seed: frontier_of(records, size, seed, steps / own_steps) for seed in SEEDS}
     return compare(
         _by_seed(records, runs),
         _by_seed(records, runs_with(size=size, arm=ARMS[FULL], **same_tokens)),
@@ -78,7 +79,8 @@ def headline(records: Records, size: str) -> dict[Arm, Result]:
 
 def at_first_seed(arm: Arm, size: str) -> list[Run]:
     """The runs of an arm at one seed and its full length: one for every learning rate that is asked for."""
-    return [run for run in runs_with(arm=arm, size=size, seed=SEEDS[0]) if run.group != "length"]
+    runs = runs_with(arm=arm, size=size, seed=SEEDS[0])
+    return [run for run in runs if run.group not in ("length", "length-lr")]
 
 
 def screened(records: Records, size: str) -> list[tuple[Run, Result]]:
@@ -94,10 +96,12 @@ def screened(records: Records, size: str) -> list[tuple[Run, Result]]:
     return sorted(((run, result_of(records, [run])) for run in best), key=rank)
 
 
-def frontier_of(records: Records, size: str, seed: int) -> Frontier:
-    """The full model of one seed for all lengths of the headline; empty where one of them is missing."""
-    asked = {run.arm for run in runs_with(group="headline", size=size) if run.arm.is_full}
-    done = records.of([run for run in runs_with(group="headline", size=size, seed=seed) if run.arm.is_full])
+def frontier_of(records: Records, size: str, seed: int, factor: float = 1.0) -> Frontier:
+    """The full model of one seed for `factor` times the lengths of the headline; empty where one of them is missing."""
+    full = [run for group in ("headline", "length") for run in runs_with(group=group, size=size, seed=seed)]
+    by_steps = {run.steps: run for run in full if run.arm.is_full and run in records}
+    asked = [round(SIZES[size][2] * factor * length) for length in (1.0, *SHORTER)]
+    done = records.of([by_steps[steps] for steps in asked if steps in by_steps])
     return Frontier.of(done if len(done) == len(asked) else [])
 
 
@@ -114,12 +118,21 @@ def parameters(run: RunRecord) -> int:
 def headline_json(records: Records) -> dict[str, Any]:
     """The winner in numbers. Those at the top are of the size that most seeds are done of, the larger one if equal."""
     winner = ARMS[WINNER]
-    results = {size: headline(records, size).get(winner) for size in SIZES}
-    sizes = [_size_json(size, result) for size, result in results.items() if result and result.same_tokens]
+    sizes = [_size_json(size, result) for size, _, result in winners(records) if result.same_tokens]
     main = max(reversed(sizes), key=lambda entry: entry["seeds"], default={})
     keys = ("size", "seeds", "difference", "spread", "saved", "saved_at_equal_loss", "at_least", "seconds_saved")
     said = {"schedule": winner.says, "overrides": list(winner.overrides)}
     return {**said, **{key: main.get(key) for key in keys}, "sizes": sizes}
+
+
+def winners(records: Records) -> list[tuple[str, int, Result]]:
+    """Size, steps and result of the winner, for the headline's length and then for others."""
+    found: dict[tuple[str, int], list[Run]] = {}
+    for size in SIZES:
+        for group in ("headline", "length"):
+            for run in runs_with(group=group, size=size, arm=ARMS[WINNER]):
+                found.setdefault((size, run.steps), []).append(run)
+    return [(size, steps, result_of(records, runs)) for (size, steps), runs in found.items()]
 
 
 def _size_json(size: str, result: Result) -> dict[str, Any]:

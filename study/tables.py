@@ -9,9 +9,20 @@ from est_cli.reports.frontier import Frontier
 from est_cli.reports.records import RunRecord
 from est_cli.units import format_count, format_percent
 from study import training
-from study.grid import ARMS, FULL, GROUPS, LEARNING_RATES, SIZES, SMALL, WINNER, runs_with
+from study.grid import ARMS, FULL, GROUPS, LEARNING_RATES, SEEDS, SIZES, SMALL, WINNER, runs_with
 from study.records import ROOT, Records
-from study.results import Result, Seeds, at_first_seed, compare, headline, parameters, result_of, screened, times_of
+from study.results import (
+    Result,
+    Seeds,
+    at_first_seed,
+    compare,
+    headline,
+    parameters,
+    result_of,
+    screened,
+    times_of,
+    winners,
+)
 
 MISSING = "not yet run"
 _MICRO = ROOT / "docs" / "study" / "micro"
@@ -40,12 +51,12 @@ def headline_table(records: Records) -> str:
 
 
 def headline_says(records: Records) -> str:
-    """The winner, a paragraph for every size."""
+    """The winner, a paragraph for every size and length."""
     said = []
-    for size in SIZES:
-        result = headline(records, size).get(ARMS[WINNER])
-        if result is None or not result.same_tokens:
-            said.append(f"**{_sized(records, size)}**: {MISSING}.")
+    for size, steps, result in winners(records):
+        if not result.same_tokens:
+            if steps == SIZES[size][2]:
+                said.append(f"**{_sized(records, size, steps)}**: {MISSING}.")
             continue
         n, mean = len(result.same_tokens), float(np.mean(result.same_tokens))
         unclear = n > 1 and abs(mean) <= 2 * np.std(result.same_tokens, ddof=1) / math.sqrt(n)
@@ -55,9 +66,9 @@ def headline_says(records: Records) -> str:
             f"{s} of the {what}" for s, what in zip(shares, ("FLOPs", "seconds"), strict=True) if s != "-"
         )
         said.append(
-            f"**{_sized(records, size)}**: {ARMS[WINNER].says}. It spends {_percent(1 - result.share)} fewer FLOPs "
-            f"than the full model for the same tokens. Its loss less the full model's is {same_tokens} for the same "
-            f"tokens ({facts}), and {same_flops} for the same FLOPs. Saved at equal loss: {saved or '-'}."
+            f"**{_sized(records, size, steps)}**: {ARMS[WINNER].says}. It spends {_percent(1 - result.share)} fewer "
+            f"FLOPs than the full model for the same tokens. Its loss less the full model's is {same_tokens} for the "
+            f"same tokens ({facts}), and {same_flops} for the same FLOPs. Saved at equal loss: {saved or '-'}."
         )
     return "\n\n".join(said)
 
@@ -120,10 +131,19 @@ def lengths(records: Records) -> str:
                     *(_over_seeds(losses) if losses else MISSING for losses in (_losses(full), result.losses)),
                     _over_seeds(result.same_tokens, "{:+.4f}"),
                     _percent(1 - result.share),
+                    _against(result)[3] if result.losses else "-",
                 )
             )
     header = ("size", "tokens a parameter", "steps", "pairs", ARMS[FULL].says, ARMS[WINNER].says)
-    return _table((*header, "difference", "fewer FLOPs"), rows)
+    tried = [run for group in ("length", "length-lr") for run in runs_with(group=group, arm=ARMS[FULL], seed=SEEDS[0])]
+    rates = [
+        f"{_losses(records.of([run]))[0]:.4f} at {float(run.lr):g}"
+        for run in tried
+        if run in records and run.steps > SIZES[run.size][2]
+    ]
+    table = _table((*header, "difference", "fewer FLOPs", "FLOPs saved at equal loss"), rows)
+    said = f"The full model for twice the steps, seed {SEEDS[0]}, by learning rate: {'; '.join(rates) or MISSING}."
+    return f"{table}\n\n{said}"
 
 
 def micro(records: Records) -> str:
@@ -186,13 +206,14 @@ TABLES: dict[str, Callable[[Records], str]] = {
 """By the name that docs/study.md has between its markers."""
 
 
-def _sized(records: Records, size: str) -> str:
+def _sized(records: Records, size: str, steps: int) -> str:
     """`small: 8 layers of width 64, 436k parameters, 9.9 tokens a parameter`."""
     layers, width, _ = SIZES[size]
-    known = records.of(runs_with(group="headline", size=size, arm=ARMS[FULL]))
+    known = [run for run in runs_with(size=size, arm=ARMS[FULL], steps=steps) if run in records]
     if not known:
         return f"{size}, {layers} layers of width {width}"
-    n, tokens = parameters(known[0]), known[0].outcome["tokens"]
+    [run] = records.of(known[:1])
+    n, tokens = parameters(run), run.outcome["tokens"]
     model = f"{size}, {layers} layers of width {width}, {format_count(n)} parameters"
     return f"{model}, {tokens / n:.1f} tokens a parameter"
 
