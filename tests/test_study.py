@@ -128,7 +128,7 @@ def make_up(records: Records, runs: list[Run], losses: Losses = full_and_winner)
         half = run.steps // 2
         stages = [(0, run.steps - 1)] if run.arm.is_full else [(0, half - 1), (half, run.steps - 1)]
         content["summary"] |= {
-            **{"val_loss": loss, "flops_total": share * 1e16, "steps": run.steps, "tokens": 1024 * run.steps},
+            **{"val_loss": loss, "flops_total": share * 1e16, "steps": run.steps, "tokens": 2048 * run.steps},
             "stages": [{"first_step": first, "last_step": last} for first, last in stages],
         }
         points = np.arange(1, 5) / 4
