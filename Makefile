@@ -11,7 +11,7 @@ help: ## Explain the targets
 
 install: $(STAMP) ## Create .venv with the newest suitable Python and install everything, tests' needs included
 
-run: $(STAMP) ## Grow a small model on real text beside the full model for the same FLOPs: two minutes on two CPU cores
+run: $(STAMP) ## Grow a small model on real text beside the full model for the same FLOPs: two to three minutes on two CPU cores
 	$(BIN)/est-train -m experiment=quickstart +arm=doubling,full_same_flops
 
 test: $(STAMP) ## Run the tests
