@@ -28,10 +28,15 @@ def named_function(name: str, known: Mapping[str, Callable], key: str) -> Callab
 
 def require_package(package: str, option: str, requirement: str, otherwise: str) -> None:
     """Raises UserError where `package`, which `option` needs, is not installed."""
+    if not is_installed(package):
+        raise UserError(f"{option}: {package} is not installed; `pip install '{requirement}'`, or say {otherwise}")
+
+
+def is_installed(package: str) -> bool:
+    """Whether the dotted `package` can be imported."""
     try:
         spec = importlib.util.find_spec(package)
     except ModuleNotFoundError:  # a package that it lies in is missing
-        spec = None
+        return False
     # A folder of that name, as runs leave behind, is found too, but has no origin.
-    if spec is None or spec.origin is None:
-        raise UserError(f"{option}: {package} is not installed; `pip install '{requirement}'`, or say {otherwise}")
+    return spec is not None and spec.origin is not None

@@ -3,7 +3,6 @@
 The first seed runs the whole grid, later seeds run an arm only at the setting that was best for it there.
 """
 
-import importlib.util
 import itertools
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -24,6 +23,7 @@ from est_cli.commands.composition import Composer, plain
 from est_cli.commands.sweep_result import JobResult
 from est_cli.config import TrainConfig
 from est_cli.errors import UserError, nearest
+from est_cli.plugins import is_installed
 from est_cli.subnet.flops import config_ledger
 from est_cli.tracking.summary import narrow_table
 from est_cli.units import format_count, format_flops, format_percent
@@ -188,7 +188,7 @@ def side_by_side(jobs: ComparisonJobs, master: DictConfig, launcher_given: bool)
     is_basic = master.hydra.runtime.choices["hydra/launcher"] == "basic"
     if launcher_given or not is_basic or not jobs.on_cpu or cores < AT_A_TIME:
         return ()
-    if importlib.util.find_spec("hydra_plugins.hydra_joblib_launcher") is None:
+    if not is_installed("hydra_plugins.hydra_joblib_launcher"):
         entry.say("one run after another; with `pip install 'est-cli[joblib]'` two run at a time")
         return ()
     return SIDE_BY_SIDE

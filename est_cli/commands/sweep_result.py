@@ -90,7 +90,9 @@ class SweepResult:
         done = [self.directory / job.name for job in self.jobs if job.status == "done"]
         if not done or "arm" not in self.swept or self._not_shared:
             return None
-        return Verdict.of(load_runs(done), self._tuned)
+        failed = [self.directory / job.name for job in self.jobs if job.status == "failed"]
+        failed = [folder for folder in failed if (folder / METRICS).exists()]
+        return Verdict.of(load_runs(done), self._tuned, load_runs(failed) if failed else ())
 
     @cached_property
     def comparison_figure(self) -> Path | None:

@@ -22,7 +22,6 @@ from est_cli.units import format_clock, format_count, format_flops, format_loss,
 
 _AXES = ("step", "flops/total", "seconds")
 _COSTS = {"flops": "flops_total", "seconds": "train_s"}
-_RATE = "optimizer.lr"
 
 
 @dataclass(frozen=True)
@@ -112,8 +111,8 @@ class ArmResult:
     """Loss less that of the full model for the same FLOPs; NaN where it was not measured around them."""
     saved: dict[str, Saving]
     """FLOPs and seconds, at equal loss."""
-    at_edge: bool
-    """Whether its learning rate is the lowest or the highest of several that were tried."""
+    at_edge: tuple[str, ...]
+    """Keys of `settings` whose value is the lowest or the highest of several that were tried."""
 
     @classmethod
     def of(
@@ -122,9 +121,9 @@ class ArmResult:
         runs: Sequence[RunRecord],
         full: FullModel,
         tuned: Sequence[str] = (),
-        rates: Sequence[float] = (),
+        tried: Sequence[RunRecord] = (),
     ) -> "ArmResult":
-        """`runs` at its best setting; `rates`: all learning rates that were tried."""
+        """`runs` at its best setting; `tried`: its runs at all settings, those that failed too."""
 
         def outcomes(key: str) -> np.ndarray:
             return np.array([run.outcome[key] for run in runs])
@@ -142,7 +141,7 @@ class ArmResult:
             to_full=outcomes("val_loss") - [full.loss(_seed(run)) for run in runs],
             to_same_flops=outcomes("val_loss") - [full.loss_at(_seed(run), run.outcome["flops_total"]) for run in runs],
             saved={key: full.saving(runs, key) for key in _COSTS},
-            at_edge=len(set(rates)) > 1 and runs[0].setting(_RATE) in (min(rates), max(rates)),
+            at_edge=tuple(key for key in tuned if _is_edge(runs[0].setting(key), [run.setting(key) for run in tried])),
         )
 
     def as_dict(self) -> dict[str, Any]:
@@ -160,7 +159,8 @@ class ArmResult:
                 key: {"share": None if math.isnan(saving.share) else saving.share, "bound": saving.bound}
                 for key, saving in self.saved.items()
             },
-            "lr_at_edge": self.at_edge,
+            "lr_at_edge": "optimizer.lr" in self.at_edge,
+            "at_edge": list(self.at_edge),
         }
 
 
@@ -172,10 +172,10 @@ class Verdict:
     """Of every arm, at its best setting."""
 
     @classmethod
-    def of(cls, runs: Sequence[RunRecord], tuned: Sequence[str] = ()) -> "Verdict":
+    def of(cls, runs: Sequence[RunRecord], tuned: Sequence[str] = (), failed: Sequence[RunRecord] = ()) -> "Verdict":
         """The verdict on finished runs, which differ in arm, seed, and the keys `tuned`.
 
-        A seed's runs are held against that seed's full model.
+        A seed's runs are held against that seed's full model. A setting at which a run `failed` was tried as well.
         """
         by_arm: dict[str, list[RunRecord]] = {}
         for run in runs:
@@ -184,9 +184,9 @@ class Verdict:
         evolving = sorted((arm for arm in best if arm not in DENSE), key=lambda arm: (_mean_loss(best[arm]), arm))
         full = FullModel.of(best.get(FULL, []), best.get(FULL_SAME_FLOPS, []))
         names = [*evolving, *(arm for arm in DENSE if arm in best)]
-        rates = {arm: [run.setting(_RATE) for run in by_arm[arm]] if _RATE in tuned else [] for arm in names}
+        tried = {arm: [*by_arm[arm], *(run for run in failed if run.setting("name") == arm)] for arm in names}
         return cls(
-            tuple(ArmResult.of(arm, best[arm], full, tuned, rates[arm]) for arm in names),
+            tuple(ArmResult.of(arm, best[arm], full, tuned, tried[arm]) for arm in names),
             tuple(run for arm in names for run in best[arm]),
         )
 
@@ -208,8 +208,12 @@ class Verdict:
         console.print(results)
         if keys:
             console.print(f"Every arm at the best of its values of {', '.join(keys)}.", style="dim")
-        if edges := [f"{arm.name} ({format_setting(arm.settings[_RATE])})" for arm in self.arms if arm.at_edge]:
-            console.print(f"At an edge of the learning rates that were tried: {', '.join(edges)}.", highlight=False)
+        for key in keys:
+            edges = [f"{arm.name} ({format_setting(arm.settings[key])})" for arm in self.arms if key in arm.at_edge]
+            if edges:
+                console.print(
+                    f"At an edge of the values of {key} that were tried: {', '.join(edges)}.", highlight=False
+                )
         if at_a_time is not None:
             console.print(f"Times are of {at_a_time} run{'s' if at_a_time > 1 else ''} at a time.", style="dim")
         if any(arm.name == FULL for arm in self.arms):
@@ -218,6 +222,12 @@ class Verdict:
         console.print()
         for sentence in self.sentences():
             console.print(sentence, highlight=False, markup=False)
+        if {FULL, FULL_SAME_FLOPS} <= {arm.name for arm in self.arms}:
+            console.print(
+                "Between its two lengths the full model's loss is taken as linear in the logarithm of its cost. The "
+                "true curve is convex and lies below this chord, which flatters the other arms a little.",
+                style="dim",
+            )
 
     def sentences(self) -> list[str]:
         """One for every arm but the full model's, best first."""
@@ -301,6 +311,12 @@ def _best_setting(runs: Sequence[RunRecord], tuned: Sequence[str]) -> list[RunRe
     seeds = max(map(len, settings.values()), default=0)
     finished = [group for group in settings.values() if len(group) == seeds]
     return min(finished, key=_mean_loss, default=[])
+
+
+def _is_edge(best: Any, tried: Sequence[Any]) -> bool:
+    """Whether `best` is the lowest or the highest of several numbers; no weight decay is below 0."""
+    numbers = {value for value in tried if isinstance(value, int | float) and not isinstance(value, bool)}
+    return len(numbers) > 1 and best in (min(numbers), max(numbers)) and best != 0
 
 
 def _mean_loss(runs: Sequence[RunRecord]) -> float:

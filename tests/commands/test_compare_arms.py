@@ -22,6 +22,7 @@ from est_cli.commands.train import read_config
 from est_cli.commands.verdict import Verdict
 from est_cli.config import TrainConfig, read_train_config
 from est_cli.errors import UserError
+from est_cli.plugins import is_installed
 from est_cli.reports.records import RunRecord
 from est_cli.subnet.flops import config_ledger
 from est_cli.units import format_flops
@@ -200,9 +201,9 @@ def test_the_cost_is_known_before_the_start():
 def test_two_run_at_a_time_where_nobody_says_otherwise(monkeypatch, capsys):
     jobs = jobs_of("arms=[full,est]")
 
-    def chosen(cores: int, found: object = "joblib", given: bool = False, launcher: str = "basic", jobs=jobs):
+    def chosen(cores: int, found: bool = True, given: bool = False, launcher: str = "basic", jobs=jobs):
         monkeypatch.setattr(comparison.os, "sched_getaffinity", lambda process: set(range(cores)), raising=False)
-        monkeypatch.setattr(comparison.importlib.util, "find_spec", lambda name: found)
+        monkeypatch.setattr(comparison, "is_installed", lambda name: found)
         return bool(side_by_side(jobs, master(launcher), given))
 
     def master(launcher: str):
@@ -217,8 +218,14 @@ def test_two_run_at_a_time_where_nobody_says_otherwise(monkeypatch, capsys):
     on_gpu = [replace(a, config=replace(a.config, trainer=replace(a.config.trainer, device="cuda"))) for a in jobs.arms]
     assert not chosen(2, jobs=replace(jobs, arms=tuple(on_gpu)))
     assert "one run after another" not in capsys.readouterr().err
-    assert not chosen(2, found=None)
+    assert not chosen(2, found=False)
     assert "one run after another" in capsys.readouterr().err
+
+
+def test_an_extra_below_a_package_that_is_missing_too_is_not_installed():
+    """Without any launcher of Hydra's there is no hydra_plugins: a comparison then runs one job after another."""
+    assert not is_installed("no_such_plugins.no_such_launcher")
+    assert is_installed("hydra.core")
 
 
 def test_jobs_side_by_side_have_one_thread_each_unless_told_otherwise():
@@ -301,8 +308,34 @@ def test_an_arm_whose_best_learning_rate_is_an_edge_is_named():
     console = Console(file=io.StringIO(), width=80)
     verdict.show(console, at_a_time=2)
     shown = console.file.getvalue()
-    assert "At an edge of the learning rates that were tried: est (0.004).\n" in shown
+    assert "At an edge of the values of optimizer.lr that were tried: est (0.004).\n" in shown
     assert "Times are of 2 runs at a time." in shown
+
+
+def test_a_setting_whose_run_failed_was_tried_too():
+    done = [record("full", loss, 1e12, 1.0, lr=lr) for lr, loss in ((1e-3, 2.0), (2e-3, 1.0))]
+    diverged = [record("full", 9.0, 1e12, 1.0, lr=4e-3)]
+    assert Verdict.of(done, ["optimizer.lr"]).arms[0].at_edge == ("optimizer.lr",)
+    assert Verdict.of(done, ["optimizer.lr"], diverged).arms[0].at_edge == ()
+
+
+def test_edges_of_other_settings_are_named_but_no_weight_decay_is_none():
+    def edges(best: float) -> tuple[str, ...]:
+        runs = [record("full", 1.0 + abs(decay - best), 1e12, 1.0) for decay in (0.0, 0.1, 0.2)]
+        for tried, decay in zip(runs, (0.0, 0.1, 0.2), strict=True):
+            tried.config["optimizer"]["weight_decay"] = decay
+        return Verdict.of(runs, ["optimizer.weight_decay"]).arms[0].at_edge
+
+    assert (edges(0.2), edges(0.1), edges(0.0)) == (("optimizer.weight_decay",), (), ())
+
+
+def test_that_the_chord_flatters_is_said_where_there_is_one():
+    runs = [record("full", 2.0, 2e12, 1.0), record("est", 2.0, 1e12, 1.0)]
+    console = Console(file=io.StringIO(), width=80)
+    Verdict.of(runs).show(console)
+    assert "chord" not in console.file.getvalue()
+    Verdict.of([*runs, record("full_same_flops", 3.0, 1e12, 1.0)]).show(console)
+    assert "lies below this chord" in " ".join(console.file.getvalue().split())
 
 
 def test_the_tables_of_many_arms_fit_into_80_columns():
