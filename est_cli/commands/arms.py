@@ -7,8 +7,7 @@ from est_cli.errors import UserError, nearest
 from est_cli.subnet.flops import config_ledger, training_flops
 from est_cli.subnet.schedule import StageSpec, boundary_step
 
-EST, FULL, FULL_SAME_FLOPS = ARMS = ("est", "full", "full_same_flops")
-SMALL = "small"
+EST, FULL, FULL_SAME_FLOPS, SMALL = "est", "full", "full_same_flops", "small"
 DENSE = (FULL, FULL_SAME_FLOPS, SMALL)
 """Arms that train one model from the first step to the last; every other arm evolves."""
 

@@ -14,11 +14,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.errors import HydraException
-
 from est_cli.commands.config_changes import BATCH, HARMLESS, MAX_STEPS, changes
-from est_cli.commands.rerun import store_config, without_call
+from est_cli.commands.rerun import store_config, typed_keys, without_call
 from est_cli.commands.run_directory import METRICS, RunDirectory
 from est_cli.config import OptimizerConfig, TrainConfig, as_plain, read_train_config
 from est_cli.errors import UserError, nearest
@@ -210,11 +207,7 @@ def _check(trunk: Trunk, overrides: list[str]) -> None:
     """Raises UserError for keys that the trunk has decided, and for keys that there are not."""
     problems, decided = [], False
     known = set(_dotted(as_plain(trunk.config)))
-    for text in overrides:
-        try:
-            key = OverridesParser.create().parse_override(text).key_or_group.lstrip("+~")
-        except HydraException:
-            continue  # told, with all others, when the config is composed
+    for key in typed_keys(overrides):
         if _is_free(key):
             continue
         if key == MAX_STEPS:

@@ -1,6 +1,8 @@
 """est-train --rerun DIR: the config that a run recorded as the one that the command's overrides change."""
 
+import contextlib
 import hashlib
+from collections.abc import Iterator
 from pathlib import Path
 
 import yaml
@@ -40,18 +42,20 @@ def recorded_config(run_dir: str, overrides: list[str]) -> str:
 
 def _check(run_dir: str, overrides: list[str]) -> None:
     """The stages are recorded as numbers: what they were once made from does not reach them any more."""
-    keys = set()
-    for text in overrides:
-        try:
-            keys.add(OverridesParser.create().parse_override(text).key_or_group.lstrip("+~"))
-        except HydraException:
-            continue  # told, with all others, when the config is composed
+    keys = set(typed_keys(overrides))
     if "scheduler" in keys:
         return
     dead = [key for key in sorted(keys) if key in _RATES or (key.startswith("scheduler.") and "stages" not in key)]
     if dead:
         anew = "name also the scheduler that makes them anew, as in scheduler=three_stage"
         raise UserError(*(f"{key}: does not reach the stages that {run_dir} recorded; {anew}" for key in dead))
+
+
+def typed_keys(overrides: list[str]) -> Iterator[str]:
+    """The key of every override, in order; what cannot be parsed is told when the config is composed."""
+    for text in overrides:
+        with contextlib.suppress(HydraException):
+            yield OverridesParser.create().parse_override(text).key_or_group.lstrip("+~")
 
 
 def without_call(config: dict) -> dict:

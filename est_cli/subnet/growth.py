@@ -66,17 +66,19 @@ class Growth:
 
 def stage_models(config: TrainConfig) -> list[ModelConfig]:
     """What has joined by each stage."""
-    return [grown_model(config.model, stage.grown, config.sampling.mlp_block) for stage in config.stages]
+    return [_joined_by(config, stage) for stage in config.stages]
 
 
 def model_after(config: TrainConfig, steps: int) -> ModelConfig:
     """What a checkpoint of `steps` optimizer steps holds: at a boundary the smaller model, which grows afterwards."""
-    stage = stage_at(config.stages, max(0, steps - 1))
-    return grown_model(config.model, stage.grown, config.sampling.mlp_block)
+    return _joined_by(config, stage_at(config.stages, max(0, steps - 1)))
 
 
 def growth_into(config: TrainConfig, stage: Stage) -> Growth | None:
     """The growth at the start of `stage`; None where nothing joins."""
-    after = grown_model(config.model, stage.grown, config.sampling.mlp_block)
-    before = model_after(config, stage.first_step)
+    before, after = model_after(config, stage.first_step), _joined_by(config, stage)
     return None if before == after else Growth(before, after, config.scheduler.grow)
+
+
+def _joined_by(config: TrainConfig, stage: Stage) -> ModelConfig:
+    return grown_model(config.model, stage.grown, config.sampling.mlp_block)

@@ -140,8 +140,8 @@ class PackedSubnetwork:
             shares = not self.copies and not self._is_sampled(name)
             data = source.data if shares else torch.empty(parameter.shape, dtype=dtype, device=self.device)
             set_parameter(self.module, name, data)
-        self.scales = torch.ones(self.small.n_layers, 2, dtype=self.scale_dtype, device=self.device)
         if self.shape.is_scaled:
+            self.scales = torch.ones(self.small.n_layers, 2, dtype=self.scale_dtype, device=self.device)
             for block, own in zip(self.module.blocks, self.scales, strict=True):
                 block.scales = own
 
