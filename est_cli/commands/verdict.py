@@ -263,16 +263,6 @@ def _table(*columns: str) -> Table:
     return table
 
 
-def against(est: ArmResult, other: ArmResult) -> str:
-    """`its loss is 0.0210 ± 0.0040 (2 seeds) below`: paired by seed, whose arms share data and initial weights."""
-    losses = dict(zip(other.seeds, other.val_loss, strict=True))
-    pairs = zip(est.seeds, est.val_loss, strict=True)
-    differences = np.array([loss - losses[seed] for seed, loss in pairs if seed in losses])
-    if not len(differences):
-        return "no seed in common lets its loss be held against"
-    return f"its loss is {_difference(differences)}"
-
-
 def _difference(differences: np.ndarray) -> str:
     """`0.0210 ± 0.0040 (2 seeds) below`: mean and spread of one difference a seed."""
     mean, n = float(differences.mean()), len(differences)
