@@ -71,6 +71,16 @@ def _stacks(name: str, depths: tuple[int, ...], ends: tuple[float, ...]) -> Arm:
     return Arm(name, says, ("scheduler=stacking", *(text.replace(" ", "") for text in lists)), "8e-3")
 
 
+def _doubling(ends: tuple[float, float], length: float = 1.0) -> Arm:
+    """A quarter of the layers, then half, then all."""
+    at = "-".join(f"{end:g}" for end in ends)
+    name = f"{WINNER}-{at}" + (f"-{length:g}" if length != 1 else "")
+    says = f"a quarter of the layers until {ends[0]:g}, half until {ends[1]:g}"
+    steps = f", {length:g} of the steps" if length != 1 else ""
+    grow_at = f"scheduler.grow_at=[{ends[0]:g},{ends[1]:g}]"
+    return Arm(name, says + steps, (f"scheduler={WINNER}", grow_at), "8e-3", length)
+
+
 def _schedule(name: str, says: str, *overrides: str, lr: str = "4e-3") -> Arm:
     return Arm(name, says, overrides, lr)
 
@@ -96,6 +106,9 @@ ARMS = {
         _stacks("stack-2-4-latest", (2, 4), (0.6, 0.85)),
         _stacks("stack-1-2-4", (1, 2, 4), (0.15, 0.45, 0.75)),
         _stacks("stack-2-4-6", (2, 4, 6), (0.4, 0.6, 0.8)),
+        _doubling((0.5, 0.75)),
+        _doubling((0.6, 0.8)),
+        _doubling((0.4, 0.7), 0.8),
         _schedule("raptr", "RAPTR", "scheduler=raptr"),
         _schedule("layer_drop", "layer dropping by depth", "scheduler=layer_drop"),
         _schedule("est", "EST, the paper's schedule", "scheduler=three_stage"),
@@ -143,10 +156,13 @@ def grid() -> list[Run]:
     rates = [run_of("lr", ARMS[FULL], lr=lr) for lr in LEARNING_RATES[:3]]
     rates += [run_of("lr", ARMS[name], lr=lr) for name in (WINNER, "stack-2-at-0.5") for lr in LEARNING_RATES[1:]]
     rates.append(run_of("lr", ARMS["stack-1-at-0.5"], lr="8e-3"))
+    rates += [run_of("lr", ARMS[FULL], LARGE, lr=lr) for lr in LEARNING_RATES[:3]]
+    rates += [run_of("lr", ARMS[WINNER], LARGE, lr=lr) for lr in LEARNING_RATES[1:3]]
     return [
         *seeds(SMALL, first),
         *(run for run in rates if run.lr != run.arm.lr),
-        *(run_of("screen", arm) for name, arm in ARMS.items() if name not in headline),
+        *(run_of("screen", arm) for name, arm in ARMS.items() if name not in headline and "doubling-" not in name),
+        *(run_of("screen", arm, LARGE) for name, arm in ARMS.items() if "doubling-" in name),
         # The full model at its ordinary length is the full model for half of the steps here.
         *(run_of("length", ARMS[name], length=2.0) for name in (FULL, WINNER, LATEST)),
         run_of("length-lr", ARMS[FULL], lr="2e-3", length=2.0),
