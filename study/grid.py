@@ -74,7 +74,7 @@ def _stacks(name: str, depths: tuple[int, ...], ends: tuple[float, ...]) -> Arm:
 def _doubling(ends: tuple[float, float], length: float = 1.0) -> Arm:
     """A quarter of the layers, then half, then all."""
     at = "-".join(f"{end:g}" for end in ends)
-    name = f"{WINNER}-{at}" + (f"-{length:g}" if length != 1 else "")
+    name = f"{WINNER}-{at}" if length == 1 else f"{WINNER}-for-{length:g}"
     says = f"a quarter of the layers until {ends[0]:g}, half until {ends[1]:g}"
     steps = f", {length:g} of the steps" if length != 1 else ""
     grow_at = f"scheduler.grow_at=[{ends[0]:g},{ends[1]:g}]"
