@@ -25,6 +25,7 @@ GROUPS = {
     "length": "fewer and more tokens a parameter",
     "length-lr": "the full model's learning rate at 20 tokens a parameter",
     "screen": "screens: one seed",
+    "baseline": "what else may hold the full model back: one seed",
 }
 """What the runs of a group are for."""
 
@@ -51,6 +52,10 @@ class Arm:
 def _full(length: float = 1.0) -> Arm:
     name, says = (FULL, "full model") if length == 1 else (f"{FULL}-{length:g}", f"full model, {length:g} of the steps")
     return Arm(name, says, ("scheduler=full",), "4e-3", length)
+
+
+def _baseline(name: str, says: str, *overrides: str) -> Arm:
+    return Arm(f"{FULL}-{name}", f"full model, {says}", ("scheduler=full", *overrides), "4e-3")
 
 
 def _stack(depth: int, at: float, lr: str = "8e-3", **options: str) -> Arm:
@@ -90,6 +95,10 @@ ARMS = {
     for arm in (
         _full(),
         *map(_full, SHORTER),
+        _baseline("warmup", "warmup four times as long", "optimizer.warmup=400"),
+        _baseline("decay-0.03", "weight decay 0.03", "optimizer.weight_decay=0.03"),
+        _baseline("decay-0.3", "weight decay 0.3", "optimizer.weight_decay=0.3"),
+        _baseline("init", "GPT-2's initialisation", "model.init=gpt2"),
         _schedule("doubling", "a quarter of the layers until 0.4, half until 0.7", "scheduler=doubling", lr="8e-3"),
         _stack(2, 0.5),
         _stack(1, 0.5, "4e-3"),
@@ -161,8 +170,9 @@ def grid() -> list[Run]:
     return [
         *seeds(SMALL, first),
         *(run for run in rates if run.lr != run.arm.lr),
-        *(run_of("screen", arm) for name, arm in ARMS.items() if name not in headline and "doubling-" not in name),
-        *(run_of("screen", arm, LARGE) for name, arm in ARMS.items() if "doubling-" in name),
+        *(run_of("screen", arm) for name, arm in ARMS.items() if not arm.is_full and WINNER not in name),
+        *(run_of("screen", arm, LARGE) for name, arm in ARMS.items() if f"{WINNER}-" in name),
+        *(run_of("baseline", arm) for name, arm in ARMS.items() if arm.is_full and name not in headline),
         # The full model at its ordinary length is the full model for half of the steps here.
         *(run_of("length", ARMS[name], length=2.0) for name in (FULL, WINNER, LATEST)),
         run_of("length-lr", ARMS[FULL], lr="2e-3", length=2.0),

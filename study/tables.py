@@ -76,27 +76,41 @@ def headline_says(records: Records) -> str:
 def learning_rates(records: Records) -> str:
     """Loss at one seed of every arm that was tried at several rates; which best rates are not settled."""
     rows, edges, once = [], [], []
-    for arm in ARMS.values():
-        asked = {run.lr: run for run in at_first_seed(arm, SMALL)}
-        losses = losses_by_rate(records, arm.name)
-        best = min(losses, key=losses.get, default=None)
-        if len(asked) > 1:
-            shown = dict.fromkeys(asked, MISSING) | {lr: f"{loss:.4f}" for lr, loss in losses.items()}
-            shown |= {best: f"**{shown[best]}**"} if losses else {}
-            rows.append((arm.says, *(shown.get(lr, "") for lr in LEARNING_RATES)))
-        if len(losses) == 1:
-            once.append(f"{arm.says} ({float(best):g})")
-        elif losses and best in (min(losses, key=float), max(losses, key=float)):
-            edges.append(f"{arm.says} ({float(best):g})")
-    table = _table(("schedule", *(f"{float(lr):g}" for lr in LEARNING_RATES)), rows)
+    for size in SIZES:
+        for arm in ARMS.values():
+            asked = {run.lr: run for run in at_first_seed(arm, size)}
+            losses = losses_by_rate(records, arm.name, size)
+            best = min(losses, key=losses.get, default=None)
+            if len(asked) > 1:
+                shown = dict.fromkeys(asked, MISSING) | {lr: f"{loss:.4f}" for lr, loss in losses.items()}
+                shown |= {best: f"**{shown[best]}**"} if losses else {}
+                rows.append((size, arm.says, *(shown.get(lr, "") for lr in LEARNING_RATES)))
+            if len(losses) == 1:
+                once.append(f"{arm.says} ({size}, {float(best):g})")
+            elif losses and best in (min(losses, key=float), max(losses, key=float)):
+                edges.append(f"{arm.says} ({size}, {float(best):g})")
+    table = _table(("size", "schedule", *(f"{float(lr):g}" for lr in LEARNING_RATES)), rows)
     said = f"Best at an edge of the rates that were tried: {_listed(edges)}. Run at one rate only: {_listed(once)}."
     return f"{table}\n\n{said}"
 
 
-def losses_by_rate(records: Records, arm: str) -> dict[str, float]:
+def losses_by_rate(records: Records, arm: str, size: str = SMALL) -> dict[str, float]:
     """Final losses of the arm at one seed by learning rate, ascending."""
-    runs = sorted(at_first_seed(ARMS[arm], SMALL), key=lambda run: float(run.lr))
+    runs = sorted(at_first_seed(ARMS[arm], size), key=lambda run: float(run.lr))
     return {run.lr: _losses(records.of([run]))[0] for run in runs if run in records}
+
+
+def baseline(records: Records) -> str:
+    """The full model with one setting changed."""
+    [plain] = runs_with(group="headline", size=SMALL, arm=ARMS[FULL], seed=SEEDS[0])
+    rows = []
+    for run in (plain, *runs_with(group="baseline")):
+        if run in records and plain in records:
+            loss, reference = _losses(records.of([run, plain])) if run != plain else 2 * _losses(records.of([plain]))
+            rows.append((run.arm.says, f"{loss:.4f}", _number(loss - reference, "{:+.4f}")))
+        else:
+            rows.append((run.arm.says, MISSING, ""))
+    return _table(("full model", "loss", "less the first row"), rows)
 
 
 def screens(records: Records) -> str:
@@ -197,6 +211,7 @@ TABLES: dict[str, Callable[[Records], str]] = {
     "headline, in words": headline_says,
     "headline": headline_table,
     "learning rates": learning_rates,
+    "baseline": baseline,
     "screens": screens,
     "lengths": lengths,
     "micro": micro,

@@ -92,11 +92,11 @@ def test_the_document_shows_every_table_and_figure():
         assert path.stat().st_size < 80_000
 
 
-def test_every_arm_has_its_best_learning_rate_once_all_that_are_asked_for_are_done():
+def test_every_arm_has_its_best_learning_rate_or_one_that_is_as_good():
     for arm in ARMS.values():
         losses = tables.losses_by_rate(COMMITTED, arm.name)
         if 1 < len(losses) == len(at_first_seed(arm, SMALL)):
-            assert arm.lr == min(losses, key=losses.get)
+            assert losses[arm.lr] <= min(losses.values()) + 0.001
 
 
 def full_loss(share: float) -> float:
@@ -220,8 +220,8 @@ def test_the_best_learning_rate_is_bold_and_one_at_an_edge_is_named(records):
     make_up(records, runs, lambda run: (0.6, 2.0 - 0.01 * runs.index(run)))
     text = tables.learning_rates(records)
     best = 2.0 - 0.01 * (len(runs) - 1)
-    assert row(text, SAYS)[LEARNING_RATES.index(runs[-1].lr)] == f"**{best:.4f}**"
-    assert f"at an edge of the rates that were tried: {SAYS} ({float(runs[-1].lr):g})." in text
+    assert row(text, SMALL, SAYS)[LEARNING_RATES.index(runs[-1].lr)] == f"**{best:.4f}**"
+    assert f"at an edge of the rates that were tried: {SAYS} ({SMALL}, {float(runs[-1].lr):g})." in text
     for run in runs[1:]:
         del records.contents[run.name]
     assert f"at one rate only: {SAYS} ({float(runs[0].lr):g})." in tables.learning_rates(records)
