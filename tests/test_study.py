@@ -32,6 +32,7 @@ from study.grid import (
     Run,
     grid,
     matching,
+    run_of,
     runs_with,
 )
 from study.records import ROOT, Records
@@ -224,7 +225,14 @@ def test_the_best_learning_rate_is_bold_and_one_at_an_edge_is_named(records):
     assert f"at an edge of the rates that were tried: {SAYS} ({SMALL}, {float(runs[-1].lr):g})." in text
     for run in runs[1:]:
         del records.contents[run.name]
-    assert f"at one rate only: {SAYS} ({float(runs[0].lr):g})." in tables.learning_rates(records)
+    assert f"at one rate only: {SAYS} ({SMALL}, {float(runs[0].lr):g})." in tables.learning_rates(records)
+
+
+def test_the_baselines_settings_are_held_against_the_full_model(records):
+    plain, *changed = [run_of("headline", ARMS[FULL]), *runs_with(group="baseline")]
+    make_up(records, [plain, changed[0]], lambda run: (1.0, 2.0 if run == plain else 1.9))
+    assert row(tables.baseline(records), changed[0].arm.says) == ["1.9000", "−0.1000"]
+    assert row(tables.baseline(records), changed[1].arm.says)[0] == tables.MISSING
 
 
 def test_screens_have_the_best_rate_of_every_schedule_and_what_saves_most_first(records):
