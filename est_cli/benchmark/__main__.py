@@ -5,6 +5,7 @@ import sys
 
 from est_cli.benchmark.arguments import parser, to_case
 from est_cli.benchmark.measure import measure, peak_of_stage
+from est_cli.benchmark.operations import count_operations
 from est_cli.config import TrainerConfig
 from est_cli.errors import UserError
 from est_cli.training.device import available_device
@@ -20,6 +21,9 @@ def main() -> None:
         commands.error("\n".join(error.problems))
     if arguments.peak_memory_of_stage is not None:
         print(json.dumps({"peak_memory_bytes": peak_of_stage(case, arguments.peak_memory_of_stage - 1)}))
+        return
+    if arguments.count_operations:
+        print(json.dumps(count_operations(case), indent=1))
         return
     result = measure(
         case,

@@ -50,6 +50,8 @@ def parser() -> argparse.ArgumentParser:
     arguments.add_argument("--rounds", type=int, default=9)
     arguments.add_argument("--warmup", type=int, default=2)
     arguments.add_argument("--against", choices=("transformers",), default=None)
+    arguments.add_argument("--format", choices=("json",), default="json", help="of what is printed")
+    arguments.add_argument("--count-operations", action="store_true", help="count a step's operations; measure no time")
     arguments.add_argument("--no-memory", action="store_true", help="do not measure peak memory")
     arguments.add_argument("--peak-memory-of-stage", type=int, default=None, help="measure this and nothing else")
     return arguments

@@ -1,6 +1,7 @@
 """One stage's optimizer step, phase by phase: the calls of the training loop, with a clock between them."""
 
 import time
+from collections.abc import Callable
 
 import torch
 
@@ -18,10 +19,14 @@ _MANY_STEPS = 1 << 30
 
 
 class Stepper:
-    """Steps of all stages on one master model, as a run takes them one after the other."""
+    """Steps of all stages on one master model, as a run takes them one after the other.
 
-    def __init__(self, case: Case):
+    `now` is what is read between the phases: seconds, where nothing else is given.
+    """
+
+    def __init__(self, case: Case, now: Callable[[], float] | None = None):
         self.case = case
+        self.now = now or (lambda: _now(case.device))
         model = Transformer(case.model, recompute=case.recompute, kernels=kernels_for(case.kernels, case.device))
         self.model = initialise(model, case.seed).to(case.device)
         self.optimizer = SampledAdamW(self.model, case.optimizer)
@@ -30,27 +35,27 @@ class Stepper:
         self.steps = 0
 
     def step(self, index: int) -> Clock:
-        """One optimizer step of the stage at `index`; seconds of each phase."""
+        """One optimizer step of the stage at `index`; what each phase took."""
         case = self.case
         subnet = self._subnetwork(index)
         spec = case.stages[index]
         stage = Stage(index + 1, 0, _MANY_STEPS, spec.rates, spec.grown)
-        marks = [_now(case.device)]
+        marks = [self.now()]
         plan = sample(case.seed, self.steps, stage, case.model, case.sampling)
-        marks.append(_now(case.device))
+        marks.append(self.now())
         subnet.load(plan)
-        marks.append(_now(case.device))
+        marks.append(self.now())
         forward = backward = 0.0
         for _ in range(case.grad_accum):
-            start = _now(case.device)
+            start = self.now()
             loss = subnet.loss(*self.batch) / case.grad_accum
-            middle = _now(case.device)
+            middle = self.now()
             loss.backward()
-            end = _now(case.device)
+            end = self.now()
             forward, backward = forward + middle - start, backward + end - middle
-        start = _now(case.device)
+        start = self.now()
         self.optimizer.step(subnet.updates(), case.optimizer.lr)
-        end = _now(case.device)
+        end = self.now()
         self.steps += 1
         seconds = (marks[1] - marks[0], marks[2] - marks[1], forward, backward, end - start)
         return dict(zip(PHASES, seconds, strict=True))
