@@ -13,7 +13,7 @@ SIZES = {
     LARGE: (12, 64, 3100),
 }
 """Layers, width, and the optimizer steps of 2,048 tokens that make 10 tokens a parameter."""
-LEARNING_RATES = ("2e-3", "4e-3", "8e-3", "16e-3")
+LEARNING_RATES = ("1e-3", "2e-3", "4e-3", "8e-3", "16e-3")
 SEEDS = (0, 1, 2, 3, 4)
 FULL, WINNER, LATEST = "full", "doubling", "stack-2-4-latest"
 """LATEST spends least of what was screened, and is tried where there is more text."""
@@ -42,16 +42,22 @@ class Arm:
     """The best of the learning rates that were tried, at SMALL and its full length."""
     length: float = 1.0
     """Steps, as a share of the size's."""
+    large_lr: str = ""
+    """The best at LARGE, where it is another one."""
 
     @property
     def is_full(self) -> bool:
         """Whether it trains the full model throughout, for as long as the others or for less."""
         return self.name.startswith(FULL)
 
+    def lr_at(self, size: str) -> str:
+        """The best of the learning rates that were tried at the size."""
+        return self.large_lr if size == LARGE and self.large_lr else self.lr
+
 
 def _full(length: float = 1.0) -> Arm:
     name, says = (FULL, "full model") if length == 1 else (f"{FULL}-{length:g}", f"full model, {length:g} of the steps")
-    return Arm(name, says, ("scheduler=full",), "4e-3", length)
+    return Arm(name, says, ("scheduler=full",), "4e-3", length, large_lr="2e-3")
 
 
 def _baseline(name: str, says: str, *overrides: str) -> Arm:
@@ -148,7 +154,7 @@ class Run:
 
 def run_of(group: str, arm: Arm, size: str = SMALL, lr: str | None = None, seed: int = 0, length: float = 1.0) -> Run:
     """`length` is in the size's own steps, 10 tokens a parameter."""
-    lr, steps = lr or arm.lr, round(SIZES[size][2] * length * arm.length)
+    lr, steps = lr or arm.lr_at(size), round(SIZES[size][2] * length * arm.length)
     parts = [size, arm.name, lr, *([f"x{length:g}"] if length != 1 else []), f"seed{seed}"]
     return Run("-".join(parts), group, arm, size, lr, steps, seed)
 
@@ -162,14 +168,15 @@ def grid() -> list[Run]:
 
     first, second, *later = SEEDS
     # Around the best one: the full model wants a lower rate than what grows.
-    rates = [run_of("lr", ARMS[FULL], lr=lr) for lr in LEARNING_RATES[:3]]
-    rates += [run_of("lr", ARMS[name], lr=lr) for name in (WINNER, "stack-2-at-0.5") for lr in LEARNING_RATES[1:]]
+    rates = [run_of("lr", ARMS[FULL], lr=lr) for lr in LEARNING_RATES[1:4]]
+    rates += [run_of("lr", ARMS[name], lr=lr) for name in (WINNER, "stack-2-at-0.5") for lr in LEARNING_RATES[2:]]
     rates.append(run_of("lr", ARMS["stack-1-at-0.5"], lr="8e-3"))
     rates += [run_of("lr", ARMS[FULL], LARGE, lr=lr) for lr in LEARNING_RATES[:3]]
-    rates += [run_of("lr", ARMS[WINNER], LARGE, lr=lr) for lr in LEARNING_RATES[1:3]]
+    rates += [run_of("lr", ARMS[f"{FULL}-{SHORTER[0]:g}"], LARGE, lr=lr) for lr in LEARNING_RATES[1:3]]
+    rates += [run_of("lr", ARMS[WINNER], LARGE, lr=lr) for lr in LEARNING_RATES[2:4]]
     return [
         *seeds(SMALL, first),
-        *(run for run in rates if run.lr != run.arm.lr),
+        *(run for run in rates if run.lr != run.arm.lr_at(run.size)),
         *(run_of("screen", arm) for name, arm in ARMS.items() if not arm.is_full and WINNER not in name),
         *(run_of("screen", arm, LARGE) for name, arm in ARMS.items() if f"{WINNER}-" in name),
         *(run_of("baseline", arm) for name, arm in ARMS.items() if arm.is_full and name not in headline),

@@ -94,10 +94,11 @@ def test_the_document_shows_every_table_and_figure():
 
 
 def test_every_arm_has_its_best_learning_rate_or_one_that_is_as_good():
-    for arm in ARMS.values():
-        losses = tables.losses_by_rate(COMMITTED, arm.name)
-        if 1 < len(losses) == len(at_first_seed(arm, SMALL)):
-            assert losses[arm.lr] <= min(losses.values()) + 0.001
+    for size in SIZES:
+        for arm in ARMS.values():
+            losses = tables.losses_by_rate(COMMITTED, arm.name, size)
+            if 1 < len(losses) == len(at_first_seed(arm, size)):
+                assert losses[arm.lr_at(size)] <= min(losses.values()) + 0.001
 
 
 def full_loss(share: float) -> float:
