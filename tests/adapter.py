@@ -82,8 +82,7 @@ def full_size(updates: Sequence[Update], weights: Mapping[str, Tensor]) -> dict[
             assert update.gradient.shape == found[update.name].shape, update.name
             found[update.name].copy_(update.gradient)
             continue
-        rows = torch.from_numpy(update.rows.host)
-        assert torch.equal(rows, update.rows.device.cpu()), update.name
+        rows = torch.from_numpy(update.rows)
         gradient = update.gradient.reshape(len(rows), -1)
         found[update.name].view(-1, gradient.shape[1])[rows] = gradient.to(weights[update.name].dtype)
     return found

@@ -119,7 +119,7 @@ def _in_the_optimizer(trap: _Trap) -> None:
     from est_cli.training.optimizer import SampledAdamW
 
     calls = itertools.count()
-    _before(SampledAdamW, "_move", lambda *_: trap() if next(calls) % 7 == 4 else None)
+    _before(SampledAdamW, "_moves", lambda *_: trap() if next(calls) % 7 == 4 else None)
 
 
 def _in_evaluation(trap: _Trap) -> None:

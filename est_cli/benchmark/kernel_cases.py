@@ -85,7 +85,7 @@ def adamw_case(matrices: Sequence[Matrix], freeze: bool, device: torch.device) -
                 parameter=torch.randn(shape, device=device),
                 moment=0.01 * torch.randn(shape, device=device),
                 square=1e-4 * torch.rand(shape, device=device),
-                gradient=None if matrix.sampled == 0 else 0.01 * torch.randn(trained, device=device),
+                gradients=[] if matrix.sampled == 0 else [0.01 * torch.randn(trained, device=device)],
                 rows=rows,
                 counts=random.integers(1, 50, trained[0]) if freeze else 7,
                 hyper=HYPER if matrix.rows > 1 else replace(HYPER, weight_decay=0.0),
@@ -100,7 +100,7 @@ def copied(moves: Sequence[Move], dtype: torch.dtype) -> list[Move]:
         replace(
             move,
             **{name: getattr(move, name).to(dtype, copy=True) for name in ("parameter", "moment", "square")},
-            gradient=None if move.gradient is None else move.gradient.to(dtype, copy=True),
+            gradients=[gradient.to(dtype, copy=True) for gradient in move.gradients],
         )
         for move in moves
     ]

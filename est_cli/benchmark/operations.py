@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from est_cli.benchmark.case import Case
 from est_cli.benchmark.stepper import Stepper
 
-_HEAD_DIM, _BLOCKS, _VOCABULARY, _TOKENS = 4, 8, 64, 8
+_HEAD_DIM, _BLOCKS, _VOCABULARY, _TOKENS = 2, 8, 64, 8
 _COPIES_NOTHING = {"aten::_unsafe_view", "aten::_reshape_alias"}
 """Views that the dispatcher does not call so."""
 

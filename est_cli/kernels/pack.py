@@ -5,6 +5,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+CPU_CHUNK_ELEMENTS = 1 << 19
+CUDA_CHUNK_ELEMENTS = 1 << 28
+"""Elements that are gathered before they are cast: on a CPU they stay in the cache between the two."""
+
 
 @torch.no_grad()
 def gather_rows(sources: Sequence[Tensor], rows: Sequence[Tensor | None], slots: Sequence[Tensor]) -> None:
@@ -12,10 +16,15 @@ def gather_rows(sources: Sequence[Tensor], rows: Sequence[Tensor | None], slots:
 
     sources [R, C], rows [r] of int64, slots [r, C] of any float type.
     """
+    whole = [(slot, source) for source, index, slot in zip(sources, rows, slots, strict=True) if index is None]
+    if whole:
+        torch._foreach_copy_(*map(list, zip(*whole, strict=True)))
     for source, index, slot in zip(sources, rows, slots, strict=True):
         if index is None:
-            slot.copy_(source)
-        elif source.dtype == slot.dtype:
+            continue
+        if source.dtype == slot.dtype:
             torch.index_select(source, 0, index, out=slot)
-        else:
-            slot.copy_(source.index_select(0, index))
+            continue
+        height = max(1, (CUDA_CHUNK_ELEMENTS if slot.is_cuda else CPU_CHUNK_ELEMENTS) // slot.shape[1])
+        for some, part in zip(index.split(height), slot.split(height), strict=True):
+            part.copy_(source.index_select(0, some))

@@ -22,27 +22,28 @@ from est_cli.kernels.upload import upload
 
 
 @torch.no_grad()
-def adamw_step(moves: Sequence[Move], clip: Tensor | None) -> None:
+def adamw_step(moves: Sequence[Move], clip: Tensor | None, refused: Tensor | None = None) -> None:
     """`est_cli.kernels.adamw.adamw_step` in float32; betas and eps are those of the first move.
 
-    One launch; two where, in a model whose heads or neurons joined late, some rows alone have counts of their own.
+    One launch; two where some rows alone have counts of their own.
     """
     for freeze in (False, True):
         own = [move for move in moves if isinstance(move.counts, int) is not freeze]
         if own:
-            _step(own, clip, freeze)
+            _step(own, clip, refused, freeze)
 
 
-def _step(moves: Sequence[Move], clip: Tensor | None, freeze: bool) -> None:
-    tensors = [t for m in moves for t in (m.parameter, m.moment, m.square, m.gradient) if t is not None]
+def _step(moves: Sequence[Move], clip: Tensor | None, refused: Tensor | None, freeze: bool) -> None:
+    gradients = [m.gradient(0, sum(map(len, m.gradients))) if m.gradients else None for m in moves]
+    tensors = [t for m in moves for t in m.tensors] + [g for g in gradients if g is not None]
     assert all(t.dtype == torch.float32 and t.is_contiguous() for t in tensors)
     device, hyper = moves[0].parameter.device, moves[0].hyper
-    moving = [m.gradient if freeze and m.rows is not None else m.parameter for m in moves]
+    moving = [g if freeze and m.rows is not None else m.parameter for m, g in zip(moves, gradients, strict=True)]
     addresses = (
         [m.parameter.data_ptr() for m in moves],
         [m.moment.data_ptr() for m in moves],
         [m.square.data_ptr() for m in moves],
-        [0 if m.gradient is None else m.gradient.data_ptr() for m in moves],
+        [0 if g is None else g.data_ptr() for g in gradients],
     )
     indices, starts = _joined([_index(m) for m in moves])
     numbers, number_starts = _joined([_numbers(m) for m in moves])
@@ -56,6 +57,7 @@ def _step(moves: Sequence[Move], clip: Tensor | None, freeze: bool) -> None:
         indices=upload(indices, device),
         numbers=upload(numbers, device),
         clip=clip,
+        refused=refused,
         new_moment=1 - hyper.beta1,
         beta2=hyper.beta2,
         new_square=1 - hyper.beta2,
@@ -97,6 +99,7 @@ def _adamw_tile(
     indices,
     numbers,
     clip,
+    refused,
     new_moment,
     beta2,
     new_square,
@@ -107,6 +110,8 @@ def _adamw_tile(
     WIDTH: tl.constexpr,
 ):
     job, row, columns, width = locate(table, JOBS, GROUPS, WIDTH)
+    if refused is not None:
+        row = tl.where(tl.load(refused) == 0.0, row, -1)
     inside = row >= 0
     gradient = field(table, 3, job, JOBS)
     index_start = field(table, 4, job, JOBS)

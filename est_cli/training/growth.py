@@ -11,7 +11,7 @@ from est_cli.subnet.growth import Growth
 from est_cli.subnet.plan import whole_plan
 from est_cli.subnet.rows import n_rows, sampled_rows
 from est_cli.training.optimizer import SampledAdamW
-from est_cli.training.subnetwork import as_rows
+from est_cli.training.stacks import as_rows
 
 
 @torch.no_grad()

@@ -1,5 +1,8 @@
 """The optimizer of the master weights: AdamW that knows which rows a step has trained."""
 
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -9,10 +12,11 @@ from est_cli.kernels.adamw import Hyperparameters, Move, Rows
 from est_cli.kernels.upload import upload
 from est_cli.model.transformer import Transformer, layer_of, row_kind
 from est_cli.subnet.plan import whole_plan
-from est_cli.subnet.rows import n_rows, sampled_rows
+from est_cli.subnet.rows import sampled_rows
 from est_cli.subnet.schedule import boundary_step
 from est_cli.training.shards import Shards, whole
-from est_cli.training.subnetwork import Update, as_rows
+from est_cli.training.stacks import Stack, adjacent, rows_in, stack_master
+from est_cli.training.subnetwork import Update
 
 
 def learning_rate(config: OptimizerConfig, step: int, max_steps: int) -> float:
@@ -39,6 +43,20 @@ _SHAPES = {
 """What is left of a decay's way after the fraction `progress` of its steps."""
 
 
+@dataclass
+class _State:
+    """What the optimizer keeps of a master stack, of the layers that have joined: its first rows."""
+
+    stack: Stack
+    moments: Stack
+    squares: Stack
+    counts: np.ndarray
+    """Steps that every row took."""
+    joined: np.ndarray | None
+    """The rows that have joined; None for all of them."""
+    decays: bool
+
+
 class SampledAdamW:
     """AdamW on the master, given the gradients of sampled rows.
 
@@ -59,31 +77,44 @@ class SampledAdamW:
     ):
         self.config, self.kernels, self.shards = config, model.kernels, shards or whole(model)
         self.full = model.config
+        self._stacks = stack_master(model)
+        self._states: dict[int, _State] = {}
         self.parameters = {name: parameter.data for name, parameter in model.named_parameters()}
-        self.joined: dict[str, Rows | None] = {}
-        """The rows of every parameter that have joined; None for all of them."""
         self.moments: dict[str, Tensor] = {}
         self.squares: dict[str, Tensor] = {}
         self.counts: dict[str, np.ndarray] = {}
-        self._matrices: dict[str, list[Tensor]] = {}
         self.join(grown or model.config)
 
     def join(self, grown: ModelConfig) -> None:
         """From now on move what belongs to `grown`; what is new begins with moments of 0."""
-        plan = whole_plan(grown)
-        for name, parameter in self.parameters.items():
-            layer, kind = layer_of(name), row_kind(name)
-            if layer is not None and layer >= grown.n_layers:
-                continue
-            self.joined[name] = None
-            if kind is not None and n_rows(kind, grown) != n_rows(kind, self.full):
-                host = sampled_rows(kind, self.full, plan, layer)
-                self.joined[name] = Rows(host, upload(host, self.shards.world.device))
-            if name not in self.moments:
-                self.moments[name], self.squares[name] = torch.zeros_like(parameter), torch.zeros_like(parameter)
-                tensors = (parameter, self.moments[name], self.squares[name])
-                self._matrices[name] = [as_rows(name, tensor, self.full) for tensor in tensors]
-                self.counts[name] = np.zeros(len(self._matrices[name][0]), np.int64)
+        for number, stack in enumerate(self._stacks):
+            names = [name for name in stack.places if layer_of(name) is None or layer_of(name) < grown.n_layers]
+            if names:
+                self._states[number] = self._state(stack, names, grown, self._states.get(number))
+        own = {name: state for state in self._states.values() for name in state.moments.places}
+        for name in self.parameters:
+            if name in own:
+                place, state = own[name].moments.places[name], own[name]
+                shape = self.parameters[name].shape
+                self.moments[name] = state.moments.matrix[place].view(shape)
+                self.squares[name] = state.squares.matrix[place].view(shape)
+                self.counts[name] = state.counts[place]
+
+    def _state(self, stack: Stack, names: list[str], grown: ModelConfig, before: _State | None) -> _State:
+        n, plan = stack.places[names[-1]].stop, whole_plan(grown)
+        kinds = [(name, row_kind(name)) for name in names]
+        rows = [sampled_rows(kind, self.full, plan, layer_of(name)) if kind else None for name, kind in kinds]
+        joined = np.concatenate([rows_in(stack.places[name], r) for name, r in zip(names, rows, strict=True)])
+        joined = None if len(joined) == n else joined
+        if before is not None and len(before.counts) == n:
+            return replace(before, joined=joined)
+        decays = self.parameters[names[0]].dim() >= 2
+        state = _State(stack, stack.zeros(n), stack.zeros(n), np.zeros(n, np.int64), joined, decays)
+        if before is not None:
+            old = slice(0, len(before.counts))
+            state.moments.matrix[old], state.squares.matrix[old] = before.moments.matrix, before.squares.matrix
+            state.counts[old] = before.counts
+        return state
 
     @torch.no_grad()
     def norm(self, updates: list[Update]) -> Tensor:
@@ -96,33 +127,56 @@ class SampledAdamW:
         norm = self.norm(updates) if norm is None else norm
         clip = None if self.config.grad_clip is None else (self.config.grad_clip / (norm + 1e-6)).clamp(max=1.0)
         by_name = {update.name: update for update in updates}
-        moves = [self._move(name, by_name.get(name), lr) for name in self.parameters if name in self.joined]
-        self.kernels.adamw_step([move for move in moves if move is not None], clip)
+        alike = len(by_name) == len(self.counts) and self._counts_are_one()
+        moves = [move for state in self._states.values() for move in self._moves(state, by_name, lr, alike)]
+        self.kernels.adamw_step(moves, clip)
         return norm
 
-    def _move(self, name: str, update: Update | None, lr: float) -> Move | None:
-        """Count a parameter's step; None where it takes none here."""
-        freeze = self.config.unsampled == "freeze"
-        if update is None and freeze:
-            return None
-        rows = update.rows if update else None
-        counts, moving = self.counts[name], rows if freeze else self.joined[name]
-        counts[slice(None) if moving is None else moving.host] += 1
-        if not self.shards.holds(name):
-            return None
-        matrices = self._matrices[name]
-        gradient = None if update is None else update.gradient.reshape(-1, matrices[0].shape[1])
-        taken: int | np.ndarray = counts if moving is None else counts[moving.host]
-        if not freeze and moving is None and (counts == counts[0]).all():
-            taken = int(counts[0])
-        elif not freeze:
-            # Some rows joined later, or have not: each takes its own step, with gradient 0 where it was not sampled.
-            gradient, rows = _spread(gradient, rows, moving, matrices[0]), moving
-        return Move(*matrices, gradient, rows, taken, self._hyperparameters(self.parameters[name], lr))
+    def _counts_are_one(self) -> bool:
+        """Whether all rows of all layers took as many steps."""
+        found = {int(state.counts[0]) for state in self._states.values()}
+        return len(found) == 1 and all((state.counts == state.counts[0]).all() for state in self._states.values())
 
-    def _hyperparameters(self, parameter: Tensor, lr: float) -> Hyperparameters:
-        decay = self.config.weight_decay if parameter.dim() >= 2 else 0.0
-        return Hyperparameters(lr, *self.config.betas, self.config.eps, decay)
+    def _moves(self, state: _State, updates: Mapping[str, Update], lr: float, alike: bool) -> list[Move]:
+        """Count a stack's step, and say what moves here: rows that took as many steps move together.
+
+        Under `freeze` the rows of layers do so only where all are `alike`: the bits then do not depend on which
+        parameters share a stack.
+        """
+        own = {name: updates[name] for name in state.moments.places if name in updates}
+        sampled = [rows_in(state.stack.places[name], update.rows) for name, update in own.items()]
+        host = np.concatenate(sampled) if sampled else np.empty(0, np.int64)
+        rows = None if len(host) == len(state.counts) else host
+        freeze = self.config.unsampled == "freeze"
+        moving = rows if freeze else state.joined
+        state.counts[slice(None) if moving is None else moving] += 1
+        if not self.shards.holds(next(iter(state.stack.places))) or (freeze and not own):
+            return []
+        columns = state.stack.matrix.shape[1]
+        gradients = adjacent([update.gradient.reshape(-1, columns) for update in own.values()])
+        if freeze and (rows is not None or not (alike or layer_of(next(iter(own))) is None)):
+            return [self._move(state, slice(0, len(state.counts)), gradients, rows, state.counts[host], lr)]
+        runs = list(_runs(state.counts, state.joined))
+        if len(runs) == 1:
+            run, count = runs[0]
+            return [self._move(state, run, gradients, rows, count, lr)]
+        return [self._move(state, run, *_within(run, gradients, host), count, lr) for run, count in runs]
+
+    def _move(
+        self,
+        state: _State,
+        run: slice,
+        gradients: Sequence[Tensor],
+        rows: np.ndarray | None,
+        count: int | np.ndarray,
+        lr: float,
+    ) -> Move:
+        matrices = (stack.matrix[run] for stack in (state.stack, state.moments, state.squares))
+        index = None if rows is None else Rows(rows, upload(rows, self.shards.world.device))
+        decay = self.config.weight_decay if state.decays else 0.0
+        hyper = Hyperparameters(lr, *self.config.betas, self.config.eps, decay)
+        ends = [min(place.stop, run.stop) - run.start for place in state.moments.places.values()]
+        return Move(*matrices, gradients, index, count, hyper, [end for end in ends if end > 0])
 
     def state(self) -> dict[str, Tensor]:
         """Every tensor that the optimizer carries between steps, by name, the widest type first.
@@ -136,16 +190,25 @@ class SampledAdamW:
         }
 
 
-def _spread(gradient: Tensor | None, rows: Rows | None, moving: Rows | None, matrix: Tensor) -> Tensor:
-    """The gradient of the rows that move, 0 where `rows` names none; matrix [R, C]."""
-    if gradient is not None and (rows is moving or (rows and moving and np.array_equal(rows.host, moving.host))):
-        return gradient
-    n_moving = len(matrix) if moving is None else len(moving.host)
-    spread = matrix.new_zeros((n_moving, matrix.shape[1]))
-    if gradient is None:
-        return spread
-    if rows is None:
-        assert moving is None, "what has not joined has no gradient"
-        return gradient
-    places = rows.host if moving is None else np.searchsorted(moving.host, rows.host)
-    return spread.index_copy_(0, upload(places, matrix.device), gradient)
+def _runs(counts: np.ndarray, joined: np.ndarray | None) -> Iterator[tuple[slice, int]]:
+    """Rows that follow one another, have joined, and took as many steps; and how many."""
+    marks = counts
+    if joined is not None:
+        marks = np.full_like(counts, -1)
+        marks[joined] = counts[joined]
+    starts = [0, *(np.flatnonzero(np.diff(marks)) + 1).tolist()]
+    for start, stop in zip(starts, [*starts[1:], len(marks)], strict=True):
+        if marks[start] >= 0:
+            yield slice(start, stop), int(marks[start])
+
+
+def _within(run: slice, gradients: Sequence[Tensor], host: np.ndarray) -> tuple[list[Tensor], np.ndarray | None]:
+    """The gradients of the rows of a run, and these rows counted from its start; None for all of them."""
+    low, high = np.searchsorted(host, (run.start, run.stop)).tolist()
+    found, end = [], 0
+    for gradient in gradients:
+        start, end = end, end + len(gradient)
+        if start < high and low < end:
+            found.append(gradient[max(low - start, 0) : high - start])
+    rows = None if high - low == run.stop - run.start else host[low:high] - run.start
+    return found, rows

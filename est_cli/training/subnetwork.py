@@ -6,34 +6,35 @@ subnetwork is the master itself. In bf16 every slot is a bf16 copy, and a hook a
 fp32 accumulator. Of a sharded master every slot is a copy, which comes from the rank that holds the parameter.
 """
 
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from est_cli.config import ModelConfig
-from est_cli.kernels.adamw import Rows
 from est_cli.kernels.upload import upload
 from est_cli.model.transformer import BlockMask, Transformer, layer_of, row_kind, set_parameter
 from est_cli.subnet.plan import Plan, Subnetwork, whole_plan
 from est_cli.subnet.rows import n_rows, sampled_rows
 from est_cli.training.shards import Shards, whole
+from est_cli.training.stacks import Stack, as_rows, new_stacks, rows_in, stack_master
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
 class Update:
-    """What one optimizer step does to one master parameter: the gradient of its sampled rows."""
+    """What one optimizer step does to one master parameter: the gradient of its sampled `rows`, None for all."""
 
     name: str
-    rows: Rows | None
+    rows: np.ndarray | None
     gradient: Tensor
 
 
 class Accumulators:
-    """Sums of the slots' gradients in fp32, by name.
+    """Sums of the slots' gradients in fp32, by name, stacked as the slots are.
 
     The slots' hooks hold these and nothing else: a cycle that leads through a hook is never collected, and would keep
     every subnetwork of the run alive.
@@ -47,14 +48,17 @@ class Accumulators:
         """The next gradient of every slot begins its sum anew."""
         self._started.clear()
 
-    def watch(self, name: str, slot: nn.Parameter) -> None:
-        """Add every gradient of `slot` as soon as the backward pass has made it, and drop it."""
-        slot.register_post_accumulate_grad_hook(lambda slot: self._add(name, slot))
+    def watch(self, stack: Stack, slots: Mapping[str, nn.Parameter]) -> None:
+        """Add every gradient of the stack's slots as soon as the backward pass has made it, and drop it."""
+        shapes = {name: slots[name].shape for name in stack.places}
+        make = partial(_new_sums, stack.matrix.shape, stack.matrix.device, stack.places, shapes)
+        for name in stack.places:
+            slots[name].register_post_accumulate_grad_hook(partial(self._add, name, make))
 
-    def _add(self, name: str, slot: nn.Parameter) -> None:
+    def _add(self, name: str, make: Callable[[], dict[str, Tensor]], slot: nn.Parameter) -> None:
         if name not in self.sums:
             # Made by the first backward pass, so that a subnetwork that only evaluates never pays for them.
-            self.sums[name] = torch.empty_like(slot, dtype=torch.float32)
+            self.sums |= make()
         if name in self._started:
             self.sums[name].add_(slot.grad)
         else:
@@ -63,10 +67,15 @@ class Accumulators:
         slot.grad = None
 
 
+def _new_sums(size: torch.Size, device: torch.device, places: Mapping[str, slice], shapes) -> dict[str, Tensor]:
+    return Stack(torch.empty(size, dtype=torch.float32, device=device), places).views(shapes)
+
+
 class PackedSubnetwork:
     """Pack, dense small model, unpack."""
 
     def __init__(self, master: Transformer, shape: Subnetwork, dtype: torch.dtype, shards: Shards | None = None):
+        self._masters = {name: stack for stack in stack_master(master) for name in stack.places}
         self.master = dict(master.named_parameters())
         self.shards = shards or whole(master)
         self.device = self.shards.world.device
@@ -75,21 +84,21 @@ class PackedSubnetwork:
         self.copies = self.casts or self.shards.is_sharded
         self.scale_dtype = torch.promote_types(dtype, torch.float32)
         self.is_master = self.small == self.full and not self.copies
+        self._slots: list[Stack] = []
         if self.is_master:
             self.module = master
         else:
             self.module = Transformer(shape, "meta", dtype, master.recompute, master.kernels)
             self._allocate(dtype)
         self.parameters = dict(self.module.named_parameters())
-        self._matrices = {name: as_rows(name, p.data, self.full) for name, p in self.master.items()}
-        self._slots = {name: as_rows(name, p.data, self.small) for name, p in self.parameters.items()}
         self._sampled = {name: (row_kind(name), layer_of(name)) for name in self.parameters if self._is_sampled(name)}
-        self.rows: dict[str, Rows] = {}
+        self.rows: dict[str, np.ndarray] = {}
+        """Of every packed parameter that is sampled by rows: those of the master's that it holds."""
         self.names: dict[str, str] = {name: name for name in self.parameters}
         self.accumulators = Accumulators()
         if self.casts:
-            for name, parameter in self.parameters.items():
-                self.accumulators.watch(name, parameter)
+            for stack in self._slots:
+                self.accumulators.watch(stack, {name: self.parameters[name] for name in stack.places})
 
     def load(self, plan: Plan) -> None:
         """Fill the slots with the rows of `plan`, and drop the gradients of the step before."""
@@ -105,13 +114,13 @@ class PackedSubnetwork:
             self._share()
         if self.shape.is_scaled:
             self.scales.copy_(upload(plan.scales, self.device))
-        copied = list(self.parameters if self.copies else self.rows)
-        held = [name for name in copied if self.shards.holds(self.names[name])]
+        held = [slots for slots in self._slots if self.shards.holds(self.names[next(iter(slots.places))])]
         self.kernels.gather_rows(
-            [self._matrices[self.names[name]] for name in held],
-            [self.rows[name].device if name in self.rows else None for name in held],
-            [self._slots[name] for name in held],
+            [self._masters[self.names[next(iter(slots.places))]].matrix for slots in held],
+            self._indices(held),
+            [slots.matrix for slots in held],
         )
+        copied = [name for slots in self._slots for name in slots.places]
         self.shards.spread({self.names[name]: self.parameters[name].data for name in copied})
 
     def load_whole(self) -> None:
@@ -135,11 +144,11 @@ class PackedSubnetwork:
 
     def _allocate(self, dtype: torch.dtype) -> None:
         """Give every parameter a slot of its own, or the master's storage where it can share."""
-        for name, parameter in list(self.module.named_parameters()):
-            source = self.master[name]
-            shares = not self.copies and not self._is_sampled(name)
-            data = source.data if shares else torch.empty(parameter.shape, dtype=dtype, device=self.device)
-            set_parameter(self.module, name, data)
+        names = [name for name, _ in self.module.named_parameters()]
+        own = [name for name in names if self.copies or self._is_sampled(name)]
+        self._slots = new_stacks(self.module, own, self.small, self.shards.is_sharded, dtype, self.device)
+        for name in set(names) - set(own):
+            set_parameter(self.module, name, self.master[name].data)
         if self.shape.is_scaled:
             self.scales = torch.ones(self.small.n_layers, 2, dtype=self.scale_dtype, device=self.device)
             for block, own in zip(self.module.blocks, self.scales, strict=True):
@@ -152,20 +161,28 @@ class PackedSubnetwork:
             if name not in self.rows and parameter.data_ptr() != source.data_ptr():
                 parameter.data = source.data
 
-    def _rows_of(self, plan: Plan) -> dict[str, Rows]:
-        """Sampled rows of every packed parameter; the indices travel to the device in one copy."""
-        if not self._sampled:
-            return {}
-        hosts = {
-            (kind, position): sampled_rows(kind, self.full, plan, position)
-            for kind, position in dict.fromkeys(self._sampled.values())
-        }
-        indices = np.concatenate(list(hosts.values()))
-        sizes = [len(host) for host in hosts.values()]
-        assert _ascends(indices, np.cumsum(sizes)[:-1]), "a row is sampled once, and in order"
-        parts = upload(indices, self.device).split(sizes)
-        rows = {unit: Rows(host, part) for (unit, host), part in zip(hosts.items(), parts, strict=True)}
+    def _rows_of(self, plan: Plan) -> dict[str, np.ndarray]:
+        """Sampled rows of every packed parameter."""
+        units = dict.fromkeys(self._sampled.values())
+        rows = {(kind, position): sampled_rows(kind, self.full, plan, position) for kind, position in units}
         return {name: rows[unit] for name, unit in self._sampled.items()}
+
+    def _indices(self, slots: Sequence[Stack]) -> list[Tensor | None]:
+        """The master's row of every row of the slots; None for all. They travel to the device in one copy."""
+        hosts = [np.concatenate([self._in_stack(name) for name in stack.places]) for stack in slots]
+        assert all((np.diff(host) > 0).all() for host in hosts), "a row is sampled once, and in order"
+        masters = [self._masters[self.names[next(iter(stack.places))]] for stack in slots]
+        chosen = [len(host) < len(master.matrix) for host, master in zip(hosts, masters, strict=True)]
+        sizes = [len(host) if some else 0 for host, some in zip(hosts, chosen, strict=True)]
+        if not any(chosen):
+            return [None] * len(slots)
+        parts = upload(np.concatenate([h for h, some in zip(hosts, chosen, strict=True) if some]), self.device)
+        return [part if some else None for part, some in zip(parts.split(sizes), chosen, strict=True)]
+
+    def _in_stack(self, name: str) -> np.ndarray:
+        """The rows of a packed parameter in the master's stack."""
+        place = self._masters[self.names[name]].places[self.names[name]]
+        return rows_in(place, self.rows.get(name))
 
 
 class MaskedSubnetwork:
@@ -197,9 +214,8 @@ class MaskedSubnetwork:
                 continue
             if kind is not None and n_rows(kind, self.config) != n_rows(kind, self.shape.model):
                 host = sampled_rows(kind, self.config, self.plan, positions[layer])
-                rows = Rows(host, torch.from_numpy(host).to(update.gradient.device))
-                gradient = as_rows(update.name, update.gradient, self.config)[rows.device]
-                update = Update(update.name, rows, gradient)
+                index = torch.from_numpy(host).to(update.gradient.device)
+                update = Update(update.name, host, as_rows(update.name, update.gradient, self.config)[index])
             updates.append(update)
         return updates
 
@@ -215,19 +231,6 @@ class MaskedSubnetwork:
             neurons[torch.from_numpy(self.plan.neurons[kept[0]])] = units[1]
             scales.copy_(torch.from_numpy(self.plan.scales[kept[0]] / units))
         return BlockMask(heads, neurons, scales)
-
-
-def as_rows(name: str, tensor: Tensor, model: ModelConfig) -> Tensor:
-    """A parameter, or its moment, as the matrix [R, C] of its rows; one row where it is not sampled by rows."""
-    kind = row_kind(name)
-    return tensor.view(1 if kind is None else n_rows(kind, model), -1)
-
-
-def _ascends(indices: np.ndarray, starts: np.ndarray) -> bool:
-    """Whether the indices ascend strictly, but for where a new run of them starts."""
-    rises = np.diff(indices) > 0
-    rises[starts - 1] = True
-    return bool(rises.all())
 
 
 def _in_master(name: str, plan: Plan) -> str:

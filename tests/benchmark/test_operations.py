@@ -41,3 +41,33 @@ def test_counts_depend_on_no_width():
     narrow = case("--model", "nano")
     wide = replace(narrow, model=replace(narrow.model, d_model=64, head_dim=16, d_ff=96, vocab_size=128))
     assert count_operations(wide) == count_operations(narrow)
+
+
+EXACT = {
+    ("gpt2", "fp32"): ([5, 5, 0], [28, 26, 16]),
+    ("gpt2", "bf16"): ([12, 10, 1], [23, 22, 16]),
+    ("tinyllama", "fp32"): ([3, 3, 0], [24, 21, 16]),
+    ("tinyllama", "bf16"): ([8, 6, 1], [21, 19, 16]),
+}
+
+
+@pytest.mark.parametrize(("model", "precision"), EXACT)
+def test_pack_and_update_take_few_operations_whatever_the_depth(model, precision):
+    """At most 20 to pack, and at most 40 for norm, clip and AdamW."""
+    shallow = case("--model", model, "--precision", precision)
+    shallow = replace(shallow, model=replace(shallow.model, n_layers=4))
+    found = [
+        [[stage[phase] for stage in count_operations(measured)["stages"]] for phase in ("pack", "update")]
+        for measured in (shallow, replace(shallow, model=replace(shallow.model, n_layers=9)))
+    ]
+    assert found == [list(EXACT[model, precision])] * 2
+
+
+@pytest.mark.parametrize("unsampled", ["zero_grad", "freeze"])
+def test_the_update_does_not_grow_with_the_layers_whatever_happens_to_rows_that_are_not_sampled(unsampled):
+    counts = []
+    for n_layers in (4, 9):
+        measured = case("--model", "gpt2", "--optimizer", json.dumps({"unsampled": unsampled}))
+        measured = replace(measured, model=replace(measured.model, n_layers=n_layers))
+        counts.append([stage["update"] for stage in count_operations(measured)["stages"]])
+    assert counts[0] == counts[1]

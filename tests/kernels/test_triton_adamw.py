@@ -58,9 +58,9 @@ def test_zero_grad_moves_rows_without_a_gradient_as_a_gradient_of_zero_does():
     explicit = []
     for move in copied(moves, torch.float32):
         gradient = torch.zeros_like(move.parameter)
-        if move.gradient is not None:
-            gradient[slice(None) if move.rows is None else move.rows.device] = move.gradient
-        explicit.append(replace(move, gradient=gradient, rows=None))
+        if move.gradients:
+            gradient[slice(None) if move.rows is None else move.rows.device] = move.gradients[0]
+        explicit.append(replace(move, gradients=[gradient], rows=None))
     triton_adamw.adamw_step(moves, None)
     triton_adamw.adamw_step(explicit, None)
     for sampled, whole in zip(moves, explicit, strict=True):
@@ -80,6 +80,19 @@ def test_rows_that_joined_late_step_beside_tensors_whose_rows_all_have_one_count
     for ours, theirs in zip(found, usual, strict=True):
         for name in TENSORS:
             torch.testing.assert_close(getattr(ours, name), getattr(theirs, name), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("freeze", [False, True], ids=["zero_grad", "freeze"])
+def test_the_device_refuses_a_step(freeze):
+    moves = adamw_case(ODD + ALIGNED, freeze, DEVICE)
+    before = copied(moves, torch.float32)
+    triton_adamw.adamw_step(moves, torch.tensor(torch.nan, device=DEVICE), torch.ones((), device=DEVICE))
+    for old, new in zip(before, moves, strict=True):
+        assert all(torch.equal(getattr(old, name), getattr(new, name)) for name in TENSORS)
+    triton_adamw.adamw_step(moves, None, torch.zeros((), device=DEVICE))
+    triton_adamw.adamw_step(before, None)
+    for old, new in zip(before, moves, strict=True):
+        assert all(torch.equal(getattr(old, name), getattr(new, name)) for name in TENSORS)
 
 
 def test_nothing_to_move_is_no_error():

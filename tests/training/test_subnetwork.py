@@ -37,8 +37,8 @@ def addresses(subnet: PackedSubnetwork) -> dict[str, int]:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_in_fp32_tensors_that_are_not_sampled_are_the_masters_own(family):
     master = random_master(FAMILIES[family], torch.float32)
-    own = {name: parameter.data_ptr() for name, parameter in master.named_parameters()}
     subnet = packed(master, HALF)
+    own = {name: parameter.data_ptr() for name, parameter in master.named_parameters()}
     assert addresses(subnet)["embedding"] == own["embedding"], "from the start: a copy would cost its memory"
     for step in range(5):
         subnet.load(plan_of(master, HALF, step))
