@@ -24,6 +24,10 @@ if TYPE_CHECKING:
 AUTO_MAX_STEPS = 1000
 """Optimizer steps of a run that does not say how many."""
 
+MOST_PROFILED = 100
+"""Steps of a trace, each some thousand operations long; viewers fail beyond."""
+
+_PROFILE = re.compile(r"[0-9]{1,9}:[0-9]{1,9}")
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
 
 
@@ -38,6 +42,7 @@ def problems_together(sections: Mapping[str, Any], max_steps: int | None) -> lis
         (_strategy, "sampling"),
         (_processes, "trainer"),
         (_stages, "scheduler", "max_steps"),
+        (_profile, "trainer", "scheduler", "max_steps"),
         (_growth, "model", "sampling", "scheduler"),
         (_decay, "optimizer", "max_steps"),
     )
@@ -117,6 +122,32 @@ def _stages(scheduler: "SchedulerConfig", max_steps: int) -> Iterator[str]:
         build_stages(scheduler.stages, max_steps, scheduler.names)
     except ValueError as error:
         yield str(error)
+
+
+def _profile(trainer: "TrainerConfig", scheduler: "SchedulerConfig", max_steps: int) -> Iterator[str]:
+    value = trainer.profile
+    if value is None:
+        return
+    if not (isinstance(value, str) and _PROFILE.fullmatch(value)):
+        yield (
+            f"trainer.profile={value}: must be STEP:COUNT, such as 10:3 (in YAML with quotes, '10:3'): "
+            f"COUNT steps of every stage, at least 1 and at most {MOST_PROFILED}, from its step STEP on, at least 0"
+        )
+        return
+    first, count = trainer.profiled
+    try:
+        stages = build_stages(scheduler.stages, max_steps, scheduler.names)
+    except ValueError:
+        return  # told already
+    shortest = min(stages, key=lambda stage: stage.end - stage.first_step)
+    steps = shortest.end - shortest.first_step
+    if not 1 <= count <= MOST_PROFILED:
+        yield f"trainer.profile={value}: COUNT must be at least 1 and at most {MOST_PROFILED}"
+    elif first + count > steps:
+        yield (
+            f"trainer.profile={value}: STEP + COUNT must be at most {steps}, the steps of stage {shortest.number}; "
+            "STEP counts from the start of each stage"
+        )
 
 
 def _growth(model: "ModelConfig", sampling: "SamplingConfig", scheduler: "SchedulerConfig") -> Iterator[str]:

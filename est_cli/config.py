@@ -264,6 +264,17 @@ class TrainerConfig:
     """CPU threads; null leaves torch's choice."""
     on_nonfinite: Literal["stop", "skip"] = "stop"
     """A loss or gradient that is not finite ends the run, or its step is skipped and counted."""
+    profile: str | int | None = None
+    """STEP:COUNT: a trace of COUNT steps of every stage, from its step STEP (0 is its first) on.
+
+    YAML without quotes reads 10:3 as the number 603, which is refused with a word on it.
+    """
+
+    @property
+    def profiled(self) -> tuple[int, int]:
+        """STEP and COUNT of `profile`."""
+        first, count = map(int, self.profile.split(":"))
+        return first, count
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ HARMLESS = (
     "trainer.peak_flops",
     "trainer.threads",
     "trainer.on_nonfinite",
+    "trainer.profile",
     "trainer.strategy",
     "trainer.shard",
     "data.cache_dir",

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from est_cli.training.loop import Outcome, Training
     from est_cli.training.nonfinite import NonFinite
     from est_cli.training.peers import Peers
+    from est_cli.training.profile import Profile
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,7 @@ def execute(prepared: Prepared, peers: "Peers") -> int:
         _restore(prepared, training, checkpoints, peers)
         run = _begin(prepared, training) if peers.is_main else None
         try:
-            outcome = training.run(checkpoints, stopping)
+            outcome = training.run(checkpoints, stopping, _profile(prepared, training, peers))
             leave()
             if peers.is_main:
                 summary = _end(prepared, run, outcome)
@@ -89,6 +90,16 @@ def execute(prepared: Prepared, peers: "Peers") -> int:
     if peers.is_main:
         _print_result(prepared, summary)
     return entry.STOPPED if outcome.status == "stopped" else entry.DONE
+
+
+def _profile(prepared: Prepared, training: "Training", peers: "Peers") -> "Profile | None":
+    """One rank's traces say what all ranks do."""
+    from est_cli.training.profile import Profile
+
+    trainer = prepared.config.trainer
+    if trainer.profile is None or not peers.is_main:
+        return None
+    return Profile(prepared.directory.path / "profile", training.world.device, trainer.profiled, prepared.say)
 
 
 def _begin_with_trunk(prepared: Prepared) -> None:

@@ -28,6 +28,7 @@ from est_cli.training.growth import grow
 from est_cli.training.nonfinite import NonFinite
 from est_cli.training.optimizer import SampledAdamW, learning_rate
 from est_cli.training.pretrained import load_pretrained
+from est_cli.training.profile import NoProfile, Profile, phase
 from est_cli.training.shards import ReadTensor, Shards
 from est_cli.training.subnetwork import DTYPES, MaskedSubnetwork, PackedSubnetwork
 from est_cli.training.validation import validation_loss
@@ -97,9 +98,9 @@ class Training:
         for name in _CARRIED:
             setattr(self, name, checkpoint.state.get(name, getattr(self, name)))
 
-    def run(self, checkpoints: Checkpoints, stopping: Callable[[], bool]) -> Outcome:
+    def run(self, checkpoints: Checkpoints, stopping: Callable[[], bool], profile: Profile | None = None) -> Outcome:
         """Train to the end, or until `stopping` asks; either way the last step has a checkpoint."""
-        trainer = self.config.trainer
+        trainer, profile = self.config.trainer, profile or NoProfile()
         reset_peak_memory(self.world.device)
         stopped = False
         while self.step < trainer.max_steps and not stopped:
@@ -107,12 +108,14 @@ class Training:
             if self.step == stage.first_step:
                 self._grow_into(stage)
             subnet = self._build(stage)
-            while self.step < stage.end and not stopped:
-                self._train_step(stage, subnet)
-                stopped = self.world.any(stopping()) and self.step < trainer.max_steps
-                due = _due(self.step, trainer.checkpoint_every) or self.step in checkpoints.lasting
-                if due and not stopped and self.step < trainer.max_steps:
-                    self._save(checkpoints, "full", is_last=False)
+            with profile.stage(stage, self.step) as advance:
+                while self.step < stage.end and not stopped:
+                    self._train_step(stage, subnet)
+                    advance()
+                    stopped = self.world.any(stopping()) and self.step < trainer.max_steps
+                    due = _due(self.step, trainer.checkpoint_every) or self.step in checkpoints.lasting
+                    if due and not stopped and self.step < trainer.max_steps:
+                        self._save(checkpoints, "full", is_last=False)
             del subnet
         self._save(checkpoints, "full" if stopped else trainer.save_final, is_last=True)
         status, memory = "stopped" if stopped else "done", peak_memory_bytes(self.world.device)
@@ -141,7 +144,7 @@ class Training:
         loss = torch.zeros((), device=self.world.device)
         for inputs, targets in self._micro_batches():
             micro_loss = subnet.loss(inputs, targets) / config.trainer.grad_accum
-            micro_loss.backward()
+            _backward(micro_loss)
             loss += micro_loss.detach()
         updates = subnet.updates()
         self.shards.average_(loss, {update.name: update.gradient for update in updates})
@@ -283,6 +286,11 @@ class Training:
 
 _CARRIED = ("train_s", "val_loss", "val_step", "skipped_steps")
 """What a run that goes on knows of its past, beside its weights and moments."""
+
+
+@phase("backward")
+def _backward(loss: Tensor) -> None:
+    loss.backward()
 
 
 def _due(step: int, every: int) -> bool:

@@ -14,6 +14,7 @@ from est_cli.model.transformer import Transformer, layer_of, row_kind
 from est_cli.subnet.plan import whole_plan
 from est_cli.subnet.rows import sampled_rows
 from est_cli.subnet.schedule import boundary_step
+from est_cli.training.profile import phase
 from est_cli.training.shards import Shards, whole
 from est_cli.training.stacks import Stack, adjacent, rows_in, stack_master
 from est_cli.training.subnetwork import Update
@@ -116,11 +117,13 @@ class SampledAdamW:
             state.counts[old] = before.counts
         return state
 
+    @phase("norm")
     @torch.no_grad()
     def norm(self, updates: list[Update]) -> Tensor:
         """The global norm of the gradients, a scalar tensor."""
         return self.shards.norm({update.name: update.gradient for update in updates})
 
+    @phase("optimizer")
     @torch.no_grad()
     def step(self, updates: list[Update], lr: float, norm: Tensor | None = None) -> Tensor:
         """Clip by the global norm and move; returns the norm before clipping, a scalar tensor."""

@@ -18,6 +18,7 @@ from est_cli.kernels.upload import upload
 from est_cli.model.transformer import BlockMask, Transformer, layer_of, row_kind, set_parameter
 from est_cli.subnet.plan import Plan, Subnetwork, whole_plan
 from est_cli.subnet.rows import n_rows, sampled_rows
+from est_cli.training.profile import phase
 from est_cli.training.shards import Shards, whole
 from est_cli.training.stacks import Stack, as_rows, new_stacks, rows_in, stack_master
 
@@ -100,6 +101,7 @@ class PackedSubnetwork:
             for stack in self._slots:
                 self.accumulators.watch(stack, {name: self.parameters[name] for name in stack.places})
 
+    @phase("pack")
     def load(self, plan: Plan) -> None:
         """Fill the slots with the rows of `plan`, and drop the gradients of the step before."""
         for parameter in self.parameters.values():
@@ -127,6 +129,7 @@ class PackedSubnetwork:
         """As `load`, where the subnetwork is all that has joined: there is nothing to choose."""
         self.load(whole_plan(self.small))
 
+    @phase("forward")
     def loss(self, inputs: Tensor, targets: Tensor) -> Tensor:
         """Mean cross-entropy of one micro-batch [B, T]; differentiable."""
         return self.module(inputs, targets)
@@ -197,11 +200,13 @@ class MaskedSubnetwork:
     def module(self) -> Transformer:
         return self.full.module
 
+    @phase("pack")
     def load(self, plan: Plan) -> None:
         self.full.load_whole()
         self.plan = plan
         self.masks = [self._mask(layer) for layer in range(self.config.n_layers)]
 
+    @phase("forward")
     def loss(self, inputs: Tensor, targets: Tensor) -> Tensor:
         return self.module(inputs, targets, self.masks)
 

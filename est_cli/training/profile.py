@@ -1,0 +1,107 @@
+"""trainer.profile=STEP:COUNT: torch.profiler's trace of a few steps of every stage, for Chrome and Perfetto."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import wraps
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from torch.autograd import profiler
+from torch.profiler import ProfilerAction, ProfilerActivity, record_function
+
+from est_cli.subnet.schedule import Stage
+
+MEMORY_EVENTS = 200_000
+"""Allocations and frees that a memory snapshot holds at most, the newest."""
+
+Function = TypeVar("Function", bound=Callable)
+
+
+def phase(name: str) -> Callable[[Function], Function]:
+    """Show a function under `name` in a trace. Where nothing is recorded it costs one look at a flag."""
+
+    def named(function: Function) -> Function:
+        @wraps(function)
+        def call(*arguments, **options):
+            if not profiler._is_profiler_enabled:
+                return function(*arguments, **options)
+            with record_function(name):
+                return function(*arguments, **options)
+
+        return call
+
+    return named
+
+
+class Profile:
+    """Writes `stage-N.trace.json` into `folder`, and on a GPU `stage-N.memory.pickle` (docs.pytorch.org/memory_viz)."""
+
+    def __init__(self, folder: Path, device: torch.device, steps: tuple[int, int], say: Callable[[str], None]):
+        self.folder, self.device, self.say = folder, device, say
+        self.first, self.count = steps
+
+    @contextmanager
+    def stage(self, stage: Stage, step: int) -> Iterator[Callable[[], None]]:
+        """Watch a stage from the run's step `step` on; what it yields is called after every step.
+
+        Steps first … first + count − 1 of the stage are recorded, or what is left of them when a run continues among
+        them. What has been recorded when the stage ends, or the run stops, is written.
+        """
+        begin, end, done = stage.first_step + self.first, stage.first_step + self.first + self.count, step
+        if done >= end:
+            yield lambda: None
+            return
+
+        def action(number: int) -> ProfilerAction:
+            """What to do in the step after the next; the profiler counts from 0."""
+            at = number + step
+            if begin <= at < end:
+                return ProfilerAction.RECORD_AND_SAVE if at == end - 1 else ProfilerAction.RECORD
+            return ProfilerAction.WARMUP if at == begin - 1 else ProfilerAction.NONE
+
+        activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if self.device.type == "cuda" else [])]
+        name = f"stage-{stage.number}"
+        with torch.profiler.profile(
+            activities=activities,
+            schedule=action,
+            record_shapes=True,
+            on_trace_ready=lambda found: self._write(found, name),
+            acc_events=True,
+        ) as recorder:
+            self._record_memory(done == begin)
+
+            def advance() -> None:
+                nonlocal done
+                done += 1
+                recorder.step()
+                self._record_memory(done == begin)
+
+            yield advance
+
+    def _record_memory(self, begins: bool) -> None:
+        if begins and self.device.type == "cuda":
+            torch.cuda.memory._record_memory_history(max_entries=MEMORY_EVENTS)
+
+    def _write(self, recorder: torch.profiler.profile, name: str) -> None:
+        path = self.folder / f"{name}.trace.json"
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            recorder.export_chrome_trace(str(path))
+            if self.device.type == "cuda":
+                torch.cuda.memory._dump_snapshot(str(self.folder / f"{name}.memory.pickle"))
+        except OSError as error:
+            self.say(f"the trace {path} could not be written ({error.strerror or error}); training goes on")
+        else:
+            self.say(f"trace written: {path} (opens in ui.perfetto.dev and chrome://tracing)")
+        finally:
+            if self.device.type == "cuda":
+                torch.cuda.memory._record_memory_history(enabled=None)
+
+
+class NoProfile:
+    """Nothing is recorded."""
+
+    @contextmanager
+    def stage(self, stage: Stage, step: int) -> Iterator[Callable[[], None]]:
+        yield lambda: None

@@ -1,0 +1,98 @@
+"""trainer.profile: which steps a trace holds, and that looking changes nothing."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from tiny import LLAMA, RandomTokens, Recorder, train_config
+
+from est_cli.config import as_plain, read_train_config
+from est_cli.errors import UserError
+from est_cli.training.checkpoint import Checkpoints
+from est_cli.training.distributed import World
+from est_cli.training.loop import Training
+from est_cli.training.profile import Profile
+
+CPU = World(torch.device("cpu"))
+
+
+def profiled(folder, steps=(0, 1), stop_after=None, resume=False, **trainer):
+    """The records of a run of 15 steps in stages of 2, 5 and 8, and the phases of every stage's trace."""
+    config, recorder = train_config(LLAMA, grad_accum=2, **trainer), Recorder()
+    training = Training(config, RandomTokens(config.model.vocab_size), CPU, [recorder])
+    checkpoints = Checkpoints(folder)
+    if resume:
+        training.restore(checkpoints.to_resume(15, recorder.say))
+    profile = steps and Profile(folder / "profile", CPU.device, steps, recorder.say)
+    training.run(checkpoints, lambda: training.step == stop_after, profile)
+    traces = {path.name: json.loads(path.read_text()) for path in (folder / "profile").glob("*.json")}
+    names = {
+        name: [event["name"] for event in trace["traceEvents"] if event.get("cat") == "user_annotation"]
+        for name, trace in traces.items()
+    }
+    records = [{k: v for k, v in record.items() if not k.startswith("perf/")} for record in recorder.records]
+    return records, names
+
+
+@pytest.mark.parametrize(("steps", "count"), [((0, 1), 1), ((1, 1), 1), ((0, 2), 2)], ids=str)
+def test_every_stage_has_one_trace_of_its_steps_and_the_phases_of_each(tmp_path, steps, count):
+    _, names = profiled(tmp_path, steps)
+    assert sorted(names) == [f"stage-{number}.trace.json" for number in (1, 2, 3)]
+    for found in names.values():
+        assert [found.count(name) for name in ("pack", "norm", "optimizer")] == [count] * 3
+        assert [found.count(name) for name in ("forward", "backward")] == [2 * count] * 2
+
+
+def test_looking_changes_nothing(tmp_path):
+    assert profiled(tmp_path / "a", (0, 2))[0] == profiled(tmp_path / "b", None)[0]
+
+
+def test_a_run_that_stops_within_the_steps_keeps_what_it_has_and_continues_with_the_rest(tmp_path):
+    _, names = profiled(tmp_path, (1, 3), stop_after=4)
+    assert names["stage-2.trace.json"].count("pack") == 1, "of steps 3, 4 and 5, step 3 was taken"
+    assert "stage-3.trace.json" not in names
+    _, names = profiled(tmp_path, (1, 3), resume=True)
+    assert names["stage-2.trace.json"].count("pack") == 2
+    assert names["stage-3.trace.json"].count("pack") == 3
+
+
+def test_a_stage_whose_steps_have_passed_is_not_traced(tmp_path):
+    profiled(tmp_path, None, stop_after=6)
+    _, names = profiled(tmp_path, (0, 2), resume=True)
+    assert list(names) == ["stage-3.trace.json"]
+
+
+def test_a_disk_that_takes_no_trace_does_not_end_the_run(tmp_path):
+    (tmp_path / "profile").write_text("in the way")
+    records, names = profiled(tmp_path, (0, 1))
+    assert len(records) == 15 and names == {}
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [
+        ("10", "must be STEP:COUNT"),
+        (603, "in YAML with quotes"),
+        ("-1:2", "must be STEP:COUNT"),
+        ("a:b", "must be STEP:COUNT"),
+        ("1:2:3", "must be STEP:COUNT"),
+        ("1:0", "COUNT must be at least 1"),
+        ("0:101", "COUNT must be at least 1 and at most 100"),
+        ("1:2", "STEP + COUNT must be at most 2, the steps of stage 1"),
+        (True, "must be"),
+    ],
+)
+def test_what_no_stage_can_follow_is_refused(value, words):
+    config = train_config(LLAMA)
+    plain = as_plain(replace(config, trainer=replace(config.trainer, profile=value)))
+    with pytest.raises(UserError) as refused:
+        read_train_config(plain)
+    [problem] = refused.value.problems
+    assert problem.startswith(f"trainer.profile={str(value).lower()}: ") and words in problem
+
+
+def test_what_every_stage_can_follow_is_read():
+    config = train_config(LLAMA)
+    plain = as_plain(replace(config, trainer=replace(config.trainer, profile="1:1")))
+    assert read_train_config(plain).trainer.profiled == (1, 1)
