@@ -54,7 +54,12 @@ class Prepared:
 
 
 def execute(prepared: Prepared, peers: "Peers") -> int:
-    """Train in the run directory, which exists; returns the exit code. Rank 0 alone has trackers, and writes."""
+    """Train in the run directory, which exists; returns the exit code. Only rank 0 has trackers, and writes."""
+    with peers.end_together():
+        return _execute(prepared, peers)
+
+
+def _execute(prepared: Prepared, peers: "Peers") -> int:
     from est_cli.commands.provenance import git_state
     from est_cli.training.checkpoint import Checkpoints
     from est_cli.training.device import keep_freed_memory

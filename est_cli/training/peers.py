@@ -4,9 +4,10 @@ What they exchange is JSON. No collective is needed, so that others may wait for
 tokenize a corpus, and a group of gloo or NCCL is made only when the config says which.
 """
 
+import contextlib
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -61,6 +62,25 @@ class Peers:
         if self.is_main:
             self._tell(topic, value)
         return self._hear(topic)
+
+    @contextlib.contextmanager
+    def end_together(self) -> Iterator[None]:
+        """The other ranks leave the block only when rank 0 has left its own, in any way.
+
+        Whoever started the processes takes the first that ends with anything but 0 for a failure, and ends the rest: a
+        rank that has nothing more to do must stay while rank 0 still writes. No collective is needed, and nothing times
+        out.
+        """
+        if self.store is None:
+            yield
+            return
+        try:
+            yield
+        finally:
+            if self.is_main:
+                self._tell("ended", True)
+        if not self.is_main:
+            self._hear("ended")
 
     def first_to_fail(self) -> bool:
         """Whether no other rank has failed before: the first failure is the cause, and is told."""

@@ -1,17 +1,23 @@
 """sampling.strategy=tests.commands.ranks.acting: samples as `random` does, and at step 5 does what ACT says.
 
-ACT is `WHAT:RANK`. Rank 0 or 1 raises, is killed, or stops its launcher (the run itself where it is alone).
+ACT is `WHAT:RANK`. Rank 0 or 1 raises, is killed, stops its launcher (the run itself where it is alone), or stops
+itself while checkpoints take SLOW_S seconds to write; then every rank leaves `ended-RANK` when it ends.
 """
 
+import atexit
 import os
 import signal
+import time
+from pathlib import Path
 
 import numpy as np
 
 from est_cli.subnet.strategies import Draw, random
+from est_cli.training.checkpoint import Checkpoints
 
 STEP = 5
 """Of stage 2, which begins with step 2."""
+SLOW_S = 2.0
 
 
 def acting(draw: Draw, total: int, kept: int) -> np.ndarray:
@@ -20,6 +26,20 @@ def acting(draw: Draw, total: int, kept: int) -> np.ndarray:
         os.environ["ACT"] = ":"  # once: a step draws many times
         if what == "raise":
             raise RuntimeError(f"rank {rank} breaks")
+        if what == "stop-itself":
+            os.kill(os.getpid(), signal.SIGTERM)
+            return random(draw, total, kept)
         target = os.getppid() if "WORLD_SIZE" in os.environ and what != "SIGKILL" else os.getpid()
         os.kill(target, getattr(signal, what))
     return random(draw, total, kept)
+
+
+def _slow_save(checkpoints: Checkpoints, *arguments):
+    time.sleep(SLOW_S)
+    return _save(checkpoints, *arguments)
+
+
+_save = Checkpoints.save
+if os.environ.get("ACT", "").startswith("stop-itself"):
+    Checkpoints.save = _slow_save
+    atexit.register(lambda: Path(f"ended-{os.environ['RANK']}").touch())

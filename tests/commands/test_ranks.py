@@ -156,6 +156,15 @@ def test_torchrun_that_is_stopped_leaves_a_checkpoint(place):
     assert newest == f"step-{summary['steps']:08d}"
 
 
+def test_no_rank_ends_while_rank_0_writes_its_checkpoint(place):
+    """torchrun takes the first that leaves with 75 for a failure, and kills the others half a minute later."""
+    done = start(place, *TORCHRUN, "run_id=slow", "trainer.checkpoint_every=0", act="stop-itself:1")
+    assert done.err.count("exitcode  : 75") >= 1
+    written = run_dir(place, "slow") / "summary.json"
+    assert json.loads(written.read_text())["status"] == "stopped"
+    assert (place / "ended-1").stat().st_mtime >= written.stat().st_mtime
+
+
 @pytest.mark.parametrize(
     ("trainer", "message"),
     [
