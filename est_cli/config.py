@@ -262,6 +262,8 @@ class TrainerConfig:
     """Peak FLOP/s of one device, for perf/mfu; null looks it up."""
     threads: Count | None = None
     """CPU threads; null leaves torch's choice."""
+    collective_timeout_s: Positive = 600.0
+    """Seconds that a rank waits for the others within a step before the run ends; checkpoints do not count."""
     on_nonfinite: Literal["stop", "skip"] = "stop"
     """A loss or gradient that is not finite ends the run, or its step is skipped and counted."""
     profile: str | int | None = None

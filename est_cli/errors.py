@@ -23,7 +23,7 @@ class RunFailed(RuntimeError):
 
 
 class PeerLost(RunFailed):
-    """Another process of the run has ended."""
+    """Another process of the run has ended, or hangs."""
 
 
 def nearest(word: str, allowed: Iterable[str]) -> str:

@@ -19,6 +19,7 @@ HARMLESS = (
     "trainer.threads",
     "trainer.on_nonfinite",
     "trainer.profile",
+    "trainer.collective_timeout_s",
     "trainer.strategy",
     "trainer.shard",
     "data.cache_dir",

@@ -55,7 +55,8 @@ class Prepared:
 
 def execute(prepared: Prepared, peers: "Peers") -> int:
     """Train in the run directory, which exists; returns the exit code. Only rank 0 has trackers, and writes."""
-    with peers.end_together():
+    # A launcher takes the first rank whose code is not 0 for a failure, and kills those that still write.
+    with peers.wait_for_main("run"):
         return _execute(prepared, peers)
 
 
@@ -79,7 +80,8 @@ def _execute(prepared: Prepared, peers: "Peers") -> int:
         lock = prepared.directory.locked(config) if peers.is_main else contextlib.nullcontext()
         peers.agree("lock", lambda: stack.enter_context(lock))
         stack.enter_context(_told_by_one(prepared, peers))
-        training = Training(config, prepared.store, join(config.trainer.device, peers), prepared.trackers)
+        world = join(config.trainer.device, peers, config.trainer.collective_timeout_s)
+        training = Training(config, prepared.store, world, prepared.trackers)
         if peers.is_main and prepared.trunk is not None and not prepared.directory.has_checkpoints:
             _begin_with_trunk(prepared)
         _restore(prepared, training, checkpoints, peers)
@@ -177,6 +179,8 @@ def _end_failed(prepared: Prepared, training: "Training", peers: "Peers", error:
 
     if isinstance(error, NonFinite):
         error = RunFailed(f"{error}; {_keep_step(prepared, training, peers, error)}")
+    elif isinstance(error, PeerLost):
+        error = PeerLost(f"step {training.step}: {error}")
     elif isinstance(error, OSError) and peers.is_main:
         error = RunFailed(f"the run directory cannot be written: {error}")
     for tracker in prepared.trackers:

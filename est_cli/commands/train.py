@@ -54,9 +54,9 @@ def _run(arguments: Any) -> int:
     trunk = peers.agree("trunk", lambda: take_trunk(composed))
     config, notes = peers.agree("config", lambda: read_config(composed, hydra_node))
     if config.trainer.devices > peers.size:
-        from est_cli.commands.processes import start_processes
+        from est_cli.commands.launcher import launch
 
-        return start_processes(config.trainer.devices, ["-m", "est_cli", *sys.argv[1:]])
+        return launch(config.trainer.devices, ["-m", "est_cli", *sys.argv[1:]])
     directory = RunDirectory(Path(peers.from_main("directory", str(Path(hydra_node.run.dir).absolute()))))
     prepared = _prepare(config, notes, directory, arguments.overrides, peers, trunk)
     if not peers.is_main:

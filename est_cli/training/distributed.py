@@ -3,7 +3,7 @@
 import contextlib
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import partial
 
@@ -16,20 +16,19 @@ from est_cli.training.peers import Peers
 
 BUCKET_BYTES = 4 << 20
 """Tensors travel together up to this size, and larger ones alone: a message costs microseconds whatever its size."""
-_TIMEOUT = timedelta(hours=1)
-"""Rank 0 may write a large checkpoint meanwhile. A rank that dies is noticed at once, not by this."""
 
 
 @dataclass(frozen=True)
 class World:
     """This process among its peers. What it is asked, all ranks must ask together, of tensors of the same shapes.
 
-    Raises PeerLost where another rank has ended.
+    Raises PeerLost where another rank has ended, or does not answer in time.
     """
 
     device: torch.device
     rank: int = 0
     size: int = 1
+    peers: Peers = field(default_factory=Peers)
 
     @property
     def is_main(self) -> bool:
@@ -121,11 +120,18 @@ def _told_of_lost_peers() -> Iterator[None]:
     except torch.OutOfMemoryError:
         raise  # this process's own
     except RuntimeError as error:
+        if "timed out" in str(error).lower():
+            raise PeerLost(
+                f"another process of the run has not answered within trainer.collective_timeout_s ({error})"
+            ) from error
         raise PeerLost(f"another process of the run has ended ({error})") from error
 
 
-def join(kind: str, peers: Peers) -> World:
-    """Make the group of the peers; `kind` is cpu or cuda."""
+def join(kind: str, peers: Peers, timeout_s: float = 600.0) -> World:
+    """Make the group of the peers; `kind` is cpu or cuda.
+
+    A collective that takes longer than `timeout_s` raises PeerLost. A rank that dies is noticed at once.
+    """
     if peers.store is None:
         return World(torch.device(kind))
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if kind == "cuda" else torch.device("cpu")
@@ -137,10 +143,10 @@ def join(kind: str, peers: Peers) -> World:
             store=dist.PrefixStore("group", peers.store),
             rank=peers.rank,
             world_size=peers.size,
-            timeout=_TIMEOUT,
+            timeout=timedelta(seconds=timeout_s),
             device_id=device if kind == "cuda" else None,
         )
-    return World(device, peers.rank, peers.size)
+    return World(device, peers.rank, peers.size, peers)
 
 
 def leave() -> None:

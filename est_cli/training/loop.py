@@ -273,7 +273,9 @@ class Training:
             self._say(f"checkpoint written: {path}")
 
         try:
-            self.shards.collect({**dict(self.model.named_parameters()), **self.optimizer.state()}, write)
+            # Rank 0 may write for longer than a collective may take.
+            with self.world.peers.wait_for_main(f"checkpoint {self.step}"):
+                self.shards.collect({**dict(self.model.named_parameters()), **self.optimizer.state()}, write)
         except OSError as error:
             before = "there is none before it" if self.saved_step is None else f"step {self.saved_step}'s stays"
             message = f"the checkpoint of step {self.step} could not be written ({error.strerror or error}); {before}"

@@ -64,12 +64,10 @@ class Peers:
         return self._hear(topic)
 
     @contextlib.contextmanager
-    def end_together(self) -> Iterator[None]:
-        """The other ranks leave the block only when rank 0 has left its own, in any way.
+    def wait_for_main(self, topic: str) -> Iterator[None]:
+        """The other ranks leave the block only when rank 0 has left its own, in any way, however long it takes.
 
-        Whoever started the processes takes the first that ends with anything but 0 for a failure, and ends the rest: a
-        rank that has nothing more to do must stay while rank 0 still writes. No collective is needed, and nothing times
-        out.
+        `topic` names the block and must be used once.
         """
         if self.store is None:
             yield
@@ -78,9 +76,9 @@ class Peers:
             yield
         finally:
             if self.is_main:
-                self._tell("ended", True)
+                self._tell(f"{topic} left", True)
         if not self.is_main:
-            self._hear("ended")
+            self._hear(f"{topic} left")
 
     def first_to_fail(self) -> bool:
         """Whether no other rank has failed before: the first failure is the cause, and is told."""
@@ -105,7 +103,7 @@ def launched_ranks() -> int:
 
 
 def meet() -> Peers:
-    """The processes that torchrun, or `est_cli.commands.processes`, started; this one alone without either."""
+    """The processes that torchrun, or `est_cli.commands.launcher`, started; this one alone without either."""
     if launched_ranks() == 1:
         return Peers()
     store, rank, size = next(dist.rendezvous("env://"))

@@ -1,7 +1,7 @@
 """sampling.strategy=tests.commands.ranks.acting: samples as `random` does, and at step 5 does what ACT says.
 
 ACT is `WHAT:RANK`. Rank 0 or 1 raises, is killed, stops its launcher (the run itself where it is alone), or stops
-itself while checkpoints take SLOW_S seconds to write; then every rank leaves `ended-RANK` when it ends.
+itself while checkpoints take SLOW_S seconds to write, and every rank leaves `ended-RANK` when it ends; or hangs.
 """
 
 import atexit
@@ -17,7 +17,7 @@ from est_cli.training.checkpoint import Checkpoints
 
 STEP = 5
 """Of stage 2, which begins with step 2."""
-SLOW_S = 2.0
+SLOW_S, HANG_S = float(os.environ.get("SLOW_S", 2)), 15.0
 
 
 def acting(draw: Draw, total: int, kept: int) -> np.ndarray:
@@ -26,6 +26,9 @@ def acting(draw: Draw, total: int, kept: int) -> np.ndarray:
         os.environ["ACT"] = ":"  # once: a step draws many times
         if what == "raise":
             raise RuntimeError(f"rank {rank} breaks")
+        if what == "hang":
+            time.sleep(HANG_S)
+            return random(draw, total, kept)
         if what == "stop-itself":
             os.kill(os.getpid(), signal.SIGTERM)
             return random(draw, total, kept)
@@ -40,6 +43,6 @@ def _slow_save(checkpoints: Checkpoints, *arguments):
 
 
 _save = Checkpoints.save
-if os.environ.get("ACT", "").startswith("stop-itself"):
+if os.environ.get("ACT", "").startswith(("stop-itself", "hang")):
     Checkpoints.save = _slow_save
     atexit.register(lambda: Path(f"ended-{os.environ['RANK']}").touch())

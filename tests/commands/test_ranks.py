@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from est_cli.commands import processes
+from est_cli.commands import launcher
 from est_cli.config import TrainerConfig
 from est_cli.errors import UserError
 from est_cli.training.device import available_device
@@ -135,6 +135,19 @@ def test_a_rank_that_is_killed_ends_the_run(place, launcher):
     assert len(metrics(run_dir(place, name))) == 5
 
 
+@pytest.mark.slow
+def test_a_rank_that_hangs_ends_the_run_and_a_slow_checkpoint_does_not(place):
+    """The checkpoint of step 4 takes longer than a collective may; then rank 1 hangs in step 5."""
+    done = start(
+        place, *TWO, "run_id=hangs", "trainer.collective_timeout_s=6", "trainer.checkpoint_every=4", act="hang:1",
+        SLOW_S="8",
+    )  # fmt: skip
+    assert done.code == 1
+    assert "step 5: another process of the run has not answered within trainer.collective_timeout_s" in done.err
+    assert "continue with: " in done.err
+    assert [path.name for path in (run_dir(place, "hangs") / "checkpoints").iterdir()] == ["step-00000004"]
+
+
 def test_an_error_of_any_rank_ends_the_run_and_is_told_once(place):
     done = start(place, *TWO, "run_id=broken", act="raise:1")
     assert done.code == 1
@@ -180,7 +193,8 @@ def test_a_config_that_is_not_for_the_started_processes_is_refused(monkeypatch, 
 
 
 @pytest.mark.parametrize(
-    ("codes", "code"), [((0, 0), 0), ((75, 75), 75), ((1, 2), 2), ((-9, 1), 1), ((130, 1), 130), ((75, 1), 1)]
+    ("codes", "code"),
+    [((0, 0), 0), ((75, 75), 75), ((1, 2), 2), ((-9, 1), 1), ((130, 1), 130), ((75, 1), 1), ((75, -15), 75)],
 )
 def test_the_exit_code_is_that_of_the_cause(codes, code):
-    assert processes._exit_code(codes) == code
+    assert launcher._exit_code(codes) == code

@@ -2,7 +2,6 @@
 
 import json
 import os
-import signal
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,8 +9,7 @@ import pytest
 import torch
 from tiny import LLAMA, RandomTokens, Recorder, snapshot
 
-from est_cli.commands.processes import start_processes
-from est_cli.commands.stopping import STOP_SIGNALS
+from est_cli.commands.launcher import launch
 from est_cli.config import TrainConfig
 from est_cli.model.transformer import Transformer
 from est_cli.subnet.memory import count_parameters
@@ -35,12 +33,7 @@ def folder(tmp_path_factory, monkeypatch_module) -> Path:
     monkeypatch_module.setenv("OMP_NUM_THREADS", "1")
     root = Path(__file__).parents[2]
     monkeypatch_module.setenv("PYTHONPATH", f"{root}{os.pathsep}{root / 'tests'}")
-    handlers = {number: signal.getsignal(number) for number in STOP_SIGNALS}
-    try:
-        assert start_processes(2, ["-m", "tests.training.two_ranks", str(folder)]) == 0
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
+    assert launch(2, ["-m", "tests.training.two_ranks", str(folder)]) == 0
     return folder
 
 

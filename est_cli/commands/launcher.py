@@ -1,0 +1,81 @@
+"""trainer=ddp without torchrun: torch elastic starts one process per device, and their exit codes pass through.
+
+Its `start_processes` starts, watches and ends the ranks, as it does for torchrun. The agent above it (`elastic_launch`)
+is left out: after a signal it does not tell how the ranks ended, and 75 must mean that a checkpoint was written.
+"""
+
+import contextlib
+import logging
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from types import FrameType
+
+from est_cli.commands import entry
+from est_cli.commands.stopping import STOP_SIGNALS
+
+_POLL_S = 0.1
+
+
+def launch(count: int, command: Sequence[str]) -> int:
+    """Run `python *command` in `count` ranks, and return the exit code of the run.
+
+    If one rank fails, the others are stopped. A signal that asks for a stop is passed on.
+    """
+    import torch.distributed as dist
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, start_processes
+
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    for module in ("api", "subprocess_handler"):
+        logging.getLogger(f"torch.distributed.elastic.multiprocessing.{module}").setLevel(logging.CRITICAL)
+    # The ranks meet here, as in torchrun's agent: no port to lose to others, and no rank that others depend on.
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    shared = {
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count))),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(store.port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+        "TORCHELASTIC_RESTART_COUNT": "0",
+        "WORLD_SIZE": str(count),
+        "LOCAL_WORLD_SIZE": str(count),
+    }
+    before = {number: signal.getsignal(number) for number in signal.valid_signals()}
+    ranks = start_processes(
+        "est-train",
+        sys.executable,
+        dict.fromkeys(range(count), tuple(command)),
+        {rank: {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(count)},
+        DefaultLogsSpecs(os.devnull),
+    )
+
+    def pass_on(number: int, frame: FrameType | None) -> None:
+        for pid in ranks.pids().values():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, number)
+
+    try:
+        for number in STOP_SIGNALS:
+            signal.signal(number, pass_on)
+        failures = ranks.wait(period=_POLL_S).failures
+    finally:
+        ranks.close()
+        for number, handler in before.items():
+            if handler is not None and handler != signal.getsignal(number):
+                signal.signal(number, handler)
+    if failures and (cause := next(iter(failures.values()))).exitcode < 0:
+        entry.say(f"rank {cause.local_rank} was ended by {signal.Signals(-cause.exitcode).name}")
+    return _exit_code([failures[rank].exitcode if rank in failures else entry.DONE for rank in range(count)])
+
+
+def _exit_code(codes: Sequence[int]) -> int:
+    """The run's: what ended it, not what became of the ranks that were ended because of it."""
+    for code in (entry.BAD_INPUT, entry.INTERRUPTED):
+        if code in codes:
+            return code
+    if entry.STOPPED in codes:
+        # Ranks that stop do so together, and SIGTERM may meet the last of them while Python shuts down.
+        codes = [code for code in codes if code != -signal.SIGTERM]
+    if set(codes) <= {entry.DONE, entry.STOPPED}:
+        return max(codes)
+    return entry.FAILED
