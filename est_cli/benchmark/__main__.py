@@ -25,14 +25,18 @@ def main() -> None:
     if arguments.count_operations:
         print(json.dumps(count_operations(case), indent=1))
         return
-    result = measure(
-        case,
-        arguments.rounds,
-        arguments.warmup,
-        arguments.against,
-        memory=not arguments.no_memory,
-        progress=lambda done, total: print(f"round {done} of {total}", file=sys.stderr),
-    )
+    try:
+        result = measure(
+            case,
+            arguments.rounds,
+            arguments.warmup,
+            arguments.against,
+            arguments.against_path,
+            memory=not arguments.no_memory,
+            progress=lambda done, total: print(f"round {done} of {total}", file=sys.stderr),
+        )
+    except UserError as error:
+        commands.error("\n".join(error.problems))
     print(json.dumps(result, indent=1))
 
 

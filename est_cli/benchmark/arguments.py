@@ -6,6 +6,7 @@ from dataclasses import asdict
 from typing import Any
 
 from est_cli.benchmark.case import Case
+from est_cli.benchmark.peer import PEERS
 from est_cli.config import Count, ModelConfig, Natural, OptimizerConfig, SamplingConfig
 from est_cli.errors import UserError
 from est_cli.schema import read
@@ -49,7 +50,8 @@ def parser() -> argparse.ArgumentParser:
     arguments.add_argument("--peak-flops", type=float, default=None)
     arguments.add_argument("--rounds", type=int, default=9)
     arguments.add_argument("--warmup", type=int, default=2)
-    arguments.add_argument("--against", choices=("transformers",), default=None)
+    arguments.add_argument("--against", choices=PEERS, default=None)
+    arguments.add_argument("--against-path", default=None, help="the folder of nanoGPT, or of litgpt's package")
     arguments.add_argument("--format", choices=("json",), default="json", help="of what is printed")
     arguments.add_argument("--count-operations", action="store_true", help="count a step's operations; measure no time")
     arguments.add_argument("--no-memory", action="store_true", help="do not measure peak memory")

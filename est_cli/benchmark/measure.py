@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from est_cli.benchmark.case import PHASES, Case
-from est_cli.benchmark.peer import Peer, fastest
+from est_cli.benchmark.peer import Peer, fastest, find_peer
 from est_cli.benchmark.stepper import Stepper
 from est_cli.training.device import keep_freed_memory, peak_flops, peak_memory_bytes, reset_peak_memory
 
@@ -27,13 +27,18 @@ def measure(
     rounds: int = 9,
     warmup: int = 2,
     against: str | None = None,
+    against_path: str | None = None,
     memory: bool = True,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, Any]:
-    """The contract's JSON of est-bench: medians over rounds, per-round ratios, and their quartiles."""
+    """The contract's JSON of est-bench: medians over rounds, per-round ratios, and their quartiles.
+
+    `against` names an entry of peer.PEERS. Raises UserError where it is not to be had.
+    """
+    code = find_peer(against, against_path, case) if against else None
     keep_freed_memory()
     stepper = Stepper(case)
-    peer = fastest(case, warmup) if against else None
+    peer = fastest(case, code, warmup) if code else None
     stages = range(len(case.stages))
     seconds = np.zeros((rounds, len(case.stages), len(PHASES)))
     peer_seconds = np.zeros(rounds)
@@ -86,7 +91,7 @@ def _stage(case: Case, seconds: np.ndarray, index: int) -> dict[str, Any]:
 def _against(case: Case, peer: Peer, ours: np.ndarray, theirs: np.ndarray) -> dict[str, Any]:
     ratios = ours / theirs
     return {
-        "name": f"transformers {type(peer.model).__name__}",
+        "name": peer.code.name,
         "setting": f"{peer.setting}, SDPA, no cache, fused AdamW, {torch.get_num_threads()} threads, "
         + ("compiled" if case.compile else "eager"),
         "step_s": float(np.median(theirs)),

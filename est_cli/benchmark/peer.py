@@ -1,27 +1,69 @@
-"""The peer: the same architecture in Hugging Face transformers, trained in its fastest honest setting.
+"""The peer: the same architecture in another library's own code, trained in its fastest honest setting.
 
-SDPA attention, no cache, fused AdamW, the same tokens and threads, compiled if ours is. In bf16, the better of
-autocast over fp32 weights and of bf16 weights with fp32 masters is the one that counts.
+SDPA attention, no cache, fused AdamW, the same tokens, threads and optimizer, compiled if ours is. In bf16, the better
+of autocast over fp32 weights and of bf16 weights with fp32 masters is the one that counts. transformers is imported
+where it is installed; nanoGPT and litgpt may be folders that a person names. Nothing of theirs is kept here.
 """
 
-import time
+import contextlib
+import importlib
+import importlib.util
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from est_cli.benchmark.case import Case
+from est_cli.benchmark.stepper import device_time
+from est_cli.config import ModelConfig
+from est_cli.errors import UserError
+from est_cli.model.transformer import Transformer
 
 SETTINGS = {"fp32": ("fp32",), "bf16": ("autocast", "bf16 weights, fp32 masters")}
 
 
-def build_model(case: Case) -> nn.Module:
-    """GPT2LMHeadModel or LlamaForCausalLM of the case's sizes. Raises ImportError without transformers."""
-    import transformers
+@dataclass(frozen=True)
+class PeerCode:
+    """What trains the same architecture elsewhere."""
 
-    model = case.model
+    name: str
+    build: Callable[[], nn.Module]
+    loss: Callable[[nn.Module, Tensor, Tensor], Tensor]
+    """Mean cross-entropy of inputs and targets [B, T]; targets are shifted already."""
+
+
+def find_peer(against: str, path: str | None, case: Case) -> PeerCode:
+    """The code of `against`, which has been seen to build the case's model. Raises UserError where it cannot."""
+    with contextlib.redirect_stdout(sys.stderr):  # nanoGPT prints, and ours may be JSON
+        code = PEERS[against](path and Path(path).expanduser(), case.model)
+        if case.recompute and against != "transformers":
+            raise UserError(f"against={against}: has no recomputation of activations; leave recompute out")
+        with torch.device("meta"), _told(f"against={against}: cannot build this model"):
+            theirs = _size(code.build())
+    if (ours := _size(Transformer(case.model, "meta"))) != theirs:
+        raise UserError(
+            f"against={against}: its model has {theirs:,} parameters where ours has {ours:,}; choose another"
+        )
+    return code
+
+
+def _transformers(path: Path | None, model: ModelConfig) -> PeerCode:
+    """GPT2LMHeadModel or LlamaForCausalLM."""
+    if path is not None:
+        raise UserError(f"against_path={path}: only for against=nanogpt and litgpt; transformers must be installed")
+    with _told("against=transformers: cannot be imported"):
+        import transformers
+    shared = {"vocab_size": model.vocab_size, "tie_word_embeddings": model.tie_embeddings}
+    shared |= {"attn_implementation": "sdpa", "use_cache": False}
     if model.position == "learned":
+        kind = transformers.GPT2LMHeadModel
         config = transformers.GPT2Config(
-            vocab_size=model.vocab_size,
             n_positions=model.max_seq_len,
             n_embd=model.d_model,
             n_layer=model.n_layers,
@@ -31,35 +73,168 @@ def build_model(case: Case) -> nn.Module:
             embd_pdrop=0.0,
             attn_pdrop=0.0,
             layer_norm_epsilon=model.norm_eps,
-            tie_word_embeddings=model.tie_embeddings,
-            attn_implementation="sdpa",
-            use_cache=False,
+            **shared,
         )
-        return transformers.GPT2LMHeadModel(config)
-    config = transformers.LlamaConfig(
-        vocab_size=model.vocab_size,
-        max_position_embeddings=model.max_seq_len,
-        hidden_size=model.d_model,
-        num_hidden_layers=model.n_layers,
-        num_attention_heads=model.n_heads,
-        num_key_value_heads=model.n_kv_heads,
-        head_dim=model.head_dim,
-        rms_norm_eps=model.norm_eps,
-        rope_theta=model.rope_theta,
-        intermediate_size=model.d_ff,
-        tie_word_embeddings=model.tie_embeddings,
-        attn_implementation="sdpa",
-        use_cache=False,
-    )
-    return transformers.LlamaForCausalLM(config)
+    else:
+        kind = transformers.LlamaForCausalLM
+        config = transformers.LlamaConfig(
+            max_position_embeddings=model.max_seq_len,
+            hidden_size=model.d_model,
+            num_hidden_layers=model.n_layers,
+            num_attention_heads=model.n_heads,
+            num_key_value_heads=model.n_kv_heads,
+            head_dim=model.head_dim,
+            rms_norm_eps=model.norm_eps,
+            rope_theta=model.rope_theta,
+            intermediate_size=model.d_ff,
+            **shared,
+        )
+
+    def loss(peer: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
+        # shift_labels: every position counts, as in our loss.
+        return peer(input_ids=inputs, labels=targets, shift_labels=targets).loss
+
+    return PeerCode(f"transformers {kind.__name__}", lambda: kind(config), loss)
+
+
+def _nanogpt(path: Path | None, model: ModelConfig) -> PeerCode:
+    """GPT of a checkout's model.py, which is GPT-2 of any size."""
+    if path is None:
+        raise UserError("against_path: is missing; against=nanogpt needs the folder of nanoGPT, which holds model.py")
+    file = path if path.suffix == ".py" else path / "model.py"
+    if not file.is_file():
+        raise UserError(f"against_path={path}: {_lacks(path, 'model.py')}; against=nanogpt needs the folder of nanoGPT")
+    with _told(f"against_path={path}: model.py cannot be imported"):
+        spec = importlib.util.spec_from_file_location("nanogpt_model", file)
+        module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+    _check_holds(module, path, "GPT", "GPTConfig")
+    for key, value, needed in (
+        ("position", model.position, "learned"),
+        ("tie_embeddings", model.tie_embeddings, True),
+        ("d_ff", model.d_ff, 4 * model.d_model),
+        ("head_dim", model.head_dim, model.d_model // model.n_heads),
+    ):
+        if value != needed:
+            raise UserError(
+                f"against=nanogpt: nanoGPT is a GPT-2, model.{key}={value} must be {needed}; try model=gpt2"
+            )
+
+    def build() -> nn.Module:
+        return module.GPT(
+            module.GPTConfig(
+                block_size=model.max_seq_len,
+                vocab_size=model.vocab_size,
+                n_layer=model.n_layers,
+                n_head=model.n_heads,
+                n_embd=model.d_model,
+                dropout=0.0,
+                bias=model.bias,
+            )
+        )
+
+    return PeerCode("nanoGPT", build, lambda peer, inputs, targets: peer(inputs, targets)[1])
+
+
+def _litgpt(path: Path | None, model: ModelConfig) -> PeerCode:
+    """litgpt's GPT, which is a Llama of any size; installed, or the folder that holds the package, or the package."""
+    if path is not None:
+        package = path if path.name == "litgpt" and (path / "model.py").is_file() else path / "litgpt"
+        if not (package / "model.py").is_file():
+            raise UserError(
+                f"against_path={path}: {_lacks(path, 'litgpt/model.py')}; against=litgpt needs the folder that holds "
+                "the package litgpt (its checkout, or site-packages)"
+            )
+        sys.path.insert(0, str(package.parent.resolve()))
+    try:
+        with _told(
+            f"against=litgpt: litgpt cannot be imported{'' if path else ' (pip install litgpt, or against_path=)'}"
+        ):
+            from importlib.metadata import PackageNotFoundError, version
+
+            module = importlib.import_module("litgpt.model")
+    finally:
+        if path is not None:
+            sys.path.pop(0)
+    _check_holds(module, path, "GPT", "Config")
+    if model.position != "rope":
+        raise UserError(
+            f"against=litgpt: litgpt has rotary positions only: model.position={model.position}; try model=tinyllama"
+        )
+
+    def build() -> nn.Module:
+        config = module.Config(
+            name="peer",
+            block_size=model.max_seq_len,
+            vocab_size=model.vocab_size,
+            padded_vocab_size=model.vocab_size,
+            n_layer=model.n_layers,
+            n_embd=model.d_model,
+            n_head=model.n_heads,
+            n_query_groups=model.n_kv_heads,
+            head_size=model.head_dim,
+            intermediate_size=model.d_ff,
+            rotary_percentage=1.0,
+            rope_base=int(model.rope_theta),
+            parallel_residual=False,
+            bias=model.bias,
+            norm_class_name={"rmsnorm": "RMSNorm", "layernorm": "LayerNorm"}[model.norm],
+            norm_eps=model.norm_eps,
+            mlp_class_name={"swiglu": "LLaMAMLP", "gelu": "GptNeoxMLP"}[model.mlp],
+            gelu_approximate="tanh",
+        )
+        peer = module.GPT(config)
+        if model.tie_embeddings:
+            peer.transformer.wte.weight = peer.lm_head.weight
+        return peer
+
+    def loss(peer: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
+        return F.cross_entropy(peer(inputs).flatten(0, 1), targets.flatten())
+
+    try:
+        name = f"litgpt {version('litgpt')}"
+    except PackageNotFoundError:
+        name = "litgpt"
+    return PeerCode(name, build, loss)
+
+
+PEERS: dict[str, Callable[[Path | None, ModelConfig], PeerCode]] = {
+    "transformers": _transformers,
+    "nanogpt": _nanogpt,
+    "litgpt": _litgpt,
+}
+
+
+@contextlib.contextmanager
+def _told(problem: str) -> Iterator[None]:
+    """What another's code raises is told as a problem of the input that named it."""
+    try:
+        yield
+    except Exception as error:
+        raise UserError(f"{problem}: {type(error).__name__}: {error}") from error
+
+
+def _lacks(path: Path, name: str) -> str:
+    return f"holds no {name}" if path.exists() else "there is no such file or folder"
+
+
+def _check_holds(module: ModuleType, path: Path | None, *names: str) -> None:
+    missing = [name for name in names if not hasattr(module, name)]
+    if missing:
+        raise UserError(f"against_path={path}: {module.__name__} defines no {' and no '.join(missing)}")
+
+
+def _size(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
 
 
 class Peer:
-    """Optimizer steps of the full model in transformers; `setting` is one of SETTINGS[precision]."""
+    """Optimizer steps of the full model in the code of others; `setting` is one of SETTINGS[precision]."""
 
-    def __init__(self, case: Case, setting: str):
-        self.case, self.setting = case, setting
-        model = build_model(case).to(case.device).train()
+    def __init__(self, case: Case, code: PeerCode, setting: str):
+        self.case, self.code, self.setting = case, code, setting
+        with contextlib.redirect_stdout(sys.stderr):
+            model = code.build().to(case.device).train()
         if case.recompute:
             model.gradient_checkpointing_enable()
         if case.compile:
@@ -71,20 +246,17 @@ class Peer:
         self.model = model
         trained = self.masters or list(model.parameters())
         optimizer = case.optimizer
-        self.optimizer = torch.optim.AdamW(
-            trained,
-            lr=optimizer.lr,
-            betas=optimizer.betas,
-            eps=optimizer.eps,
-            weight_decay=optimizer.weight_decay,
-            fused=True,
-        )
+        groups: list[dict[str, Any]] = [
+            {"params": [p for p in trained if p.dim() >= 2], "weight_decay": optimizer.weight_decay},
+            {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0},
+        ]
+        self.optimizer = torch.optim.AdamW(groups, optimizer.lr, optimizer.betas, optimizer.eps, fused=True)
         self.trained = trained
         self.batch = case.batch()
 
     def step(self) -> float:
         """One optimizer step; its seconds."""
-        start = self._now()
+        start = device_time(self.case.device)
         for _ in range(self.case.grad_accum):
             self._loss().div(self.case.grad_accum).backward()
         if self.masters:
@@ -97,28 +269,22 @@ class Peer:
         if self.masters:
             with torch.no_grad():
                 torch._foreach_copy_(list(self.model.parameters()), self.masters)
-        return self._now() - start
+        return device_time(self.case.device) - start
 
     def _loss(self) -> Tensor:
         inputs, targets = self.batch
         with torch.autocast(self.case.device, torch.bfloat16, enabled=self.setting == "autocast"):
-            # shift_labels: our targets are shifted already, and every position counts, as in our loss.
-            return self.model(input_ids=inputs, labels=targets, shift_labels=targets).loss
-
-    def _now(self) -> float:
-        if self.case.device == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter()
+            return self.code.loss(self.model, inputs, targets)
 
 
-def fastest(case: Case, warmup: int) -> Peer:
+def fastest(case: Case, code: PeerCode, warmup: int) -> Peer:
     """The peer in the faster of its settings, judged on `warmup` steps after one that is not counted."""
     best: tuple[float, str] | None = None
     for setting in SETTINGS[case.precision]:
-        peer = Peer(case, setting)
+        peer = Peer(case, code, setting)
         peer.step()
         seconds = min(peer.step() for _ in range(max(2, warmup)))
         del peer
         if best is None or seconds < best[0]:
             best = (seconds, setting)
-    return Peer(case, best[1])
+    return Peer(case, code, best[1])

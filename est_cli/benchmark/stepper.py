@@ -26,7 +26,7 @@ class Stepper:
 
     def __init__(self, case: Case, now: Callable[[], float] | None = None):
         self.case = case
-        self.now = now or (lambda: _now(case.device))
+        self.now = now or (lambda: device_time(case.device))
         model = Transformer(case.model, recompute=case.recompute, kernels=kernels_for(case.kernels, case.device))
         self.model = initialise(model, case.seed).to(case.device)
         self.optimizer = SampledAdamW(self.model, case.optimizer)
@@ -71,7 +71,7 @@ class Stepper:
         return self.subnetworks[index]
 
 
-def _now(device: str) -> float:
+def device_time(device: str) -> float:
     """Seconds, once the device has done what it was asked."""
     if device == "cuda":
         torch.cuda.synchronize()

@@ -24,7 +24,10 @@ def run(plain: dict[str, Any]) -> None:
     problems: list[str] = []
     rounds = read(Count, plain.pop("rounds"), "rounds", problems)
     warmup = read(Natural, plain.pop("warmup"), "warmup", problems)
-    against = read(Literal["transformers"] | None, plain.pop("against"), "against", problems)
+    against = read(Literal["transformers", "nanogpt", "litgpt"] | None, plain.pop("against"), "against", problems)
+    path = read(str | None, plain.pop("against_path"), "against_path", problems)
+    if path is not None and against is None and not problems:
+        problems.append(f"against_path={path}: needs against=nanogpt or against=litgpt")
     memory = read(bool, plain.pop("memory"), "memory", problems)
     try:
         config = read_train_config(plain)
@@ -51,6 +54,7 @@ def run(plain: dict[str, Any]) -> None:
             rounds,
             warmup,
             against,
+            path,
             memory,
             progress=lambda done, total: bar.update(task, completed=done, total=total),
         )

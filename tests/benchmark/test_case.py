@@ -71,6 +71,7 @@ def test_stages_keep_their_numbers_where_one_of_them_is_the_full_model():
         (["--kernels", "triton"], "kernels=triton: needs a GPU"),
         (["--rates", '[{"head": 0.5}, {}]'], "--rates[0].head: there is no such key; did you mean 'heads'"),
         (["--rates", "[]"], "the last must be the full model"),
+        (["--against", "nanogpt"], "against_path: is missing"),
         (["--model", '{"n_layers": 1}'], "--model.d_ff: is missing"),
     ],
 )
@@ -93,17 +94,3 @@ def test_every_stage_is_compiled_where_the_trainer_compiles(monkeypatch, kernels
     assert len(compiled) == 2
     Stepper(PLAIN).step(0)
     assert len(compiled) == 2
-
-
-def test_the_peer_is_compiled_where_ours_is(monkeypatch):
-    pytest.importorskip("transformers")
-    from torch import nn
-
-    from est_cli.benchmark.peer import Peer
-
-    compiled = []
-    monkeypatch.setattr(nn.Module, "compile", lambda module, **options: compiled.append(options))
-    Peer(PLAIN, "fp32")
-    assert compiled == []
-    Peer(replace(PLAIN, compile=True), "fp32")
-    assert compiled == [{"dynamic": False}]

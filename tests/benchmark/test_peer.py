@@ -1,0 +1,159 @@
+"""Peers: the same architecture in another library's code, found where a person says it is, or told what is missing."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from tiny import FAMILIES, GPT2, LLAMA, random_batch
+from torch import nn
+
+from est_cli.benchmark import peer as module
+from est_cli.benchmark.case import Case
+from est_cli.benchmark.measure import measure
+from est_cli.benchmark.peer import Peer, find_peer
+from est_cli.config import OptimizerConfig, SamplingConfig
+from est_cli.errors import UserError
+from est_cli.model.transformer import Transformer
+from est_cli.subnet.schedule import StageSpec
+
+SQUARE = replace(GPT2, d_ff=4 * GPT2.d_model)
+"""Of the width that nanoGPT's MLP has."""
+
+NANOGPT = '''
+"""A stand-in with nanoGPT's names and signatures, made of our own decoder."""
+from dataclasses import dataclass, replace
+from torch import nn
+from est_cli.model.transformer import Transformer
+from tiny import GPT2
+
+@dataclass
+class GPTConfig:
+    block_size: int
+    vocab_size: int
+    n_layer: int
+    n_head: int
+    n_embd: int
+    dropout: float
+    bias: bool
+
+class GPT(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        print("number of parameters: many")
+        assert config.dropout == 0
+        sizes = dict(n_heads=config.n_head, n_kv_heads=config.n_head, head_dim=config.n_embd // config.n_head)
+        self.model = Transformer(replace(GPT2, n_layers=config.n_layer, d_model=config.n_embd, d_ff=4 * config.n_embd,
+                                         vocab_size=config.vocab_size, max_seq_len=config.block_size, **sizes))
+
+    def forward(self, idx, targets=None):
+        return None, self.model(idx, targets)
+'''
+
+
+def case(model, **options) -> Case:
+    return Case(model, SamplingConfig(), OptimizerConfig(), (StageSpec(None, 0.5, 0.5), StageSpec()), 2, 8, **options)
+
+
+@pytest.fixture
+def nanogpt(tmp_path):
+    (tmp_path / "model.py").write_text(NANOGPT)
+    return tmp_path
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("file", ["", "model.py"])
+def test_nanogpt_is_timed_from_its_folder_and_prints_nothing_on_standard_output(nanogpt, capsys, precision, file):
+    found = measure(case(SQUARE, precision=precision), 1, 1, "nanogpt", str(nanogpt / file), memory=False)["against"]
+    assert found["name"] == "nanoGPT" and found["step_s"] > 0
+    assert "number of parameters" not in capsys.readouterr().out
+
+
+def test_a_peer_takes_the_steps_that_torchs_adamw_takes(nanogpt):
+    """Weights decay and biases do not, as ours; so its time is the time of the same training."""
+    peer = Peer(code_case := case(SQUARE), find_peer("nanogpt", str(nanogpt), code_case), "fp32")
+    assert {(p.dim() >= 2, g["weight_decay"]) for g in peer.optimizer.param_groups for p in g["params"]} == {
+        (True, OptimizerConfig().weight_decay),
+        (False, 0.0),
+    }
+    before = [p.detach().clone() for p in peer.model.parameters()]
+    peer.step()
+    assert any(not torch.equal(old, new) for old, new in zip(before, peer.model.parameters(), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("against", "contents", "model", "words"),
+    [
+        ("nanogpt", None, SQUARE, "there is no such file or folder"),
+        ("nanogpt", {}, SQUARE, "holds no model.py"),
+        ("nanogpt", {"model.py": "GPT = 1"}, SQUARE, "defines no GPTConfig"),
+        ("nanogpt", {"model.py": "import nothing_here"}, SQUARE, "cannot be imported: ModuleNotFoundError"),
+        ("nanogpt", {"model.py": "def ("}, SQUARE, "cannot be imported: SyntaxError"),
+        ("nanogpt", {"model.py": NANOGPT}, LLAMA, "model.position=rope must be learned"),
+        ("nanogpt", {"model.py": NANOGPT}, GPT2, "model.d_ff=16 must be 48"),
+        (
+            "nanogpt",
+            {"model.py": NANOGPT.replace("n_layers=config", "n_layers=1 + config")},
+            SQUARE,
+            "parameters where",
+        ),
+        ("nanogpt", {"model.py": NANOGPT.replace("dropout == 0", "dropout")}, SQUARE, "cannot build this model"),
+        ("litgpt", None, LLAMA, "there is no such file or folder"),
+        ("litgpt", {"model.py": ""}, LLAMA, "holds no litgpt/model.py"),
+        ("litgpt", {"litgpt/model.py": "import nothing_here"}, LLAMA, "litgpt cannot be imported: ModuleNotFoundError"),
+        ("litgpt", {"litgpt/model.py": "GPT = 1"}, LLAMA, "defines no Config"),
+        ("litgpt", {"litgpt/model.py": "GPT = Config = 1"}, GPT2, "model.position=learned"),
+        ("transformers", {}, LLAMA, "only for against=nanogpt and litgpt"),
+    ],
+)
+def test_what_cannot_be_used_is_told(tmp_path, monkeypatch, against, contents, model, words):
+    folder = tmp_path / "given"
+    for name, text in (contents or {}).items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text)
+    if contents == {}:
+        folder.mkdir()
+    for name in ("litgpt", "litgpt.model"):
+        monkeypatch.delitem(module.sys.modules, name, raising=False)
+    path = list(module.sys.path)
+    with pytest.raises(UserError) as refused:
+        find_peer(against, str(folder), case(model))
+    [problem] = refused.value.problems
+    assert words in problem and problem.startswith("against")
+    assert module.sys.path == path
+
+
+def test_the_path_of_nanogpt_must_be_given():
+    with pytest.raises(UserError, match="against_path: is missing; against=nanogpt needs the folder"):
+        find_peer("nanogpt", None, case(SQUARE))
+
+
+def test_recomputation_that_a_peer_does_not_have_is_told(nanogpt):
+    with pytest.raises(UserError, match="against=nanogpt: has no recomputation"):
+        find_peer("nanogpt", str(nanogpt), case(SQUARE, recompute=True))
+
+
+def test_a_peer_that_is_not_installed_is_told(monkeypatch):
+    monkeypatch.setitem(module.sys.modules, "transformers", None)
+    with pytest.raises(UserError, match="against=transformers: cannot be imported"):
+        find_peer("transformers", None, case(LLAMA))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_transformers_has_the_same_architecture(family):
+    pytest.importorskip("transformers")
+    model = FAMILIES[family]
+    theirs = find_peer("transformers", None, case(model)).build()
+    assert sum(p.numel() for p in theirs.parameters()) == sum(p.numel() for p in Transformer(model).parameters())
+    inputs, _ = random_batch(model)
+    with torch.no_grad():
+        assert theirs(input_ids=inputs).logits.shape == (*inputs.shape, model.vocab_size)
+
+
+def test_a_peer_is_compiled_where_ours_is(monkeypatch, nanogpt):
+    compiled = []
+    monkeypatch.setattr(nn.Module, "compile", lambda module, **options: compiled.append(options))
+    code = find_peer("nanogpt", str(nanogpt), case(SQUARE))
+    Peer(case(SQUARE), code, "fp32")
+    assert compiled == []
+    Peer(case(SQUARE, compile=True), code, "fp32")
+    assert compiled == [{"dynamic": False}]
