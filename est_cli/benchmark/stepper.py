@@ -12,6 +12,7 @@ from est_cli.model.transformer import Transformer
 from est_cli.subnet.plan import stage_subnetwork
 from est_cli.subnet.sampler import sample
 from est_cli.subnet.schedule import Stage
+from est_cli.training.nonfinite import Launched, Watch
 from est_cli.training.optimizer import SampledAdamW
 from est_cli.training.subnetwork import DTYPES, MaskedSubnetwork, PackedSubnetwork
 
@@ -30,6 +31,7 @@ class Stepper:
         model = Transformer(case.model, recompute=case.recompute, kernels=kernels_for(case.kernels, case.device))
         self.model = initialise(model, case.seed).to(case.device)
         self.optimizer = SampledAdamW(self.model, case.optimizer)
+        self.watch = Watch(torch.device(case.device), stays=True)
         self.batch = case.batch()
         self.subnetworks: dict[int, PackedSubnetwork | MaskedSubnetwork] = {}
         self.steps = 0
@@ -54,9 +56,14 @@ class Stepper:
             end = self.now()
             forward, backward = forward + middle - start, backward + end - middle
         start = self.now()
-        self.optimizer.step(subnet.updates(), case.optimizer.lr)
+        updates = subnet.updates()
+        norm = self.optimizer.norm(updates)
+        refused = self.watch.see(Launched(self.steps, stage, plan, case.optimizer.lr), loss.detach(), norm)
+        self.optimizer.step(updates, case.optimizer.lr, norm, refused)
         end = self.now()
         self.steps += 1
+        self.watch.read(self.steps)
+        self.optimizer.confirm()
         seconds = (marks[1] - marks[0], marks[2] - marks[1], forward, backward, end - start)
         return dict(zip(PHASES, seconds, strict=True))
 

@@ -142,8 +142,8 @@ def _begin(prepared: Prepared, training: "Training") -> "RunInfo":
         as_plain(config),
         training.step,
         training.stages,
-        tuple(cost.total for cost in training.ledger.per_step),
-        training.ledger.full.total,
+        tuple(cost.total for cost in training.records.ledger.per_step),
+        training.records.ledger.full.total,
         prepared.command,
     )
     for note in prepared.notes:

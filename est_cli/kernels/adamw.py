@@ -18,6 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from est_cli.kernels.upload import upload
+
 CPU_CHUNK_ELEMENTS = 1 << 19
 CUDA_CHUNK_ELEMENTS = 1 << 28
 LANES = 16
@@ -229,7 +231,9 @@ def _matching(out: Tensor, part: Part) -> Iterator[tuple[Tensor, Tensor]]:
 def _step_sampled_rows(move: Move, clip: Tensor | None, refused: Tensor | None) -> None:
     """Only the sampled rows move: each takes the step that its own count says."""
     hyper, counts = move.hyper, move.counts
-    first, second = (torch.from_numpy(c).to(move.parameter)[:, None] for c in corrections(hyper, counts))
+    first, second = (
+        upload(c, move.parameter.device).to(move.parameter.dtype)[:, None] for c in corrections(hyper, counts)
+    )
     limit = CUDA_CHUNK_ELEMENTS if move.parameter.is_cuda else CPU_CHUNK_ELEMENTS
     height = max(1, limit // move.parameter.shape[1])
     for start in range(0, len(counts), height):

@@ -47,6 +47,8 @@ class World:
 
     def any(self, flag: bool) -> bool:
         """Whether the flag is set on any rank."""
+        if self.size == 1:
+            return flag
         tensor = torch.tensor(float(flag), device=self.device)
         self.sum_([tensor])
         return bool(tensor.item())

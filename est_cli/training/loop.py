@@ -4,7 +4,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 import torch
@@ -16,19 +16,19 @@ from est_cli.errors import RunFailed
 from est_cli.kernels.dispatch import kernels_for
 from est_cli.model.initialisation import initialise
 from est_cli.model.transformer import Transformer
-from est_cli.subnet.flops import config_ledger
-from est_cli.subnet.growth import growth_into, model_after, stage_models
-from est_cli.subnet.plan import Plan, Subnetwork, stage_subnetwork
+from est_cli.subnet.growth import growth_into, model_after
+from est_cli.subnet.plan import Subnetwork, stage_subnetwork
 from est_cli.subnet.sampler import sample
 from est_cli.subnet.schedule import Stage, stage_at
 from est_cli.training.checkpoint import Checkpoint, Checkpoints
-from est_cli.training.device import peak_flops, peak_memory_bytes, reset_peak_memory
+from est_cli.training.device import peak_memory_bytes, reset_peak_memory
 from est_cli.training.distributed import World
 from est_cli.training.growth import grow
-from est_cli.training.nonfinite import NonFinite
+from est_cli.training.nonfinite import Launched, NonFinite, Watch
 from est_cli.training.optimizer import SampledAdamW, learning_rate
 from est_cli.training.pretrained import load_pretrained
 from est_cli.training.profile import NoProfile, Profile, phase
+from est_cli.training.record import Record, Records
 from est_cli.training.shards import ReadTensor, Shards
 from est_cli.training.subnetwork import DTYPES, MaskedSubnetwork, PackedSubnetwork
 from est_cli.training.validation import validation_loss
@@ -37,7 +37,7 @@ from est_cli.training.validation import validation_loss
 class Observer(Protocol):
     """What the loop tells of itself, on rank 0."""
 
-    def log(self, record: dict[str, float | int | None]) -> None: ...
+    def log(self, record: Record) -> None: ...
 
     def say(self, message: str) -> None: ...
 
@@ -67,9 +67,8 @@ class Training:
     def __init__(self, config: TrainConfig, tokens: Tokens, world: World, observers: Sequence[Observer]):
         self.config, self.tokens, self.world, self.observers = config, tokens, world, observers
         self.stages = config.stages
-        self.ledger = config_ledger(config)
+        self.records = Records(config, world.device, world.size)
         self.dtype = DTYPES[config.trainer.precision]
-        self.peak_flops = peak_flops(world.device, config.trainer.precision, config.trainer.peak_flops)
         recompute, kernels = config.trainer.recompute == "block", kernels_for(config.kernels, world.device)
         model = Transformer(config.model, "meta", recompute=recompute, kernels=kernels)
         self.shards = Shards.of(model, world, config.trainer.shard)
@@ -77,8 +76,10 @@ class Training:
         if config.model.init_from is not None:
             load_pretrained(self.model)
         self.grown = model_after(config, 0)
-        self.has_parts = any(part != config.model for part in stage_models(config))
         self.optimizer = SampledAdamW(self.model, config.optimizer, self.shards, self.grown)
+        self.watch = Watch(world.device, stays=config.trainer.on_nonfinite == "stop")
+        self.behind = int(world.device.type == "cuda")
+        """Steps that the host lets the device go on with while it reads and logs the one before."""
         self.step = 0
         self.train_s = 0.0
         self.val_loss: float | None = None
@@ -97,6 +98,7 @@ class Training:
         self.step = self.saved_step = checkpoint.step
         for name in _CARRIED:
             setattr(self, name, checkpoint.state.get(name, getattr(self, name)))
+        self.records.asked = (self.step, self.train_s)
 
     def run(self, checkpoints: Checkpoints, stopping: Callable[[], bool], profile: Profile | None = None) -> Outcome:
         """Train to the end, or until `stopping` asks; either way the last step has a checkpoint."""
@@ -125,6 +127,7 @@ class Training:
         """A checkpoint at a boundary holds the model before the growth, and this is done again after a restart."""
         growth = growth_into(self.config, stage)
         if growth is not None:
+            self._settle()
             grow(self.model, self.optimizer, growth, self.config.scheduler.grow_moments)
             self.grown = growth.after
             self._say(f"step {self.step}: the model {growth}")
@@ -150,72 +153,64 @@ class Training:
         self.shards.average_(loss, {update.name: update.gradient for update in updates})
         lr = learning_rate(config.optimizer, self.step, config.trainer.max_steps)
         grad_norm = self.optimizer.norm(updates)
-        if (loss + grad_norm).isfinite():  # waits for the device: microseconds, and the weights stay sound
-            self.optimizer.step(updates, lr, grad_norm)
-        else:
-            self._refuse(NonFinite(self.step, stage, plan, loss.item(), grad_norm.item()))
+        refused = self.watch.see(Launched(self.step, stage, plan, lr), loss, grad_norm)
+        self.optimizer.step(updates, lr, grad_norm, refused)
         self.step += 1
-        self._finish_step(stage, subnet, plan, loss, lr, grad_norm, started)
-
-    def _finish_step(
-        self,
-        stage: Stage,
-        subnet: PackedSubnetwork | MaskedSubnetwork,
-        plan: Plan,
-        loss: Tensor,
-        lr: float,
-        grad_norm: Tensor,
-        started: float,
-    ) -> None:
-        """Evaluate and log, where it is time for either."""
-        config, is_last = self.config, self.step == self.config.trainer.max_steps
-        evaluates = is_last or _due(self.step, config.trainer.eval_every)
-        if not (evaluates or self.step == 1 or _due(self.step, config.trainer.log_every)):
-            self.train_s += time.perf_counter() - started
-            return
-        train_loss, norm = loss.item(), grad_norm.item()  # waits for the device
-        step_s = time.perf_counter() - started
-        self.train_s += step_s
+        evaluates = self._evaluates(self.step)
+        done = self._settled(self._readable(evaluates))
+        self.train_s += time.perf_counter() - started
         if evaluates:
             self.val_loss, self.val_step = self.validate(subnet), self.step
             if not math.isfinite(self.val_loss) and config.trainer.on_nonfinite == "stop":
                 raise RunFailed(f"the validation loss after step {self.step - 1} is {self.val_loss}")
-        self._log(
-            {
-                "step": self.step - 1,
-                "tokens": self.step * config.tokens_per_step,
-                "stage": stage.number,
-                "train/loss": train_loss,
-                "train/lr": lr,
-                "train/grad_norm": norm,
-                "val/loss": self.val_loss if evaluates else None,
-                "subnet/heads": plan.heads.shape[1] / config.model.n_heads,
-                "subnet/mlp": plan.neurons.shape[1] / config.model.d_ff,
-                "subnet/layers": len(plan.layers) / config.model.n_layers,
-                **self._grown_record(),
-                **self.ledger.record(self.step - 1),
-                **self._speed(stage, step_s),
-            }
-        )
+        self._report(done)
 
-    def _grown_record(self) -> dict[str, float]:
-        """Of a run that grows, or stays small: the fractions that have joined, and that val/loss is of."""
-        if not self.has_parts:
-            return {}
-        full, grown = self.config.model, self.grown
-        return {
-            "grown/heads": grown.n_heads / full.n_heads,
-            "grown/mlp": grown.d_ff / full.d_ff,
-            "grown/layers": grown.n_layers / full.n_layers,
-        }
+    def _evaluates(self, step: int) -> bool:
+        """Whether the model is evaluated after so many steps."""
+        return step == self.config.trainer.max_steps or _due(step, self.config.trainer.eval_every)
 
-    def _refuse(self, step: NonFinite) -> None:
-        """A step that is not finite is not taken: it ends the run, or is counted."""
-        if self.config.trainer.on_nonfinite == "stop":
-            raise step
-        self.skipped_steps += 1
-        if self.skipped_steps == 1:
-            self._say(f"{step}: skipped (trainer.on_nonfinite=skip); the summary counts all that will be")
+    def _logs(self, step: int) -> bool:
+        return self._evaluates(step) or step == 1 or _due(step, self.config.trainer.log_every)
+
+    def _readable(self, evaluates: bool) -> int:
+        """What the steps before this one found is read now; 0 where none of them is to be logged."""
+        if evaluates or self.config.trainer.on_nonfinite == "skip":
+            return self.step
+        end = self.step - self.behind
+        return end if self._logs(end) or len(self.watch.launched) >= _MOST_UNREAD else 0
+
+    def _settled(self, end: int) -> list[Launched]:
+        """The steps before `end` that were not read yet: waits for the device where there is any."""
+        steps = self.watch.read(end)
+        for step in steps:
+            if step.is_finite:
+                self.optimizer.confirm()
+                continue
+            self.optimizer.forget()
+            if self.watch.stays:
+                self.step = step.number
+                raise NonFinite(step)
+            self.skipped_steps += 1
+            if self.skipped_steps == 1:
+                skipped = "skipped (trainer.on_nonfinite=skip); the summary counts all that will be"
+                self._say(f"{NonFinite(step)}: {skipped}")
+        return steps
+
+    def _report(self, steps: Sequence[Launched]) -> None:
+        step_s = self.records.step_s(steps[-1], self.train_s) if steps else 0.0
+        for step in steps:
+            if self._logs(step.number + 1):
+                val_loss = self.val_loss if self.val_step == step.number + 1 else None
+                record = self.records.of(step, step_s, self.grown, val_loss)
+                for observer in self.observers if self.world.is_main else ():
+                    observer.log(record)
+
+    def _settle(self) -> None:
+        """Read and report all that was launched."""
+        started = time.perf_counter()
+        done = self._settled(self.step)
+        self.train_s += time.perf_counter() - started
+        self._report(done)
 
     def _micro_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         """This rank's share of the step's sequences: inputs and targets [B, T] each."""
@@ -242,19 +237,6 @@ class Training:
             subnet = PackedSubnetwork(self.model, Subnetwork(self.grown), self.dtype, self.shards)
         return validation_loss(self.model, windows, trainer.batch_size, self.dtype, self.world, subnet)
 
-    def _speed(self, stage: Stage, step_s: float) -> dict[str, float | None]:
-        peak = self.peak_flops and self.peak_flops * self.world.size
-        return {
-            "perf/step_s": step_s,
-            "perf/tokens_per_s": self.config.tokens_per_step / step_s,
-            "perf/mfu": self.ledger.per_step[stage.number - 1].total / step_s / peak if peak else None,
-        }
-
-    def _log(self, record: dict[str, Any]) -> None:
-        if self.world.is_main:
-            for observer in self.observers:
-                observer.log(record)
-
     def _say(self, message: str) -> None:
         if self.world.is_main:
             for observer in self.observers:
@@ -264,6 +246,7 @@ class Training:
         """Write a checkpoint. Where the disk does not take it, training goes on, but cannot end: RunFailed."""
         if contents == "none" or self.saved_step == self.step:
             return
+        self._settle()
         facts = {"config": as_plain(self.config), **{name: getattr(self, name) for name in _CARRIED}}
         optimizer = self.optimizer if contents == "full" else None
 
@@ -288,6 +271,10 @@ class Training:
 
 _CARRIED = ("train_s", "val_loss", "val_step", "skipped_steps")
 """What a run that goes on knows of its past, beside its weights and moments."""
+
+
+_MOST_UNREAD = 256
+"""Steps whose findings wait to be read at most, however seldom a run logs."""
 
 
 @phase("backward")

@@ -1,5 +1,6 @@
 """The optimizer of the master weights: AdamW that knows which rows a step has trained."""
 
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -84,6 +85,9 @@ class SampledAdamW:
         self.moments: dict[str, Tensor] = {}
         self.squares: dict[str, Tensor] = {}
         self.counts: dict[str, np.ndarray] = {}
+        self._counted: list[tuple[np.ndarray, slice | np.ndarray]] = []
+        self._unsure: list[list[tuple[np.ndarray, slice | np.ndarray]]] = []
+        """The counts that each step not confirmed has raised."""
         self.join(grown or model.config)
 
     def join(self, grown: ModelConfig) -> None:
@@ -125,15 +129,33 @@ class SampledAdamW:
 
     @phase("optimizer")
     @torch.no_grad()
-    def step(self, updates: list[Update], lr: float, norm: Tensor | None = None) -> Tensor:
-        """Clip by the global norm and move; returns the norm before clipping, a scalar tensor."""
+    def step(
+        self, updates: list[Update], lr: float, norm: Tensor | None = None, refused: Tensor | None = None
+    ) -> Tensor:
+        """Clip by the global norm and move; returns the norm before clipping, a scalar tensor.
+
+        Where `refused`, a scalar tensor, is 1 nothing moves. The step is counted all the same, until `forget`.
+        """
         norm = self.norm(updates) if norm is None else norm
         clip = None if self.config.grad_clip is None else (self.config.grad_clip / (norm + 1e-6)).clamp(max=1.0)
         by_name = {update.name: update for update in updates}
         alike = len(by_name) == len(self.counts) and self._counts_are_one()
         moves = [move for state in self._states.values() for move in self._moves(state, by_name, lr, alike)]
-        self.kernels.adamw_step(moves, clip)
+        self.kernels.adamw_step(moves, clip, refused)
+        if refused is not None:
+            self._unsure.append(self._counted)
+        self._counted = []
         return norm
+
+    def confirm(self) -> None:
+        """The oldest step of those not confirmed was taken."""
+        del self._unsure[0]
+
+    def forget(self) -> None:
+        """The steps that were not confirmed were not taken: they do not count."""
+        for counts, rows in itertools.chain(*self._unsure):
+            counts[rows] -= 1
+        self._unsure.clear()
 
     def _counts_are_one(self) -> bool:
         """Whether all rows of all layers took as many steps."""
@@ -152,7 +174,9 @@ class SampledAdamW:
         rows = None if len(host) == len(state.counts) else host
         freeze = self.config.unsampled == "freeze"
         moving = rows if freeze else state.joined
-        state.counts[slice(None) if moving is None else moving] += 1
+        counted = slice(None) if moving is None else moving
+        state.counts[counted] += 1
+        self._counted.append((state.counts, counted))
         if not self.shards.holds(next(iter(state.stack.places))) or (freeze and not own):
             return []
         columns = state.stack.matrix.shape[1]

@@ -9,15 +9,16 @@ import pytest
 import torch
 from tiny import GPT2, LLAMA, RandomTokens, Recorder, snapshot, train_config
 
+from est_cli.config import OptimizerConfig
 from est_cli.data.batches import training_windows
 from est_cli.errors import RunFailed
 from est_cli.subnet.plan import Plan
 from est_cli.subnet.sampler import sample
-from est_cli.subnet.schedule import stage_at
+from est_cli.subnet.schedule import StageSpec, stage_at
 from est_cli.training.checkpoint import Checkpoints
 from est_cli.training.distributed import World
 from est_cli.training.loop import Training
-from est_cli.training.nonfinite import NonFinite, keep, read, replay
+from est_cli.training.nonfinite import Launched, NonFinite, keep, read, replay
 
 CPU = torch.device("cpu")
 BAD_STEP = 5
@@ -63,6 +64,38 @@ def test_the_run_stops_with_weights_moments_and_counts_as_they_were_before_the_s
     moments = sound.optimizer.state()
     assert all(torch.equal(tensor, moments[name]) for name, tensor in broken.optimizer.state().items())
     assert [record["step"] for record in recorder.records] == list(range(BAD_STEP))
+
+
+@pytest.mark.parametrize("unsampled", ["zero_grad", "freeze"])
+@pytest.mark.parametrize(("log_every", "behind"), [(100, 0), (100, 1), (1, 1)])
+def test_a_host_that_hears_of_the_step_late_finds_everything_as_it_was_before(tmp_path, log_every, behind, unsampled):
+    """The device refuses the step, and all that were launched after it."""
+    settings = {"optimizer": OptimizerConfig(unsampled=unsampled), "log_every": log_every}
+    sound, _ = start(**settings)
+    sound.run(Checkpoints(tmp_path / "sound"), stopping=lambda: sound.step == BAD_STEP)
+    broken, recorder = start(BrokenGradient, **settings)
+    broken.behind = behind
+    with pytest.raises(NonFinite) as caught:
+        broken.run(Checkpoints(tmp_path / "broken"), stopping=lambda: False)
+    assert (caught.value.step, caught.value.stage.number, broken.step) == (BAD_STEP, 2, BAD_STEP)
+    assert caught.value.plan.as_dict() == plan_of(broken, BAD_STEP).as_dict()
+    for ours, theirs in ((broken.model, sound.model), (broken.optimizer, sound.optimizer)):
+        ours, theirs = (snapshot(x) if isinstance(x, torch.nn.Module) else x.state() for x in (ours, theirs))
+        assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
+    assert [record["step"] for record in recorder.records] == ([0] if log_every == 100 else list(range(BAD_STEP)))
+
+
+@pytest.mark.parametrize("what", ["checkpoint", "growth"])
+def test_no_checkpoint_and_no_growth_hides_a_step_that_nobody_has_heard_of(tmp_path, what):
+    settings = {"log_every": 100, "checkpoint_every": 7 if what == "checkpoint" else 0, "save_final": "full"}
+    if what == "growth":
+        settings["stages"] = (StageSpec(7, n_layers=2), StageSpec())
+    broken, recorder = start(BrokenGradient, **settings)
+    with pytest.raises(NonFinite, match=f"step {BAD_STEP}"):
+        broken.run(Checkpoints(tmp_path), stopping=lambda: False)
+    assert Checkpoints(tmp_path).newest(pytest.fail) is None
+    assert broken.grown == broken.config.model or what == "growth"
+    assert not any("the model" in message for message in recorder.messages), "it has not grown"
 
 
 def test_skip_leaves_the_step_out_counts_it_and_says_so_once(tmp_path):
@@ -129,7 +162,7 @@ def test_a_replay_computes_the_steps_own_losses(tmp_path, kernels, precision):
     config = replace(training.config, kernels=kernels, trainer=replace(training.config.trainer, precision=precision))
     training = Training(config, training.tokens, World(CPU), [recorder])
     training.run(Checkpoints(tmp_path), stopping=lambda: training.step == BAD_STEP)
-    step = NonFinite(BAD_STEP, stage_at(training.stages, BAD_STEP), plan_of(training, BAD_STEP), 0.0, 0.0)
+    step = NonFinite(Launched(BAD_STEP, stage_at(training.stages, BAD_STEP), plan_of(training, BAD_STEP), 0.0))
     folder = keep(tmp_path, step, training.model, training.step_windows(), config)
     training.run(Checkpoints(tmp_path), stopping=lambda: training.step == BAD_STEP + 1)
     seen, record = replay(read(folder), config, CPU), recorder.records[BAD_STEP]

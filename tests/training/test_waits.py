@@ -1,0 +1,81 @@
+"""The host waits for the device where a step is logged, once, and nowhere else."""
+
+from collections import Counter
+
+import pytest
+import torch
+from tiny import LLAMA, RandomTokens, Recorder, train_config
+
+from est_cli.config import OptimizerConfig
+from est_cli.training.checkpoint import Checkpoints
+from est_cli.training.distributed import World
+from est_cli.training.loop import Training
+
+CPU = torch.device("cpu")
+WAITS = ("item", "tolist", "cpu", "numpy", "__bool__", "__int__", "__float__", "__index__")
+"""Methods of a tensor with which a host waits for what a device computes."""
+
+
+def start(**options) -> tuple[Training, Recorder]:
+    recorder = Recorder()
+    tokens = RandomTokens(LLAMA.vocab_size)
+    return Training(train_config(LLAMA, **options), tokens, World(CPU), [recorder]), recorder
+
+
+@pytest.fixture
+def waits(monkeypatch) -> list[str]:
+    called = []
+
+    def watched(name: str):
+        method = getattr(torch.Tensor, name)
+        return lambda *arguments: called.append(name) or method(*arguments)
+
+    for name in WAITS:
+        monkeypatch.setattr(torch.Tensor, name, watched(name))
+    return called
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("unsampled", ["zero_grad", "freeze"])
+@pytest.mark.parametrize(("log_every", "on_nonfinite"), [(1, "stop"), (4, "stop"), (100, "stop"), (4, "skip")])
+def test_a_step_waits_once_where_it_is_logged_and_never_where_it_is_not(
+    tmp_path, waits, log_every, on_nonfinite, unsampled, precision
+):
+    """trainer.on_nonfinite=skip waits in every step: the next one needs to know which step it is."""
+    options = {"log_every": log_every, "on_nonfinite": on_nonfinite, "precision": precision}
+    training, _ = start(optimizer=OptimizerConfig(unsampled=unsampled), **options)
+    per_step, step = Counter(), training._train_step
+
+    def counted(*arguments):
+        before = len(waits)
+        step(*arguments)
+        per_step[training.step] += len(waits) - before
+
+    training._train_step = counted
+    training.run(Checkpoints(tmp_path), stopping=lambda: training.step == 14)
+    expected = {n: int(n == 1 or n % log_every == 0 or on_nonfinite == "skip") for n in range(1, 15)}
+    assert dict(per_step) == expected, waits
+
+
+def test_reading_a_step_after_the_next_was_launched_changes_no_record(tmp_path):
+    options = {"log_every": 2, "eval_every": 5, "checkpoint_every": 4, "save_final": "full"}
+    (ahead, late), (usual, expected) = start(**options), start(**options)
+    ahead.behind = 1
+    for number, training in enumerate((ahead, usual)):
+        training.run(Checkpoints(tmp_path / str(number)), stopping=lambda: False)
+
+    def told(recorder: Recorder) -> list[dict]:
+        return [{k: v for k, v in record.items() if not k.startswith("perf/")} for record in recorder.records]
+
+    assert told(late) == told(expected)
+    assert all(record["perf/step_s"] > 0 for record in late.records)
+    assert all(torch.equal(a, b) for a, b in zip(ahead.model.parameters(), usual.model.parameters(), strict=True))
+
+
+def test_the_device_has_the_next_step_when_the_host_reads_a_loss(tmp_path):
+    training, recorder = start(log_every=1)
+    training.behind = 1
+    seen = []
+    recorder.log = lambda record: seen.append((record["step"], training.step))
+    training.run(Checkpoints(tmp_path), stopping=lambda: training.step == 6)
+    assert seen[:5] == [(step, step + 2) for step in range(5)]
