@@ -370,6 +370,15 @@ def read_train_config(plain: Mapping[str, Any]) -> TrainConfig:
     return TrainConfig(**read_sections)
 
 
+def check_value(key: str, value: Any, problems: list[str]) -> None:
+    """Append what is wrong with one value of a dotted key by itself; a key that has no type here is passed over."""
+    kind: Any = TrainConfig
+    for part in key.split("."):
+        kind = typing.get_type_hints(kind, include_extras=True).get(part) if dataclasses.is_dataclass(kind) else None
+    if kind is not None and not dataclasses.is_dataclass(kind):
+        read(kind, value, key, problems)
+
+
 def _max_steps(plain: Mapping[str, Any]) -> int | None:
     """trainer.max_steps, also where the rest of the section has problems."""
     trainer = plain.get("trainer")

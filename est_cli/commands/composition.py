@@ -1,6 +1,7 @@
 """Composes the Hydra configuration, and turns what Hydra says about mistakes into our one kind of message."""
 
 import argparse
+import contextlib
 import os
 import re
 import warnings
@@ -8,15 +9,17 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import yaml
 from hydra import version
 from hydra._internal.callbacks import Callbacks
 from hydra._internal.config_search_path_impl import ConfigSearchPathImpl
 from hydra._internal.hydra import Hydra
 from hydra._internal.utils import create_automatic_config_search_path
+from hydra.core.config_loader import ConfigLoader
 from hydra.core.config_search_path import SearchPathQuery
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
+from hydra.core.override_parser.types import Override, Transformer
 from hydra.core.plugins import Plugins
 from hydra.errors import HydraException
 from hydra.plugins.launcher import Launcher
@@ -26,6 +29,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from est_cli.commands.cooldown import cooldown_config
 from est_cli.commands.rerun import recorded_config
+from est_cli.config import check_value
 from est_cli.errors import UserError, nearest
 
 # conf/hydra/launcher/joblib.yaml sets values of the plugin's schema of that name, as Hydra before 1.1 wanted it. Every
@@ -71,23 +75,45 @@ class Composer:
 
     def compose(self) -> DictConfig:
         """The composed config, `hydra` node included. Raises UserError naming every bad override."""
-        try:
-            return self._compose(self.arguments.overrides)
-        except (HydraException, OmegaConfBaseException, ValueError) as error:
-            problems = list(self._problems(self.arguments.overrides))
-            raise UserError(*(problems or [_first_line(error)])) from error
+        with self._mistakes_told(lambda: [self.arguments.overrides], sweeps=False):
+            return _checked(self._compose(self.arguments.overrides))
 
     def compose_sweep(self) -> DictConfig:
         """The config that the jobs of a sweep share. Raises UserError naming every override that no job can compose."""
         overrides = self.arguments.overrides
-        try:
+        with self._mistakes_told(lambda: _every_value_once(overrides, self.loader)):
             master = self._compose(overrides, RunMode.MULTIRUN)
-            for job in _every_value_once(overrides):
-                self.compose_job(job)
-            return master
-        except (HydraException, OmegaConfBaseException, ValueError) as error:
-            problems = [line for job in _every_value_once(overrides) for line in self._problems(job)]
-            raise UserError(*(dict.fromkeys(problems) or [_first_line(error)])) from error
+            for job in _every_value_once(overrides, self.loader):
+                _checked(self.compose_job(job))
+        problems: list[str] = []
+        for text in overrides:
+            override = _parse(text, self.loader)
+            if override.is_discrete_sweep():
+                for value in override.sweep_iterator(transformer=Transformer.identity):
+                    check_value(override.key_or_group, getattr(value, "text", value), problems)
+        if problems:
+            raise UserError(*problems)
+        return master
+
+    def is_sweep(self) -> bool:
+        """Whether the config itself asks for several jobs, with hydra.mode=MULTIRUN. Raises UserError."""
+        with self._mistakes_told(lambda: [self.arguments.overrides], sweeps=False):
+            return self.hydra.get_mode(self.config_name, self.arguments.overrides) == RunMode.MULTIRUN
+
+    @contextlib.contextmanager
+    def _mistakes_told(self, jobs: Callable[[], list[list[str]]], sweeps: bool = True) -> Iterator[None]:
+        """Raises UserError in the place of what Hydra, OmegaConf and the YAML reader raise for a person's mistake."""
+        try:
+            yield
+        except yaml.MarkedYAMLError as error:
+            mark = error.problem_mark
+            where = f"{mark.name}, line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
+            raise UserError(f"{where}{error.problem}; YAML is indented with spaces") from error
+        except (HydraException, OmegaConfBaseException, ValueError, yaml.YAMLError) as error:
+            if isinstance(error, UserError):
+                raise
+            problems = dict.fromkeys(line for job in jobs() for line in self._problems(job, sweeps))
+            raise UserError(*(problems or [_first_line(error)])) from error
 
     def compose_master(self, overrides: list[str]) -> DictConfig:
         """The config that the jobs of a sweep share, of other overrides than the command line's."""
@@ -115,15 +141,19 @@ class Composer:
             search_path.prepend("command-line", f"file://{os.path.abspath(own)}", SearchPathQuery(provider="schema"))
         return search_path
 
-    def _problems(self, overrides: list[str]) -> Iterator[str]:
-        """One line for each override that cannot be what was meant."""
+    def _problems(self, overrides: list[str], sweeps: bool = True) -> Iterator[str]:
+        """One line for each override that cannot be what was meant; a sweep's only where there are several jobs."""
         parsed, groups_that_compose = [], []
         for text in overrides:
             try:
-                parsed.append(OverridesParser.create().parse_override(text))
+                parsed.append(_parse(text))
             except HydraException:
-                yield f"{text}: cannot be read; write KEY=VALUE, with quotes around a VALUE of several words"
+                yield f"{text}: cannot be read; {_how_to_write(text)}"
         groups = [*self.loader.list_groups(""), *(f"hydra/{name}" for name in self.loader.list_groups("hydra"))]
+        for override in () if sweeps else parsed:
+            if override.is_sweep_override():
+                key, _, values = override.input_line.partition("=")
+                yield f"{override.input_line}: is a sweep; add -m to run every value, or write a list, {key}=[{values}]"
         for override in parsed:
             problem = self._group_problem(override, groups)
             if problem:
@@ -152,12 +182,20 @@ class Composer:
             return []
 
 
-def _every_value_once(overrides: list[str]) -> list[list[str]]:
+def _checked(config: DictConfig) -> DictConfig:
+    """Raises UserError for an experiment whose file sets a section of its own name, which nobody can mean."""
+    if "experiment" in config:
+        option = config.hydra.runtime.choices.get("experiment")
+        raise UserError(f"experiment={option}: its file must begin with the line `# @package _global_`")
+    return config
+
+
+def _every_value_once(overrides: list[str], loader: ConfigLoader) -> list[list[str]]:
     """Overrides of as few jobs as hold every swept value; those that cannot be read stay as they are."""
     values = []
     for text in overrides:
         try:
-            override = OverridesParser.create().parse_override(text)
+            override = _parse(text, loader)
         except HydraException:
             values.append([text])
             continue
@@ -205,3 +243,16 @@ def _dotted_keys(node: Any, prefix: str = "") -> Iterator[str]:
 def _first_line(error: Exception) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0] if lines else type(error).__name__
+
+
+def _parse(override: str, loader: ConfigLoader | None = None) -> Override:
+    """Raises HydraException. `loader` lets `glob(…)` list the options of a group."""
+    return OverridesParser.create(loader).parse_overrides([override])[0]
+
+
+def _how_to_write(override: str) -> str:
+    key, equals, value = override.partition("=")
+    if not equals or not value:
+        return "write KEY=VALUE"
+    meant = value.replace("'", "\\'")
+    return f"if the value is a text, quote it: \"{key}='{meant}'\""

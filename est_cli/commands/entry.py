@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import functools
+import io
 import os
 import sys
 import time
@@ -40,6 +41,37 @@ def run_id() -> str:
 OmegaConf.register_new_resolver("est.run_id", run_id, replace=True)
 
 
+class _Lossy(io.TextIOWrapper):
+    """A stream of messages that nobody may be able to read: what cannot be written is dropped."""
+
+    def write(self, text: str) -> int:
+        with contextlib.suppress(OSError):
+            return super().write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError, ValueError):
+            super().flush()
+
+
+def open_standard_streams() -> None:
+    """Open what the caller closed (`>&-`), and let messages on standard error be lost, on a full disk for example.
+
+    A run's results are in its folder; no message may end it.
+    """
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass  # taken, so that no file of the run gets the number of a standard stream
+    os.close(descriptor)
+    if sys.stdout is None:
+        sys.stdout = sys.__stdout__ = open(1, "w", closefd=False)  # noqa: SIM115
+    if sys.stderr is None:
+        sys.stderr = sys.__stderr__ = open(2, "w", closefd=False)  # noqa: SIM115
+    elif sys.stderr is sys.__stderr__:
+        encoding = sys.stderr.encoding
+        buffer = sys.stderr.detach()
+        sys.stderr = sys.__stderr__ = _Lossy(buffer, encoding, "backslashreplace", line_buffering=True)
+
+
 def read_arguments(trains: bool = False) -> argparse.Namespace:
     """Hydra's flags and the overrides of the command line; with `trains` also --rerun and --cooldown.
 
@@ -48,6 +80,9 @@ def read_arguments(trains: bool = False) -> argparse.Namespace:
     """
     if not {"", os.getcwd()} & set(sys.path):
         sys.path.append(os.getcwd())
+    open_standard_streams()
+    # Figures only go to files. A notebook's own backend need not exist here.
+    os.environ["MPLBACKEND"] = "agg"
     parser = get_args_parser()
     versions = f"est-cli {est_cli.__version__} (Hydra {hydra.__version__})"
     next(action for action in parser._actions if action.dest == "version").version = versions
@@ -96,6 +131,11 @@ def exit_with(call: Callable[[], int | None]) -> NoReturn:
         code = INTERRUPTED
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = DONE
+    except SystemExit as error:
+        # rich ends the process so where the reader has left: est-plan | head.
+        if not isinstance(error.__context__, BrokenPipeError):
+            raise
         code = DONE
     except Exception:
         traceback.print_exc()

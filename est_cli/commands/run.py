@@ -17,8 +17,6 @@ from est_cli.config import TrainConfig, as_plain
 from est_cli.errors import PeerLost, RunFailed, UserError
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from est_cli.commands.cooldown import Trunk
     from est_cli.data.tokens import TokenStore
     from est_cli.tracking.tracker import RunInfo, Tracker
@@ -249,7 +247,7 @@ def _print_result(prepared: Prepared, summary: dict[str, Any]) -> None:
     run_dir, console = prepared.directory.path, console_for(prepared.config.format)
     paths: dict[str, Any] = {"run directory": run_dir}
     if prepared.label is not None:
-        _report(run_dir, console, ("html",))
+        _report(run_dir, ("html",))
         prepared.say(f"{summary['status']}, validation loss {format_loss(summary['val_loss'])}: {run_dir}")
         return
     if prepared.config.format != "json":
@@ -259,19 +257,16 @@ def _print_result(prepared: Prepared, summary: dict[str, Any]) -> None:
     if summary["status"] == "stopped" and not prepared.job:
         paths["continue with"] = prepared.command
     # A sweep ends with figures of all its jobs.
-    paths |= _report(run_dir, console, ("html",) if prepared.job else FORMATS)
+    paths |= _report(run_dir, ("html",) if prepared.job else FORMATS)
     for name, path in paths.items():
         console.print(f"{name}: {path}", soft_wrap=True, highlight=False, markup=False)
 
 
-def _report(run_dir: Path, console: "Console", formats: tuple[str, ...]) -> dict[str, Path]:
-    """Writes the run's report and names its page; a disk that is full must not make a failure of a run that is done."""
-    from est_cli.reports.records import load_runs
-    from est_cli.reports.report import write_report
+def _report(run_dir: Path, formats: tuple[str, ...]) -> dict[str, Path | str]:
+    """Writes the run's report and names its page, or says why there is none."""
+    from est_cli.reports.report import try_report
 
-    try:
-        files = write_report(load_runs([run_dir]), run_dir / "report", formats)
-        return {name: files[kind] for name, kind in (("figure", "png"), ("report", "html")) if kind in files}
-    except OSError as error:
-        console.print(f"no report was written: {error}", soft_wrap=True, markup=False)
-        return {}
+    files = try_report([run_dir], run_dir / "report", formats)
+    if isinstance(files, str):
+        return {"report": files}
+    return {name: files[kind] for name, kind in (("figure", "png"), ("report", "html")) if kind in files}

@@ -6,6 +6,7 @@ import os
 import platform
 import shlex
 import sys
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -143,9 +144,12 @@ class RunDirectory:
         return plain
 
     def summary(self) -> dict[str, Any]:
-        """summary.json, or an empty dict where there is none."""
-        path = self.path / SUMMARY
-        return json.loads(path.read_text()) if path.exists() else {}
+        """summary.json, or an empty dict where there is none, or one that a power loss has emptied."""
+        try:
+            found = json.loads((self.path / SUMMARY).read_text())
+        except (OSError, ValueError):
+            return {}
+        return found if isinstance(found, dict) else {}
 
     def write_summary(self, summary: dict[str, Any]) -> None:
         (self.path / ERROR).unlink(missing_ok=True)
@@ -157,10 +161,26 @@ class RunDirectory:
             (self.path / ERROR).write_text(text)
 
 
+def make_folder(path: Path, key: str) -> None:
+    """Raises UserError, naming the key that decides the path, where the folder cannot be made or written."""
+    nearest = next(folder for folder in (path, *path.parents) if folder.exists())
+    if not nearest.is_dir():
+        raise UserError(f"{key}={path}: cannot be a folder, because {nearest} is a file")
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            pass
+    except OSError as error:
+        raise UserError(f"{key}={path}: cannot be written ({error.strerror})") from error
+
+
 def write_whole(path: Path, text: str) -> None:
     """A process that dies here leaves the file of before, or the new one."""
     temporary = path.with_name(f".{path.name}")
-    temporary.write_text(text)
+    with temporary.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())  # a rename can reach the disk before the contents
     temporary.rename(path)
 
 

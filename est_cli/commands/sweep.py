@@ -21,7 +21,6 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.plugins.launcher import Launcher
-from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
@@ -35,7 +34,7 @@ from est_cli.commands.comparison import (
     swept_arms,
 )
 from est_cli.commands.composition import Composer
-from est_cli.commands.run_directory import RunDirectory, program
+from est_cli.commands.run_directory import RunDirectory, make_folder, program
 from est_cli.commands.stopping import STOP_SIGNALS
 from est_cli.errors import RunFailed, UserError
 from est_cli.plugins import require_package
@@ -73,7 +72,7 @@ def is_sweep(arguments: Any) -> bool:
     if arguments.multirun:
         return True
     with Composer("train", arguments) as composer:
-        return composer.hydra.get_mode(composer.config_name, arguments.overrides) == RunMode.MULTIRUN
+        return composer.is_sweep()
 
 
 def run(arguments: Any, job: Job, read_config: ReadConfig) -> int:
@@ -98,6 +97,7 @@ def run(arguments: Any, job: Job, read_config: ReadConfig) -> int:
             comparison.show_cost(Console(stderr=True))
         overrides.append(f"hydra.job.config.override_dirname.exclude_keys=[{','.join(map(_quoted, fixed))}]")
         task = functools.partial(_guarded, job, call)
+        make_folder(directory, "hydra.sweep.dir")
         try:
             with _signals_for_workers(master) as received:
                 if comparison is None:
@@ -199,7 +199,7 @@ def _guarded(job: Job, call: Call, composed: DictConfig) -> float | None:
     except UserError as error:
         text = entry.problems_text(error)
     except RunFailed as error:
-        text = f"{entry.PROBLEM}{error}"
+        text = f"failed: {error}"
     except Exception:
         text = traceback.format_exc()
     entry.say(f"{directory.path.name} failed\n{text}")

@@ -72,15 +72,12 @@ class SweepResult:
     @cached_property
     def report(self) -> Path | str | None:
         """The page of all jobs; in words why there is none; None where no job has taken a step."""
-        from est_cli.reports.records import load_runs
-        from est_cli.reports.report import write_report
+        from est_cli.reports.report import try_report
 
         if not any((self.directory / job.name / METRICS).exists() for job in self.jobs):
             return None
-        try:
-            return write_report(load_runs([self.directory]), self.directory / "report")["html"]
-        except OSError as error:
-            return f"not written: {error}"
+        files = try_report([self.directory], self.directory / "report")
+        return files if isinstance(files, str) else files["html"]
 
     @cached_property
     def verdict(self) -> Verdict | None:

@@ -14,7 +14,7 @@ from est_cli.commands.arms import with_arm
 from est_cli.commands.composition import config_of_flags, plain
 from est_cli.commands.cooldown import Trunk, take_trunk
 from est_cli.commands.run import Prepared, execute, stop_request
-from est_cli.commands.run_directory import RunDirectory, continue_command
+from est_cli.commands.run_directory import RunDirectory, continue_command, make_folder
 from est_cli.config import TrainConfig, read_train_config
 from est_cli.errors import UserError
 
@@ -61,6 +61,7 @@ def _run(arguments: Any) -> int:
     prepared = _prepare(config, notes, directory, arguments.overrides, peers, trunk)
     if not peers.is_main:
         return execute(prepared, peers)
+    make_folder(directory.path, "hydra.run.dir")
     return entry.run_in_directory("train", arguments, lambda _: execute(prepared, peers))
 
 

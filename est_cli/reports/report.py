@@ -37,6 +37,16 @@ def write_report(runs: Sequence[RunRecord], out: Path, formats: Sequence[str] = 
     return files
 
 
+def try_report(folders: Sequence[Path], out: Path, formats: Sequence[str] = FORMATS) -> dict[str, Path] | str:
+    """The files of `write_report`, or in words why there is none: runs that are done must not fail by their report."""
+    from est_cli.reports.records import load_runs
+
+    try:
+        return write_report(load_runs(folders), out, formats)
+    except Exception as error:
+        return f"not written: {type(error).__name__}: {error}"
+
+
 def write_compute_and_time(runs: Sequence[RunRecord], path: Path) -> Path:
     """Writes one PNG: loss against whole-model FLOPs, and against time."""
     from est_cli.reports import figures

@@ -32,6 +32,14 @@ CASES = {
     "kernels for another device": (["kernels=triton", "trainer.device=cpu"], ["kernels=triton", "needs a GPU"]),
     "no GPU": (["trainer.device=cuda"], ["trainer.device=cuda"]),
     "a name that leaves the folder": (["name=../x"], ["name=../x"]),
+    "a sweep without -m": (["seed=0,1"], ["seed=0,1: is a sweep; add -m", "seed=[0,1]"]),
+    "a value that needs quotes": (["optimizer.lr=a#ü"], ["cannot be read", "quote it: \"optimizer.lr='a#ü'\""]),
+    "a sweep with a word for a number": (["-m", "seed=0,zero"], ["seed=zero: must be an integer"]),
+    "a tab in YAML": (
+        ["--config-dir=.", "experiment=tab"],
+        ["tab.yaml, line 3, column 1", "YAML is indented with spaces"],
+    ),
+    "an experiment in no package": (["--config-dir=.", "experiment=plain"], ["# @package _global_"]),
     "an unknown strategy": (["sampling.strategy=randm"], ["sampling.strategy=randm", "did you mean 'random'"]),
 }
 
@@ -39,6 +47,9 @@ CASES = {
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_it_is_named_and_nothing_is_left(case, tmp_path):
     arguments, words = CASES[case]
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment" / "tab.yaml").write_text("# @package _global_\noptimizer:\n\tlr: 0.1\n")
+    (tmp_path / "experiment" / "plain.yaml").write_text("optimizer:\n  lr: 0.1\n")
     done = run("est-train", *arguments, "logger=none", cwd=tmp_path, CUDA_VISIBLE_DEVICES="")
     assert done.code == 2, done.err
     assert all(word in done.err for word in words), done.err
@@ -115,3 +126,13 @@ def test_a_report_that_cannot_be_written_is_told(tmp_path):
     done = run("est-report", "runs=run", "out=/proc/nowhere", cwd=tmp_path)
     assert done.code == 2
     assert done.err.startswith("error: out=/proc/nowhere: cannot be written")
+
+
+def test_a_sweep_that_cannot_make_its_folder_is_told(tmp_path):
+    (tmp_path / "taken").write_text("a file")
+    for folder in ("/proc/nowhere", "taken"):
+        done = run("est-train", "-m", "seed=0,1", "logger=none", f"hydra.sweep.dir={folder}", cwd=tmp_path)
+        assert (done.code, done.err.count("\n")) == (2, 1), done.err
+        assert done.err.startswith(
+            f"error: hydra.sweep.dir={folder if folder[0] == '/' else tmp_path / folder}: cannot be"
+        )

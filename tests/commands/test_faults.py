@@ -1,13 +1,18 @@
 """Signals, jobs that are requeued, numbers that go wrong and disks that are full, through the real command."""
 
 import json
+import shlex
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
+from est_cli.commands.run_directory import RunDirectory
 from est_cli.commands.stopping import STOP_SIGNALS, StopRequest
-from tests.commands.cli import clean_environment, metrics, run, without_speed, write_corpus
+from est_cli.commands.sweep_result import JobResult
+from tests.commands.cli import TINY, clean_environment, metrics, run, without_speed, write_corpus
 from tests.commands.test_train import start, wait_for_steps
 
 OVERRIDES = (
@@ -127,3 +132,47 @@ def test_one_run_is_trained_by_one_process(place):
     steps = [record["step"] for record in metrics(folder)]
     assert steps == list(range(len(steps)))
     assert not (folder / "error.txt").exists()
+
+
+ODD_CALLS = {
+    "standard output is closed": (">&-", {}),
+    "standard error is closed": ("2>&-", {}),
+    "standard error is on a full disk": ("2>/dev/full", {}),
+    "standard output is on a full disk": (">/dev/full", {}),
+    "called from a notebook": ("", {"MPLBACKEND": "module://matplotlib_inline.backend_inline"}),
+    "a broken matplotlibrc": ("", {"MATPLOTLIBRC": "matplotlibrc"}),
+}
+
+
+@pytest.mark.parametrize("call", ODD_CALLS)
+def test_a_run_is_done_whoever_reads_what_it_says(call, place):
+    """What it computes is in its folder; no message and no figure may end it."""
+    redirection, environment = ODD_CALLS[call]
+    (place / "matplotlibrc").write_bytes(b"\xff\xfe not UTF-8 \x81")
+    arguments = [*TINY, "data=text", "data.path=corpus", "trainer.max_steps=4", f"name={call.replace(' ', '_')}"]
+    command = shlex.join([sys.executable, "-m", "est_cli", *arguments, "run_id=r"])
+    done = subprocess.run(
+        ["bash", "-c", f"{command} {redirection}"], cwd=place, env=clean_environment(place, **environment)
+    )
+    [folder] = (place / "outputs" / call.replace(" ", "_")).iterdir()
+    assert done.returncode == 0
+    assert json.loads((folder / "summary.json").read_text())["status"] == "done"
+
+
+def test_a_reader_that_has_left_is_no_failure(place):
+    command = shlex.join([sys.executable, "-c", "from est_cli.commands.plan import main; main()"])
+    done = subprocess.run(["bash", "-o", "pipefail", "-c", f"{command} | true"], env=clean_environment(place))
+    assert done.returncode == 0
+
+
+def test_a_summary_that_a_power_loss_emptied_is_none(tmp_path):
+    (tmp_path / "summary.json").touch()
+    assert RunDirectory(tmp_path).summary() == {}
+
+
+def test_a_job_that_failed_is_not_bad_input(tmp_path):
+    (tmp_path / "config.yaml").touch()
+    (tmp_path / "error.txt").write_text("failed: step 7: the loss is not finite\n")
+    assert not JobResult.of(tmp_path).bad_input
+    (tmp_path / "error.txt").write_text("error: seed=zero: must be an integer\n")
+    assert JobResult.of(tmp_path).bad_input
