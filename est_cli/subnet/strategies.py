@@ -45,7 +45,18 @@ Strategy = Callable[[Draw, int, int], np.ndarray]
 
 def random(draw: Draw, total: int, kept: int) -> np.ndarray:
     """Uniform, without replacement: the paper's sampling."""
-    return np.argsort(draw.words(total), kind="stable")[:kept]
+    return _smallest(draw.words(total), kept)
+
+
+def _smallest(words: np.ndarray, kept: int) -> np.ndarray:
+    """Where the `kept` smallest words stand, ascending; of equal words the first. A selection, faster than a sort."""
+    if kept == 0:
+        return np.arange(0)
+    last = np.partition(words, kept - 1)[kept - 1]
+    chosen = words < last
+    ties = np.flatnonzero(words == last)
+    chosen[ties[: kept - np.count_nonzero(chosen)]] = True
+    return np.flatnonzero(chosen)
 
 
 def prefix(draw: Draw, total: int, kept: int) -> np.ndarray:
@@ -56,7 +67,7 @@ def prefix(draw: Draw, total: int, kept: int) -> np.ndarray:
 def ends(draw: Draw, total: int, kept: int) -> np.ndarray:
     """The first and the last unit always, of those between a uniform choice: RAPTR's layers (arXiv 2402.05913)."""
     fixed = [0, total - 1][:kept]
-    between = 1 + np.argsort(draw.words(total - 2), kind="stable")[: kept - len(fixed)]
+    between = 1 + _smallest(draw.words(total - 2), kept - len(fixed))
     return np.concatenate([fixed, between]).astype(np.int64)
 
 

@@ -12,7 +12,7 @@ from est_cli.config import SamplingConfig
 from est_cli.errors import UserError
 from est_cli.subnet.sampler import sample, strategies_of
 from est_cli.subnet.schedule import Rates, Stage
-from est_cli.subnet.strategies import STRATEGIES, Draw, inclusion_probabilities, increasing, random
+from est_cli.subnet.strategies import STRATEGIES, Draw, _smallest, inclusion_probabilities, increasing, random
 
 DRAW = Draw(seed=1, stage_start=10, number=0, layer=2, dimension="heads", group=1)
 GROUPED = replace(LLAMA, n_heads=8, n_kv_heads=2)
@@ -116,3 +116,13 @@ def test_increasing_leaves_out_layer_l_with_a_probability_that_rises_with_l(tota
 def test_increasing_needs_half_of_the_layers():
     with pytest.raises(UserError, match=r"layer_strategy=increasing: keeps at least half of the 8 layers"):
         increasing(DRAW, 8, 3)
+
+
+@pytest.mark.parametrize("largest", [3, 40, 2**64 - 1], ids="words-below-{}".format)
+def test_the_chosen_units_are_those_of_a_stable_sort(largest):
+    """The ranks of the words, which golden values pin; equal words too."""
+    random = np.random.default_rng(0)
+    for total in (1, 2, 7, 64):
+        words = random.integers(largest, size=total, dtype=np.uint64)
+        for kept in range(total + 1):
+            assert _smallest(words, kept).tolist() == sorted(np.argsort(words, kind="stable")[:kept].tolist())
