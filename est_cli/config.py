@@ -102,6 +102,8 @@ class DataConfig:
     """Train on the first so many tokens of the training split, again and again; null takes all."""
     num_workers: Count | Auto = "auto"
     """Processes that tokenize; auto takes every core for large text. The token files do not depend on it."""
+    on_change: Literal["refuse", "accept"] = "refuse"
+    """Whether a run that continues may do so on a text that has changed since it began."""
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ HARMLESS = (
     "trainer.shard",
     "data.cache_dir",
     "data.num_workers",
+    "data.on_change",
     "name",
 )
 """Keys, and whole sections, that may change when a run continues: what the run computes does not hang on them.

@@ -128,11 +128,12 @@ def _restore(prepared: Prepared, training: "Training", checkpoints: "Checkpoints
 def _begin(prepared: Prepared, training: "Training") -> "RunInfo":
     """Leave in the directory what decides the run, and say what is worth it."""
     from est_cli.commands.provenance import write_environment
+    from est_cli.data.run_data import keep
     from est_cli.tracking.tracker import RunInfo
 
     config, directory = prepared.config, prepared.directory
     directory.write_config(config)
-    directory.write_tokenizer(prepared.store.tokenizer)
+    keep(directory.path, prepared.store, begins=training.step == 0)
     write_environment(directory.path / ENVIRONMENT, prepared.overrides, prepared.trunk)
     run = RunInfo(
         directory.path,

@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import filelock
 import yaml
@@ -20,12 +20,8 @@ from est_cli.commands.config_changes import changes
 from est_cli.config import TrainConfig, as_plain, read_train_config
 from est_cli.errors import UserError
 
-if TYPE_CHECKING:
-    from est_cli.data.tokenizers import Tokenizer
-
 CONFIG, METRICS, SUMMARY, ERROR = "config.yaml", "metrics.jsonl", "summary.json", "error.txt"
 ENVIRONMENT = "environment.json"
-TOKENIZER = "tokenizer"
 
 LOCK, HOLDER = ".lock", ".holder"
 _BEFORE_A_RUN = {".hydra", ERROR, ENVIRONMENT, f".{CONFIG}", LOCK, HOLDER}
@@ -119,12 +115,6 @@ class RunDirectory:
 
     def write_config(self, config: TrainConfig) -> None:
         write_whole(self.path / CONFIG, yaml.safe_dump(as_plain(config), sort_keys=False))
-
-    def write_tokenizer(self, tokenizer: "Tokenizer") -> None:
-        """So that the run can be read without its corpus."""
-        folder = self.path / TOKENIZER
-        folder.mkdir(exist_ok=True)
-        tokenizer.save(folder)
 
     def config(self) -> dict[str, Any]:
         """The run's plain config; keys that are younger than the run have their defaults, which is how it trained.

@@ -84,9 +84,17 @@ def _prepare(
         peers.agree("cooldown", lambda: _check_trunk(trunk, config, begins))
         notes = [trunk.note(config), *notes]
     trackers = peers.agree("trackers", lambda: trackers_for(config, label) if is_main else [])
-    store = peers.agree("data", lambda: _tokens(config, quiet=not is_main), main_first=True)
+    begun = peers.from_main("begun", _begun(directory, trunk) if is_main else None)
+    store = peers.agree("data", lambda: _tokens(config, begun, quiet=not is_main), main_first=True)
     command = continue_command(sys.argv[1:], config)
     return Prepared(config, directory, store, overrides, command, notes + changes, trackers, trunk=trunk, label=label)
+
+
+def _begun(directory: RunDirectory, trunk: Trunk | None) -> str | None:
+    """The folder of the run that this one goes on from: its own, or that of its trunk."""
+    if directory.has_checkpoints:
+        return str(directory.path)
+    return None if trunk is None else str(trunk.run_dir)
 
 
 def _check_trunk(trunk: Trunk, config: TrainConfig, begins: bool) -> None:
@@ -115,6 +123,7 @@ def job_of_sweep(composed: DictConfig, directory: RunDirectory, call: sweep.Call
     if config.logger.group is None:
         config = replace(config, logger=replace(config.logger, group=Path(node.sweep.dir).name))
     if directory.is_done(config):
+        _check_text(directory, config)
         entry.say(f"{directory.path.name}: done already, skipped")
         return directory.summary()["val_loss"]
     label = directory.path.name if call.is_elsewhere else None
@@ -124,6 +133,16 @@ def job_of_sweep(composed: DictConfig, directory: RunDirectory, call: sweep.Call
     if code != entry.DONE:
         raise SystemExit(code)
     return directory.summary()["val_loss"]
+
+
+def _check_text(directory: RunDirectory, config: TrainConfig) -> None:
+    """Raises UserError where a job that is done trained on another text than the jobs after it would."""
+    from est_cli.data.run_data import RunData
+    from est_cli.data.tokens import current_text
+
+    done = RunData(directory.path, config.tokenizer.kind)
+    if done.text is not None and config.data.on_change == "refuse":
+        done.check(current_text(config.data), config.data, entry.say)
 
 
 def read_config(composed: dict[str, Any], hydra_node: DictConfig) -> tuple[TrainConfig, list[str]]:
@@ -143,11 +162,15 @@ def read_config(composed: dict[str, Any], hydra_node: DictConfig) -> tuple[Train
     return with_arm(config, arm, flops, hydra_node.runtime.choices.get("scheduler")), notes
 
 
-def _tokens(config: TrainConfig, quiet: bool = False) -> "TokenStore":
+def _tokens(config: TrainConfig, begun: str | None, quiet: bool = False) -> "TokenStore":
+    """The token files to train on; of a run that has begun, those of the text that it began with."""
+    from est_cli.data.run_data import RunData
     from est_cli.data.tokens import prepare
 
     say = (lambda message: None) if quiet else entry.say
     show_progress = not quiet and sys.stderr.isatty()
-    store = prepare(config.data, config.tokenizer, config.model.vocab_size, say, show_progress)
+    run = None if begun is None else RunData(Path(begun), config.tokenizer.kind)
+    check = (lambda text: None) if run is None else (lambda text: run.check(text, config.data, say))
+    store = prepare(config.data, config.tokenizer, config.model.vocab_size, say, show_progress, run, check)
     store.check(config.data.seq_len, config.sequences_per_step)
     return store

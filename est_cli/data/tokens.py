@@ -11,7 +11,7 @@ import math
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import TypeVar
 
@@ -22,6 +22,7 @@ import platformdirs
 from est_cli.config import DataConfig, TokenizerConfig
 from est_cli.data import Say
 from est_cli.data.preparation import discard_work, has_work, write_store
+from est_cli.data.run_data import RunData, Text
 from est_cli.data.sentencepiece_bpe import SentencePieceTraining
 from est_cli.data.sources import Source, open_sources
 from est_cli.data.stream_preparation import open_writer, write_streamed_store
@@ -39,9 +40,15 @@ _B = TypeVar("_B")
 class TokenStore:
     """A prepared corpus."""
 
-    def __init__(self, folder: Path, sources: Sequence[Source] = (), train_tokens: int | None = None):
+    def __init__(
+        self,
+        folder: Path,
+        sources: Sequence[Source] = (),
+        train_tokens: int | None = None,
+        text: Text | None = None,
+    ):
         """`sources` go on with a stream; a store that was opened without them has what was read of it so far.
-        `train_tokens` leaves the first so many tokens of the training split.
+        `train_tokens` leaves the first so many tokens of the training split. `text` is what the files were made from.
 
         Raises UserError where `folder` holds no complete store."""
         manifest = _read_manifest(folder)
@@ -50,6 +57,7 @@ class TokenStore:
         self.folder = folder
         self._sources = sources
         self._train_tokens = train_tokens
+        self.text = text
         self.manifest = manifest
         self.fingerprint: str = manifest["fingerprint"]
 
@@ -100,16 +108,34 @@ class TokenStore:
 
 
 def prepare(
-    data: DataConfig, tokenizer: TokenizerConfig, model_vocab_size: int, say: Say, show_progress: bool
+    data: DataConfig,
+    tokenizer: TokenizerConfig,
+    model_vocab_size: int,
+    say: Say,
+    show_progress: bool,
+    run: RunData | None = None,
+    check: Callable[[Text], None] = lambda text: None,
 ) -> TokenStore:
     """The token files of `data` under `tokenizer`: from the cache, or made now. Safe in several processes at once.
 
+    For a `run` that has begun they are made with its own tokenizer, wherever `tokenizer` points by now. `check` sees
+    the text before anything is made of it.
+
     Raises UserError for text, tokenizers and caches that cannot be used.
     """
-    chosen, sources = _both(lambda: choose_tokenizer(tokenizer, model_vocab_size), lambda: open_sources(data, say))
+    chosen, sources = _both(
+        lambda: (run and run.tokenizer) or choose_tokenizer(tokenizer, model_vocab_size),
+        lambda: open_sources(data, say),
+    )
+    text = _text_of(sources, data)
+    check(text)
     fingerprint = _fingerprint(sources, data, chosen.definition)
     cache = cache_folder(data)
-    folder = cache / f"{data.kind}-{fingerprint[:16]}"
+    folder = _folder(data, fingerprint)
+    if run is not None and tokenizer.kind == "sentencepiece" and tokenizer.path is None:
+        # The files that the run began with are named by the training of its tokenizer.
+        training = SentencePieceTraining(tokenizer, model_vocab_size)
+        folder = _with_tokenizer(_folder(data, _fingerprint(sources, data, training.definition)), chosen) or folder
     if _read_manifest(folder) is None:
         try:
             cache.mkdir(parents=True, exist_ok=True)
@@ -122,13 +148,32 @@ def prepare(
                 f"data.cache_dir={cache}: cannot be written ({error.strerror or error}); "
                 "must be a folder with room that you may write to"
             ) from None
-    store = TokenStore(folder, sources, data.train_tokens)
+    store = TokenStore(folder, sources, data.train_tokens, text)
     training = "streamed" if store.is_streamed else f"{len(store.train):,}"
     say(
         f"data: {training} training and {len(store.val):,} validation tokens, "
         f"vocabulary of {store.manifest['vocab_size']:,}, in {folder}"
     )
     return store
+
+
+def stored(data: DataConfig, run: RunData) -> TokenStore | None:
+    """The token files that the run trained on, where the cache still has them."""
+    if run.record is None:
+        return None
+    folder = _with_tokenizer(_folder(data, run.record["store"]), run.tokenizer)
+    return folder and TokenStore(folder, (), data.train_tokens, run.text)
+
+
+def _with_tokenizer(folder: Path, tokenizer: Tokenizer) -> Path | None:
+    """`folder`, if it is a store of this tokenizer: one trained by another version of a library has other pieces."""
+    manifest = _read_manifest(folder)
+    same = manifest is not None and load_tokenizer(manifest["tokenizer"], folder).definition == tokenizer.definition
+    return folder if same else None
+
+
+def _folder(data: DataConfig, fingerprint: str) -> Path:
+    return cache_folder(data) / f"{data.kind}-{fingerprint[:16]}"
 
 
 def cache_folder(data: DataConfig) -> Path:
@@ -149,6 +194,16 @@ def _both(first: Callable[[], _A], second: Callable[[], _B]) -> tuple[_A, _B]:
             raise UserError(*error.problems, *other.problems) from None
         raise
     return one, second()
+
+
+@lru_cache
+def current_text(data: DataConfig) -> Text:
+    """The text that `data` names at the moment. Raises UserError where there is none."""
+    return _text_of(open_sources(data, lambda line: None), data)
+
+
+def _text_of(sources: Sequence[Source], data: DataConfig) -> Text:
+    return Text.of(sources, _fingerprint(sources, data, {}))
 
 
 def _fingerprint(sources: Sequence[Source], data: DataConfig, tokenizer_definition: dict) -> str:

@@ -2,25 +2,22 @@
 
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import yaml
 
 from est_cli.config import DataConfig, TrainConfig, read_train_config
-from est_cli.data.sentencepiece_bpe import SentencePieceTokenizer
-from est_cli.data.tokenizers import Tokenizer, load_tokenizer
-from est_cli.data.tokens import TokenStore, prepare
+from est_cli.data.run_data import RunData, Text
+from est_cli.data.tokenizers import Tokenizer
+from est_cli.data.tokens import TokenStore, prepare, stored
 from est_cli.errors import UserError, nearest
 from est_cli.evaluation.standalone import Sampled, packed
 from est_cli.model.transformer import Transformer
 from est_cli.subnet.growth import model_after
 from est_cli.subnet.plan import Subnetwork, whole_plan
 from est_cli.training.checkpoint import Checkpoint, Checkpoints
-
-TOKENIZER = "tokenizer"
-"""The folder of a run directory that holds the tokenizer's files, so that a run can be read without its corpus."""
 
 
 @dataclass(frozen=True)
@@ -70,27 +67,29 @@ def load_model(config: TrainConfig, checkpoint: Checkpoint) -> Transformer:
 
 
 def run_tokenizer(run: OpenRun, say: Callable[[str], None]) -> Tokenizer:
-    """The tokenizer that the run was trained with."""
-    return load_tokenizer(run.config.tokenizer.kind, _tokenizer_folder(run, say))
+    """The tokenizer that the run was trained with: its own copy, else that of its token files."""
+    kept = _data_of(run)
+    return kept.tokenizer or _prepared(run.config, run.config.data, kept, say).tokenizer
 
 
 def run_store(run: OpenRun, say: Callable[[str], None], data: DataConfig | None = None) -> TokenStore:
-    """The token files that the run trained on, or those of other `data` under the run's own tokenizer."""
-    if data is None:
-        return _prepared(run.config, say)
-    tokenizer = run.config.tokenizer
-    if tokenizer.kind != "byte":
-        folder = _tokenizer_folder(run, say)
-        path = folder / SentencePieceTokenizer.FILE if tokenizer.kind == "sentencepiece" else folder
-        tokenizer = replace(tokenizer, path=str(path), vocab_size="auto")
-    return _prepared(replace(run.config, data=data, tokenizer=tokenizer), say)
+    """The token files that the run trained on, else what its config names by now, or those of other `data`.
+
+    They are made with the run's own tokenizer.
+    """
+    kept = _data_of(run)
+    if data is not None:
+        return _prepared(run.config, data, kept, say)
+    return stored(run.config.data, kept) or _prepared(run.config, run.config.data, kept, say)
 
 
-def _tokenizer_folder(run: OpenRun, say: Callable[[str], None]) -> Path:
-    """The run's own copy, else that of its token files."""
-    folder = run.folder / TOKENIZER
-    return folder if folder.is_dir() else _prepared(run.config, say).folder
+def _data_of(run: OpenRun) -> RunData:
+    return RunData(run.folder, run.config.tokenizer.kind)
 
 
-def _prepared(config: TrainConfig, say: Callable[[str], None]) -> TokenStore:
-    return prepare(config.data, config.tokenizer, config.model.vocab_size, say, sys.stderr.isatty())
+def _prepared(config: TrainConfig, data: DataConfig, kept: RunData, say: Callable[[str], None]) -> TokenStore:
+    def tell(text: Text) -> None:
+        if data is config.data:
+            kept.tell(text, say)
+
+    return prepare(data, config.tokenizer, config.model.vocab_size, say, sys.stderr.isatty(), kept, tell)

@@ -137,3 +137,24 @@ def test_a_run_is_read_without_its_corpus(place, exported):
     assert found["max_logit_difference"] <= 1e-5
     other = run("est-eval", f"run={folder}", "data=text", f"data.path={place / 'corpus'}", "format=json", cwd=place)
     assert other.json["val_loss"] > 0
+
+
+def test_a_run_is_continued_evaluated_and_cooled_down_with_its_own_text_and_tokenizer(place):
+    command = (
+        *TINY, "tokenizer=sentencepiece", "trainer.max_steps=4", "scheduler=full", "format=json", "data=text",
+        write_corpus(place / "grows"), "hydra.run.dir=own", "optimizer.decay=none", "trainer.checkpoint_every=2",
+    )  # fmt: skip
+    assert run("est-train", *command, cwd=place).code == 0
+    before = run("est-eval", "run=own", "format=json", cwd=place).json
+    (place / "grows" / "more.txt").write_text("qxzjkv " * 3000)
+    assert run("est-eval", "run=own", "format=json", cwd=place).json == before
+    (place / "own" / "summary.json").unlink()
+    shutil.rmtree(place / "own" / "checkpoints" / "step-00000004")
+    pieces = (place / "own" / "tokenizer" / "tokenizer.model").read_bytes()
+    for arguments in (command, ("--cooldown", "own/checkpoints/step-00000002", "hydra.run.dir=cool")):
+        done = run("est-train", *arguments, cwd=place)
+        assert (done.code, "8 documents, now 9" in done.err) == (2, True), done.err
+    assert not (place / "cool").exists()
+    accepted = run("est-train", *command, "data.on_change=accept", cwd=place)
+    assert (accepted.code, "continuing at step 2" in accepted.err) == (0, True), accepted.err
+    assert (place / "own" / "tokenizer" / "tokenizer.model").read_bytes() == pieces
