@@ -9,7 +9,7 @@ mlp.up         [out, in]     mlp.c_fc, transposed            gate_proj, up_proj:
 mlp.down       [in, out]     mlp.c_proj, as it is            down_proj, transposed
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from est_cli.config import ModelConfig
 from est_cli.errors import UserError
-from est_cli.model.huggingface_config import Family, from_config, to_config
+from est_cli.model.huggingface_config import CLASSES, Family, from_config, to_config
 from est_cli.model.transformer import Transformer
 
 State = dict[str, Tensor]
@@ -45,7 +45,7 @@ _LLAMA_PARTS = {
     "mlp.up": ("mlp.gate_proj", "mlp.up_proj"),
 }
 _BUFFERS = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")
-"""Constants that older versions of transformers stored with the weights."""
+_NAMES_SHOWN = 3
 
 
 def to_huggingface(model: Transformer) -> tuple[dict[str, Any], State]:
@@ -59,17 +59,44 @@ def to_huggingface(model: Transformer) -> tuple[dict[str, Any], State]:
 def from_huggingface(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> tuple[ModelConfig, State]:
     """Our config and state of a folder's config.json and tensors. Raises UserError for what we cannot hold."""
     model = from_config(config)
-    tensors = {_without_prefix(name): t for name, t in tensors.items() if not name.endswith(_BUFFERS)}
+    typed = {_without_prefix(name): name for name in tensors if not is_constant(name)}
+    theirs = _Read({short: tensors[name] for short, name in typed.items()})
     read = _from_gpt2 if config["model_type"] == "gpt2" else _from_llama
     try:
-        state = dict(read(model, tensors))
+        state = dict(read(model, theirs))
     except KeyError as error:
         raise UserError(f"the weights have no tensor {error.args[0]}") from None
     if not model.tie_embeddings:
-        if "lm_head.weight" not in tensors:
+        if "lm_head.weight" not in theirs:
             raise UserError("the weights have no tensor lm_head.weight, and config.json does not tie it")
-        state["head"] = tensors["lm_head.weight"]
+        state["head"] = theirs["lm_head.weight"]
+    # Some files hold the tied head a second time.
+    left_over = [name for short, name in typed.items() if short not in {*theirs.read, "lm_head.weight"}]
+    if left_over:
+        raise UserError(f"{some(left_over)}: a {CLASSES[config['model_type']]} of this config.json has no such tensor")
     return model, state
+
+
+class _Read(dict[str, Tensor]):
+    """Tensors that remember which of them were asked for."""
+
+    def __init__(self, tensors: State):
+        super().__init__(tensors)
+        self.read: set[str] = set()
+
+    def __getitem__(self, name: str) -> Tensor:
+        self.read.add(name)
+        return super().__getitem__(name)
+
+
+def is_constant(name: str) -> bool:
+    """Whether a tensor is no weight, but a constant that older versions of transformers stored with them."""
+    return name.endswith(_BUFFERS)
+
+
+def some(names: Sequence[str]) -> str:
+    """The first few of many names."""
+    return ", ".join(names[:_NAMES_SHOWN]) + (f" and {len(names) - _NAMES_SHOWN} more" * (len(names) > _NAMES_SHOWN))
 
 
 def _to_gpt2(model: ModelConfig, ours: State) -> Iterator[tuple[str, Tensor]]:

@@ -1,5 +1,6 @@
 """Our architecture and Hugging Face's config.json, both ways: GPT2LMHeadModel and LlamaForCausalLM."""
 
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
@@ -13,6 +14,30 @@ _SETTINGS: dict[Family, dict[str, str]] = {
     "gpt2": {"norm": "layernorm", "position": "learned", "mlp": "gelu"},
     "llama": {"norm": "rmsnorm", "position": "rope", "mlp": "swiglu"},
 }
+
+_READ: dict[Family, tuple[str, ...]] = {
+    "gpt2": (
+        "activation_function", "add_cross_attention", "layer_norm_epsilon", "n_ctx", "n_embd", "n_head", "n_inner",
+        "n_layer", "n_positions", "reorder_and_upcast_attn", "scale_attn_by_inverse_layer_idx", "scale_attn_weights",
+    ),
+    "llama": (
+        "attention_bias", "head_dim", "hidden_act", "hidden_size", "intermediate_size", "max_position_embeddings",
+        "mlp_bias", "num_attention_heads", "num_hidden_layers", "num_key_value_heads", "pretraining_tp",
+        "rms_norm_eps", "rope_parameters", "rope_scaling", "rope_theta",
+    ),
+}  # fmt: skip
+_READ_BY_BOTH = ("model_type", "tie_word_embeddings", "vocab_size")
+_OF_NO_WEIGHT = re.compile(
+    r"architectures|auto_map|dtype|torch_dtype|transformers_version|use_cache|initializer_range|gradient_checkpointing"
+    r"|\w+_token_ids?|\w+_pdrop|\w+_dropout|summary_\w+|task_specific_params|finetuning_task|problem_type|prefix"
+    r"|id2label|label2id|num_labels|name_or_path|tokenizer_class|model_max_length|max_sequence_length|is_llama_config"
+    r"|is_decoder|output_\w+|return_dict\w*|torchscript|use_bfloat16|chunk_size_feed_forward|tf_legacy_loss"
+    r"|(max|min)_length|do_sample|early_stopping|num_beams|num_beam_groups|diversity_penalty|temperature|top_[kp]"
+    r"|typical_p|repetition_penalty|length_penalty|no_repeat_ngram_size|encoder_no_repeat_ngram_size|bad_words_ids"
+    r"|num_return_sequences|suppress_tokens|begin_suppress_tokens|remove_invalid_values|exponential_decay_\w+"
+    r"|unsloth_\w+|max_window_layers|attn_implementation|label_names"
+)
+"""Settings about training, tokens and generation, and records of where a file comes from."""
 
 
 def family_of(model: ModelConfig) -> Family:
@@ -59,7 +84,25 @@ def from_config(config: Mapping[str, Any]) -> ModelConfig:
     family = config.get("model_type")
     if family not in CLASSES:
         raise UserError(f"config.json: model_type={family}: must be one of {', '.join(CLASSES)}")
+    _check_known(config, family)
     return _model_of_gpt2(config) if family == "gpt2" else _model_of_llama(config)
+
+
+def _check_known(config: Mapping[str, Any], family: Family) -> None:
+    """Raises UserError naming each setting that nothing here reads, unless it is switched off."""
+    if config.get("quantization_config"):
+        raise UserError(
+            "config.json: quantization_config: quantized weights are not read; must be a folder of "
+            "float32, float16 or bfloat16 weights"
+        )
+    known = {*_READ[family], *_READ_BY_BOTH}
+    problems = [
+        f"config.json: {key}={value}: is not read, and may change what the model computes; if it does not, remove it"
+        for key, value in config.items()
+        if value and key not in known and not key.startswith("_") and not _OF_NO_WEIGHT.fullmatch(key)
+    ]
+    if problems:
+        raise UserError(*problems)
 
 
 def _gpt2_config(model: ModelConfig) -> dict[str, Any]:
@@ -136,6 +179,8 @@ def _model_of_llama(config: Mapping[str, Any]) -> ModelConfig:
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     if rope.get("rope_type", rope.get("type", "default")) != "default":
         raise UserError(f"config.json: rope_parameters={rope}: must be of type default")
+    if rope.get("partial_rotary_factor", 1.0) != 1.0:
+        raise UserError(f"config.json: rope_parameters={rope}: partial_rotary_factor must be 1")
     _require(config, hidden_act=("silu",), mlp_bias=(config.get("attention_bias", False),))
     width, heads = config["hidden_size"], config["num_attention_heads"]
     return ModelConfig(

@@ -5,21 +5,23 @@ are then the mean of the others. Rows of zeros would have logits of 0, which for
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
 from est_cli.config import ModelConfig
 from est_cli.errors import UserError, nearest
-from est_cli.model.huggingface import from_huggingface
+from est_cli.model.huggingface import from_huggingface, is_constant, some
 from est_cli.model.huggingface_config import from_config
 from est_cli.model.transformer import Transformer
 
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
+_DTYPES = ("F64", "F32", "F16", "BF16")
 _SIZES = (
     "norm",
     "position",
@@ -41,6 +43,8 @@ def check_pretrained(model: ModelConfig) -> None:
     """Raises UserError where model.init_from is no folder that fits `model`."""
     folder = _folder(model)
     found = _named(model, lambda: from_config(_read_config(folder)))
+    # Names, shapes and types only: what cannot be read is told before there is a run directory.
+    _named(model, lambda: from_huggingface(_read_config(folder), _read_shapes(folder)))
     problems = [
         f"model.{key}={_show(getattr(model, key))}: the weights of model.init_from={model.init_from} have "
         f"{_show(getattr(found, key))}; give model.{key}={_show(getattr(found, key))}"
@@ -115,17 +119,49 @@ def _read_config(folder: Path) -> dict[str, Any]:
         raise UserError(f"config.json: cannot be read ({error})") from None
 
 
+def _read_shapes(folder: Path) -> dict[str, Tensor]:
+    """Every tensor without its values. Raises UserError naming those whose values are codes, not weights."""
+    shapes: dict[str, Tensor] = {}
+    strange: dict[str, list[str]] = {}
+
+    def read(file: Path) -> None:
+        with safe_open(file, "pt") as stored:
+            for name in stored.keys():  # noqa: SIM118
+                part = stored.get_slice(name)
+                shapes[name] = torch.empty(part.get_shape(), device="meta")
+                if part.get_dtype() not in _DTYPES and not is_constant(name):
+                    strange.setdefault(part.get_dtype(), []).append(name)
+
+    _each_file(folder, read)
+    if strange:
+        raise UserError(
+            *(
+                f"{some(names)}: stored as {dtype}, must be one of {', '.join(_DTYPES)}; quantized weights are not read"
+                for dtype, names in strange.items()
+            )
+        )
+    return shapes
+
+
 def _read_tensors(folder: Path) -> dict[str, Tensor]:
+    """Every tensor. Raises UserError naming those that are not finite."""
+    tensors: dict[str, Tensor] = {}
+    _each_file(folder, lambda file: tensors.update(load_file(file)))
+    broken = [name for name, t in tensors.items() if not is_constant(name) and not bool(torch.isfinite(t).all())]
+    if broken:
+        raise UserError(f"{some(broken)}: holds values that are not finite (NaN or infinity)")
+    return tensors
+
+
+def _each_file(folder: Path, read: Callable[[Path], None]) -> None:
     names = [_WEIGHTS]
     if not (folder / _WEIGHTS).is_file():
         names = sorted(set(json.loads((folder / _INDEX).read_text("utf-8"))["weight_map"].values()))
-    tensors: dict[str, Tensor] = {}
     for name in names:
         try:
-            tensors |= load_file(folder / name)
+            read(folder / name)
         except Exception as error:  # safetensors raises its own kind for damaged files.
             raise UserError(f"{name}: cannot be read ({error})") from None
-    return tensors
 
 
 def _named(model: ModelConfig, read: Any) -> Any:

@@ -170,3 +170,50 @@ def test_a_damaged_folder_is_told(tmp_path, file, content, problem):
     (tmp_path / "out" / file).write_text(content)
     with pytest.raises(UserError, match=rf"model\.init_from=\S+: .*{problem}"):
         load_pretrained(Transformer(replace(FAMILIES["gpt2"], init_from=folder)))
+
+
+def change_weights(folder, change):
+    state = load_file(folder / "model.safetensors")
+    change(state)
+    save_file(state, folder / "model.safetensors")
+
+
+GATE = "model.layers.0.mlp.gate_proj.weight"
+TOKENS = "model.embed_tokens.weight"
+
+
+@pytest.mark.parametrize(
+    ("config", "change", "problem"),
+    [
+        ({"quantization_config": {"quant_method": "fp8"}}, {}, "quantization_config: quantized weights are not read"),
+        ({}, {GATE: torch.zeros(2, 2, dtype=torch.float8_e4m3fn)}, f"{GATE}: stored as F8_E4M3, must be one of F64"),
+        ({}, {GATE: torch.zeros(2, 2, dtype=torch.int8)}, f"{GATE}: stored as I8, .* quantized weights are not read"),
+        ({}, {GATE + "_scale": torch.ones(1)}, f"{GATE}_scale: a LlamaForCausalLM of this config.json has no such"),
+        ({}, {"model.layers.0.self_attn.q_proj.bias": torch.ones(12)}, "q_proj.bias: a LlamaForCausalLM of this"),
+        ({"embedding_multiplier": 12.0}, {}, "embedding_multiplier=12.0: is not read, and may change"),
+        ({"sliding_window": 4, "mup": True}, {}, "sliding_window=4: is not read"),
+        ({"rope_parameters": {"partial_rotary_factor": 0.5}}, {}, "partial_rotary_factor must be 1"),
+    ],
+)
+def test_what_is_not_read_is_refused_by_name_before_anything_is_loaded(tmp_path, config, change, problem):
+    folder = write(tmp_path / "out", random_master(FAMILIES["llama"], torch.float32))
+    file = tmp_path / "out" / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **config}))
+    change_weights(tmp_path / "out", lambda state: state.update(change))
+    with pytest.raises(UserError, match=rf"model\.init_from=\S+: .*{problem}"):
+        check_pretrained(replace(FAMILIES["llama"], init_from=folder))
+
+
+def test_weights_that_are_not_finite_are_named(tmp_path):
+    folder = write(tmp_path / "out", random_master(FAMILIES["llama"], torch.float32))
+    change_weights(tmp_path / "out", lambda state: state[GATE][0].fill_(float("nan")))
+    with pytest.raises(UserError, match=rf"{GATE}: holds values that are not finite"):
+        started(FAMILIES["llama"], folder)
+
+
+def test_settings_that_change_nothing_are_passed_over(tmp_path):
+    folder = write(tmp_path / "out", random_master(FAMILIES["llama"], torch.float32))
+    file = tmp_path / "out" / "config.json"
+    harmless = {"torch_dtype": "bfloat16", "bos_token_id": 1, "attention_dropout": 0.1, "sliding_window": None}
+    file.write_text(json.dumps({**json.loads(file.read_text()), **harmless}))
+    check_pretrained(replace(FAMILIES["llama"], init_from=folder))
