@@ -75,7 +75,7 @@ def _loss(opened: "OpenRun", request: Request) -> dict[str, Any]:
     seq_len = None if data is None or data.seq_len == "auto" else data.seq_len
     store = run_store(opened, say, data)
     n_tokens = request.tokens or config.trainer.eval_tokens
-    loss = evaluate(opened, store.val, store.tokenizer.token_bytes, n_tokens, seq_len)
+    loss = evaluate(opened, store.val, store.val_bytes, n_tokens, seq_len)
     return {
         "val_loss": loss.val_loss,
         "perplexity": loss.perplexity,

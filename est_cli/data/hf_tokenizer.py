@@ -6,6 +6,7 @@ import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -54,7 +55,9 @@ class HFTokenizer:
         if not file.exists() and _HUB_NAME.fullmatch(path) and file.suffix != ".json":
             file = _fetch(path)
         try:
-            tokenizer = cls(file.read_text("utf-8"), _eos_token(file.parent / _CONFIG_FILE))
+            tokenizer = cls(file.read_text("utf-8"), _eos_token(file.parent / _CONFIG_FILE, path))
+        except UserError:
+            raise
         except ImportError:
             raise UserError("tokenizer=hf: needs the `tokenizers` library (pip install tokenizers)") from None
         except OSError as error:
@@ -91,8 +94,23 @@ class HFTokenizer:
 
     def save(self, folder: Path) -> None:
         (folder / _FILE).write_text(self._content, "utf-8")
-        eos_token = self._tokenizer.id_to_token(self.eot)
-        (folder / _CONFIG_FILE).write_text(json.dumps({"eos_token": eos_token}) + "\n", "utf-8")
+        (folder / _CONFIG_FILE).write_text(json.dumps({"eos_token": self.eos_token}) + "\n", "utf-8")
+
+    def save_as_trained(self, folder: Path) -> None:
+        """A tokenizer.json that puts nothing around a text and cuts or pads none: it gives the ids of `encode`."""
+        parsed = json.loads(self._content)
+        trained = {**parsed, "post_processor": _without_template(parsed.get("post_processor"))}
+        trained |= {key: None for key in ("truncation", "padding") if parsed.get(key) is not None}
+        content = self._content if trained == {"post_processor": None, **parsed} else json.dumps(trained)
+        (folder / _FILE).write_text(content, "utf-8")
+
+    @property
+    def eos_token(self) -> str:
+        return self._tokenizer.id_to_token(self.eot)
+
+    @property
+    def special_tokens(self) -> list[str]:
+        return [token.content for token in self._tokenizer.get_added_tokens_decoder().values()]
 
     def _count_bytes(self) -> np.ndarray:
         parsed = json.loads(self._tokenizer.to_str())
@@ -126,8 +144,22 @@ def _fetch(name: str) -> Path:
     )
 
 
-def _eos_token(config: Path) -> str | None:
+def _without_template(processor: dict[str, Any] | None) -> dict[str, Any] | None:
+    """A post-processor without what adds tokens to a text; those that only trim offsets stay."""
+    if processor is not None and processor["type"] == "Sequence":
+        left = [kept for part in processor["processors"] if (kept := _without_template(part)) is not None]
+        return {**processor, "processors": left} if left else None
+    return processor if processor is not None and processor["type"] == "ByteLevel" else None
+
+
+def _eos_token(config: Path, path: str) -> str | None:
     if not config.is_file():
         return None
-    token = json.loads(config.read_text("utf-8")).get("eos_token")
-    return token.get("content") if isinstance(token, dict) else token
+    try:
+        token = json.loads(config.read_text("utf-8")).get("eos_token")
+        token = token.get("content") if isinstance(token, dict) else token
+    except (OSError, ValueError, AttributeError) as error:
+        raise UserError(f"tokenizer.path={path}: {config} cannot be read ({error})") from None
+    if not isinstance(token, str | None):
+        raise UserError(f"tokenizer.path={path}: {config}: eos_token={token}: must be a text")
+    return token

@@ -194,11 +194,15 @@ class SentencePieceTraining:
         # U+2585 is the trainer's own mark: it would drop every line that has one.
         for character in f"\0\n\t\u2585{_SPACE_MARK}":
             counts[ord(character) : ord(character) + 1] = 0
+        # A space that is no piece would come back as its mark: it is one however rare it is.
+        counts = np.pad(counts, (0, max(0, ord(" ") + 1 - len(counts))))
+        counts[ord(" ")] = counts.max() + 1
         frequent = np.argsort(-counts, kind="stable")[: (self.vocab_size - _FIXED_PIECES) // 2]
         kept = "".join(re.escape(chr(point)) for point in frequent if counts[point])
         lines = [line for text in texts for line in re.split(f"[^{kept}]+", text)] if kept else []
         longest = _LONGEST_TRAINING_LINE
-        return [line[i : i + longest] for line in lines for i in range(0, len(line), longest)] or [" "]
+        parts = [line[i : i + longest] for line in lines for i in range(0, len(line), longest)]
+        return parts if any(" " in part for part in parts) else [*parts, " "]
 
 
 def _train(lines: list[str], vocab_size: int) -> bytes:

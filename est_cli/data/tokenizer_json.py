@@ -43,14 +43,11 @@ def save_tokenizer_files(tokenizer: Tokenizer, folder: Path, max_seq_len: int) -
     Raises UserError where the format cannot hold the tokenizer, or its ids differ on the sample texts.
     """
     if isinstance(tokenizer, HFTokenizer):
-        tokenizer.save(folder)
-        eos = json.loads((folder / "tokenizer_config.json").read_text("utf-8"))["eos_token"]
-        extra = {}
+        tokenizer.save_as_trained(folder)
+        eos = tokenizer.eos_token
     else:
         converted, eos = convert(tokenizer)
         converted.save(str(folder / "tokenizer.json"))
-        # Text that looks like a control token stays text, as it does with ours.
-        extra = {"split_special_tokens": True}
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "eos_token": eos,
@@ -58,7 +55,10 @@ def save_tokenizer_files(tokenizer: Tokenizer, folder: Path, max_seq_len: int) -
         "model_max_length": max_seq_len,
         "clean_up_tokenization_spaces": False,
         "model_input_names": ["input_ids", "attention_mask"],
-        **extra,
+        # Text that looks like a control token stays text, and nothing is put around a text, as in training.
+        "split_special_tokens": True,
+        "add_bos_token": False,
+        "add_eos_token": False,
     }
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=1) + "\n", "utf-8")
 

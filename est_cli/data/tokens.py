@@ -31,8 +31,9 @@ from est_cli.data.tokenizers import Tokenizer, choose_tokenizer, load_tokenizer
 from est_cli.errors import UserError
 
 # Raise it when the same text would no longer give the same token files.
-_FORMAT = 2
+_FORMAT = 3
 _MANIFEST = "manifest.json"
+_COUNTED_AT_ONCE = 1 << 24
 _A = TypeVar("_A")
 _B = TypeVar("_B")
 
@@ -77,6 +78,19 @@ class TokenStore:
     def val(self) -> np.ndarray:
         """Tokens of the validation split, memory-mapped [n] uint16 or uint32."""
         return self._map("val")
+
+    @cached_property
+    def val_bytes(self) -> np.ndarray:
+        """float64 [vocab_size]: bytes of validation text that each token stands for.
+
+        A tokenizer that drops or folds text has fewer bytes in its tokens than the text had: each token then gets its
+        share of the bytes that were read.
+        """
+        token_bytes = self.tokenizer.token_bytes
+        parts = (self.val[start : start + _COUNTED_AT_ONCE] for start in range(0, len(self.val), _COUNTED_AT_ONCE))
+        told = sum(int(token_bytes[part].sum()) for part in parts)
+        counted = self.manifest["splits"]["val"]["bytes"]
+        return token_bytes * (1.0 if told == 0 or self.manifest.get("mixture") else counted / told)
 
     @cached_property
     def tokenizer(self) -> Tokenizer:

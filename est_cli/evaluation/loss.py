@@ -53,4 +53,4 @@ def evaluate(
     world = World(next(run.model.parameters()).device)
     loss = validation_loss(run.model, windows, config.trainer.batch_size, DTYPES[config.trainer.precision], world)
     targets = windows[:, 1:]
-    return Loss(loss, targets.size, int(token_bytes[targets].sum()))
+    return Loss(loss, targets.size, round(token_bytes[targets].sum()))

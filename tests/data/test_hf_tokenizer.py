@@ -167,3 +167,11 @@ def test_more_ids_than_the_model_are_refused(gpt2_file):
     size = choose_tokenizer(config, 50304).vocab_size
     with pytest.raises(UserError, match=f"has {size} ids.*model.vocab_size={size - 1}"):
         choose_tokenizer(config, size - 1)
+
+
+@pytest.mark.parametrize("content", ['{"eos_token": ', "[]", '{"eos_token": 3}'])
+def test_a_broken_config_beside_the_tokenizer_is_named(gpt2_file, tmp_path, content):
+    (tmp_path / "tokenizer.json").write_text(gpt2_file.read_text())
+    (tmp_path / "tokenizer_config.json").write_text(content)
+    with pytest.raises(UserError, match=r"tokenizer\.path=\S+: \S+tokenizer_config\.json"):
+        HFTokenizer.open(str(tmp_path))

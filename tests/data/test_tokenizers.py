@@ -163,3 +163,13 @@ def test_a_model_without_an_end_is_refused(corpus_folder, tmp_path):
     )
     with pytest.raises(UserError, match="end-of-sentence"):
         SentencePieceTokenizer.open(str(tmp_path / "m.model"))
+
+
+@pytest.mark.parametrize("separator", ["", " "], ids=["never", "once"])
+def test_a_space_that_is_rare_comes_back_as_a_space(separator):
+    texts = ["".join(chr(0x4E00 + (i * 7 + number) % 400) for i in range(800)) for number in range(4)]
+    texts[0] += separator
+    tokenizer = SentencePieceTraining(TokenizerConfig("sentencepiece", vocab_size=300), 512).train(
+        texts, lambda _: None
+    )
+    assert tokenizer.decode(tokenizer.encode("a b  \u4e00 c")) == "a b  \u4e00 c"

@@ -286,3 +286,16 @@ def test_data_imports_no_torch():
         "print([name for name in ('torch', 'datasets', 'tokenizers') if name in sys.modules])"
     )
     assert subprocess.run([sys.executable, "-c", script], capture_output=True, text=True).stdout.strip() == "[]"
+
+
+def test_bytes_of_validation_are_those_of_the_text_where_the_tokenizer_drops_some(corpus_folder, text_data, tmp_path):
+    from tokenizers import Tokenizer, models, normalizers
+
+    letters = {letter: i for i, letter in enumerate(["<|endoftext|>", *"abcdefghijklmnopqrstuvwxyz"])}
+    lossy = Tokenizer(models.BPE(letters, []))
+    lossy.normalizer = normalizers.Sequence([normalizers.Lowercase(), normalizers.Replace(" ", "")])
+    lossy.save(str(tmp_path / "tokenizer.json"))
+    given = TokenizerConfig("hf", path=str(tmp_path / "tokenizer.json"))
+    for tokenizer in (BYTE, given):
+        store = prepare_quietly(text_data(corpus_folder, val_fraction=0.1), tokenizer)
+        assert store.val_bytes[store.val].sum() == pytest.approx(store.manifest["splits"]["val"]["bytes"])

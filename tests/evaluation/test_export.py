@@ -64,6 +64,31 @@ def test_a_hugging_face_tokenizer_is_copied(transformers, tmp_path):
     assert (tmp_path / "out" / "tokenizer.json").read_text() == (tmp_path / "tokenizer.json").read_text()
 
 
+@pytest.mark.parametrize("begins", [True, False], ids=["template", "no template"])
+def test_an_exported_tokenizer_gives_the_ids_of_training_as_people_call_it(transformers, tmp_path, begins):
+    """Llama-3 puts a token before every text, Qwen has control tokens beyond the end: training saw neither."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+
+    given = Tokenizer(models.BPE())
+    given.pre_tokenizer, given.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    control = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=260, special_tokens=control, initial_alphabet=alphabet)
+    given.train_from_iterator(["some words to read"] * 9, trainer)
+    if begins:
+        template = processors.TemplateProcessing(single="<|im_start|> $A", special_tokens=[("<|im_start|>", 1)])
+        given.post_processor = processors.Sequence([processors.ByteLevel(trim_offsets=False), template])
+        given.enable_truncation(3)
+    given.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|im_end|>", "add_bos_token": begins}))
+    ours, model = HFTokenizer.open(str(tmp_path)), model_of(byte_model("llama"))
+    assert export(model, model, ours, tmp_path / "out") < 1e-5
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    text = "some words <|im_start|>to<|endoftext|> read"
+    assert theirs(text).input_ids == ours.encode(text)
+    assert theirs.eos_token_id == ours.eot == 2
+
+
 def test_transformers_generates_from_an_export(transformers, tmp_path):
     model = model_of(byte_model("llama"))
     export(model, model, TOKENIZER, tmp_path / "out")
