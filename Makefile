@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help install run test soak flat lint format bench study clean
+.PHONY: help install run test soak flat lint format bench gpu study clean
 
 help: ## Explain the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -33,6 +33,9 @@ format: $(STAMP) ## Format the code
 
 bench: $(STAMP) ## Measure this CPU against its goals: step times, memory, starting; a quarter of an hour
 	$(BIN)/python -m est_cli.benchmark.goals
+
+gpu: ## Measure a GPU: kernels against float64, steps, a trace, a table to paste; under 20 minutes; torch and numpy alone
+	$(if $(wildcard $(BIN)/python),$(BIN)/python,python3) -m est_cli.benchmark.gpu
 
 study: $(STAMP) ## Train what docs/study.md lacks (hours; stop and start as you like) and rebuild it
 	$(BIN)/python -m study

@@ -8,8 +8,9 @@ the device's time alone and `host ms` what the call takes until it returns; on a
 import argparse
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -60,25 +61,37 @@ def main() -> None:
     device = torch.device(arguments.device)
     models = arguments.models or (["gpt2", "tinyllama"] if device.type == "cuda" else ["gpt2"])
     tokens = arguments.tokens or (16384 if device.type == "cuda" else 1024)
-    copy = copy_rate(device)
-    products = {precision: product_rate(DTYPES[precision], device) for precision in arguments.precisions}
+    roofs = measure_roofs(device, arguments.precisions)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
-    print(f"{name}, torch {torch.__version__}: copy {copy / 1e9:.0f} GB/s", end="")
-    print("".join(f", {precision} product {rate / 1e12:.2f} TFLOP/s" for precision, rate in products.items()))
+    print(f"{name}, torch {torch.__version__}: copy {roofs['copy'] / 1e9:.0f} GB/s", end="")
+    print("".join(f", {name} product {roofs[name] / 1e12:.2f} TFLOP/s" for name in arguments.precisions))
     print(f"{'operation':44}{'version':>8}{'ms':>10}{'host ms':>9}{'rate':>14}{'of roof':>9}{'over torch':>12}")
     for model in models:
-        config = ModelConfig(**PRESETS[model])
         for operation in arguments.operations:
-            if operation == "loss":
-                found = (
-                    loss_work(model, config, tokens, precision, rate, device) for precision, rate in products.items()
-                )
-            elif operation == "pack":
-                found = pack_work(model, config, arguments.precisions, copy, device)
-            else:
-                found = adamw_work(model, config, copy, device)
-            for work in found:
-                report(work, device, arguments.rounds)
+            for work in works(operation, model, ModelConfig(**PRESETS[model]), tokens, roofs, device):
+                for found in timings(work, device, arguments.rounds):
+                    print(
+                        f"{work.name:44}{found['version']:>8}{found['ms']:>10.3f}{found['host_ms']:>9.3f}"
+                        f"{found['rate']:>14}{found['of_roof']:>9.0%}{found['over_torch']:>12.2f}"
+                    )
+
+
+def measure_roofs(device: torch.device, precisions: Sequence[str]) -> dict[str, float]:
+    """Bytes a second of a `copy`, and FLOPs a second of a product in each precision."""
+    return {"copy": copy_rate(device)} | {name: product_rate(DTYPES[name], device) for name in precisions}
+
+
+def works(
+    operation: str, model: str, config: ModelConfig, tokens: int, roofs: dict[str, float], device: torch.device
+) -> Iterator[Work]:
+    """One of OPERATIONS at the sizes of a model, in every precision that has a roof."""
+    precisions = [name for name in roofs if name in DTYPES]
+    if operation == "loss":
+        yield from (loss_work(model, config, tokens, name, roofs[name], device) for name in precisions)
+    elif operation == "pack":
+        yield from pack_work(model, config, precisions, roofs["copy"], device)
+    else:
+        yield from adamw_work(model, config, roofs["copy"], device)
 
 
 def versions(device: torch.device) -> dict[str, Kernels]:
@@ -141,8 +154,8 @@ def loss_work(model: str, config: ModelConfig, tokens: int, precision: str, roof
     return Work(f"loss {model} {tokens} tokens {precision}", calls, cost, roof)
 
 
-def report(work: Work, device: torch.device, rounds: int) -> None:
-    """Time the versions in turns, and print a line for each."""
+def timings(work: Work, device: torch.device, rounds: int) -> Iterator[dict[str, Any]]:
+    """The versions, timed in turns: medians."""
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in work.versions}
     for number in range(rounds + 2):
         for name, call in work.versions.items():
@@ -152,10 +165,14 @@ def report(work: Work, device: torch.device, rounds: int) -> None:
     unit, scale = ("TFLOP/s", 1e12) if work.name.startswith("loss") else ("GB/s", 1e9)
     for name, pairs in times.items():
         seconds, host = (statistics.median(column) for column in zip(*pairs, strict=True))
-        ratio = statistics.median(mine[0] / theirs[0] for mine, theirs in zip(pairs, times["torch"], strict=True))
-        rate = f"{work.cost / seconds / scale:.4g} {unit}"
-        share = f"{work.cost / seconds / work.roof:.0%}"
-        print(f"{work.name:44}{name:>8}{seconds * 1e3:>10.3f}{host * 1e3:>9.3f}{rate:>14}{share:>9}{ratio:>12.2f}")
+        yield {
+            "version": name,
+            "ms": seconds * 1e3,
+            "host_ms": host * 1e3,
+            "rate": f"{work.cost / seconds / scale:.4g} {unit}",
+            "of_roof": work.cost / seconds / work.roof,
+            "over_torch": statistics.median(a[0] / b[0] for a, b in zip(pairs, times["torch"], strict=True)),
+        }
 
 
 def timed(call: Callable[[], object], device: torch.device) -> tuple[float, float]:

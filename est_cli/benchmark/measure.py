@@ -4,6 +4,7 @@ efficiency = (1 − t_stage/t_full) / (1 − flops_stage/flops_full): 1 means th
 FLOPs. Ratios are taken within a round, so that a machine that slows down slows both sides.
 """
 
+import gc
 import json
 import subprocess
 import sys
@@ -53,13 +54,16 @@ def measure(
             if number >= 0:
                 peer_seconds[number] = elapsed
     progress(rounds + warmup, rounds + warmup)
-    del stepper
     result: dict[str, Any] = {"stages": [_stage(case, seconds, index) for index in stages]}
-    if memory:
-        for index in stages:
-            result["stages"][index]["peak_memory_bytes"] = peak_in_own_process(case, index)
     if peer is not None:
         result["against"] = _against(case, peer, seconds[:, -1].sum(-1), peer_seconds)
+    if memory:
+        del stepper, peer
+        if case.device == "cuda":  # the processes that follow need it
+            gc.collect()
+            torch.cuda.empty_cache()
+        for index in stages:
+            result["stages"][index]["peak_memory_bytes"] = peak_in_own_process(case, index)
     return result
 
 

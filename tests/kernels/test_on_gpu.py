@@ -12,15 +12,13 @@ import torch
 from est_cli.benchmark.arguments import PRESETS
 from est_cli.benchmark.kernel_cases import (
     adamw_case,
-    copied,
     head_case,
     loss_and_gradients,
     model_matrices,
     pack_case,
-    plain_loss,
 )
+from est_cli.benchmark.kernel_checks import check_adamw, check_loss, check_pack
 from est_cli.config import ModelConfig
-from est_cli.kernels import adamw
 from est_cli.kernels import linear_cross_entropy as chunked
 from est_cli.kernels.dispatch import TORCH, kernels_for, triton_kernels
 from est_cli.subnet.schedule import Rates
@@ -38,38 +36,23 @@ HALF = Rates(0.5, 0.5, 0.5)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("rates", [HALF, Rates()], ids=["half", "full"])
 def test_packed_slots_equal_those_that_torch_fills(rates, dtype):
-    case = pack_case(model_matrices(GPT2, rates), dtype, DEVICE)
-    TORCH.gather_rows(case.sources, case.rows, case.slots)
-    expected = [slot.clone() for slot in case.slots]
-    for slot in case.slots:
-        slot.fill_(torch.nan)
-    triton_kernels().gather_rows(case.sources, case.rows, case.slots)
-    assert all(torch.equal(a, b) for a, b in zip(case.slots, expected, strict=True))
+    for check in check_pack(triton_kernels(), model_matrices(GPT2, rates), dtype, DEVICE):
+        assert check.passed, check
 
 
 @pytest.mark.parametrize("freeze", [False, True], ids=["zero_grad", "freeze"])
 def test_an_adamw_step_is_as_close_to_the_truth_as_torchs(freeze):
-    moves, clip = adamw_case(model_matrices(GPT2, HALF), freeze, DEVICE), torch.tensor(0.37, device=DEVICE)
-    exact, usual, found = copied(moves, torch.float64), copied(moves, torch.float32), copied(moves, torch.float32)
-    adamw.adamw_step(exact, clip.double())
-    adamw.adamw_step(usual, clip)
-    triton_kernels().adamw_step(found, clip)
-    for name in ("parameter", "moment", "square"):
-        ours, theirs, truth = (torch.cat([getattr(m, name).flatten() for m in made]) for made in (found, usual, exact))
-        assert (ours - truth).abs().max() <= 2 * (theirs - truth).abs().max(), name
+    for check in check_adamw(triton_kernels(), model_matrices(GPT2, HALF), freeze, 0.37, DEVICE):
+        assert check.passed, check
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("chunk", [100, 1000])
 def test_the_loss_is_as_close_to_the_truth_as_the_plain_path(dtype, chunk, monkeypatch):
     monkeypatch.setattr(chunked, "CUDA_CHUNK_ELEMENTS", chunk * GPT2.vocab_size)
-    inputs = head_case(999, GPT2.d_model, GPT2.vocab_size, dtype, DEVICE)
-    exact = [inputs[0].detach().double().requires_grad_(), inputs[1].detach().double().requires_grad_(), inputs[2]]
-    truth, theirs = loss_and_gradients(plain_loss, *exact), loss_and_gradients(plain_loss, *inputs)
     for kernels in (TORCH, triton_kernels()):
-        ours = loss_and_gradients(kernels.linear_cross_entropy, *inputs)
-        for a, b, c in zip(ours, theirs, truth, strict=True):
-            assert (a - c).norm() <= 2 * (b - c).norm() + 1e-6 * c.norm()
+        for check in check_loss(kernels, (999, GPT2.d_model, GPT2.vocab_size), dtype, DEVICE):
+            assert check.passed, check
 
 
 @pytest.mark.parametrize("version", ["torch", "triton"])

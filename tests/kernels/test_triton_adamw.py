@@ -6,38 +6,21 @@ import numpy as np
 import pytest
 import torch
 
-from est_cli.benchmark.kernel_cases import Matrix, adamw_case, copied
+from est_cli.benchmark.kernel_cases import adamw_case, copied
+from est_cli.benchmark.kernel_checks import ALIGNED, ODD, SETS, check_adamw
 from est_cli.kernels import adamw, triton_adamw
-from est_cli.kernels.adamw import Move
+from est_cli.kernels.dispatch import triton_kernels
 from kernels.device import DEVICE
 
-ODD = [Matrix(7, 5, 3), Matrix(4, 1, 2), Matrix(9, 300, 4), Matrix(1, 37), Matrix(6, 7, 0), Matrix(3, 3)]
-ALIGNED = [Matrix(6, 48, 2), Matrix(11, 16, 5), Matrix(3, 4096, 2), Matrix(5, 32), Matrix(5, 32, 0)]
 TENSORS = ("parameter", "moment", "square")
 
 
-def steps(version, moves: list[Move], clip: torch.Tensor | None, dtype: torch.dtype) -> list[Move]:
-    """Copies of the moves after three steps."""
-    moves = copied(moves, dtype)
-    clip = None if clip is None else clip.to(dtype)
-    for later in range(3):
-        version([replace(move, counts=move.counts + later) for move in moves], clip)
-    return moves
-
-
-@pytest.mark.parametrize("matrices", [ODD, ALIGNED, ODD + ALIGNED], ids=["odd", "aligned", "mixed"])
+@pytest.mark.parametrize("matrices", SETS.values(), ids=SETS)
 @pytest.mark.parametrize("clip", [None, 0.37], ids=["unclipped", "clipped"])
 @pytest.mark.parametrize("freeze", [False, True], ids=["zero_grad", "freeze"])
 def test_steps_are_as_close_to_the_truth_as_torchs(matrices, clip, freeze):
-    clip = None if clip is None else torch.tensor(clip, device=DEVICE)
-    moves = adamw_case(matrices, freeze, DEVICE)
-    found = steps(triton_adamw.adamw_step, moves, clip, torch.float32)
-    usual = steps(adamw.adamw_step, moves, clip, torch.float32)
-    exact = steps(adamw.adamw_step, moves, clip, torch.float64)
-    for name in TENSORS:
-        ours, theirs, truth = (torch.cat([getattr(m, name).flatten() for m in made]) for made in (found, usual, exact))
-        error, usual_error = (ours - truth).abs().max().item(), (theirs - truth).abs().max().item()
-        assert error <= 2 * usual_error, f"{name}: {error} against {usual_error}"
+    for check in check_adamw(triton_kernels(), matrices, freeze, clip, DEVICE):
+        assert check.passed, check
 
 
 def test_frozen_rows_and_their_moments_are_untouched_bit_for_bit():

@@ -4,26 +4,19 @@ import pytest
 import torch
 
 from est_cli.benchmark.kernel_cases import Matrix, PackCase, pack_case
-from est_cli.kernels import pack, triton_pack
+from est_cli.benchmark.kernel_checks import SETS, check_pack
+from est_cli.kernels import triton_pack
+from est_cli.kernels.dispatch import triton_kernels
 from kernels.device import DEVICE, HAS_GPU
 
-ODD = [Matrix(7, 5, 3), Matrix(4, 1, 2), Matrix(9, 300, 4), Matrix(1, 37), Matrix(3, 3)]
-"""No multiples of a tile or of 16, of one column, of one row."""
-ALIGNED = [Matrix(6, 48, 2), Matrix(11, 16, 5), Matrix(3, 4096, 2), Matrix(5, 32)]
 DTYPES = [torch.float16, *([torch.bfloat16] if HAS_GPU else [])]
 
 
-@pytest.mark.parametrize("matrices", [ODD, ALIGNED, ODD + ALIGNED], ids=["odd", "aligned", "mixed"])
+@pytest.mark.parametrize("matrices", SETS.values(), ids=SETS)
 @pytest.mark.parametrize("dtype", [torch.float32, *DTYPES])
 def test_slots_equal_those_that_torch_fills(matrices, dtype):
-    case = pack_case(matrices, dtype, DEVICE)
-    pack.gather_rows(case.sources, case.rows, case.slots)
-    expected = [slot.clone() for slot in case.slots]
-    for slot in case.slots:
-        slot.fill_(torch.nan)
-    triton_pack.gather_rows(case.sources, case.rows, case.slots)
-    for found, right in zip(case.slots, expected, strict=True):
-        assert torch.equal(found, right)
+    for check in check_pack(triton_kernels(), matrices, dtype, DEVICE):
+        assert check.passed, check
 
 
 def test_indices_may_start_at_any_address():

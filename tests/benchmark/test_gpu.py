@@ -1,0 +1,128 @@
+"""What `make gpu` measures: that it runs to its end on a CPU, and that a machine that is taken away costs one row."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+from est_cli.benchmark import gpu
+from est_cli.benchmark.gpu import Machine, Row, as_markdown, read_rows, rows, run
+from est_cli.benchmark.kernel_checks import SETS, all_checks, check_adamw
+from est_cli.kernels.dispatch import TORCH
+
+ROWS = {row.name: row for row in rows()}
+
+
+@pytest.fixture
+def here(tmp_path):
+    return Machine("cpu", True, 1, tmp_path)
+
+
+def in_this_process(row: Row, here: Machine, seconds: float):
+    return {"result": json.loads(json.dumps(row.measure(here)))}
+
+
+@pytest.fixture
+def taken():
+    """Rows that were measured, in order; those of `failing` fail."""
+
+    class Taken(list):
+        failing = ()
+
+        def __call__(self, row, here, seconds):
+            self.append(row.name)
+            return {"error": "out of memory"} if row.name in self.failing else {"result": []}
+
+    return Taken()
+
+
+THREE = [Row(f"trace {name}", lambda here: []) for name in "abc"]
+
+
+def test_every_kind_of_row_is_measured_on_a_cpu_and_what_needs_a_gpu_is_said_to_be_skipped(here, monkeypatch):
+    monkeypatch.setattr(gpu, "measure_roofs", lambda *_: {"copy": 1e10, "fp32": 1e11, "bf16": 2e11})
+    monkeypatch.setattr("est_cli.benchmark.measure.peak_in_own_process", lambda case, index: 1 << 20)
+    monkeypatch.setattr(gpu, "find_spec", lambda name: None)  # neither triton nor transformers
+    others = ("compiled", "operation pack tinyllama", "operation adamw gpt2", "operation loss tinyllama")
+    asked = [row for name, row in ROWS.items() if not any(part in name for part in others)]
+    said = []
+    assert run(asked, here, 5, said.append, in_this_process)
+    records = {record["row"]: record for record in read_rows(here.folder / "rows.jsonl")}
+    skipped = {name for name, record in records.items() if "skipped" in record}
+    assert skipped == {name for name in records if "triton" in name or name.startswith("check")}
+    assert len(list(here.folder.glob("trace-gpt2/*.json"))) == 3
+    text = (here.folder / "results.md").read_text()
+    for part in ("tiny sizes", "| gpt2 eager | 3 |", "| tinyllama eager | 1 |", "adamw tinyllama stage 2 freeze",
+                 "10 GB/s", "- steps gpt2 triton: skipped, needs a GPU with triton"):  # fmt: skip
+        assert part in text
+    assert len(said) == len(asked)
+
+
+def test_a_row_has_a_process_of_its_own_whose_failure_is_its_result(here, monkeypatch):
+    row = ROWS["trace gpt2"]
+    assert len(gpu.in_own_process(row, here, 100)["result"]) == 3
+    assert "took more than" in gpu.in_own_process(row, here, 0.01)["error"]
+    monkeypatch.setattr(gpu.sys, "executable", "false")
+    assert gpu.in_own_process(row, here, 100) == {"error": "exit code 1"}
+
+
+def test_what_is_written_is_not_measured_again_and_what_failed_is(here, taken):
+    taken.failing = ("trace b",)
+    assert not run(THREE, here, 1, print, taken)
+    assert taken == ["trace a", "trace b", "trace c"]
+    assert "- trace b: failed, out of memory" in (here.folder / "results.md").read_text()
+    taken.failing = ()
+    assert run(THREE, here, 1, print, taken)
+    assert taken[3:] == ["trace b"]
+    assert "failed" not in (here.folder / "results.md").read_text()
+
+
+def test_a_line_that_was_cut_off_costs_its_row_alone(here, taken):
+    run(THREE, here, 1, print, taken)
+    path = here.folder / "rows.jsonl"
+    path.write_text(path.read_text()[:-9])
+    for _ in range(2):
+        assert run(THREE, here, 1, print, taken)
+    assert taken[3:] == ["trace c"]
+
+
+@pytest.mark.parametrize("change", ["machine", "code"])
+def test_numbers_of_another_machine_or_of_other_code_are_not_mixed_in(here, taken, monkeypatch, change):
+    run(THREE, here, 1, print, taken)
+    if change == "code":
+        monkeypatch.setattr(gpu, "code_hash", lambda: "other")
+    run(THREE, here if change == "code" else replace(here, rounds=2), 1, print, taken)
+    assert taken[3:] == taken[:3]
+
+
+def test_no_row_begins_when_the_time_is_over(here, taken):
+    said = []
+    assert not run(THREE, here, 0.1, said.append, taken)
+    assert taken == [] and "the same command continues" in said[-1]
+
+
+def test_a_kernel_that_is_wrong_is_found_and_told():
+    def off(moves, clip):
+        TORCH.adamw_step(moves, clip)
+        moves[0].parameter.add_(1e-3)
+
+    wrong = [one for one in check_adamw(TORCH._replace(adamw_step=off), SETS["odd"], False, None, torch.device("cpu"))
+             if not one.passed]  # fmt: skip
+    assert [one.name for one in wrong] == ["parameter"]
+    result = {"checks": 3, "failed": [vars(one) for one in wrong], "interpreted": False}
+    assert "parameter 0.003" in as_markdown("x", [{"row": "check adamw", "result": result}])
+    found = all_checks(TORCH, torch.device("cpu"), [torch.float32])
+    assert all(check.passed for checks in found.values() for check in checks)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "problem"),
+    [([], "torch sees no GPU here"), (["--rounds", "0"], "--rounds=0"), (["--only", "steps"], "invalid choice")],
+)
+def test_bad_arguments_are_told(monkeypatch, capsys, arguments, problem):
+    monkeypatch.setattr("sys.argv", ["gpu", *arguments])
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(SystemExit) as exit:
+        gpu.main()
+    assert exit.value.code == 2 and problem in capsys.readouterr().err
