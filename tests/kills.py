@@ -106,8 +106,8 @@ def _in_accumulation(trap: _Trap) -> None:
 
     original = Training._micro_batches
 
-    def trapped(training):
-        for number, batch in enumerate(original(training)):
+    def trapped(training, windows):
+        for number, batch in enumerate(original(training, windows)):
             if number == 1:
                 trap()
             yield batch

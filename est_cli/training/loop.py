@@ -17,9 +17,10 @@ from est_cli.kernels.dispatch import kernels_for
 from est_cli.model.initialisation import initialise
 from est_cli.model.transformer import Transformer
 from est_cli.subnet.growth import growth_into, model_after
-from est_cli.subnet.plan import Subnetwork, stage_subnetwork
+from est_cli.subnet.plan import Plan, Subnetwork, stage_subnetwork
 from est_cli.subnet.sampler import sample
 from est_cli.subnet.schedule import Stage, stage_at
+from est_cli.training.ahead import Ahead, rank_windows
 from est_cli.training.checkpoint import Checkpoint, Checkpoints
 from est_cli.training.device import peak_memory_bytes, reset_peak_memory
 from est_cli.training.distributed import World
@@ -79,7 +80,8 @@ class Training:
         self.optimizer = SampledAdamW(self.model, config.optimizer, self.shards, self.grown)
         self.watch = Watch(world.device, stays=config.trainer.on_nonfinite == "stop")
         self.behind = int(world.device.type == "cuda")
-        """Steps that the host lets the device go on with while it reads and logs the one before."""
+        """Steps that the device has to go on with while the host reads and logs the one before; 0 on a CPU."""
+        self.ahead = Ahead(self._inputs, config.trainer.max_steps if self.behind else 0)
         self.step = 0
         self.train_s = 0.0
         self.val_loss: float | None = None
@@ -142,10 +144,10 @@ class Training:
 
     def _train_step(self, stage: Stage, subnet: PackedSubnetwork | MaskedSubnetwork) -> None:
         config, started = self.config, time.perf_counter()
-        plan = sample(config.seed, self.step, stage, config.model, config.sampling)
+        plan, windows = self.ahead.of(self.step)
         subnet.load(plan)
         loss = torch.zeros((), device=self.world.device)
-        for inputs, targets in self._micro_batches():
+        for inputs, targets in self._micro_batches(windows):
             micro_loss = subnet.loss(inputs, targets) / config.trainer.grad_accum
             _backward(micro_loss)
             loss += micro_loss.detach()
@@ -161,7 +163,7 @@ class Training:
         self.train_s += time.perf_counter() - started
         if evaluates:
             self.val_loss, self.val_step = self.validate(subnet), self.step
-            if not math.isfinite(self.val_loss) and config.trainer.on_nonfinite == "stop":
+            if self.watch.stays and not math.isfinite(self.val_loss):
                 raise RunFailed(f"the validation loss after step {self.step - 1} is {self.val_loss}")
         self._report(done)
 
@@ -177,7 +179,7 @@ class Training:
         if evaluates or self.config.trainer.on_nonfinite == "skip":
             return self.step
         end = self.step - self.behind
-        return end if self._logs(end) or len(self.watch.launched) >= _MOST_UNREAD else 0
+        return end if self._logs(end) or self.watch.is_full else 0
 
     def _settled(self, end: int) -> list[Launched]:
         """The steps before `end` that were not read yet: waits for the device where there is any."""
@@ -198,12 +200,11 @@ class Training:
 
     def _report(self, steps: Sequence[Launched]) -> None:
         step_s = self.records.step_s(steps[-1], self.train_s) if steps else 0.0
-        for step in steps:
-            if self._logs(step.number + 1):
-                val_loss = self.val_loss if self.val_step == step.number + 1 else None
-                record = self.records.of(step, step_s, self.grown, val_loss)
-                for observer in self.observers if self.world.is_main else ():
-                    observer.log(record)
+        for step in (step for step in steps if self.world.is_main and self._logs(step.number + 1)):
+            val_loss = self.val_loss if self.val_step == step.number + 1 else None
+            record = self.records.of(step, step_s, self.grown, val_loss)
+            for observer in self.observers:
+                observer.log(record)
 
     def _settle(self) -> None:
         """Read and report all that was launched."""
@@ -212,17 +213,21 @@ class Training:
         self.train_s += time.perf_counter() - started
         self._report(done)
 
-    def _micro_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """This rank's share of the step's sequences: inputs and targets [B, T] each."""
-        config, size = self.config, self.config.trainer.batch_size
-        for micro in range(config.trainer.grad_accum):
-            first = self.step * config.sequences_per_step + (micro * self.world.size + self.world.rank) * size
-            windows = training_windows(self.tokens.train, config.data.seq_len, config.seed, first, size)
-            batch = torch.from_numpy(windows).to(self.world.device, non_blocking=True)
+    def _inputs(self, step: int) -> tuple[Plan, list[Tensor]]:
+        """A step's plan, and this rank's token windows of every micro-batch."""
+        stage, config = stage_at(self.stages, step), self.config
+        plan = sample(config.seed, step, stage, config.model, config.sampling)
+        return plan, rank_windows(config, self.tokens.train, self.world, step)
+
+    def _micro_batches(self, windows: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+        """Inputs and targets [B, T] each."""
+        for tokens in windows:
+            batch = tokens.to(self.world.device, non_blocking=True)
             yield batch[:, :-1], batch[:, 1:]
 
     def step_windows(self) -> np.ndarray:
         """The token windows of the step at hand, of every rank and micro-batch in order: [n, T + 1]."""
+        self.ahead.finish()
         config, n = self.config, self.config.sequences_per_step
         return training_windows(self.tokens.train, config.data.seq_len, config.seed, self.step * n, n)
 
@@ -271,10 +276,6 @@ class Training:
 
 _CARRIED = ("train_s", "val_loss", "val_step", "skipped_steps")
 """What a run that goes on knows of its past, beside its weights and moments."""
-
-
-_MOST_UNREAD = 256
-"""Steps whose findings wait to be read at most, however seldom a run logs."""
 
 
 @phase("backward")

@@ -47,6 +47,9 @@ class Launched:
         return math.isfinite(self.loss) and math.isfinite(self.grad_norm)
 
 
+_MOST_UNREAD = 256
+
+
 class Watch:
     """What the steps found, for the host to read when it wants to know; the device needs no answer to go on.
 
@@ -60,6 +63,11 @@ class Watch:
         """1 where the device must not take the step."""
         self.launched: list[Launched] = []
         self._found: list[tuple[Tensor, torch.cuda.Event | None]] = []
+
+    @property
+    def is_full(self) -> bool:
+        """Whether it is time to read, however seldom a run logs."""
+        return len(self.launched) >= _MOST_UNREAD
 
     def see(self, step: Launched, loss: Tensor, grad_norm: Tensor) -> Tensor:
         """Decide on the device whether the step is refused: a scalar tensor, 1 or 0."""
