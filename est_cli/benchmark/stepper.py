@@ -12,9 +12,9 @@ from est_cli.model.transformer import Transformer
 from est_cli.subnet.plan import stage_subnetwork
 from est_cli.subnet.sampler import sample
 from est_cli.subnet.schedule import Stage
-from est_cli.training.nonfinite import Launched, Watch
 from est_cli.training.optimizer import SampledAdamW
 from est_cli.training.subnetwork import DTYPES, MaskedSubnetwork, PackedSubnetwork
+from est_cli.training.watch import Launched, Watch
 
 _MANY_STEPS = 1 << 30
 

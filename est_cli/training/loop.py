@@ -25,7 +25,7 @@ from est_cli.training.checkpoint import Checkpoint, Checkpoints
 from est_cli.training.device import peak_memory_bytes, reset_peak_memory
 from est_cli.training.distributed import World
 from est_cli.training.growth import grow
-from est_cli.training.nonfinite import Launched, NonFinite, Watch
+from est_cli.training.nonfinite import NonFinite
 from est_cli.training.optimizer import SampledAdamW, learning_rate
 from est_cli.training.pretrained import load_pretrained
 from est_cli.training.profile import NoProfile, Profile, phase
@@ -33,6 +33,7 @@ from est_cli.training.record import Record, Records
 from est_cli.training.shards import ReadTensor, Shards
 from est_cli.training.subnetwork import DTYPES, MaskedSubnetwork, PackedSubnetwork
 from est_cli.training.validation import validation_loss
+from est_cli.training.watch import Launched, Watch
 
 
 class Observer(Protocol):

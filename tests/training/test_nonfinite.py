@@ -18,7 +18,8 @@ from est_cli.subnet.schedule import StageSpec, stage_at
 from est_cli.training.checkpoint import Checkpoints
 from est_cli.training.distributed import World
 from est_cli.training.loop import Training
-from est_cli.training.nonfinite import Launched, NonFinite, keep, read, replay
+from est_cli.training.nonfinite import NonFinite, keep, read, replay
+from est_cli.training.watch import Launched
 
 CPU = torch.device("cpu")
 BAD_STEP = 5
