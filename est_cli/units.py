@@ -1,6 +1,7 @@
 """Numbers as people read them: three digits, SI prefixes, clocks. An unknown number (None, NaN) is `-`."""
 
 import math
+import re
 
 UNKNOWN = "-"
 _SI = ("", "k", "M", "G", "T", "P", "E", "Z", "Y")
@@ -24,6 +25,16 @@ def format_flops(flops: float | None) -> str:
 def format_bytes(size: float | None) -> str:
     """3 · 2**29 → `1.50 GiB`."""
     return UNKNOWN if _unknown(size) else _scaled(size, 1024, ("", "Ki", "Mi", "Gi", "Ti", "Pi")) + "B"
+
+
+def parse_bytes(text: str) -> int:
+    """`80GiB` → 80 · 2**30, `80GB` → 80 · 10**9. Raises ValueError."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(?:([kKMGTP])(i?)B)", text.strip())
+    if match is None:
+        raise ValueError("must be a number and a unit, such as 80GiB or 80GB")
+    number, prefix, binary = match.groups()
+    power = ["", "k", "M", "G", "T", "P"].index(prefix.replace("K", "k"))
+    return int(float(number) * (1024 if binary else 1000) ** power)
 
 
 def format_percent(fraction: float | None) -> str:

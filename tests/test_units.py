@@ -11,6 +11,7 @@ from est_cli.units import (
     format_ratio,
     format_setting,
     format_step_time,
+    parse_bytes,
     si_prefix,
 )
 
@@ -28,6 +29,8 @@ from est_cli.units import (
         (format_count(1.1e9), "1.10B"),
         (format_count(float("nan")), "-"),
         (format_bytes(3 * 2**29), "1.50 GiB"),
+        (parse_bytes("1.5 GiB"), 3 * 2**29),
+        (parse_bytes("80GB"), 80 * 10**9),
         (format_bytes(1023.9), "1.00 KiB"),
         (format_percent(0.26667), "26.7%"),
         (format_percent(None), "-"),

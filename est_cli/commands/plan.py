@@ -2,6 +2,7 @@
 
 import json
 import shlex
+from dataclasses import replace
 from textwrap import shorten
 from typing import Any
 
@@ -18,12 +19,12 @@ from est_cli.schema import read
 from est_cli.subnet.boundaries import scale_boundaries, with_boundaries
 from est_cli.subnet.flops import config_ledger
 from est_cli.subnet.growth import stage_models
-from est_cli.subnet.memory import count_parameters, training_bytes
+from est_cli.subnet.memory import count_parameters, sent_bytes, training_bytes
 from est_cli.subnet.plan import effective_rates, stage_subnetwork
 from est_cli.subnet.sampler import check_strategy, sample
-from est_cli.subnet.schedule import StageSpec, stage_at
+from est_cli.subnet.schedule import Stage, StageSpec, stage_at
 from est_cli.tracking.summary import narrow_table
-from est_cli.units import format_bytes, format_count, format_flops, format_percent
+from est_cli.units import format_bytes, format_count, format_flops, format_percent, format_setting, parse_bytes
 
 RATES = {"heads": "n_heads", "mlp": "d_ff", "layers": "n_layers"}
 """What is sampled, and the key of the model that counts it."""
@@ -40,12 +41,15 @@ def run(plain: dict[str, Any]) -> None:
     problems: list[str] = []
     step = read(int | None, plain.pop("step"), "step", problems)
     target = read(float | None, plain.pop("target_saved_blocks"), "target_saved_blocks", problems)
+    device_memory = _device_memory(plain.pop("device_memory"), problems)
     try:
         config = read_train_config(plain)
     except UserError as error:
         raise UserError(*problems, *error.problems) from None
     if problems:
         raise UserError(*problems)
+    if device_memory is not None and config.trainer.device == "auto":
+        config = replace(config, trainer=replace(config.trainer, device="cuda"))
     config, notes = auto.choose(config, auto.expected_device(config))
     check_strategy(config)
     console = Console()
@@ -54,20 +58,30 @@ def run(plain: dict[str, Any]) -> None:
     elif step is not None:
         _print_step(config, step, console)
     elif config.format == "json":
-        print(json.dumps(describe(config)))
+        print(json.dumps(describe(config, device_memory)))
     else:
-        _print_plan(config, notes, console)
+        _print_plan(config, notes, console, device_memory)
 
 
-def describe(config: TrainConfig) -> dict[str, Any]:
+def _device_memory(text: Any, problems: list[str]) -> int | None:
+    try:
+        return None if text is None else parse_bytes(str(text))
+    except ValueError as error:
+        problems.append(f"device_memory={text}: {error}")
+        return None
+
+
+def describe(config: TrainConfig, device_memory: int | None = None) -> dict[str, Any]:
     """The contract's JSON of est-plan."""
-    ledger, steps = config_ledger(config), config.trainer.max_steps
+    ledger, steps, needed = config_ledger(config), config.trainer.max_steps, memory_bytes(config)
+    fits = {} if device_memory is None else {"device_memory_bytes": device_memory, "fits": needed <= device_memory}
     return {
         "params": count_parameters(config.model).total,
         "steps": steps,
         "saved": ledger.saved(steps),
         "saved_blocks": ledger.saved_blocks(steps),
-        "memory_bytes": memory_bytes(config),
+        "memory_bytes": needed,
+        **fits,
         "stages": [
             {
                 "stage": stage.number,
@@ -80,6 +94,7 @@ def describe(config: TrainConfig) -> dict[str, Any]:
                 "flops_per_step": cost.total,
                 "saved": ledger.stage_saved(stage.number),
                 "saved_blocks": ledger.stage_saved_blocks(stage.number),
+                "sent_bytes_per_step": _sent_bytes(config, stage),
             }
             for stage, cost, grown in zip(ledger.stages, ledger.per_step, stage_models(config), strict=True)
         ],
@@ -102,8 +117,14 @@ def memory_bytes(config: TrainConfig) -> int:
     )
 
 
-def _print_plan(config: TrainConfig, notes: list[str], console: Console) -> None:
-    facts = describe(config)
+def _sent_bytes(config: TrainConfig, stage: Stage) -> int:
+    """What one device sends in a step of the stage."""
+    trainer, small = config.trainer, stage_subnetwork(config.model, config.sampling, stage).model
+    return sent_bytes(small, trainer.devices, trainer.shard, trainer.precision == "bf16")
+
+
+def _print_plan(config: TrainConfig, notes: list[str], console: Console, device_memory: int | None) -> None:
+    facts, devices = describe(config, device_memory), config.trainer.devices
     table = narrow_table(
         title=f"{config.name}: {format_count(facts['params'])} parameters, {facts['steps']:,} steps of "
         f"{config.tokens_per_step:,} tokens",
@@ -132,9 +153,27 @@ def _print_plan(config: TrainConfig, notes: list[str], console: Console) -> None
     console.print(
         f"memory, estimated: {format_bytes(facts['memory_bytes'])} on {config.trainer.device} "
         f"({config.trainer.precision}, {config.trainer.batch_size} sequences of {config.data.seq_len})"
+        f"{f', on each of {devices} devices' if devices > 1 else ''}"
     )
+    if device_memory is not None:
+        left = device_memory - facts["memory_bytes"]
+        words = f"fits, {format_bytes(left)} left" if left >= 0 else f"does not fit, {format_bytes(-left)} too much"
+        if left < 0 and (overrides := _that_save_memory(config)):
+            needed = memory_bytes(replace(config, trainer=replace(config.trainer, **overrides)))
+            given = " ".join(f"trainer.{key}={format_setting(value)}" for key, value in overrides.items())
+            words += f"; {given}: {format_bytes(needed)}"
+        console.print(f"device_memory={format_bytes(device_memory)}: {words}", highlight=False)
+    if devices > 1:
+        sent = ", ".join(format_bytes(stage["sent_bytes_per_step"]) for stage in facts["stages"])
+        console.print(f"each device sends, in a step of each stage: {sent}", highlight=False)
     for note in notes:
         console.print(note, style="dim")
+
+
+def _that_save_memory(config: TrainConfig) -> dict[str, Any]:
+    """Settings of the trainer that need less memory than those of the run, for the same model."""
+    least = {"batch_size": 1, "recompute": "block"} | ({"shard": True} if config.trainer.devices > 1 else {})
+    return {key: value for key, value in least.items() if getattr(config.trainer, key) != value}
 
 
 def _rate(stage: dict[str, Any], name: str, key: str, total: int) -> str:

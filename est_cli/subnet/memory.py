@@ -71,6 +71,15 @@ def training_bytes(
     return int(masters_and_moments + peak + (CPU_PROCESS_BYTES if cpu else 0))
 
 
+def sent_bytes(small: ModelConfig, devices: int, sharded: bool, bf16: bool) -> int:
+    """Bytes that a device sends in an optimizer step whose subnetwork is `small`: gradients, and slots where sharded.
+
+    Of a message a ring sends (devices - 1) / devices for a reduction or a broadcast, and twice that for an all-reduce.
+    """
+    element = (2 if bf16 else 4) + 4 if sharded else 2 * 4
+    return element * count_parameters(small).total * (devices - 1) // devices
+
+
 def _stage_bytes(
     full: ModelConfig, small: ModelConfig, tokens: int, bf16: bool, recompute: bool, cpu: bool, sharded: bool
 ) -> float:

@@ -26,6 +26,24 @@ def test_json_has_the_contracts_keys(tmp_path):
     assert [(s["first_step"], s["last_step"]) for s in plan["stages"]] == [(0, 132), (133, 466), (467, 999)]
 
 
+@pytest.mark.parametrize(("size", "fits"), [("80GiB", False), ("300GB", True)])
+def test_whether_a_run_fits_into_a_gpu(size, fits, tmp_path):
+    model = ("model=llama_7b", "trainer=ddp", "trainer.devices=8", f"device_memory={size}")
+    plan = run("est-plan", *model, "format=json", cwd=tmp_path).json
+    assert plan["fits"] is fits
+    assert [stage["sent_bytes_per_step"] for stage in plan["stages"]][-1] == 8 * plan["params"] * 7 // 8
+    said = " ".join(run("est-plan", *model, cwd=tmp_path).out.split())
+    assert ("fits, " in said) is fits
+    assert ("trainer.batch_size=1 trainer.recompute=block trainer.shard=true: " in said) is not fits
+
+
+def test_a_size_without_a_unit_is_bad_input(tmp_path):
+    failed = run("est-plan", "device_memory=80", "trainer.batch_size=0", cwd=tmp_path)
+    assert failed.code == 2
+    assert "device_memory=80: must be a number and a unit, such as 80GiB or 80GB" in failed.err
+    assert "trainer.batch_size=0" in failed.err
+
+
 def test_solved_boundaries_reach_the_target(tmp_path):
     solved = run("est-plan", "target_saved_blocks=0.2", "trainer.max_steps=100000", "format=json", cwd=tmp_path).json
     pasted = run("est-plan", *solved["overrides"], "trainer.max_steps=100000", "format=json", cwd=tmp_path).json

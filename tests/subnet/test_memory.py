@@ -11,8 +11,9 @@ from est_cli.model.transformer import Transformer
 from est_cli.subnet.memory import checkpoint_bytes, count_parameters, training_bytes
 
 MODELS = [option for group, option in OPTIONS if group == "model"]
-PUBLISHED = {"gpt2": 124e6, "gpt2_medium": 355e6, "gpt2_large": 774e6, "gpt2_xl": 1.56e9, "tinyllama": 1.1e9}
-"""Radford et al. (2019) and Zhang et al. (2024)."""
+PUBLISHED = {"gpt2": 124e6, "gpt2_medium": 355e6, "gpt2_large": 774e6, "gpt2_xl": 1.56e9, "tinyllama": 1.1e9,
+             "llama_7b": 6.74e9, "llama_13b": 13.02e9}  # fmt: skip
+"""Radford et al. (2019), Zhang et al. (2024) and Touvron et al. (2023)."""
 
 
 def shipped(name: str) -> ModelConfig:
