@@ -9,7 +9,7 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from types import FrameType
 
 from est_cli.commands import entry
@@ -18,7 +18,7 @@ from est_cli.commands.stopping import STOP_SIGNALS
 _POLL_S = 0.1
 
 
-def launch(count: int, command: Sequence[str]) -> int:
+def launch(count: int, command: Sequence[str], environment: Mapping[str, str] | None = None) -> int:
     """Run `python *command` in `count` ranks, and return the exit code of the run.
 
     If one rank fails, the others are stopped. A signal that asks for a stop is passed on.
@@ -32,6 +32,7 @@ def launch(count: int, command: Sequence[str]) -> int:
     # The ranks meet here, as in torchrun's agent: no port to lose to others, and no rank that others depend on.
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     shared = {
+        **(environment or {}),
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count))),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(store.port),

@@ -145,6 +145,11 @@ class RunDirectory:
         (self.path / ERROR).unlink(missing_ok=True)
         write_whole(self.path / SUMMARY, json.dumps(summary, indent=1) + "\n")
 
+    def error(self) -> str | None:
+        """What ended the last attempt, where it failed."""
+        file = self.path / ERROR
+        return file.read_text().strip() if file.exists() else None
+
     def write_error(self, text: str) -> None:
         """What ended a failed run, where there is room for it."""
         with contextlib.suppress(OSError):

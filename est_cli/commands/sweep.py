@@ -86,7 +86,7 @@ def run(arguments: Any, job: Job, read_config: ReadConfig) -> int:
         directory = Path(master.hydra.sweep.dir).absolute()
         # The jobs compose their own configs, whose overrides are other ones: the folder is settled here.
         fixed = [key for key, override in _overrides(master).items() if not override.is_sweep_override()]
-        overrides = [*arguments.overrides, "hydra.mode=MULTIRUN", f"hydra.sweep.dir={_quoted(str(directory))}"]
+        overrides = [*arguments.overrides, "hydra.mode=MULTIRUN", f"hydra.sweep.dir={quoted(str(directory))}"]
         if comparison is not None:
             fixed += UNNAMED_KEYS
             launcher_given = any(override.startswith("hydra/launcher=") for override in arguments.overrides)
@@ -95,7 +95,7 @@ def run(arguments: Any, job: Job, read_config: ReadConfig) -> int:
                 comparison = comparison.on_one_thread_each()
                 master = composer.compose_master(overrides)
             comparison.show_cost(Console(stderr=True))
-        overrides.append(f"hydra.job.config.override_dirname.exclude_keys=[{','.join(map(_quoted, fixed))}]")
+        overrides.append(f"hydra.job.config.override_dirname.exclude_keys=[{','.join(map(quoted, fixed))}]")
         task = functools.partial(_guarded, job, call)
         make_folder(directory, "hydra.sweep.dir")
         try:
@@ -262,5 +262,5 @@ def _digest(parts: list[str]) -> str:
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:8]
 
 
-def _quoted(text: str) -> str:
+def quoted(text: str) -> str:
     return "'" + text.replace("'", r"\'") + "'"

@@ -1,6 +1,8 @@
 """est-train: validate, prepare the data, and hand over to the run."""
 
 import argparse
+import json
+import os
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -16,11 +18,16 @@ from est_cli.commands.cooldown import Trunk, take_trunk
 from est_cli.commands.run import Prepared, execute, stop_request
 from est_cli.commands.run_directory import RunDirectory, continue_command, make_folder
 from est_cli.config import TrainConfig, read_train_config
-from est_cli.errors import UserError
+from est_cli.errors import RunFailed, UserError
 
 if TYPE_CHECKING:
     from est_cli.data.tokens import TokenStore
     from est_cli.training.peers import Peers
+
+_COMPOSING_FLAGS = ("config_dir", "config_name", "rerun", "cooldown")
+"""Flags that decide what is composed."""
+_JOB = "EST_JOB"
+"""Environment variable of the ranks of a sweep's job: its label, and what continues the sweep, as JSON."""
 
 
 def main() -> None:
@@ -58,7 +65,10 @@ def _run(arguments: Any) -> int:
 
         return launch(config.trainer.devices, ["-m", "est_cli", *sys.argv[1:]])
     directory = RunDirectory(Path(peers.from_main("directory", str(Path(hydra_node.run.dir).absolute()))))
-    prepared = _prepare(config, notes, directory, arguments.overrides, peers, trunk)
+    job = json.loads(os.environ.get(_JOB, "{}"))
+    prepared = _prepare(config, notes, directory, arguments.overrides, peers, trunk, job.get("label"))
+    if job:
+        prepared = replace(prepared, command=job["command"], job=True)
     if not peers.is_main:
         return execute(prepared, peers)
     make_folder(directory.path, "hydra.run.dir")
@@ -118,16 +128,18 @@ def job_of_sweep(composed: DictConfig, directory: RunDirectory, call: sweep.Call
     composed = plain(composed)
     trunk = take_trunk(composed)
     config, notes = read_config(composed, node)
-    if config.trainer.devices > 1 or launched_ranks() > 1:
-        raise UserError(f"trainer.devices={config.trainer.devices}: must be 1 in a sweep")
-    if config.logger.group is None:
-        config = replace(config, logger=replace(config.logger, group=Path(node.sweep.dir).name))
+    if launched_ranks() > 1:
+        raise UserError(f"-m: {launched_ranks()} processes were started; a sweep starts those of its jobs itself")
+    group = config.logger.group or Path(node.sweep.dir).name
+    config = replace(config, logger=replace(config.logger, group=group))
     if directory.is_done(config):
         _check_text(directory, config)
         entry.say(f"{directory.path.name}: done already, skipped")
         return directory.summary()["val_loss"]
-    label = directory.path.name if call.is_elsewhere else None
     entry.say(f"{directory.path.name}: job {node.job.num + 1}")
+    if config.trainer.devices > 1:
+        return _job_of_ranks(node, config.trainer.devices, group, directory, call)
+    label = directory.path.name if call.is_elsewhere else None
     prepared = _prepare(config, notes, directory, list(node.overrides.task), Peers(), trunk, label)
     code = execute(replace(prepared, command=call.command, job=True), Peers())
     if code != entry.DONE:
@@ -143,6 +155,26 @@ def _check_text(directory: RunDirectory, config: TrainConfig) -> None:
     done = RunData(directory.path, config.tokenizer.kind)
     if done.text is not None and config.data.on_change == "refuse":
         done.check(current_text(config.data), config.data, entry.say)
+
+
+def _job_of_ranks(node: DictConfig, count: int, group: str, directory: RunDirectory, call: sweep.Call) -> float:
+    """A job of a sweep on several devices: a run of its own, in the job's folder."""
+    from est_cli.commands.launcher import launch
+
+    flags = vars(entry.read_arguments(trains=True))
+    kept = [f"--{name.replace('_', '-')}={flags[name]}" for name in _COMPOSING_FLAGS if flags[name] is not None]
+    folder, group = (sweep.quoted(text) for text in (str(directory.path), group))
+    paths = [override for override in node.overrides.hydra if override.startswith("hydra.searchpath=")]
+    overrides = [*paths, *node.overrides.task, f"++logger.group={group}", "hydra.mode=RUN", f"hydra.run.dir={folder}"]
+    job = json.dumps({"label": directory.path.name, "command": call.command})
+    code = launch(count, ["-m", "est_cli", *kept, *overrides], {_JOB: job})
+    if code in (entry.STOPPED, entry.INTERRUPTED):
+        raise SystemExit(code)
+    if code == entry.BAD_INPUT:
+        raise UserError(f"{directory.path.name}: its processes have told what is wrong")
+    if code != entry.DONE:
+        raise RunFailed(directory.error() or f"its processes ended with code {code}")
+    return directory.summary()["val_loss"]
 
 
 def read_config(composed: dict[str, Any], hydra_node: DictConfig) -> tuple[TrainConfig, list[str]]:

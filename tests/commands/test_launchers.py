@@ -95,6 +95,24 @@ def test_submitit_runs_the_jobs_of_a_sweep(place):
     assert statuses(done) == {"seed-5": "done", "seed-6": "done"}
 
 
+@pytest.mark.parametrize("launcher", ["basic", "submitit_local"])
+def test_a_job_may_have_several_processes(place, launcher):
+    """Its folder is the job's, it is one of the sweep's group, and the sweep alone prints JSON."""
+    if launcher != "basic":
+        pytest.importorskip("hydra_plugins.hydra_submitit_launcher", reason="hydra-submitit-launcher is not installed")
+    ranks = ("trainer=ddp", "trainer.device=cpu", "trainer.devices=2", "optimizer.lr=1e-3,1e99")
+    done = run("est-train", *arguments(f"hydra/launcher={launcher}", *ranks, "format=json"), cwd=place)
+    jobs = {status: name for name, status in statuses(done).items()}
+    assert (sorted(jobs), done.code) == (["done", "failed"], 1), done.err
+    folder = Path(done.json["sweep_dir"])
+    recorded = (folder / jobs["done"] / "config.yaml").read_text()
+    assert "devices: 2" in recorded and f"group: {folder.name}" in recorded
+    assert "is not finite" in (folder / jobs["failed"] / "error.txt").read_text()
+    if launcher == "basic":
+        again = run("est-train", *arguments(f"hydra/launcher={launcher}", *ranks, "format=json"), cwd=place)
+        assert again.err.count("done already, skipped") == 1, again.err
+
+
 def test_optuna_proposes_trials_and_finds_them_again(place):
     pytest.importorskip("hydra_plugins.hydra_optuna_sweeper", reason="hydra-optuna-sweeper is not installed")
     search = arguments("hydra/sweeper=optuna_tpe", "hydra.sweeper.n_trials=3", "optimizer.lr=interval(0.001,0.1)",
