@@ -18,6 +18,7 @@ from est_cli.errors import UserError
 
 _Result = TypeVar("_Result")
 
+_TO_START = timedelta(minutes=10)
 _AS_LONG_AS_IT_TAKES = timedelta(days=30)
 """Who started the processes ends the others when one dies."""
 
@@ -63,6 +64,11 @@ class Peers:
             self._tell(topic, value)
         return self._hear(topic)
 
+    def all_here(self) -> None:
+        """Wait for the others, who were started at the same time. Raises DistStoreError where one does not come."""
+        self._tell(f"here/{self.rank}", True)
+        self.store.wait([f"here/{rank}" for rank in range(self.size)], _TO_START)
+
     @contextlib.contextmanager
     def wait_for_main(self, topic: str) -> Iterator[None]:
         """The other ranks leave the block only when rank 0 has left its own, in any way, however long it takes.
@@ -107,4 +113,8 @@ def meet() -> Peers:
     if launched_ranks() == 1:
         return Peers()
     store, rank, size = next(dist.rendezvous("env://"))
-    return Peers(rank, size, dist.PrefixStore("est", store))
+    # torchrun starts ranks again (--max-restarts) with the store that they had, and what they said before is in it.
+    start = store.add(f"est/starts/{rank}", 1)
+    peers = Peers(rank, size, dist.PrefixStore(f"est/{start}", store))
+    peers.all_here()
+    return peers

@@ -1,7 +1,8 @@
 """sampling.strategy=tests.commands.ranks.acting: samples as `random` does, and at step 5 does what ACT says.
 
-ACT is `WHAT:RANK`. Rank 0 or 1 raises, is killed, stops its launcher (the run itself where it is alone), or stops
-itself while checkpoints take SLOW_S seconds to write, and every rank leaves `ended-RANK` when it ends; or hangs.
+ACT is `WHAT:RANK`. Rank 0 or 1 raises, is killed, is lost with its launcher as a machine is, stops its launcher (the
+run itself where it is alone), or stops itself while checkpoints take SLOW_S seconds to write, and every rank leaves
+`ended-RANK` when it ends; or hangs. Ranks that torchrun has started again only sample.
 """
 
 import atexit
@@ -22,10 +23,15 @@ SLOW_S, HANG_S = float(os.environ.get("SLOW_S", 2)), 15.0
 
 def acting(draw: Draw, total: int, kept: int) -> np.ndarray:
     what, _, rank = os.environ.get("ACT", ":").partition(":")
-    if (draw.stage_start + draw.number, os.environ.get("RANK", "0")) == (STEP, rank):
+    if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
+        what = ""
+    if what and (draw.stage_start + draw.number, os.environ.get("RANK", "0")) == (STEP, rank):
         os.environ["ACT"] = ":"  # once: a step draws many times
         if what == "raise":
             raise RuntimeError(f"rank {rank} breaks")
+        if what == "power-off":
+            os.kill(os.getppid(), signal.SIGKILL)
+            os.kill(os.getpid(), signal.SIGKILL)
         if what == "hang":
             time.sleep(HANG_S)
             return random(draw, total, kept)

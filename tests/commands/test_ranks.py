@@ -5,6 +5,7 @@ All runs are one run: 15 steps of 4 sequences, however many ranks share them.
 
 import json
 import re
+import socket
 import subprocess
 import sys
 import time
@@ -155,6 +156,44 @@ def test_an_error_of_any_rank_ends_the_run_and_is_told_once(place):
     assert done.err.count("Traceback") == 1
     assert "another process" not in done.err
     assert "RuntimeError: rank 1 breaks" in (run_dir(place, "broken") / "error.txt").read_text()
+
+
+@pytest.mark.slow
+def test_ranks_that_torchrun_starts_again_go_on_from_the_checkpoint(place, whole):
+    done = start(
+        place, *TORCHRUN[:2], "--max-restarts=1", *TORCHRUN[2:], "run_id=restarted", "trainer.checkpoint_every=2",
+        act="SIGKILL:1",
+    )  # fmt: skip
+    assert done.code == 0, done.err
+    assert_same_curve(place, "restarted", whole)
+
+
+@pytest.mark.slow
+def test_a_machine_that_is_lost_costs_the_steps_since_the_last_checkpoint(place, whole):
+    """Two of torchrun's agents, a rank each; the second loses its power at step 5, and one process goes on."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        endpoint = f"127.0.0.1:{free.getsockname()[1]}"
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1", "--local-addr=127.0.0.1",
+        "--rdzv-backend=c10d", f"--rdzv-endpoint={endpoint}", "--rdzv-id=machines", *SHARED,
+        "trainer.checkpoint_every=2",
+    ]  # fmt: skip
+    agents = [
+        subprocess.Popen(
+            command, cwd=place, env=clean_environment(place, ACT="power-off:1"), stderr=subprocess.PIPE, text=True
+        )
+        for _ in range(2)
+    ]
+    try:
+        said = [agent.communicate(timeout=180)[1] for agent in agents]
+    finally:
+        for agent in agents:
+            agent.kill()
+    assert sorted(agent.returncode for agent in agents) == [-9, 1], said
+    assert any("another process of the run has ended" in err for err in said)
+    assert start(place, *ALONE, "run_id=machines").code == 0
+    assert_same_curve(place, "machines", whole)
 
 
 @pytest.mark.slow
