@@ -69,9 +69,9 @@ def _run(arguments: Any) -> int:
     prepared = _prepare(config, notes, directory, arguments.overrides, peers, trunk, job.get("label"))
     if job:
         prepared = replace(prepared, command=job["command"], job=True)
+    peers.agree("folder", lambda: make_folder(directory.path, "hydra.run.dir") if peers.is_main else None)
     if not peers.is_main:
         return execute(prepared, peers)
-    make_folder(directory.path, "hydra.run.dir")
     return entry.run_in_directory("train", arguments, lambda _: execute(prepared, peers))
 
 
