@@ -6,6 +6,7 @@
 
 import dataclasses
 import inspect
+import re
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -419,8 +420,23 @@ def read_scheduler(plain: Mapping[str, Any], rates: Rates, problems: list[str]) 
     before = len(problems)
     specs = read(tuple[StageSpec, ...], stages, "scheduler.stages", problems)
     if len(problems) > before:
+        problems[before:] = [_as_option(problem, options) for problem in problems[before:]]
         return None
     return SchedulerConfig(specs, **grow, options=options)
+
+
+def _as_option(problem: str, options: Mapping[str, Any]) -> str:
+    """The problem under the option's own key, where the value of a stage came from an option: stage2_end, grow_at."""
+    found = re.fullmatch(r"scheduler\.stages\[(\d+)\]\.\w+=(.*?)(: .*)", problem, re.DOTALL)
+    for option, value in options.items() if found else ():
+        for key, given in ((option, value), (f"{option}[{found[1]}]", _element(value, int(found[1])))):
+            if not isinstance(given, list) and str(given) == found[2]:
+                return f"scheduler.{key}={found[2]}{found[3]}"
+    return problem
+
+
+def _element(value: Any, index: int) -> Any:
+    return value[index] if isinstance(value, list) and index < len(value) else None
 
 
 def _call_schedule(name: str, rates: Rates, options: dict, problems: list[str]) -> list | None:

@@ -176,6 +176,8 @@ def _end_failed(prepared: Prepared, training: "Training", peers: "Peers", error:
     """Tell how to go on. Raises RunFailed in the place of a reason that is known."""
     from est_cli.training.nonfinite import NonFinite
 
+    # Where a loss is not finite, the same command would only come to the same step again.
+    again = "" if isinstance(error, NonFinite) else f"; continue with: {prepared.command}"
     if isinstance(error, NonFinite):
         error = RunFailed(f"{error}; {_keep_step(prepared, training, peers, error)}")
     elif isinstance(error, PeerLost):
@@ -187,7 +189,7 @@ def _end_failed(prepared: Prepared, training: "Training", peers: "Peers", error:
     if not prepared.job and not isinstance(error, Exception | SystemExit):
         prepared.say(f"quit at once; continue with: {prepared.command}")
     elif isinstance(error, RunFailed):
-        prepared.say(f"failed at step {training.step}; continue with: {prepared.command}")
+        prepared.say(f"failed at step {training.step}{again}")
         raise error
 
 

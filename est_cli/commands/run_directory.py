@@ -44,6 +44,16 @@ class RunDirectory:
     def nonfinite(self) -> Path:
         return self.path / "nonfinite"
 
+    @property
+    def is_finished(self) -> bool:
+        return self.summary().get("status") == "done"
+
+    def _named(self, config: TrainConfig) -> tuple[str, str]:
+        """The key and value that decide this folder, and what else could be named."""
+        if config.run_id == self.path.name:
+            return f"run_id={config.run_id}", "another run_id"
+        return f"hydra.run.dir={self.path}", "another folder"
+
     def check(self, config: TrainConfig) -> list[str]:
         """Whether a run of this config may start or continue here; returns what to say of changed keys.
 
@@ -54,11 +64,11 @@ class RunDirectory:
             return []
         if not (self.path / CONFIG).exists():
             raise UserError(f"hydra.run.dir={self.path}: holds other files and no run; name another folder")
-        if self.summary().get("status") == "done":
+        if self.is_finished:
+            named, other = self._named(config)
             raise UserError(
-                f"run_id={config.run_id}: this run is finished ({self.path}); name another run_id, or leave it out "
-                "for a fresh one. To train on from its weights: est-export run=… to=hf out=FOLDER, then "
-                "model.init_from=FOLDER"
+                f"{named}: this run is finished ({self.path}); name {other}, or leave it out for a fresh one. To train "
+                "on from its weights: est-export run=… to=hf out=FOLDER, then model.init_from=FOLDER"
             )
         return [f"continues with a changed {line}" for line in self._harmless_changes(config)]
 
@@ -73,12 +83,13 @@ class RunDirectory:
         try:
             lock.acquire(timeout=0)
         except filelock.Timeout:
+            named, other = self._named(config)
+            who = "another process"
             with contextlib.suppress(OSError):
-                raise UserError(
-                    f"run_id={config.run_id}: {holder.read_text().strip()} trains this run at the moment "
-                    f"({self.path}); wait for it, or name another run_id"
-                ) from None
-            raise UserError(f"run_id={config.run_id}: another process trains this run ({self.path})") from None
+                who = holder.read_text().strip() or who
+            raise UserError(
+                f"{named}: {who} trains this run at the moment ({self.path}); wait for it, or name {other}"
+            ) from None
         try:
             self.check(config)
             holder.write_text(f"process {os.getpid()} on {platform.node()}\n")
@@ -97,7 +108,7 @@ class RunDirectory:
 
     def is_done(self, config: TrainConfig) -> bool:
         """Whether this run is finished already. Raises UserError for a finished one of another config."""
-        if self.summary().get("status") != "done":
+        if not self.is_finished:
             return False
         self._harmless_changes(config)
         (self.path / ERROR).unlink(missing_ok=True)
@@ -106,9 +117,9 @@ class RunDirectory:
     def _harmless_changes(self, config: TrainConfig) -> list[str]:
         changed = [change for change in changes(self.config(), as_plain(config)) if change.key != "run_id"]
         if any(change.problem for change in changed):
+            named, other = self._named(config)
             raise UserError(
-                f"run_id={config.run_id}: the run in {self.path} has another config; give the same "
-                "values, or another run_id",
+                f"{named}: the run in {self.path} has another config; give the same values, or {other}",
                 *(f"{change} ({change.problem or 'may change'})" for change in changed),
             )
         return [str(change) for change in changed]

@@ -2,9 +2,31 @@
 
 import os
 import signal
+from collections.abc import Callable, Sequence
 from types import FrameType
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+from est_cli.errors import RunFailed
+
+STOP_SIGNALS = tuple(
+    getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1", "SIGUSR2", "SIGHUP") if hasattr(signal, name)
+)
+"""What schedulers and people send. SIGHUP is a terminal that closes; under nohup it stays ignored."""
+
+
+def quit_until_training_begins() -> None:
+    """Until there is something to keep, a signal ends the process at once, and says so."""
+
+    def quit(number: int, frame: FrameType | None) -> None:
+        name = signal.Signals(number).name
+        raise RunFailed(f"{name} came before training began; nothing is lost, and the same command starts again")
+
+    _handle(quit, [number for number in STOP_SIGNALS if number != signal.SIGINT])
+
+
+def _handle(handler: Callable[[int, FrameType | None], None], numbers: Sequence[int] = STOP_SIGNALS) -> None:
+    for number in numbers:
+        if signal.getsignal(number) != signal.SIG_IGN or number == signal.SIGINT:
+            signal.signal(number, handler)
 
 
 class StopRequest:
@@ -16,8 +38,7 @@ class StopRequest:
     def __init__(self) -> None:
         self.requested = False
         self._starter = os.getppid() if "WORLD_SIZE" in os.environ else None
-        for number in STOP_SIGNALS:
-            signal.signal(number, self._receive)
+        _handle(self._receive)
 
     def __call__(self) -> bool:
         return self.requested or (self._starter is not None and os.getppid() != self._starter)

@@ -15,8 +15,10 @@ from est_cli.commands import entry, replay, sweep
 from est_cli.commands.arms import with_arm
 from est_cli.commands.composition import config_of_flags, plain
 from est_cli.commands.cooldown import Trunk, take_trunk
+from est_cli.commands.rerun import typed_keys
 from est_cli.commands.run import Prepared, execute, stop_request
 from est_cli.commands.run_directory import RunDirectory, continue_command, make_folder
+from est_cli.commands.stopping import quit_until_training_begins
 from est_cli.config import TrainConfig, read_train_config
 from est_cli.errors import RunFailed, UserError
 
@@ -36,6 +38,7 @@ def main() -> None:
         entry.exit_with(lambda: _explain(arguments))
     if (folder := replay.take_folder(arguments)) is not None:
         entry.exit_with(lambda: replay.run(folder, arguments))
+    quit_until_training_begins()
     entry.exit_with(lambda: _sweep(arguments) if sweep.is_sweep(arguments) else _run(arguments))
 
 
@@ -57,7 +60,7 @@ def _run(arguments: Any) -> int:
     from est_cli.training.peers import meet
 
     peers = meet()
-    composed, hydra_node = peers.agree("composition", lambda: entry.compose("train", arguments))
+    composed, hydra_node = peers.agree("composition", lambda: _compose(arguments))
     trunk = peers.agree("trunk", lambda: take_trunk(composed))
     config, notes = peers.agree("config", lambda: read_config(composed, hydra_node))
     if config.trainer.devices > peers.size:
@@ -73,6 +76,25 @@ def _run(arguments: Any) -> int:
     if not peers.is_main:
         return execute(prepared, peers)
     return entry.run_in_directory("train", arguments, lambda _: execute(prepared, peers))
+
+
+def _compose(arguments: Any) -> tuple[dict[str, Any], DictConfig]:
+    """The composed config and Hydra's node.
+
+    A run is named by its Slurm job, so that a requeued job continues it. A second run in the same allocation, typed
+    after the first has finished, is named JOB-2.
+    """
+    composed, node = entry.compose("train", arguments)
+    job, number = composed.get("run_id"), 2
+    given = {"run_id", "hydra.run.dir"} & set(typed_keys(arguments.overrides))
+    if given or "SLURM_JOB_ID" not in os.environ or "SLURM_RESTART_COUNT" in os.environ:
+        return composed, node
+    typed = arguments.overrides
+    while RunDirectory(Path(node.run.dir)).is_finished and composed["run_id"] == Path(node.run.dir).name:
+        arguments.overrides = [*typed, f"run_id='{job}-{number}'"]
+        composed, node = entry.compose("train", arguments)
+        number += 1
+    return composed, node
 
 
 def _prepare(

@@ -2,6 +2,7 @@
 
 import ctypes
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -38,6 +39,7 @@ def available_device(trainer: TrainerConfig, kernels: str) -> Device:
     if trainer.device == "cuda" and not has_cuda:
         raise UserError("trainer.device=cuda: torch sees no GPU here; allowed: auto, cpu")
     kind = "cuda" if has_cuda and trainer.device != "cpu" else "cpu"
+    _check_compiler(trainer)
     check_kernels(kernels, kind)
     present = torch.cuda.device_count() if kind == "cuda" else 1
     if (ranks := launched_ranks()) > 1:
@@ -47,6 +49,16 @@ def available_device(trainer: TrainerConfig, kernels: str) -> Device:
     if kind == "cuda" and devices > present:
         raise UserError(f"trainer.devices={devices}: this machine has {present}")
     return Device(kind, devices)
+
+
+def _check_compiler(trainer: TrainerConfig) -> None:
+    """Raises UserError where torch.compile would find no C++ compiler in the middle of the first step."""
+    names = [os.environ["CXX"]] if "CXX" in os.environ else ["g++", "clang++", "c++", "cl"]
+    if trainer.compile is True and not any(map(shutil.which, names)):
+        raise UserError(
+            f"trainer.compile=true: torch.compile needs a C++ compiler, and there is no {' or '.join(names)} on PATH; "
+            "install one, name it in CXX, or give trainer.compile=false"
+        )
 
 
 def _check_launched(trainer: TrainerConfig, ranks: int, gpus: int | None) -> None:

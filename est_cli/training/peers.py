@@ -104,14 +104,27 @@ class Peers:
 
 
 def launched_ranks() -> int:
-    """Processes of the job that torchrun started, 1 where it did not."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    """Processes of the job that torchrun started, 1 where it did not. Raises UserError for a value of another kind."""
+    size = os.environ.get("WORLD_SIZE", "1")
+    if not size.isdecimal() or size == "0":
+        raise UserError(f"WORLD_SIZE={size}: must be a number of processes; unset it where torchrun did not set it")
+    return int(size)
 
 
 def meet() -> Peers:
-    """The processes that torchrun, or `est_cli.commands.launcher`, started; this one alone without either."""
-    if launched_ranks() == 1:
+    """The processes that torchrun, or `est_cli.commands.launcher`, started; only this one without either.
+
+    Raises UserError where the environment describes no job.
+    """
+    size = launched_ranks()
+    if size == 1:
         return Peers()
+    missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    if missing:
+        raise UserError(
+            f"WORLD_SIZE={size}: {', '.join(missing)} must be set too; start the processes with torchrun, or let "
+            "trainer=ddp trainer.devices=N start them and unset WORLD_SIZE"
+        )
     store, rank, size = next(dist.rendezvous("env://"))
     # torchrun starts ranks again (--max-restarts) with the store that they had, and what they said before is in it.
     start = store.add(f"est/starts/{rank}", 1)

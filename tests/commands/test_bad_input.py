@@ -32,6 +32,11 @@ CASES = {
     "kernels for another device": (["kernels=triton", "trainer.device=cpu"], ["kernels=triton", "needs a GPU"]),
     "no GPU": (["trainer.device=cuda"], ["trainer.device=cuda"]),
     "a name that leaves the folder": (["name=../x"], ["name=../x"]),
+    "a boundary of no kind": (["scheduler.stage2_end=2.5"], ["scheduler.stage2_end=2.5: must be"]),
+    "a growth of no kind": (
+        ["scheduler=stacking", "scheduler.depths=[1,2]", "scheduler.grow_at=[0.2,x]"],
+        ["scheduler.grow_at[1]=x: must"],
+    ),
     "a sweep without -m": (["seed=0,1"], ["seed=0,1: is a sweep; add -m", "seed=[0,1]"]),
     "a value that needs quotes": (["optimizer.lr=a#ü"], ["cannot be read", "quote it: \"optimizer.lr='a#ü'\""]),
     "a sweep with a word for a number": (["-m", "seed=0,zero"], ["seed=zero: must be an integer"]),

@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 
 from est_cli.commands.run_directory import RunDirectory
-from est_cli.commands.stopping import STOP_SIGNALS, StopRequest
+from est_cli.commands.stopping import STOP_SIGNALS, StopRequest, quit_until_training_begins
 from est_cli.commands.sweep_result import JobResult
+from est_cli.errors import RunFailed
 from tests.commands.cli import TINY, clean_environment, metrics, run, without_speed, write_corpus
 from tests.commands.test_train import start, wait_for_steps
 
@@ -176,3 +177,55 @@ def test_a_job_that_failed_is_not_bad_input(tmp_path):
     assert not JobResult.of(tmp_path).bad_input
     (tmp_path / "error.txt").write_text("error: seed=zero: must be an integer\n")
     assert JobResult.of(tmp_path).bad_input
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP", "SIGUSR2"])
+def test_a_signal_before_training_is_named(name):
+    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    try:
+        quit_until_training_begins()
+        with pytest.raises(RunFailed, match=f"{name} came before training began"):
+            signal.raise_signal(signal.Signals[name])
+        request = StopRequest()
+        signal.raise_signal(signal.Signals[name])
+        assert request()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def test_nohup_keeps_its_meaning():
+    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    try:
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        StopRequest()
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def test_a_second_run_in_one_slurm_allocation_has_a_name_of_its_own(place):
+    job = {"SLURM_JOB_ID": "77"}
+    arguments = [*TINY, "data=text", "data.path=corpus", "trainer.max_steps=4", "name=slurm", "format=json"]
+    runs = [run("est-train", *arguments, f"seed={seed}", cwd=place, **job).json["run_dir"] for seed in (0, 1)]
+    assert [Path(folder).name for folder in runs] == ["77", "77-2"]
+    requeued = run("est-train", *arguments, cwd=place, **job, SLURM_RESTART_COUNT="1")
+    assert (requeued.code, "run_id=77: this run is finished" in requeued.err) == (2, True)
+
+
+@pytest.mark.parametrize(
+    ("environment", "override", "message"),
+    [
+        ({"WORLD_SIZE": "2"}, "seed=0", "WORLD_SIZE=2: RANK, MASTER_ADDR, MASTER_PORT must be set too"),
+        ({"WORLD_SIZE": "two"}, "seed=0", "WORLD_SIZE=two: must be a number of processes"),
+        (
+            {"CXX": "no-such-compiler"},
+            "trainer.compile=true",
+            "trainer.compile=true: torch.compile needs a C++ compiler",
+        ),
+    ],
+)
+def test_an_environment_that_cannot_work_is_told(environment, override, message, place):
+    done = run("est-train", "logger=none", override, cwd=place, **environment)
+    assert (done.code, message in done.err, "Traceback" in done.err) == (2, True, False), done.err
