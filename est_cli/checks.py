@@ -1,5 +1,6 @@
 """Values of a config that are fine alone and do not go together, or not here."""
 
+import dataclasses
 import itertools
 import re
 from collections.abc import Iterator, Mapping
@@ -92,10 +93,27 @@ def _paths(data: "DataConfig", tokenizer: "TokenizerConfig") -> Iterator[str]:
     if data.kind in ("text", "hf") and data.path is None and not data.sources:
         what = "a dataset's name, or a file or glob" if data.kind == "hf" else "a file, folder or glob"
         yield f"data.path: is missing; must be {what}"
+    yield from _unread(data)
     if data.streaming and data.train_tokens is not None:
         yield f"data.train_tokens={data.train_tokens}: must be null with data.streaming=true; a stream is read once"
+    if tokenizer.kind == "byte" and tokenizer.path is not None:
+        yield f"tokenizer.path={tokenizer.path}: tokenizer=byte reads no file; must be null, or with tokenizer=hf"
     if tokenizer.kind == "hf" and tokenizer.path is None:
         yield "tokenizer.path: is missing; must be a tokenizer.json or its folder"
+
+
+def _unread(data: "DataConfig") -> Iterator[str]:
+    """What names text, and would reach nothing."""
+    if data.kind == "hf":
+        if data.path is not None and data.sources:
+            yield f"data.path={data.path}: must be null beside data.sources, which are read in its place"
+        return
+    fields = {field.name: field.default for field in dataclasses.fields(data)}
+    for key in ("sources", "name", "split", "val_split", "revision", "column", "streaming", "path"):
+        value, kinds = getattr(data, key), "data=hf or data=text" if key == "path" else "data=hf"
+        if value != fields[key] and (key != "path" or data.kind != "text"):
+            shown = str(value).lower() if value is True else value
+            yield f"data.{key}={shown}: data.kind={data.kind} does not read it; leave it out, or give {kinds}"
 
 
 def _strategy(sampling: "SamplingConfig") -> Iterator[str]:

@@ -115,7 +115,7 @@ def test_boundaries_out_of_order_are_collected_too(other):
         ({"sampling.mlp_block": 3}, "sampling.mlp_block=3: must divide model.d_ff=16"),
         ({"tokenizer.vocab_size": 30}, "tokenizer.vocab_size=30: must be at most model.vocab_size=29"),
         (
-            {"data.streaming": True, "data.train_tokens": 9},
+            {"data.kind": "hf", "data.path": "x", "data.streaming": True, "data.train_tokens": 9},
             "data.train_tokens=9: must be null with data.streaming=true; a stream is read once",
         ),
         ({"tokenizer.kind": "hf"}, "tokenizer.path: is missing; must be a tokenizer.json or its folder"),

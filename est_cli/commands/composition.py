@@ -44,6 +44,25 @@ def conf_dir() -> Path:
     return inside if inside.is_dir() else package.parent / "conf"
 
 
+def _check_flags(arguments: argparse.Namespace) -> None:
+    """Raises UserError for flags of Hydra's that would reach nothing."""
+    problems = []
+    if (path := getattr(arguments, "config_path", None)) is not None:
+        problems.append(
+            f"--config-path={path}: the configs of est-cli are always there; --config-dir=DIR adds your own"
+        )
+    if getattr(arguments, "experimental_rerun", None) is not None:
+        problems.append("--experimental-rerun: is not read; est-train --rerun RUN trains a recorded config again")
+    if arguments.config_name is not None:
+        problems += [
+            f"--config-name={arguments.config_name}: goes without --{flag}, whose run is the config; leave one out"
+            for flag in ("rerun", "cooldown")
+            if getattr(arguments, flag, None) is not None
+        ]
+    if problems:
+        raise UserError(*problems)
+
+
 def config_of_flags(arguments: argparse.Namespace) -> str | None:
     """The name of the primary config that --rerun or --cooldown makes; None without either. Raises UserError."""
     rerun, cooldown = getattr(arguments, "rerun", None), getattr(arguments, "cooldown", None)
@@ -58,6 +77,7 @@ class Composer:
     """Composes one command's configuration; `with` it, since Hydra keeps a global."""
 
     def __init__(self, config_name: str, arguments: argparse.Namespace):
+        _check_flags(arguments)
         self.config_name = config_of_flags(arguments) or arguments.config_name or config_name
         self.arguments = arguments
 
@@ -201,7 +221,7 @@ def _every_value_once(overrides: list[str], loader: ConfigLoader) -> list[list[s
             continue
         key = override.get_key_element()
         if override.is_discrete_sweep():
-            values.append([f"{key}={value}" for value in override.sweep_string_iterator()])
+            values.append([f"{key}={value}" for value in override.sweep_string_iterator(Transformer.encode)])
         elif override.is_interval_sweep():
             values.append([f"{key}={end}" for end in (override.value().start, override.value().end)])
         else:
@@ -224,9 +244,12 @@ def plain(config: DictConfig) -> dict[str, Any]:
     """The resolved config as plain dicts and lists, without Hydra's own node and the sweep's `arms`."""
     node = OmegaConf.masked_copy(config, [key for key in config if key not in ("hydra", "arms")])
     try:
-        return OmegaConf.to_container(node, resolve=True, throw_on_missing=True)
+        values = OmegaConf.to_container(node, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
         raise UserError(_first_line(error)) from error
+    if values.get("run_id", "") is None:
+        raise UserError("run_id=null: must be a text; leave it out for a fresh one")
+    return values
 
 
 def _dotted_keys(node: Any, prefix: str = "") -> Iterator[str]:
@@ -242,7 +265,7 @@ def _dotted_keys(node: Any, prefix: str = "") -> Iterator[str]:
 
 def _first_line(error: Exception) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__
+    return lines[0].removeprefix("UserError raised while resolving interpolation: ") if lines else type(error).__name__
 
 
 def _parse(override: str, loader: ConfigLoader | None = None) -> Override:

@@ -18,6 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 import est_cli
 from est_cli.commands.composition import Composer, conf_dir, plain
 from est_cli.commands.help import help_text
+from est_cli.commands.typed_text import as_typed
 from est_cli.errors import RunFailed, UserError
 
 DONE, FAILED, BAD_INPUT, STOPPED, INTERRUPTED = 0, 1, 2, 75, 130
@@ -38,7 +39,19 @@ def run_id() -> str:
     return f"{time.strftime('%Y%m%d-%H%M%S')}-{os.urandom(2).hex()}"
 
 
+def wandb_setting(variable: str, default: str | None) -> str | None:
+    """What W&B's own environment variable asks for; what is given on the command line comes before it."""
+    value = os.environ.get(variable) or default
+    if variable != "WANDB_MODE":
+        return value
+    value = {"dryrun": "offline", "run": "online"}.get(value, value)
+    if value not in ("offline", "online", "disabled"):
+        raise UserError(f"WANDB_MODE={value}: must be offline, online or disabled; logger.mode=... comes before it")
+    return value
+
+
 OmegaConf.register_new_resolver("est.run_id", run_id, replace=True)
+OmegaConf.register_new_resolver("est.wandb", wandb_setting, replace=True)
 
 
 class _Lossy(io.TextIOWrapper):
@@ -88,7 +101,9 @@ def read_arguments(trains: bool = False) -> argparse.Namespace:
     next(action for action in parser._actions if action.dest == "version").version = versions
     if trains:
         add_own_flags(parser)
-    return parser.parse_intermixed_args()
+    arguments = parser.parse_intermixed_args()
+    arguments.overrides = as_typed(arguments.overrides, arguments.multirun)
+    return arguments
 
 
 def add_own_flags(parser: argparse.ArgumentParser) -> None:
@@ -200,6 +215,8 @@ def run_hydra(config_name: str, task: Callable[[DictConfig], Any]) -> None:
 
     A UserError and a RunFailed pass through, where Hydra would print a traceback and exit with 1.
     """
+    # Hydra parses the command line itself.
+    sys.argv[1:] = [text if text.startswith("-") else as_typed([text])[0] for text in sys.argv[1:]]
     with _passed_by_hydra(task) as guarded:
         hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name=config_name)(guarded)()
 

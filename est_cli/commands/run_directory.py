@@ -14,7 +14,6 @@ from typing import Any
 
 import filelock
 import yaml
-from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from est_cli.commands.config_changes import changes
 from est_cli.config import TrainConfig, as_plain, read_train_config
@@ -195,10 +194,7 @@ def continue_command(arguments: list[str], config: TrainConfig) -> str:
     kept = [argument for argument in arguments if not argument.startswith("run_id=")]
     by_folder = any(argument.startswith("hydra.run.dir=") for argument in kept)
     if not by_folder:
-        by_name = f"run_id={config.run_id}"
-        # To Hydra 12_3, of an array job, is the number 123.
-        is_text = OverridesParser.create().parse_override(by_name).value() == config.run_id
-        kept.append(by_name if is_text else f"run_id='{config.run_id}'")
+        kept.append(f"run_id={config.run_id}")
     return shlex.join([*program(), *kept])
 
 

@@ -224,7 +224,7 @@ def sweep_name(_root_: DictConfig) -> str:
 def job_name(_root_: DictConfig) -> str:
     """`stage1_end-0.1_seed-0`: what this job does not share with the others; [A-Za-z0-9._-] alone, and unique."""
     fixed = set(_root_.hydra.job.config.override_dirname.exclude_keys)
-    written = {key: o.input_line.partition("=")[2] for key, o in sorted(_overrides(_root_).items()) if key not in fixed}
+    written = {key: _unquoted(o) for key, o in sorted(_overrides(_root_).items()) if key not in fixed}
     name = "_".join(f"{_safe(key.rpartition('.')[2])}-{_safe(value)}" for key, value in written.items()) or "job"
     if len(name) <= _LONGEST_NAME and all(map(_PLAIN_VALUE.fullmatch, written.values())):
         return name
@@ -252,6 +252,12 @@ def _overrides(config: DictConfig) -> dict[str, Override]:
     """By key; the last one where a key is given twice, as Hydra takes it."""
     parsed = OverridesParser.create().parse_overrides(list(config.hydra.overrides.task))
     return {override.get_key_element().lstrip("+~"): override for override in parsed}
+
+
+def _unquoted(override: Override) -> str:
+    """The value as it was typed, where the quotes around it only say that it is a text."""
+    written, value = override.input_line.partition("=")[2], override.value()
+    return value if isinstance(value, str) and written == f"'{value}'" and _PLAIN_VALUE.fullmatch(value) else written
 
 
 def _safe(text: str) -> str:

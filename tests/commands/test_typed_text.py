@@ -1,0 +1,119 @@
+"""What is typed is obeyed as it was typed, or refused: names stay texts, and nothing is ignored without a word."""
+
+import argparse
+import sys
+
+import pytest
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Transformer
+
+from est_cli.commands import entry, sweep
+from est_cli.commands.composition import Composer
+from est_cli.commands.typed_text import as_typed
+from est_cli.config import read_train_config
+from est_cli.errors import UserError
+from tests.commands.cli import TINY, run, write_corpus
+
+
+def typed(monkeypatch, *arguments: str) -> argparse.Namespace:
+    monkeypatch.setattr(sys, "argv", ["est-train", *arguments])
+    return entry.read_arguments(trains=True)
+
+
+def config(monkeypatch, *arguments: str):
+    return read_train_config(entry.compose("train", typed(monkeypatch, *arguments))[0])
+
+
+@pytest.mark.parametrize("name", ["47_113", "471_13", "1234e56", "77", "007", "null", "true", "0x1f", "1e3", "nan"])
+@pytest.mark.parametrize("key", ["run_id", "name"])
+def test_a_name_stays_what_was_typed(monkeypatch, key, name):
+    assert getattr(config(monkeypatch, f"{key}={name}"), key) == name
+
+
+@pytest.mark.parametrize(
+    ("override", "value"),
+    [
+        ("run=77", "77"),
+        ("runs=[77,7_8,b]", ["77", "7_8", "b"]),
+        ("data.path=a#b.txt", "a#b.txt"),
+        ("data.path=ü/x(1).txt", "ü/x(1).txt"),
+        ("data.split=train[:50%]", "train[:50%]"),
+        ("logger.group=1_0", "1_0"),
+        ("hydra.run.dir=7_7", "7_7"),
+        ('prompt="Hello," she said', '"Hello," she said'),
+        ("prompt='tis the season", "'tis the season"),
+        ("data.path='a b'", "a b"),
+        ("data.path=null", None),
+        ("seed=1_0", 10),
+    ],
+)
+def test_texts_are_texts_and_numbers_numbers(override, value):
+    assert OverridesParser.create().parse_override(as_typed([override])[0]).value() == value
+
+
+@pytest.mark.parametrize("values", ["4_7,5e3,x", "choice(4_7,5e3,x)"])
+def test_a_sweep_over_names_keeps_them_and_its_folders_are_named_so(monkeypatch, values):
+    with Composer("train", typed(monkeypatch, "-m", f"logger.group={values}")) as composer:
+        master = composer.compose_sweep()
+        swept = OverridesParser.create().parse_override(master.hydra.overrides.task[0])
+        jobs = [
+            composer.compose_job([f"logger.group={value}"]) for value in swept.sweep_string_iterator(Transformer.encode)
+        ]
+        assert [job.logger.group for job in jobs] == ["4_7", "5e3", "x"]
+        names = [sweep.job_name(composer.compose_job([f"logger.group={v}"])) for v in ("'5e3'", "x")]
+        assert names == ["group-5e3", "group-x"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--config-path", "elsewhere"], "--config-path=elsewhere"),
+        (["--config-name", "mine", "--rerun", "x"], "--config-name=mine: goes without --rerun"),
+        (["--config-name", "mine", "--cooldown", "x"], "--config-name=mine: goes without --cooldown"),
+        (["tokenizer=byte", "tokenizer.path=x"], "tokenizer.path=x: tokenizer=byte reads no file"),
+        (["data.path=x"], "data.path=x: data.kind=stdlib does not read it"),
+        (["data=text", "data.path=x", "data.streaming=true"], "data.streaming=true: data.kind=text"),
+        (["data=text", "data.path=x", "data.column=body"], "data.column=body: data.kind=text"),
+        (["data=hf", "data.path=x", "data.sources=[{path:y,weight:1}]"], "data.path=x: must be null beside"),
+    ],
+)
+def test_what_would_be_ignored_is_refused(monkeypatch, arguments, words):
+    with pytest.raises(UserError) as raised:
+        config(monkeypatch, *arguments)
+    assert words in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "environment", "mode"),
+    [
+        ([], {}, "offline"),
+        ([], {"WANDB_MODE": "disabled"}, "disabled"),
+        ([], {"WANDB_MODE": "dryrun"}, "offline"),
+        (["logger.mode=offline"], {"WANDB_MODE": "online"}, "offline"),
+    ],
+)
+def test_wandbs_own_variables_are_obeyed_where_nothing_is_given(monkeypatch, arguments, environment, mode):
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    monkeypatch.setenv("WANDB_PROJECT", "mine")
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    logger = config(monkeypatch, *arguments).logger
+    assert (logger.mode, logger.project) == (mode, "mine")
+
+
+def test_an_unknown_mode_of_wandb_is_named(monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "sometimes")
+    with pytest.raises(UserError, match="WANDB_MODE=sometimes: must be"):
+        config(monkeypatch)
+
+
+def test_an_experiment_says_where_its_run_goes(tmp_path):
+    (tmp_path / "own/experiment").mkdir(parents=True)
+    text = (
+        "# @package _global_\nhydra:\n  run:\n    dir: my/place\ntrainer:\n  max_steps: 2\nscheduler:\n  stages: [{}]\n"
+    )
+    (tmp_path / "own/experiment/there.yaml").write_text(text)
+    corpus = ("data=text", write_corpus(tmp_path / "corpus"))
+    done = run("est-train", "--config-dir=own", "experiment=there", *TINY, *corpus, cwd=tmp_path)
+    assert done.code == 0, done.err
+    assert (tmp_path / "my/place/summary.json").exists()
