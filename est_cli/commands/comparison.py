@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override, Transformer
+from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -230,7 +230,7 @@ def _split(overrides: Sequence[Override]) -> tuple[dict[str, str], dict[str, lis
         elif not override.is_discrete_sweep():
             problems.append(f"{override.input_line}: must be a list of values beside arms: {key}=A,B,C")
         else:
-            swept[key] = [f"{name}={value}" for value in override.sweep_string_iterator(Transformer.encode)]
+            swept[key] = [f"{name}={value}" for value in override.sweep_string_iterator()]
     if problems:
         raise UserError(*problems)
     fixed.pop("arms", None)

@@ -221,7 +221,7 @@ def _every_value_once(overrides: list[str], loader: ConfigLoader) -> list[list[s
             continue
         key = override.get_key_element()
         if override.is_discrete_sweep():
-            values.append([f"{key}={value}" for value in override.sweep_string_iterator(Transformer.encode)])
+            values.append([f"{key}={value}" for value in override.sweep_string_iterator()])
         elif override.is_interval_sweep():
             values.append([f"{key}={end}" for end in (override.value().start, override.value().end)])
         else:

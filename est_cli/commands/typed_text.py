@@ -39,9 +39,10 @@ def _as_typed(override: str, multirun: bool) -> str:
     key = typed_key.strip().lstrip("+")
     if not equals or key not in text_keys() or not value.strip():
         return override
-    function = re.match(r"\s*(\w+)\(", value)
     if _reads(override):
-        if function and function[1] not in ("choice", "shuffle"):
+        if choice := re.fullmatch(r"\s*choice\((.*)\)\s*", value):
+            value = choice[1]  # of a choice's elements Hydra forgets the quotes
+        elif re.match(r"\s*\w+\(", value):
             return override
         return f"{typed_key}={_WORD.sub(lambda word: _quoted_word(key, word[0]), value)}"
     if multirun or value.lstrip().startswith("["):

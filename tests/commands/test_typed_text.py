@@ -5,7 +5,6 @@ import sys
 
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Transformer
 
 from est_cli.commands import entry, sweep
 from est_cli.commands.composition import Composer
@@ -56,9 +55,7 @@ def test_a_sweep_over_names_keeps_them_and_its_folders_are_named_so(monkeypatch,
     with Composer("train", typed(monkeypatch, "-m", f"logger.group={values}")) as composer:
         master = composer.compose_sweep()
         swept = OverridesParser.create().parse_override(master.hydra.overrides.task[0])
-        jobs = [
-            composer.compose_job([f"logger.group={value}"]) for value in swept.sweep_string_iterator(Transformer.encode)
-        ]
+        jobs = [composer.compose_job([f"logger.group={value}"]) for value in swept.sweep_string_iterator()]
         assert [job.logger.group for job in jobs] == ["4_7", "5e3", "x"]
         names = [sweep.job_name(composer.compose_job([f"logger.group={v}"])) for v in ("'5e3'", "x")]
         assert names == ["group-5e3", "group-x"]
