@@ -99,6 +99,8 @@ class DataConfig:
     """hf: a mixture instead of path; weights are shares of the tokens."""
     streaming: bool = False
     """hf: train while the text is still being read, in its order, shuffled within blocks of 1024 sequences."""
+    on_broken: Literal["stop", "skip"] = "stop"
+    """hf: what to do with broken rows of local files, such as a line that is no JSON; skip leaves them out."""
     train_tokens: Count | None = None
     """Train on the first so many tokens of the training split, again and again; null takes all."""
     num_workers: Count | Auto = "auto"

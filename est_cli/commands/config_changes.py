@@ -25,6 +25,7 @@ HARMLESS = (
     "data.cache_dir",
     "data.num_workers",
     "data.on_change",
+    "data.on_broken",
     "name",
 )
 """Keys, and whole sections, that may change when a run continues: what the run computes does not hang on them.

@@ -188,6 +188,8 @@ def _end_failed(prepared: Prepared, training: "Training", peers: "Peers", error:
         tracker.finish("failed", None)
     if not prepared.job and not isinstance(error, Exception | SystemExit):
         prepared.say(f"quit at once; continue with: {prepared.command}")
+    elif isinstance(error, UserError):
+        prepared.say(f"ended at step {training.step}; continue with: {prepared.command}")
     elif isinstance(error, RunFailed):
         prepared.say(f"failed at step {training.step}{again}")
         raise error
@@ -221,7 +223,7 @@ def _told_by_one(prepared: Prepared, peers: "Peers") -> Iterator[None]:
         yield
     except BaseException as error:
         if _tells(error, peers):
-            known = isinstance(error, RunFailed)
+            known = isinstance(error, RunFailed | UserError)
             prepared.directory.write_error(f"{error}\n" if known else traceback.format_exc())
             raise
         if not isinstance(error, Exception):

@@ -5,9 +5,12 @@ seq_len, so that every token but the first is a target once. Sample n of trainin
 permutation(epoch)[n % N], epoch = n // N: without replacement, epoch after epoch, a pure function of (seed, n).
 """
 
+from collections.abc import Callable
 from typing import Protocol
 
 import numpy as np
+
+from est_cli.errors import RunFailed, UserError
 
 _ROUNDS = 8
 
@@ -22,6 +25,13 @@ class WindowSource(Protocol):
     def windows(self, seq_len: int, seed: int, first: int, count: int) -> np.ndarray: ...
 
 
+class Tokens(Protocol):
+    """Token ids of a prepared corpus, [n] each."""
+
+    train: np.ndarray | WindowSource
+    val: np.ndarray
+
+
 def training_windows(tokens: np.ndarray | WindowSource, seq_len: int, seed: int, first: int, count: int) -> np.ndarray:
     """The `count` training samples from number `first` on, int64 [count, seq_len + 1]."""
     if not isinstance(tokens, np.ndarray):
@@ -30,6 +40,15 @@ def training_windows(tokens: np.ndarray | WindowSource, seq_len: int, seed: int,
     assert n > 0, "a text shorter than one window is refused by TokenStore.check"
     epochs, indices = np.divmod(first + np.arange(count, dtype=np.int64), n)
     return _gather(tokens, seq_len, permute(indices, n, seed, epochs))
+
+
+def reading_error(read: Callable[[], object]) -> Exception | None:
+    """Why a text cannot be read, or None."""
+    try:
+        read()
+    except (UserError, RunFailed) as error:
+        return error
+    return None
 
 
 def validation_windows(tokens: np.ndarray, seq_len: int, n_tokens: int) -> np.ndarray:

@@ -165,5 +165,5 @@ def open_corpus(data: DataConfig, say: Say) -> Corpus:
         from est_cli.data.hf_corpus import HFCorpus
         from est_cli.data.text_streams import StreamedCorpus
 
-        return StreamedCorpus(data) if data.streaming else HFCorpus(data)
+        return StreamedCorpus(data, say) if data.streaming else HFCorpus(data, say)
     return FileCorpus(find_text_files(data.path, say), {"kind": "text", "path": data.path})

@@ -17,10 +17,10 @@ from typing import TypeVar
 
 import filelock
 import numpy as np
-import platformdirs
 
 from est_cli.config import DataConfig, TokenizerConfig
 from est_cli.data import Say
+from est_cli.data.cache import cache_folder
 from est_cli.data.preparation import discard_work, has_work, write_store
 from est_cli.data.run_data import RunData, Text
 from est_cli.data.sentencepiece_bpe import SentencePieceTraining
@@ -188,13 +188,6 @@ def _with_tokenizer(folder: Path, tokenizer: Tokenizer) -> Path | None:
 
 def _folder(data: DataConfig, fingerprint: str) -> Path:
     return cache_folder(data) / f"{data.kind}-{fingerprint[:16]}"
-
-
-def cache_folder(data: DataConfig) -> Path:
-    """Where token files are kept."""
-    if data.cache_dir is None:
-        return platformdirs.user_cache_path("est-cli", appauthor=False)
-    return Path(os.path.abspath(os.path.expanduser(data.cache_dir)))
 
 
 def _both(first: Callable[[], _A], second: Callable[[], _B]) -> tuple[_A, _B]:

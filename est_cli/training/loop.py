@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from est_cli.config import TrainConfig, as_plain
-from est_cli.data.batches import training_windows, validation_windows
-from est_cli.errors import RunFailed
+from est_cli.data.batches import Tokens, reading_error, training_windows, validation_windows
+from est_cli.errors import RunFailed, UserError
 from est_cli.kernels.dispatch import kernels_for
 from est_cli.model.initialisation import initialise
 from est_cli.model.transformer import Transformer
@@ -42,13 +42,6 @@ class Observer(Protocol):
     def log(self, record: Record) -> None: ...
 
     def say(self, message: str) -> None: ...
-
-
-class Tokens(Protocol):
-    """Token ids of a prepared corpus, [n] each."""
-
-    train: np.ndarray
-    val: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -121,6 +114,8 @@ class Training:
                     due = _due(self.step, trainer.checkpoint_every) or self.step in checkpoints.lasting
                     if due and not stopped and self.step < trainer.max_steps:
                         self._save(checkpoints, "full", is_last=False)
+                    if not stopped and self.step < trainer.max_steps:
+                        self._await_text(checkpoints)
             del subnet
         self._save(checkpoints, "full" if stopped else trainer.save_final, is_last=True)
         status, memory = "stopped" if stopped else "done", peak_memory_bytes(self.world.device)
@@ -231,6 +226,15 @@ class Training:
         self.ahead.finish()
         config, n = self.config, self.config.sequences_per_step
         return training_windows(self.tokens.train, config.data.seq_len, config.seed, self.step * n, n)
+
+    def _await_text(self, checkpoints: Checkpoints) -> None:
+        """A stream that cannot be read ends the run between two steps, with a checkpoint. All ranks agree on it."""
+        if isinstance(self.tokens.train, np.ndarray):
+            return
+        error = reading_error(self.step_windows)
+        if self.world.any(error is not None):
+            self._save(checkpoints, "full", is_last=True)
+            raise error or UserError()
 
     def validate(self, subnet: PackedSubnetwork | MaskedSubnetwork) -> float:
         """Loss of all that has joined the model on the first eval_tokens of the validation split.

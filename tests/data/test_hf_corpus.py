@@ -119,7 +119,7 @@ def test_a_prepared_dataset_is_found_again_without_the_library(tmp_path, hf, mon
     monkeypatch.setitem(sys.modules, "datasets", None)
     assert prepare(data, TokenizerConfig("byte"), 512, lambda _: None, False).folder == store.folder
     with pytest.raises(UserError, match="needs the `datasets` library"):
-        prepare(hf(data.path, column="number"), TokenizerConfig("byte"), 512, lambda _: None, False)
+        prepare(hf("someone/some-corpus"), TokenizerConfig("byte"), 512, lambda _: None, False)
 
 
 def refusal(data: DataConfig) -> str:
@@ -131,7 +131,11 @@ def refusal(data: DataConfig) -> str:
 def test_an_unknown_column_lists_those_there_are(tmp_path, hf):
     file = write(tmp_path / "a.jsonl", ROWS, column="content")
     said = refusal(hf(file, column="contents"))
-    assert "data.column=contents: must be one of content, number; did you mean 'content'?" in said
+    assert said.startswith("data.column=contents: must be one of content, number in ")
+    assert said.endswith("a.jsonl; did you mean 'content'?")
+    said = refusal(hf(file, column="number"))
+    assert "a.jsonl, line 1: data.column=number must be text, and is a number" in said
+    file = write(tmp_path / "a.parquet", ROWS)
     assert "data.column=number: must be a column of text, and holds int64" in refusal(hf(file, column="number"))
 
 
@@ -158,10 +162,9 @@ def test_files_that_are_no_datasets_are_refused(tmp_path, hf):
     (tmp_path / "b.jsonl").write_text('{"text": "a"}\n{"text')
     (tmp_path / "c.xyz").write_text("what")
     (tmp_path / "empty").mkdir()
-    assert "a.parquet: cannot be read as a dataset" in refusal(hf(tmp_path / "a.parquet"))
-    assert "b.jsonl: cannot be read as a dataset" in refusal(hf(tmp_path / "b.jsonl"))
+    assert "a.parquet: cannot be read as parquet" in refusal(hf(tmp_path / "a.parquet"))
+    assert "b.jsonl, line 2: is no JSON" in refusal(hf(tmp_path / "b.jsonl"))
     assert "must be parquet, jsonl" in refusal(hf(tmp_path / "c.xyz"))
-    assert "all of one kind" in refusal(hf((str(tmp_path / "a.parquet"), str(tmp_path / "b.jsonl"))))
     assert "holds no parquet" in refusal(hf(tmp_path / "empty"))
 
 
