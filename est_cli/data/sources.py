@@ -44,7 +44,9 @@ def open_sources(data: DataConfig, say: Say) -> list[Source]:
     for i, source in enumerate(data.sources):
         try:
             with _naming_source(i):
-                sources.append(Source(open_corpus(_data_of(data, source), say), source.weight / total))
+                corpus = open_corpus(_data_of(data, source), say)
+                getattr(corpus, "sizes", None)  # reads the rows, so that a problem is reported under its source
+                sources.append(Source(corpus, source.weight / total))
         except UserError as error:
             problems += error.problems
     if problems:

@@ -7,6 +7,7 @@ import torch
 from tiny import LLAMA, RandomTokens, Recorder, snapshot, train_config
 
 from est_cli.commands.run_directory import RunDirectory, continue_command
+from est_cli.commands.typed_text import as_typed
 from est_cli.config import LoggerConfig, OptimizerConfig, as_plain, read_train_config
 from est_cli.errors import UserError
 from est_cli.subnet.schedule import StageSpec
@@ -159,7 +160,8 @@ def test_the_command_that_continues_names_the_run_as_hydra_reads_it(run_id):
     command = continue_command(["trainer.max_steps=5"], replace(train_config(), run_id=run_id))
     import shlex
 
-    override = OverridesParser.create().parse_override(shlex.split(command)[-1])
+    [typed] = as_typed(shlex.split(command)[-1:])
+    override = OverridesParser.create().parse_override(typed)
     assert (override.key_or_group, override.value()) == ("run_id", run_id)
 
 
