@@ -10,8 +10,10 @@ import os
 import signal
 import sys
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from types import FrameType
 
+import est_cli
 from est_cli.commands import entry
 from est_cli.commands.stopping import STOP_SIGNALS
 
@@ -38,6 +40,8 @@ def launch(count: int, command: Sequence[str], environment: Mapping[str, str] | 
         "MASTER_PORT": str(store.port),
         "TORCHELASTIC_USE_AGENT_STORE": "True",
         "TORCHELASTIC_RESTART_COUNT": "0",
+        # `python -m` lets files in the current folder shadow libraries, unless est_cli itself is only found there.
+        "PYTHONSAFEPATH": "" if Path(est_cli.__file__).parents[1] == Path.cwd() else "1",
         "WORLD_SIZE": str(count),
         "LOCAL_WORLD_SIZE": str(count),
     }

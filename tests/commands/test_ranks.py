@@ -158,6 +158,14 @@ def test_an_error_of_any_rank_ends_the_run_and_is_told_once(place):
     assert "RuntimeError: rank 1 breaks" in (run_dir(place, "broken") / "error.txt").read_text()
 
 
+def test_a_file_in_the_current_folder_cannot_take_a_librarys_place_in_a_rank(tmp_path):
+    write_corpus(tmp_path / "corpus")
+    (tmp_path / "random.py").write_text("raise SystemExit('not the library')")
+    command = "import sys; sys.argv[0] = 'est-train'; from est_cli.commands.train import main; main()"
+    done = start(tmp_path, "-P", "-c", command, *TWO[2:], "trainer.max_steps=2", "trainer.eval_every=0")
+    assert done.code == 0, done.err
+
+
 @pytest.mark.slow
 def test_ranks_that_torchrun_starts_again_go_on_from_the_checkpoint(place, whole):
     done = start(
