@@ -162,7 +162,7 @@ def test_a_file_in_the_current_folder_cannot_take_a_librarys_place_in_a_rank(tmp
     write_corpus(tmp_path / "corpus")
     (tmp_path / "random.py").write_text("raise SystemExit('not the library')")
     command = "import sys; sys.argv[0] = 'est-train'; from est_cli.commands.train import main; main()"
-    done = start(tmp_path, "-P", "-c", command, *TWO[2:], "trainer.max_steps=2", "trainer.eval_every=0")
+    done = start(tmp_path, "-P", "-c", command, *TWO[2:], "trainer.max_steps=4")
     assert done.code == 0, done.err
 
 
