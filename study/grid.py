@@ -17,6 +17,7 @@ LEARNING_RATES = ("1e-3", "2e-3", "4e-3", "8e-3", "16e-3")
 SEEDS = (0, 1, 2, 3, 4)
 FULL, WINNER, LATEST = "full", "doubling", "stack-2-4-latest"
 """LATEST spends least of what was screened, and is tried where there is more text."""
+LARGE_SCREENS = ("doubling-0.5-0.75", "doubling-0.6-0.8", "doubling-for-0.8")
 SHORTER = (0.5,)
 """The full model for fewer steps, with a decay of its own: what every schedule is held against at equal FLOPs."""
 GROUPS = {
@@ -124,6 +125,12 @@ ARMS = {
         _doubling((0.5, 0.75)),
         _doubling((0.6, 0.8)),
         _doubling((0.4, 0.7), 0.8),
+        Arm(
+            f"{WINNER}-warmup",
+            "a quarter of the layers until 0.4, half until 0.7, warmup four times as long",
+            (f"scheduler={WINNER}", "optimizer.warmup=400"),
+            "8e-3",
+        ),
         _schedule("raptr", "RAPTR", "scheduler=raptr"),
         _schedule("layer_drop", "layer dropping by depth", "scheduler=layer_drop"),
         _schedule("est", "EST, the paper's schedule", "scheduler=three_stage"),
@@ -178,8 +185,9 @@ def grid() -> list[Run]:
         *seeds(SMALL, first),
         *(run for run in rates if run.lr != run.arm.lr_at(run.size)),
         *(run_of("screen", arm) for name, arm in ARMS.items() if not arm.is_full and WINNER not in name),
-        *(run_of("screen", arm, LARGE) for name, arm in ARMS.items() if f"{WINNER}-" in name),
+        *(run_of("screen", arm, LARGE) for name, arm in ARMS.items() if name in LARGE_SCREENS),
         *(run_of("baseline", arm) for name, arm in ARMS.items() if arm.is_full and name not in headline),
+        run_of("baseline", ARMS[f"{WINNER}-warmup"]),
         # The full model at its ordinary length is the full model for half of the steps here.
         *(run_of("length", ARMS[name], length=2.0) for name in (FULL, WINNER, LATEST)),
         run_of("length-lr", ARMS[FULL], lr="2e-3", length=2.0),
