@@ -110,7 +110,7 @@ def baseline(records: Records) -> str:
             rows.append((run.arm.says, f"{loss:.4f}", _number(loss - reference, "{:+.4f}")))
         else:
             rows.append((run.arm.says, MISSING, ""))
-    return _table(("full model", "loss", "less the first row"), rows)
+    return _table(("trained as", "loss", "less the first row"), rows)
 
 
 def screens(records: Records) -> str:
