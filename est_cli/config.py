@@ -8,7 +8,7 @@ import dataclasses
 import inspect
 import re
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -187,14 +187,7 @@ class SchedulerConfig:
 
     def typed(self, index: int, value: Any, key: str, *options: str) -> str:
         """The key that a person typed to give stage `index` a value: one of the options, or the stage's own key."""
-        for option in options:
-            given = self.options.get(option)
-            if isinstance(given, list) and given[index : index + 1] == [value]:
-                return f"scheduler.{option}[{index}]"
-            # With stages of one's own an option may be there, and reach nothing.
-            if given is not None and given == value:
-                return f"scheduler.{option}"
-        return f"scheduler.stages[{index}].{key}"
+        return _option_that_gave(self.options, options, index, value) or f"scheduler.stages[{index}].{key}"
 
 
 @dataclass(frozen=True)
@@ -422,23 +415,31 @@ def read_scheduler(plain: Mapping[str, Any], rates: Rates, problems: list[str]) 
     before = len(problems)
     specs = read(tuple[StageSpec, ...], stages, "scheduler.stages", problems)
     if len(problems) > before:
-        problems[before:] = [_as_option(problem, options) for problem in problems[before:]]
+        problems[before:] = [_as_option(problem, stages, options) for problem in problems[before:]]
         return None
     return SchedulerConfig(specs, **grow, options=options)
 
 
-def _as_option(problem: str, options: Mapping[str, Any]) -> str:
+def _as_option(problem: str, stages: Any, options: Mapping[str, Any]) -> str:
     """The problem under the option's own key, where the value of a stage came from an option: stage2_end, grow_at."""
-    found = re.fullmatch(r"scheduler\.stages\[(\d+)\]\.\w+=(.*?)(: .*)", problem, re.DOTALL)
-    for option, value in options.items() if found else ():
-        for key, given in ((option, value), (f"{option}[{found[1]}]", _element(value, int(found[1])))):
-            if not isinstance(given, list) and str(given) == found[2]:
-                return f"scheduler.{key}={found[2]}{found[3]}"
-    return problem
+    found = re.match(r"scheduler\.stages\[(\d+)\]\.(\w+)=", problem)
+    if found is None:
+        return problem
+    index, key = int(found[1]), found[2]
+    typed = _option_that_gave(options, options, index, stages[index][key])
+    return problem.replace(f"scheduler.stages[{index}].{key}", typed, 1) if typed else problem
 
 
-def _element(value: Any, index: int) -> Any:
-    return value[index] if isinstance(value, list) and index < len(value) else None
+def _option_that_gave(options: Mapping[str, Any], names: Iterable[str], index: int, value: Any) -> str | None:
+    """The dotted key of the first option of these names that gives stage `index` the value."""
+    for option in names:
+        given = options.get(option)
+        if isinstance(given, list) and given[index : index + 1] == [value]:
+            return f"scheduler.{option}[{index}]"
+        # With stages of one's own an option may be there, and reach nothing.
+        if given is not None and given == value:
+            return f"scheduler.{option}"
+    return None
 
 
 def _call_schedule(name: str, rates: Rates, options: dict, problems: list[str]) -> list | None:

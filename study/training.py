@@ -98,7 +98,7 @@ def train(runs: list[Run], records: Records, corpus: str, workers: int) -> list[
 def _start(run: Run, lock: IO[str]) -> subprocess.Popen:
     """Begin or go on with a run. It holds the study's lock too: an orphan must not meet a second study."""
     folder = RUNS / run.name
-    if RunDirectory(folder).summary().get("status") == "done":
+    if RunDirectory(folder).is_finished:
         return subprocess.Popen([sys.executable, "-c", ""])
     entry.say(f"{run.name}: {'goes on' if (folder / 'config.yaml').exists() else 'starts'}")
     command = [sys.executable, "-m", "est_cli", BASE, *run.overrides, f"hydra.run.dir={folder}"]

@@ -18,7 +18,6 @@ from hydra._internal.utils import create_automatic_config_search_path
 from hydra.core.config_loader import ConfigLoader
 from hydra.core.config_search_path import SearchPathQuery
 from hydra.core.global_hydra import GlobalHydra
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, Transformer
 from hydra.core.plugins import Plugins
 from hydra.errors import HydraException
@@ -29,6 +28,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from est_cli.commands.cooldown import cooldown_config
 from est_cli.commands.rerun import recorded_config
+from est_cli.commands.typed_text import parse, quoted
 from est_cli.config import check_value
 from est_cli.errors import UserError, nearest
 
@@ -107,7 +107,7 @@ class Composer:
                 _checked(self.compose_job(job))
         problems: list[str] = []
         for text in overrides:
-            override = _parse(text, self.loader)
+            override = parse(text, self.loader)
             if override.is_discrete_sweep():
                 for value in override.sweep_iterator(transformer=Transformer.identity):
                     check_value(override.key_or_group, getattr(value, "text", value), problems)
@@ -166,7 +166,7 @@ class Composer:
         parsed, groups_that_compose = [], []
         for text in overrides:
             try:
-                parsed.append(_parse(text))
+                parsed.append(parse(text))
             except HydraException:
                 yield f"{text}: cannot be read; {_how_to_write(text)}"
         groups = [*self.loader.list_groups(""), *(f"hydra/{name}" for name in self.loader.list_groups("hydra"))]
@@ -215,7 +215,7 @@ def _every_value_once(overrides: list[str], loader: ConfigLoader) -> list[list[s
     values = []
     for text in overrides:
         try:
-            override = _parse(text, loader)
+            override = parse(text, loader)
         except HydraException:
             values.append([text])
             continue
@@ -268,14 +268,8 @@ def _first_line(error: Exception) -> str:
     return lines[0].removeprefix("UserError raised while resolving interpolation: ") if lines else type(error).__name__
 
 
-def _parse(override: str, loader: ConfigLoader | None = None) -> Override:
-    """Raises HydraException. `loader` lets `glob(…)` list the options of a group."""
-    return OverridesParser.create(loader).parse_overrides([override])[0]
-
-
 def _how_to_write(override: str) -> str:
     key, equals, value = override.partition("=")
     if not equals or not value:
         return "write KEY=VALUE"
-    meant = value.replace("'", "\\'")
-    return f"if the value is a text, quote it: \"{key}='{meant}'\""
+    return f'if the value is a text, quote it: "{key}={quoted(value)}"'

@@ -79,7 +79,7 @@ def open_standard_streams() -> None:
         sys.stdout = sys.__stdout__ = open(1, "w", closefd=False)  # noqa: SIM115
     if sys.stderr is None:
         sys.stderr = sys.__stderr__ = open(2, "w", closefd=False)  # noqa: SIM115
-    elif sys.stderr is sys.__stderr__:
+    elif sys.stderr is sys.__stderr__ and not isinstance(sys.stderr, _Lossy):
         encoding = sys.stderr.encoding
         buffer = sys.stderr.detach()
         sys.stderr = sys.__stderr__ = _Lossy(buffer, encoding, "backslashreplace", line_buffering=True)

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import yaml
 from hydra.core.config_store import ConfigStore
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
 
 from est_cli.commands.run_directory import CONFIG
+from est_cli.commands.typed_text import parse
 from est_cli.errors import UserError
 
 _OF_THE_CALL = ("run_id", "format")
@@ -55,7 +55,7 @@ def typed_keys(overrides: list[str]) -> Iterator[str]:
     """The key of every override, in order; what cannot be parsed is told when the config is composed."""
     for text in overrides:
         with contextlib.suppress(HydraException):
-            yield OverridesParser.create().parse_override(text).key_or_group.lstrip("+~")
+            yield parse(text).key_or_group.lstrip("+~")
 
 
 def without_call(config: dict) -> dict:

@@ -99,9 +99,7 @@ class RunDirectory:
 
     def _check_writable(self) -> None:
         """Raises UserError where the folder cannot be made, or not be written."""
-        nearest = next(folder for folder in (self.path, *self.path.parents) if folder.exists())
-        if not nearest.is_dir():
-            raise UserError(f"hydra.run.dir={self.path}: cannot be a folder, because {nearest} is a file")
+        nearest = _nearest_folder(self.path, "hydra.run.dir")
         if not os.access(nearest, os.W_OK | os.X_OK):
             raise UserError(f"hydra.run.dir={self.path}: cannot be written, because {nearest} may not be")
 
@@ -168,15 +166,21 @@ class RunDirectory:
 
 def make_folder(path: Path, key: str) -> None:
     """Raises UserError, naming the key that decides the path, where the folder cannot be made or written."""
-    nearest = next(folder for folder in (path, *path.parents) if folder.exists())
-    if not nearest.is_dir():
-        raise UserError(f"{key}={path}: cannot be a folder, because {nearest} is a file")
+    _nearest_folder(path, key)
     try:
         path.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path):
             pass
     except OSError as error:
         raise UserError(f"{key}={path}: cannot be written ({error.strerror})") from error
+
+
+def _nearest_folder(path: Path, key: str) -> Path:
+    """`path`, or the closest folder above it that exists. Raises UserError where that is a file."""
+    nearest = next(folder for folder in (path, *path.parents) if folder.exists())
+    if not nearest.is_dir():
+        raise UserError(f"{key}={path}: cannot be a folder, because {nearest} is a file")
+    return nearest
 
 
 def write_whole(path: Path, text: str) -> None:

@@ -36,6 +36,7 @@ from est_cli.commands.comparison import (
 from est_cli.commands.composition import Composer
 from est_cli.commands.run_directory import RunDirectory, make_folder, program
 from est_cli.commands.stopping import STOP_SIGNALS
+from est_cli.commands.typed_text import quoted
 from est_cli.errors import RunFailed, UserError
 from est_cli.plugins import require_package
 
@@ -266,7 +267,3 @@ def _safe(text: str) -> str:
 
 def _digest(parts: list[str]) -> str:
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:8]
-
-
-def quoted(text: str) -> str:
-    return "'" + text.replace("'", r"\'") + "'"

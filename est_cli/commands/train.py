@@ -19,6 +19,7 @@ from est_cli.commands.rerun import typed_keys
 from est_cli.commands.run import Prepared, execute, stop_request
 from est_cli.commands.run_directory import RunDirectory, continue_command, make_folder
 from est_cli.commands.stopping import quit_until_training_begins
+from est_cli.commands.typed_text import quoted
 from est_cli.config import TrainConfig, read_train_config
 from est_cli.errors import RunFailed, UserError
 
@@ -185,7 +186,7 @@ def _job_of_ranks(node: DictConfig, count: int, group: str, directory: RunDirect
 
     flags = vars(entry.read_arguments(trains=True))
     kept = [f"--{name.replace('_', '-')}={flags[name]}" for name in _COMPOSING_FLAGS if flags[name] is not None]
-    folder, group = (sweep.quoted(text) for text in (str(directory.path), group))
+    folder, group = (quoted(text) for text in (str(directory.path), group))
     paths = [override for override in node.overrides.hydra if override.startswith("hydra.searchpath=")]
     overrides = [*paths, *node.overrides.task, f"++logger.group={group}", "hydra.mode=RUN", f"hydra.run.dir={folder}"]
     job = json.dumps({"label": directory.path.name, "command": call.command})

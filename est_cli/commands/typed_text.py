@@ -8,8 +8,9 @@ import typing
 from collections.abc import Iterator
 from typing import Any
 
+from hydra.core.config_loader import ConfigLoader
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Quote, QuotedString
+from hydra.core.override_parser.types import Override, Quote, QuotedString
 from hydra.errors import HydraException
 
 from est_cli.config import TrainConfig
@@ -21,6 +22,11 @@ _NEVER_NULL = ("name", "run_id")
 
 _WORD = re.compile(r"""(?:'(?:\\.|[^'\\])*'|"(?:\\.|[^"\\])*"|\$\{[^}]*\}|[^\s,\[\]()'"])[^,\[\]()'"]*""")
 """A bare or quoted element of a list or a sweep."""
+
+
+def parse(override: str, loader: ConfigLoader | None = None) -> Override:
+    """Raises HydraException. `loader` lets `glob(…)` list the options of a group."""
+    return OverridesParser.create(loader).parse_overrides([override])[0]
 
 
 @functools.cache
@@ -59,7 +65,7 @@ def quoted(text: str) -> str:
 
 def _quoted_word(key: str, word: str) -> str:
     try:
-        value = OverridesParser.create().parse_override(f"{key}={word}").value()
+        value = parse(f"{key}={word}").value()
     except HydraException:
         return quoted(word)
     is_text = not isinstance(value, int | float) and (value is not None or key not in _NEVER_NULL)
@@ -68,7 +74,7 @@ def _quoted_word(key: str, word: str) -> str:
 
 def _reads(override: str) -> bool:
     try:
-        OverridesParser.create().parse_override(override)
+        parse(override)
     except HydraException:
         return False
     return True
