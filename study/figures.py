@@ -10,7 +10,7 @@ from matplotlib.ticker import FixedLocator
 from est_cli.reports import palette
 from est_cli.reports.figures import report_style
 from est_cli.reports.frontier import Frontier
-from study.grid import ARMS, FULL, LEARNING_RATES, SEEDS, SIZES, SMALL, WINNER, runs_with
+from study.grid import ARMS, FULL, LEARNING_RATES, SEEDS, SIZES, SMALL, WARMUP, WINNER, runs_with
 from study.records import Records
 from study.results import frontier_of, headline, screened
 from study.tables import losses_by_rate
@@ -42,7 +42,7 @@ def _learning_rates(records: Records) -> Panels:
 def _headline(records: Records) -> Panels:
     for size in SIZES:
         results = {arm: result for arm, result in headline(records, size).items() if np.isfinite(result.share)}
-        frontiers = [frontier_of(records, size, seed) for seed in SEEDS]
+        frontiers = [frontier_of(records, size, seed, warmup=WARMUP[size]) for seed in SEEDS]
         full = Frontier.mean([frontier for frontier in frontiers if len(frontier.loss)])
 
         def draw(ax: Axes, size=size, results=results, full=full) -> None:

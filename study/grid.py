@@ -13,16 +13,34 @@ SIZES = {
     LARGE: (12, 64, 3100),
 }
 """Layers, width, and the optimizer steps of 2,048 tokens that make 10 tokens a parameter."""
+SHORT = 100
+"""Optimizer steps of warmup in conf/experiment/study/base.yaml, with which the screens ran."""
+WARMUP = {SMALL: 400, LARGE: 600}
+"""Optimizer steps of warmup at the size's own length that the headline has; shorter and longer runs scale them."""
 LEARNING_RATES = ("1e-3", "2e-3", "4e-3", "8e-3", "16e-3")
 SEEDS = (0, 1, 2, 3, 4)
 FULL, WINNER, LATEST = "full", "doubling", "stack-2-4-latest"
 """LATEST spends least of what was screened, and is tried where there is more text."""
 LARGE_SCREENS = ("doubling-0.5-0.75", "doubling-0.6-0.8", "doubling-for-0.8")
+TUNED = (
+    (FULL, SMALL, "4e-3", 400),
+    (FULL, SMALL, "4e-3", 800),
+    (FULL, SMALL, "8e-3", 400),
+    (WINNER, SMALL, "8e-3", 400),
+    (WINNER, SMALL, "8e-3", 800),
+    (WINNER, SMALL, "4e-3", 400),
+    (WINNER, SMALL, "16e-3", 400),
+    (FULL, LARGE, "2e-3", 600),
+    (FULL, LARGE, "4e-3", 600),
+    (WINNER, LARGE, "8e-3", 600),
+)
+"""Arm, size, learning rate and warmup of the runs that tuned the two together."""
 SHORTER = (0.5,)
 """The full model for fewer steps, with a decay of its own: what every schedule is held against at equal FLOPs."""
 GROUPS = {
-    "lr": "learning rates: one seed, every arm over the same grid",
-    "headline": "headline: the full model and the best schedules, paired seeds",
+    "lr": "learning rates and warmup: one seed",
+    "headline": "headline: the full model and the best schedule, paired seeds",
+    "short": f"the same with {SHORT} steps of warmup",
     "length": "fewer and more tokens a parameter",
     "length-lr": "the full model's learning rate at 20 tokens a parameter",
     "screen": "screens: one seed",
@@ -102,7 +120,6 @@ ARMS = {
     for arm in (
         _full(),
         *map(_full, SHORTER),
-        _baseline("warmup", "warmup four times as long", "optimizer.warmup=400"),
         _baseline("decay-0.03", "weight decay 0.03", "optimizer.weight_decay=0.03"),
         _baseline("decay-0.3", "weight decay 0.3", "optimizer.weight_decay=0.3"),
         _baseline("init", "GPT-2's initialisation", "model.init=gpt2"),
@@ -125,18 +142,17 @@ ARMS = {
         _doubling((0.5, 0.75)),
         _doubling((0.6, 0.8)),
         _doubling((0.4, 0.7), 0.8),
-        Arm(
-            f"{WINNER}-warmup",
-            "a quarter of the layers until 0.4, half until 0.7, warmup four times as long",
-            (f"scheduler={WINNER}", "optimizer.warmup=400"),
-            "8e-3",
-        ),
         _schedule("raptr", "RAPTR", "scheduler=raptr"),
         _schedule("layer_drop", "layer dropping by depth", "scheduler=layer_drop"),
         _schedule("est", "EST, the paper's schedule", "scheduler=three_stage"),
         _schedule("est-0.75", "EST, rates 0.75", "scheduler=three_quarters"),
     )
 }
+
+
+def is_baseline(arm: Arm) -> bool:
+    """Whether it is the full model with one setting changed."""
+    return arm.is_full and arm.name not in (FULL, *(f"{FULL}-{length:g}" for length in SHORTER))
 
 
 @dataclass(frozen=True)
@@ -150,20 +166,32 @@ class Run:
     lr: str
     steps: int
     seed: int
+    warmup: int = SHORT
+    """In optimizer steps at the size's own length; SHORT is SHORT at any length."""
 
     @property
     def overrides(self) -> tuple[str, ...]:
         layers, width, _ = SIZES[self.size]
         model = (f"model.n_layers={layers}", f"model.d_model={width}")
         size = (f"trainer.max_steps={self.steps}", f"optimizer.lr={self.lr}", f"seed={self.seed}")
-        return (*model, *size, *self.arm.overrides, f"name={self.arm.name}")
+        scaled = round(self.warmup * self.steps / SIZES[self.size][2])
+        warmup = (f"optimizer.warmup={scaled}",) if self.warmup != SHORT else ()
+        return (*model, *size, *self.arm.overrides, *warmup, f"name={self.arm.name}")
 
 
-def run_of(group: str, arm: Arm, size: str = SMALL, lr: str | None = None, seed: int = 0, length: float = 1.0) -> Run:
+def run_of(
+    group: str,
+    arm: Arm,
+    size: str = SMALL,
+    lr: str | None = None,
+    seed: int = 0,
+    length: float = 1.0,
+    warmup: int = SHORT,
+) -> Run:
     """`length` is in the size's own steps, 10 tokens a parameter."""
     lr, steps = lr or arm.lr_at(size), round(SIZES[size][2] * length * arm.length)
-    parts = [size, arm.name, lr, *([f"x{length:g}"] if length != 1 else []), f"seed{seed}"]
-    return Run("-".join(parts), group, arm, size, lr, steps, seed)
+    tags = [*([f"x{length:g}"] if length != 1 else []), *([f"w{warmup}"] if warmup != SHORT else [])]
+    return Run("-".join([size, arm.name, lr, *tags, f"seed{seed}"]), group, arm, size, lr, steps, seed, warmup)
 
 
 def grid() -> list[Run]:
@@ -171,9 +199,11 @@ def grid() -> list[Run]:
     headline = [FULL, WINNER, *(f"{FULL}-{length:g}" for length in SHORTER)]
 
     def seeds(size: str, *numbers: int) -> list[Run]:
-        return [run_of("headline", ARMS[name], size, seed=seed) for seed in numbers for name in headline]
+        return [run_of("headline", ARMS[name], size, seed=n, warmup=WARMUP[size]) for n in numbers for name in headline]
 
-    first, second, *later = SEEDS
+    def short(size: str, *numbers: int) -> list[Run]:
+        return [run_of("short", ARMS[name], size, seed=n) for n in numbers for name in headline]
+
     # Around the best one: the full model wants a lower rate than what grows.
     rates = [run_of("lr", ARMS[FULL], lr=lr) for lr in LEARNING_RATES[1:4]]
     rates += [run_of("lr", ARMS[name], lr=lr) for name in (WINNER, "stack-2-at-0.5") for lr in LEARNING_RATES[2:]]
@@ -181,22 +211,26 @@ def grid() -> list[Run]:
     rates += [run_of("lr", ARMS[FULL], LARGE, lr=lr) for lr in LEARNING_RATES[:3]]
     rates += [run_of("lr", ARMS[f"{FULL}-{SHORTER[0]:g}"], LARGE, lr=lr) for lr in LEARNING_RATES[1:3]]
     rates += [run_of("lr", ARMS[WINNER], LARGE, lr=lr) for lr in LEARNING_RATES[2:4]]
+    warmups = [run_of("lr", ARMS[name], size, lr, warmup=warmup) for name, size, lr, warmup in TUNED]
+    first, second, *later = SEEDS
     return [
         *seeds(SMALL, first),
+        *(run for run in warmups if run.lr != run.arm.lr_at(run.size) or run.warmup != WARMUP[run.size]),
+        *seeds(LARGE, first),
+        *seeds(SMALL, second, *later),
+        *seeds(LARGE, second, *later),
+        *(run_of("baseline", arm, warmup=WARMUP[SMALL]) for arm in ARMS.values() if is_baseline(arm)),
+        *short(SMALL, first),
         *(run for run in rates if run.lr != run.arm.lr_at(run.size)),
         *(run_of("screen", arm) for name, arm in ARMS.items() if not arm.is_full and WINNER not in name),
         *(run_of("screen", arm, LARGE) for name, arm in ARMS.items() if name in LARGE_SCREENS),
-        *(run_of("baseline", arm) for name, arm in ARMS.items() if arm.is_full and name not in headline),
-        run_of("baseline", ARMS[f"{WINNER}-warmup"]),
         # The full model at its ordinary length is the full model for half of the steps here.
         *(run_of("length", ARMS[name], length=2.0) for name in (FULL, WINNER, LATEST)),
         run_of("length-lr", ARMS[FULL], lr="2e-3", length=2.0),
         *(run_of("length", ARMS[name], length=2.0, seed=second) for name in (FULL, WINNER)),
-        *seeds(SMALL, second),
-        *seeds(LARGE, first),
-        *seeds(SMALL, *later),
-        *seeds(LARGE, second, *later),
         *(run_of("length", ARMS[name], length=0.5) for name in (FULL, WINNER)),
+        *short(SMALL, second, *later),
+        *short(LARGE, *SEEDS),
     ]
 
 

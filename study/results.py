@@ -11,7 +11,7 @@ from est_cli.config import read_train_config
 from est_cli.reports.frontier import Frontier
 from est_cli.reports.records import RunRecord
 from est_cli.subnet.memory import count_parameters
-from study.grid import ARMS, FULL, SEEDS, SHORTER, SIZES, WINNER, Arm, Run, runs_with
+from study.grid import ARMS, FULL, SEEDS, SHORT, SHORTER, SIZES, WARMUP, WINNER, Arm, Run, runs_with
 from study.records import Records
 
 Seeds = dict[int, RunRecord]
@@ -59,10 +59,10 @@ def compare(runs: Seeds, full: Seeds, frontiers: dict[int, Frontier], step_s: li
 
 def result_of(records: Records, runs: list[Run]) -> Result:
     """Of `runs`, which are the seeds of one arm at one size and number of steps."""
-    group, arm, size, steps = runs[0].group, runs[0].arm, runs[0].size, runs[0].steps
-    same_tokens = {"group": "length", "steps": steps} if group == "length" else {"group": "headline"}
-    own_steps = round(SIZES[size][2] * arm.length)
-    frontiers = {seed: frontier_of(records, size, seed, steps / own_steps) for seed in SEEDS}
+    first, arm, size = runs[0], runs[0].arm, runs[0].size
+    factor = first.steps / round(SIZES[size][2] * arm.length)
+    same_tokens = {"steps": round(SIZES[size][2] * factor), "lr": ARMS[FULL].lr_at(size), "warmup": first.warmup}
+    frontiers = {seed: frontier_of(records, size, seed, factor, first.warmup) for seed in SEEDS}
     return compare(
         _by_seed(records, runs),
         _by_seed(records, runs_with(size=size, arm=ARMS[FULL], **same_tokens)),
@@ -71,15 +71,15 @@ def result_of(records: Records, runs: list[Run]) -> Result:
     )
 
 
-def headline(records: Records, size: str) -> dict[Arm, Result]:
-    """The arms of the headline."""
-    arms = dict.fromkeys(run.arm for run in runs_with(group="headline", size=size))
-    return {arm: result_of(records, runs_with(group="headline", size=size, arm=arm)) for arm in arms}
+def headline(records: Records, size: str, group: str = "headline") -> dict[Arm, Result]:
+    """The arms of the headline; group "short" is the same with less warmup."""
+    arms = dict.fromkeys(run.arm for run in runs_with(group=group, size=size))
+    return {arm: result_of(records, runs_with(group=group, size=size, arm=arm)) for arm in arms}
 
 
-def at_first_seed(arm: Arm, size: str) -> list[Run]:
+def at_first_seed(arm: Arm, size: str, warmup: int = SHORT) -> list[Run]:
     """The runs of an arm at one seed and its full length: one for every learning rate that is asked for."""
-    runs = runs_with(arm=arm, size=size, seed=SEEDS[0])
+    runs = runs_with(arm=arm, size=size, seed=SEEDS[0], warmup=warmup)
     return [run for run in runs if run.group not in ("length", "length-lr")]
 
 
@@ -96,9 +96,10 @@ def screened(records: Records, size: str) -> list[tuple[Run, Result]]:
     return sorted(((run, result_of(records, [run])) for run in best), key=rank)
 
 
-def frontier_of(records: Records, size: str, seed: int, factor: float = 1.0) -> Frontier:
-    """The full model of one seed for `factor` times the lengths of the headline; empty where one of them is missing."""
-    full = [run for group in ("headline", "length") for run in runs_with(group=group, size=size, seed=seed)]
+def frontier_of(records: Records, size: str, seed: int, factor: float = 1.0, warmup: int = SHORT) -> Frontier:
+    """The full model of one seed for `factor` times the lengths of the headline; empty if one of them is missing."""
+    groups = ("headline", "short", "length")
+    full = [run for group in groups for run in runs_with(group=group, size=size, seed=seed, warmup=warmup)]
     by_steps = {run.steps: run for run in full if run.arm.is_full and run in records}
     asked = [round(SIZES[size][2] * factor * length) for length in (1.0, *SHORTER)]
     done = records.of([by_steps[steps] for steps in asked if steps in by_steps])
@@ -118,25 +119,35 @@ def parameters(run: RunRecord) -> int:
 def headline_json(records: Records) -> dict[str, Any]:
     """The winner in numbers. Those at the top are of the size that most seeds are done of, the larger one if equal."""
     winner = ARMS[WINNER]
-    sizes = [_size_json(size, result) for size, _, result in winners(records) if result.same_tokens]
-    main = max(reversed(sizes), key=lambda entry: entry["seeds"], default={})
-    keys = ("size", "seeds", "difference", "spread", "saved", "saved_at_equal_loss", "at_least", "seconds_saved")
+    sizes = [_size_json(run, result) for run, result in winners(records) if result.same_tokens]
+    tuned = [entry for entry in sizes if entry["warmup"] == WARMUP[entry["size"]]]
+    main = max(reversed(tuned or sizes), key=lambda entry: entry["seeds"], default={})
+    keys = (
+        "size",
+        "warmup",
+        "seeds",
+        "difference",
+        "spread",
+        "saved",
+        "saved_at_equal_loss",
+        "at_least",
+        "seconds_saved",
+    )
     said = {"schedule": winner.says, "overrides": list(winner.overrides)}
     return {**said, **{key: main.get(key) for key in keys}, "sizes": sizes}
 
 
-def winners(records: Records) -> list[tuple[str, int, Result]]:
-    """Size, steps and result of the winner, for the headline's length and then for others."""
-    found: dict[tuple[str, int], list[Run]] = {}
-    for size in SIZES:
-        for group in ("headline", "length"):
-            for run in runs_with(group=group, size=size, arm=ARMS[WINNER]):
-                found.setdefault((size, run.steps), []).append(run)
-    return [(size, steps, result_of(records, runs)) for (size, steps), runs in found.items()]
+def winners(records: Records) -> list[tuple[Run, Result]]:
+    """The first run and the result of the winner at every size and length, with the headline's warmup and with less."""
+    found: dict[tuple[str, int, int], list[Run]] = {}
+    for group in ("headline", "short", "length"):
+        for run in runs_with(group=group, arm=ARMS[WINNER]):
+            found.setdefault((run.size, run.steps, run.warmup), []).append(run)
+    return [(runs[0], result_of(records, runs)) for runs in found.values()]
 
 
-def _size_json(size: str, result: Result) -> dict[str, Any]:
-    layers, width, _ = SIZES[size]
+def _size_json(first: Run, result: Result) -> dict[str, Any]:
+    layers, width, _ = SIZES[first.size]
     run, differences = next(iter(result.runs.values())), result.same_tokens
     n_parameters, tokens = parameters(run), int(run.outcome["tokens"])
     numbers = {
@@ -148,7 +159,14 @@ def _size_json(size: str, result: Result) -> dict[str, Any]:
         "seconds_saved": result.seconds_saved,
     }
     return {
-        **{"size": size, "n_layers": layers, "d_model": width, "params": n_parameters, "tokens": tokens},
+        **{
+            "size": first.size,
+            "warmup": first.warmup,
+            "n_layers": layers,
+            "d_model": width,
+            "params": n_parameters,
+            "tokens": tokens,
+        },
         **{key: round(float(value), 6) if math.isfinite(value) else None for key, value in numbers.items()},
         **{"at_least": result.at_least, "seeds": len(differences)},
     }

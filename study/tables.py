@@ -9,7 +9,7 @@ from est_cli.reports.frontier import Frontier
 from est_cli.reports.records import RunRecord
 from est_cli.units import format_count, format_percent
 from study import training
-from study.grid import ARMS, FULL, GROUPS, LEARNING_RATES, SEEDS, SIZES, SMALL, WINNER, runs_with
+from study.grid import ARMS, FULL, GROUPS, LEARNING_RATES, SEEDS, SHORT, SIZES, SMALL, WINNER, runs_with
 from study.records import ROOT, Records
 from study.results import (
     Result,
@@ -39,24 +39,25 @@ _AGAINST = ("loss", "less full, same tokens", "less full, same FLOPs", "FLOPs sa
 
 def headline_table(records: Records) -> str:
     rows = []
-    for size in SIZES:
-        for arm, result in headline(records, size).items():
-            asked = len(runs_with(group="headline", size=size, arm=arm))
+    for size, group in ((size, group) for group in ("headline", "short") for size in SIZES):
+        for arm, result in headline(records, size, group).items():
+            runs = runs_with(group=group, size=size, arm=arm)
             cells = [_number(result.share, "{:.3f}"), *_against(result)] if result.losses else ["", MISSING, *[""] * 4]
             if arm.is_full and result.losses:
                 # Against itself there is nothing to say.
                 cells[2 if arm.name == FULL else 3 :] = ["-"] * (4 if arm.name == FULL else 3)
-            rows.append((size, arm.says, f"{len(result.losses)} of {asked}", *cells))
-    return _table(("size", "schedule", "seeds", "FLOPs", *_AGAINST), rows)
+            rows.append((size, runs[0].warmup, arm.says, f"{len(result.losses)} of {len(runs)}", *cells))
+    return _table(("size", "warmup", "schedule", "seeds", "FLOPs", *_AGAINST), rows)
 
 
 def headline_says(records: Records) -> str:
-    """The winner, a paragraph for every size and length."""
+    """The winner, a paragraph for every size."""
     said = []
-    for size, steps, result in winners(records):
+    for run, result in winners(records):
+        if run.group != "headline":
+            continue
         if not result.same_tokens:
-            if steps == SIZES[size][2]:
-                said.append(f"**{_sized(records, size, steps)}**: {MISSING}.")
+            said.append(f"**{_sized(records, run.size, run.steps)}**: {MISSING}.")
             continue
         n, mean = len(result.same_tokens), float(np.mean(result.same_tokens))
         unclear = n > 1 and abs(mean) <= 2 * np.std(result.same_tokens, ddof=1) / math.sqrt(n)
@@ -66,9 +67,9 @@ def headline_says(records: Records) -> str:
             f"{s} of the {what}" for s, what in zip(shares, ("FLOPs", "seconds"), strict=True) if s != "-"
         )
         said.append(
-            f"**{_sized(records, size, steps)}**: {ARMS[WINNER].says}. It spends {_percent(1 - result.share)} fewer "
-            f"FLOPs than the full model for the same tokens. Its loss less the full model's is {same_tokens} for the "
-            f"same tokens ({facts}), and {same_flops} for the same FLOPs. Saved at equal loss: {saved or '-'}."
+            f"**{_sized(records, run.size, run.steps)}**: {ARMS[WINNER].says}. It spends {_percent(1 - result.share)} "
+            f"fewer FLOPs than the full model for the same tokens. Its loss less the full model's is {same_tokens} for "
+            f"the same tokens ({facts}), and {same_flops} for the same FLOPs. Saved at equal loss: {saved or '-'}."
         )
     return "\n\n".join(said)
 
@@ -76,27 +77,27 @@ def headline_says(records: Records) -> str:
 def learning_rates(records: Records) -> str:
     """Loss at one seed of every arm that was tried at several rates; which best rates are not settled."""
     rows, edges, once = [], [], []
-    for size in SIZES:
-        for arm in ARMS.values():
-            asked = {run.lr: run for run in at_first_seed(arm, size)}
-            losses = losses_by_rate(records, arm.name, size)
-            best = min(losses, key=losses.get, default=None)
-            if len(asked) > 1:
-                shown = dict.fromkeys(asked, MISSING) | {lr: f"{loss:.4f}" for lr, loss in losses.items()}
-                shown |= {best: f"**{shown[best]}**"} if losses else {}
-                rows.append((size, arm.says, *(shown.get(lr, "") for lr in LEARNING_RATES)))
-            if len(losses) == 1:
-                once.append(f"{arm.says} ({size}, {float(best):g})")
-            elif losses and best in (min(losses, key=float), max(losses, key=float)):
-                edges.append(f"{arm.says} ({size}, {float(best):g})")
-    table = _table(("size", "schedule", *(f"{float(lr):g}" for lr in LEARNING_RATES)), rows)
+    warmups = {size: sorted({run.warmup for run in runs_with(size=size)}) for size in SIZES}
+    for size, arm, warmup in ((s, arm, w) for s in SIZES for arm in ARMS.values() for w in warmups[s]):
+        asked = {run.lr: run for run in at_first_seed(arm, size, warmup)}
+        losses = losses_by_rate(records, arm.name, size, warmup)
+        best = min(losses, key=losses.get, default=None)
+        if len(asked) > 1 or (asked and warmup != SHORT and arm.name in (FULL, WINNER)):
+            shown = dict.fromkeys(asked, MISSING) | {lr: f"{loss:.4f}" for lr, loss in losses.items()}
+            shown |= {best: f"**{shown[best]}**"} if losses else {}
+            rows.append((size, arm.says, warmup, *(shown.get(lr, "") for lr in LEARNING_RATES)))
+        if len(losses) == 1 and warmup == SHORT:
+            once.append(f"{arm.says} ({size}, {float(best):g})")
+        elif len(losses) > 1 and best in (min(losses, key=float), max(losses, key=float)):
+            edges.append(f"{arm.says} ({size}, warmup {warmup}, {float(best):g})")
+    table = _table(("size", "schedule", "warmup", *(f"{float(lr):g}" for lr in LEARNING_RATES)), rows)
     said = f"Best at an edge of the rates that were tried: {_listed(edges)}. Run at one rate only: {_listed(once)}."
     return f"{table}\n\n{said}"
 
 
-def losses_by_rate(records: Records, arm: str, size: str = SMALL) -> dict[str, float]:
+def losses_by_rate(records: Records, arm: str, size: str = SMALL, warmup: int = SHORT) -> dict[str, float]:
     """Final losses of the arm at one seed by learning rate, ascending."""
-    runs = sorted(at_first_seed(ARMS[arm], size), key=lambda run: float(run.lr))
+    runs = sorted(at_first_seed(ARMS[arm], size, warmup), key=lambda run: float(run.lr))
     return {run.lr: _losses(records.of([run]))[0] for run in runs if run in records}
 
 
@@ -132,7 +133,7 @@ def lengths(records: Records) -> str:
     """The full model and the winner after fewer and more tokens."""
     rows = []
     for size, (_, _, own_steps) in SIZES.items():
-        runs = [run for group in ("headline", "length") for run in runs_with(group=group, size=size, arm=ARMS[WINNER])]
+        runs = [run for group in ("short", "length") for run in runs_with(group=group, size=size, arm=ARMS[WINNER])]
         for steps in sorted({run.steps for run in runs}):
             seeds = [run for run in runs if run.steps == steps]
             result = result_of(records, seeds)

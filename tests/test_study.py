@@ -27,12 +27,12 @@ from study.grid import (
     SHORTER,
     SIZES,
     SMALL,
+    WARMUP,
     WINNER,
     Arm,
     Run,
     grid,
     matching,
-    run_of,
     runs_with,
 )
 from study.records import ROOT, Records
@@ -94,10 +94,10 @@ def test_the_document_shows_every_table_and_figure():
 
 
 def test_every_arm_has_its_best_learning_rate_or_one_that_is_as_good():
-    for size in SIZES:
+    for size, warmup in {(run.size, run.warmup) for run in grid()}:
         for arm in ARMS.values():
-            losses = tables.losses_by_rate(COMMITTED, arm.name, size)
-            if 1 < len(losses) == len(at_first_seed(arm, size)):
+            losses = tables.losses_by_rate(COMMITTED, arm.name, size, warmup)
+            if 1 < len(losses) == len(at_first_seed(arm, size, warmup)):
                 assert losses[arm.lr_at(size)] <= min(losses.values()) + 0.001
 
 
@@ -143,9 +143,9 @@ def make_up(records: Records, runs: list[Run], losses: Losses = full_and_winner)
         (records.folder / f"{run.name}.json").write_text(json.dumps(content))
 
 
-def headline_runs(*seeds: int, size: str = SMALL) -> list[Run]:
+def headline_runs(*seeds: int, size: str = SMALL, group: str = "headline") -> list[Run]:
     names = (FULL, WINNER, *(f"{FULL}-{length:g}" for length in SHORTER))
-    runs = runs_with(group="headline", size=size)
+    runs = runs_with(group=group, size=size)
     return [run for run in runs if run.seed in seeds and run.arm.name in names]
 
 
@@ -155,37 +155,39 @@ def row(table: str, *first: str) -> list[str]:
     return [cell.strip() for cell in line.strip("|").split("|")][len(first) :]
 
 
-SAYS = ARMS[WINNER].says
+SAYS, TUNED = ARMS[WINNER].says, str(WARMUP[SMALL])
 ASKED = len(runs_with(group="headline", size=SMALL, arm=ARMS[WINNER]))
 
 
 def test_a_schedule_is_held_against_the_full_model_for_the_same_tokens_and_for_the_same_flops(records):
     make_up(records, headline_runs(0))
     same_tokens, same_flops = full_loss(0.8) - 2.0, full_loss(0.6) - full_loss(0.8)
-    cells = row(tables.headline_table(records), SMALL, SAYS)
+    cells = row(tables.headline_table(records), SMALL, TUNED, SAYS)
     assert cells[:2] == [f"1 of {ASKED}", "0.600"]
     assert cells[2:] == [f"{full_loss(0.8):.4f}", f"+{same_tokens:.4f}", f"−{same_flops:.4f}", "25.0%", "-"]
-    assert row(tables.headline_table(records), SMALL, "full model")[3:] == ["-"] * 4
+    assert row(tables.headline_table(records), SMALL, TUNED, "full model")[3:] == ["-"] * 4
 
 
 def test_seeds_are_paired_with_the_full_model_of_their_own(records):
     make_up(records, headline_runs(0, 1))
-    cells = row(tables.headline_table(records), SMALL, SAYS)
+    cells = row(tables.headline_table(records), SMALL, TUNED, SAYS)
     assert cells[2] == f"{full_loss(0.8) + 0.05:.4f} ± 0.0707"
     assert cells[3:6] == ["+0.0322 ± 0.0000", "−0.0415 ± 0.0000", "25.0%"]
     shorter = next(run for run in headline_runs(1) if run.arm.is_full and run.arm.length < 1)
     del records.contents[shorter.name]
-    assert row(tables.headline_table(records), SMALL, SAYS)[4] == "−0.0415 (1 of 2)", "a length of seed 1 is missing"
+    assert row(tables.headline_table(records), SMALL, TUNED, SAYS)[4] == "−0.0415 (1 of 2)", (
+        "a length of seed 1 is missing"
+    )
 
 
 def test_better_than_the_whole_full_run_saves_at_least_what_it_spends_less(records):
     make_up(records, headline_runs(0), lambda run: full_and_winner(run, loss=1.9))
-    assert row(tables.headline_table(records), SMALL, SAYS)[5] == "at least 40.0%"
+    assert row(tables.headline_table(records), SMALL, TUNED, SAYS)[5] == "at least 40.0%"
 
 
 def test_outside_of_what_the_full_model_was_measured_on_there_is_no_verdict(records):
     make_up(records, headline_runs(0), lambda run: full_and_winner(run, share=0.01, loss=3.0))
-    assert row(tables.headline_table(records), SMALL, SAYS)[3:6] == ["+1.0000", "-", "-"]
+    assert row(tables.headline_table(records), SMALL, TUNED, SAYS)[3:6] == ["+1.0000", "-", "-"]
 
 
 def test_seconds_are_steps_times_measured_step_times(records):
@@ -193,7 +195,7 @@ def test_seconds_are_steps_times_measured_step_times(records):
     times = {"cpu": "a CPU", "torch": "2", "threads": 1, SMALL: {WINNER: [0.1, 0.4]}}
     (records.folder.parent / "times.json").write_text(json.dumps(times))
     # A quarter and one of a full step's time in a half each, of 0.8 of the full run's.
-    assert row(tables.headline_table(records), SMALL, SAYS)[6] == f"{100 * (1 - 0.625 / 0.8):.1f}%"
+    assert row(tables.headline_table(records), SMALL, TUNED, SAYS)[6] == f"{100 * (1 - 0.625 / 0.8):.1f}%"
     assert "timed on a CPU, torch 2" in tables.origins(records)
 
 
@@ -206,7 +208,7 @@ def test_the_headline_in_words(records):
 
 
 def test_what_is_missing_is_said(records):
-    assert row(tables.headline_table(records), SMALL, SAYS)[:3] == [f"0 of {ASKED}", "", "not yet run"]
+    assert row(tables.headline_table(records), SMALL, TUNED, SAYS)[:3] == [f"0 of {ASKED}", "", "not yet run"]
     assert "not yet run" in tables.headline_says(records)
     assert f"{SAYS} ({SMALL})" in tables.screens(records).partition("Not yet run: ")[2]
     assert "not yet run" in tables.lengths(records)
@@ -222,15 +224,15 @@ def test_the_best_learning_rate_is_bold_and_one_at_an_edge_is_named(records):
     make_up(records, runs, lambda run: (0.6, 2.0 - 0.01 * runs.index(run)))
     text = tables.learning_rates(records)
     best = 2.0 - 0.01 * (len(runs) - 1)
-    assert row(text, SMALL, SAYS)[LEARNING_RATES.index(runs[-1].lr)] == f"**{best:.4f}**"
-    assert f"at an edge of the rates that were tried: {SAYS} ({SMALL}, {float(runs[-1].lr):g})." in text
+    assert row(text, SMALL, SAYS, "100")[LEARNING_RATES.index(runs[-1].lr)] == f"**{best:.4f}**"
+    assert f"at an edge of the rates that were tried: {SAYS} ({SMALL}, warmup 100, {float(runs[-1].lr):g})." in text
     for run in runs[1:]:
         del records.contents[run.name]
     assert f"at one rate only: {SAYS} ({SMALL}, {float(runs[0].lr):g})." in tables.learning_rates(records)
 
 
 def test_the_baselines_settings_are_held_against_the_full_model(records):
-    plain, *changed = [run_of("headline", ARMS[FULL]), *runs_with(group="baseline")]
+    [plain], changed = runs_with(group="headline", size=SMALL, arm=ARMS[FULL], seed=0), runs_with(group="baseline")
     make_up(records, [plain, changed[0]], lambda run: (1.0, 2.0 if run == plain else 1.9))
     assert row(tables.baseline(records), changed[0].arm.says) == ["1.9000", "−0.1000"]
     assert row(tables.baseline(records), changed[1].arm.says)[0] == tables.MISSING
@@ -240,9 +242,11 @@ def test_screens_have_the_best_rate_of_every_schedule_and_what_saves_most_first(
     screen = next(run for run in grid() if run.group == "screen" and run.size == SMALL and not run.arm.is_full)
     tuned = at_first_seed(ARMS[WINNER], SMALL)
     make_up(
-        records, [*headline_runs(0), *tuned], lambda run: full_and_winner(run, loss=2.1 + 0.01 * (run != tuned[-1]))
+        records,
+        [*headline_runs(0, group="short"), *tuned],
+        lambda run: full_and_winner(run, loss=2.1 + 0.01 * (run != tuned[-1])),
     )
-    full = [run for run in headline_runs(0) if run.arm.is_full]
+    full = [run for run in headline_runs(0, group="short") if run.arm.is_full]
     make_up(records, full)
     make_up(records, [screen], lambda run: (0.6, 2.05))
     text = tables.screens(records)
@@ -253,7 +257,7 @@ def test_screens_have_the_best_rate_of_every_schedule_and_what_saves_most_first(
 
 
 def test_the_winner_by_tokens_a_parameter(records):
-    make_up(records, headline_runs(0))
+    make_up(records, headline_runs(0, group="short"))
     cells = next(line for line in tables.lengths(records).splitlines() if f"{SIZES[SMALL][2]:,}" in line).split(" | ")
     assert cells[3:] == [f"1 of {ASKED}", "2.0000", f"{full_loss(0.8):.4f}", "+0.0322", "40.0%", "25.0% |"]
     assert 9 < float(cells[1]) < 11
@@ -309,7 +313,7 @@ def test_the_frontier_is_linear_in_the_logarithm_of_the_flops_and_knows_its_ends
 
 
 def test_the_same_records_give_the_same_figures_byte_for_byte(records, tmp_path):
-    make_up(records, [*headline_runs(0), *at_first_seed(ARMS[WINNER], SMALL)])
+    make_up(records, [*headline_runs(0), *headline_runs(0, group="short"), *at_first_seed(ARMS[WINNER], SMALL)])
     drawn = [document.draw(records, tmp_path / name) for name in "ab"]
     assert {path.stem for path in drawn[0]} == set(FIGURES)
     for a, b in zip(*drawn, strict=True):
