@@ -14,7 +14,7 @@ from est_cli.config import TrainConfig
 from est_cli.subnet.schedule import Stage
 from est_cli.tracking.panel import Panel
 from est_cli.tracking.summary import of_part
-from est_cli.tracking.tracker import Record, RunInfo
+from est_cli.tracking.tracker import Record, RunInfo, Tracker
 from est_cli.units import format_clock, format_count, format_loss, format_percent
 
 _REFRESHES_PER_SECOND = 2
@@ -23,8 +23,9 @@ _PLAIN_LINE_EVERY_S = 10.0
 
 
 class LastingFile:
-    """A terminal, pipe or log file that may go away (`est-train | head`, a lost ssh session, a full disk): what
-    is written then is dropped, and the run goes on.
+    """A terminal, pipe or log file that may go away: `est-train | head`, a lost ssh session, a full disk.
+
+    From then on, what is written is dropped and the run continues.
     """
 
     def __init__(self, file: TextIO):
@@ -46,21 +47,21 @@ class LastingFile:
         try:
             yield
         except OSError:
-            # Also what is buffered already, and what others write there, has to go somewhere.
+            # What is buffered, and what others write there, must go somewhere too.
             with contextlib.suppress(OSError):
                 os.dup2(os.open(os.devnull, os.O_WRONLY), self._file.fileno())
 
 
 def console_for(format: str) -> Console:
-    """Where people read: standard error when standard output belongs to one JSON object."""
+    """Where people read: standard error if standard output belongs to one JSON object."""
     return Console(file=LastingFile(sys.stderr if format == "json" else sys.stdout))
 
 
-class Display:
-    """The tracker for people. A stage, an evaluation and a message each leave a line above the panel."""
+class Display(Tracker):
+    """The tracker for people. Each stage, evaluation and message leaves a line above the panel."""
 
     def __init__(self, console: Console, live: bool | None = None, label: str | None = None):
-        """`label` begins every line, where several runs share a terminal; none of them then has a panel."""
+        """`label` begins every line if several runs share a terminal, which then has no panel."""
         self.console = console
         self._prefix = "" if label is None else f"{label}  "
         can_be_live = label is None and console.is_interactive and console.file.isatty()
@@ -88,7 +89,7 @@ class Display:
             self.say(self._line(record))
 
     def say(self, message: str) -> None:
-        # Paths must survive narrow windows, and what people named must not be read as markup.
+        # Narrow windows must not break paths, and users' names are not markup.
         self.console.print(self._prefix + message, markup=False, highlight=False, soft_wrap=True)
 
     def finish(self, status: str, summary: dict[str, Any] | None) -> None:
@@ -108,9 +109,8 @@ class Display:
     def _describe(self, stage: Stage, how: str, step: int) -> str:
         rates = ", ".join(_trained(self._run.config, stage)) or "the full model"
         share = self._run.flops_per_step[stage.number - 1] / self._run.full_flops_per_step
-        return f"stage {stage.number} of {len(self._run.stages)}, {how} step {step}: {rates}" + (
-            f" ({100 * share:.0f}% of full FLOPs)" if share < 1 else ""
-        )
+        cost = f" ({100 * share:.0f}% of full FLOPs)" if share < 1 else ""
+        return f"stage {stage.number} of {len(self._run.stages)}, {how} step {step}: {rates}{cost}"
 
     def _line(self, record: Record) -> str:
         done, total = record["step"] + 1, self._run.max_steps
@@ -128,7 +128,7 @@ class Display:
 
 
 def _trained(config: TrainConfig, stage: Stage) -> Iterator[str]:
-    """`the first 4 of 8 layers`, `0.5 of the heads`: what a stage has and samples of the model, where it is not all."""
+    """`the first 4 of 8 layers`, `0.5 of the heads`: what a stage trains of each dimension that is not whole."""
     sizes = stage.grown.sizes(config.model, config.sampling.mlp_block)
     for key, what, rate in (
         ("n_heads", "heads", stage.rates.heads),

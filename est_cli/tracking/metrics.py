@@ -7,39 +7,18 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from est_cli.tracking.tracker import Record, RunInfo
+from est_cli.tracking.tracker import Record, RunInfo, Tracker
 
 try:
-    from orjson import loads  # a million lines in 2 s rather than in 10 s
+    from orjson import loads  # reads a million lines in 2 s instead of 10 s
 except ImportError:
     from json import loads
-
-METRIC_KEYS = (
-    "step",
-    "tokens",
-    "stage",
-    "train/loss",
-    "train/lr",
-    "train/grad_norm",
-    "val/loss",
-    "subnet/heads",
-    "subnet/mlp",
-    "subnet/layers",
-    "flops/step",
-    "flops/total",
-    "flops/full_total",
-    "flops/saved",
-    "flops/saved_blocks",
-    "perf/step_s",
-    "perf/tokens_per_s",
-    "perf/mfu",
-)
 
 METRICS_NAME = "metrics.jsonl"
 
 
-class MetricsFile:
-    """The tracker that writes metrics.jsonl. A resumed run goes on in the same file.
+class MetricsFile(Tracker):
+    """Writes metrics.jsonl. A resumed run continues the same file.
 
     While the disk is full, lines wait in memory and training goes on; `say` tells people once.
     """
@@ -47,7 +26,7 @@ class MetricsFile:
     def __init__(self, say: Callable[[str], None]):
         self._say = say
         self._file: IO[bytes] | None = None
-        self._waiting: list[bytes] = []
+        self._waiting = b""
         self._complained = False
 
     def start(self, run: RunInfo) -> None:
@@ -56,7 +35,7 @@ class MetricsFile:
         self._file = path.open("ab", buffering=0)
 
     def log(self, record: Record) -> None:
-        self._waiting.append(to_line(record))
+        self._waiting += to_line(record)
         try:
             self._write_waiting()
         except OSError as error:
@@ -64,11 +43,8 @@ class MetricsFile:
                 self._say(f"{self._file.name} cannot be written ({error.strerror}): its lines wait in memory")
             self._complained = True
 
-    def say(self, message: str) -> None:
-        pass
-
     def finish(self, status: str, summary: dict[str, Any] | None) -> None:
-        """Raises OSError where lines are still waiting and the disk does not take them."""
+        """Raises OSError if lines are still waiting and the disk does not take them."""
         if self._file is None:
             return
         try:
@@ -82,15 +58,14 @@ class MetricsFile:
             self._file = None
 
     def _write_waiting(self) -> None:
-        lines = b"".join(self._waiting)
-        before = os.fstat(self._file.fileno()).st_size
+        lines, before = self._waiting, os.fstat(self._file.fileno()).st_size
         try:
             while lines:
                 lines = lines[self._file.write(lines) :]
         except OSError:
             os.ftruncate(self._file.fileno(), before)  # a full disk may have taken half a line
             raise
-        self._waiting.clear()
+        self._waiting = b""
 
 
 def to_line(record: Record) -> bytes:
@@ -99,17 +74,17 @@ def to_line(record: Record) -> bytes:
 
 
 def finite(record: Record) -> Record:
-    """The record with null for numbers that are not finite, which JSON does not have."""
+    """The record with None for NaN and infinity, which JSON does not have."""
     return {
         key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in record.items()
     }
 
 
 def truncate(path: Path, before_step: int) -> None:
-    """Cuts everything from the first line that is damaged or of `before_step` or later. No file is no error.
+    """Cuts the file at the first line that is damaged or belongs to `before_step` or later.
 
-    Lines are in the order of their steps, so that this is one system call: a kill leaves the old file or the
-    new one, and a full disk does not get in the way.
+    Lines are in the order of their steps, so this is one system call: a kill leaves the old file or the new one,
+    and a full disk does no harm. Does nothing if there is no file.
     """
     if not path.exists():
         return
@@ -124,9 +99,9 @@ def truncate(path: Path, before_step: int) -> None:
 
 
 def iterate_metrics(path: Path) -> Iterator[dict[str, Any]]:
-    """The records of a metrics.jsonl, one at a time; a last line that was cut short is left out.
+    """The records of a metrics.jsonl, one at a time, without a last line that was cut short.
 
-    Raises ValueError naming the line that is damaged otherwise.
+    Raises ValueError naming any other damaged line.
     """
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):

@@ -10,14 +10,7 @@ from rich.table import Table
 
 from est_cli.subnet.schedule import Stage
 from est_cli.tracking.tracker import Record, RunInfo
-from est_cli.units import (
-    format_clock,
-    format_count,
-    format_flops,
-    format_loss,
-    format_percent,
-    format_step_time,
-)
+from est_cli.units import format_clock, format_count, format_flops, format_loss, format_percent, format_step_time
 
 
 def summarize(
@@ -30,10 +23,10 @@ def summarize(
     peak_memory_bytes: int | None,
     skipped_steps: int = 0,
 ) -> dict[str, Any]:
-    """summary.json of a run that took `steps` optimizer steps, counting those before it was resumed.
+    """summary.json of a run that took `steps` optimizer steps, including those before it was resumed.
 
-    `records` are the whole of metrics.jsonl and are read once; `val_loss` is the last one among them. FLOPs are
-    the stages' own, times their steps, so that steps that were not logged count too.
+    `records` are all of metrics.jsonl and are read once. FLOPs are those of each stage times its steps, so steps
+    that were not logged count too.
     """
     step_s: dict[int, list[float]] = {stage.number: [] for stage in run.stages}
     last: Record = {}
@@ -84,29 +77,21 @@ def _summarize_stage(run: RunInfo, stage: Stage, end: int, step_s: list[float], 
 
 
 def of_part(record: Mapping[str, Any]) -> str:
-    """` (2 of 8 layers)`-like words where a loss is not the full model's; `record` has grown/* where a run grows."""
-    parts = [
-        f"{format_percent(record[f'grown/{unit}'])} of the {what}"
-        for unit, what in (("heads", "heads"), ("mlp", "neurons"), ("layers", "layers"))
-        if record.get(f"grown/{unit}", 1.0) < 1.0
-    ]
+    """` (50.0% of the layers)` if the loss is not the full model's: a run that grows logs grown/*. Else empty."""
+    units = {"grown/heads": "heads", "grown/mlp": "neurons", "grown/layers": "layers"}
+    parts = [f"{format_percent(record[key])} of the {what}" for key, what in units.items() if record.get(key, 1.0) < 1]
     return f" ({', '.join(parts)})" if parts else ""
 
 
 def narrow_table(**options: Any) -> Table:
-    """A rich table without edges, a space between its columns: for a window of 80 columns, or fewer."""
+    """A rich table without edges and with one space between columns, for windows of 80 columns and fewer."""
     return Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0), **options)
 
 
 def stage_table(summary: dict[str, Any]) -> Table:
     """What each stage did and what all of them saved. Readable from 40 columns on."""
-    table = narrow_table(
-        show_footer=True,
-        caption=_totals(summary),
-        caption_justify="left",
-        caption_style="",
-    )
-    # The longest words: what a narrow window may wrap, but not tear apart.
+    table = narrow_table(show_footer=True, caption=_totals(summary), caption_justify="left", caption_style="")
+    # Narrow windows may wrap a cell, but not break its longest word.
     columns = (
         ("stage", "all", 5),
         ("steps", _steps(summary["steps"]), 5),

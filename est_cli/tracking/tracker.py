@@ -1,14 +1,14 @@
-"""What the training loop calls, on rank 0 only, to tell the world about a run."""
+"""What the training loop tells its trackers, on rank 0 only."""
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from est_cli.config import TrainConfig
 from est_cli.subnet.schedule import Stage
 
 Record = dict[str, float | int | None]
-"""One line of metrics.jsonl, in the order of `metrics.METRIC_KEYS`."""
+"""One line of metrics.jsonl."""
 
 
 @dataclass(frozen=True)
@@ -34,12 +34,15 @@ class RunInfo:
         return self.stages[-1].end
 
     def stage_at(self, step: int) -> Stage:
-        """The stage of `step`; the last one where a run was killed after its last step."""
+        """The stage of `step`; the last stage if the run was killed after its last step."""
         return next((stage for stage in self.stages if step < stage.end), self.stages[-1])
 
 
-class Tracker(Protocol):
-    """Listens to a run. No tracker may stop the training for a reason of its own, `MetricsFile` excepted."""
+class Tracker:
+    """Listens to a run. Subclasses override what they need.
+
+    Only `MetricsFile` may stop the training; every other tracker must survive its own failures.
+    """
 
     def start(self, run: RunInfo) -> None:
         """Called before the first step."""
@@ -48,7 +51,7 @@ class Tracker(Protocol):
         """Called after the update of a logged step."""
 
     def say(self, message: str) -> None:
-        """One line for people."""
+        """Called with one line for people."""
 
     def finish(self, status: str, summary: dict[str, Any] | None) -> None:
         """Called once; `status` is done, stopped or failed."""

@@ -1,19 +1,28 @@
-"""The trackers that a configuration asks for."""
+"""The trackers that a configuration asks for, and those that copy metrics.jsonl into another tool's format."""
+
+import csv
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import IO, Any
 
 from est_cli.config import TrainConfig
-from est_cli.tracking.csv_tracker import CsvTracker
+from est_cli.plugins import require_package
 from est_cli.tracking.display import Display, console_for
-from est_cli.tracking.metrics import MetricsFile
-from est_cli.tracking.tensorboard_tracker import TensorBoardTracker
-from est_cli.tracking.tracker import Tracker
+from est_cli.tracking.metrics import METRICS_NAME, MetricsFile, finite, iterate_metrics
+from est_cli.tracking.tracker import Record, RunInfo, Tracker
 from est_cli.tracking.wandb_tracker import WandbTracker
+
+CSV_NAME = "metrics.csv"
+TENSORBOARD_FOLDER = "tensorboard"
+_TENSORBOARD_FLUSH_S = 5
 
 
 def trackers_for(config: TrainConfig, label: str | None = None) -> list[Tracker]:
-    """In the order in which they are to be called: the display last, so that it shows what the others say.
+    """In calling order: metrics.jsonl first, because others read it; the display last, because it shows what they say.
 
-    `label` tells the lines of a run from those of others that print to the same terminal at the same time.
-    Raises UserError where a library that the configuration asks for is not installed.
+    `label` marks this run's lines if several runs print to one terminal.
+    Raises UserError if a library that the configuration needs is not installed.
     """
     display = Display(console_for(config.format), label=label)
     trackers: list[Tracker] = [MetricsFile(display.say)]
@@ -25,3 +34,94 @@ def trackers_for(config: TrainConfig, label: str | None = None) -> list[Tracker]
         case "csv":
             trackers.append(CsvTracker(display.say))
     return [*trackers, display]
+
+
+class FileTracker(Tracker):
+    """A copy of metrics.jsonl in another format. Start it after `MetricsFile`.
+
+    A resumed run writes the copy again from metrics.jsonl, so no step is missing or there twice.
+    """
+
+    def __init__(self, say: Callable[[str], None]):
+        self._say = say
+        self._works = True
+
+    def _open(self, run_dir: Path) -> None:
+        """Begins an empty file."""
+        raise NotImplementedError
+
+    def _write(self, record: Record) -> None:
+        """Adds a record, whose numbers are finite or None."""
+        raise NotImplementedError
+
+    def _close(self) -> None:
+        raise NotImplementedError
+
+    def start(self, run: RunInfo) -> None:
+        self._try(self._open, run.run_dir)
+        for record in iterate_metrics(run.run_dir / METRICS_NAME):
+            self._try(self._write, record)
+
+    def log(self, record: Record) -> None:
+        self._try(self._write, finite(record))
+
+    def finish(self, status: str, summary: dict[str, Any] | None) -> None:
+        self._try(self._close)
+
+    def _try(self, do: Callable[..., None], *arguments: Any) -> None:
+        """A full disk ends this copy, not the training."""
+        if self._works:
+            try:
+                do(*arguments)
+            except OSError as error:
+                self._works = False
+                self._say(f"{type(self).__name__} gives up ({error}); training goes on, {METRICS_NAME} has every step")
+
+
+class CsvTracker(FileTracker):
+    """logger=csv: metrics.csv for spreadsheets and pandas. An empty cell is a null of metrics.jsonl."""
+
+    _file: IO[str]
+
+    def _open(self, run_dir: Path) -> None:
+        self._file = (run_dir / CSV_NAME).open("w", newline="", buffering=1)
+        self._rows: csv.DictWriter | None = None
+
+    def _write(self, record: Record) -> None:
+        if self._rows is None:
+            self._rows = csv.DictWriter(self._file, list(record), lineterminator="\n")
+            self._rows.writeheader()
+        self._rows.writerow(record)
+
+    def _close(self) -> None:
+        self._file.close()
+
+
+class TensorBoardTracker(FileTracker):
+    """logger=tensorboard: an event file with one scalar, a 32-bit float, for each key of metrics.jsonl.
+
+    Raises UserError if tensorboard is not installed.
+    """
+
+    def __init__(self, say: Callable[[str], None]):
+        super().__init__(say)
+        require_package("tensorboard", "logger=tensorboard", "est-cli[tensorboard]", "logger=csv")
+
+    def _open(self, run_dir: Path) -> None:
+        from tensorboard.summary.writer.event_file_writer import EventFileWriter
+
+        folder = run_dir / TENSORBOARD_FOLDER
+        for old in folder.glob("events.out.tfevents.*"):
+            old.unlink()
+        self._events = EventFileWriter(str(folder), flush_secs=_TENSORBOARD_FLUSH_S)
+
+    def _write(self, record: Record) -> None:
+        from tensorboard.compat.proto.event_pb2 import Event
+        from tensorboard.compat.proto.summary_pb2 import Summary
+
+        scalars = {key: value for key, value in record.items() if key != "step" and value is not None}
+        values = [Summary.Value(tag=key, simple_value=value) for key, value in scalars.items()]
+        self._events.add_event(Event(wall_time=time.time(), step=record["step"], summary=Summary(value=values)))
+
+    def _close(self) -> None:
+        self._events.close()

@@ -1,8 +1,11 @@
 """The process that feeds Weights & Biases: `python -m est_cli.tracking.wandb_process`, started by `WandbTracker`.
 
-Standard input brings one JSON object to start with and one when the run has ended; if it closes without the
-second, the training has died, and so says W&B. Between them every line of metrics.jsonl, from the first, is
-logged as it appears. Each line written to standard output is a message for people.
+Why a process: the first step does not wait for wandb to start, records cost the training nothing, and whatever
+happens to wandb, its service or the network cannot reach the training. It follows metrics.jsonl, so W&B shows what
+the file says, also after a resume has cut the file.
+
+Standard input brings one JSON object at the start and one when the run has ended. If it closes without the second,
+the training has died, and W&B is told so. Each line on standard output is a message for people.
 """
 
 import contextlib
@@ -23,13 +26,13 @@ _POLL_S = 0.5
 
 
 class Ending:
-    """What becomes of the run, read from standard input in the background."""
+    """How the run ended, read from standard input in the background."""
 
     status = "failed"
     summary: dict[str, Any] | None = None
 
     def __init__(self, lines: Iterator[str], patience_s: float):
-        """Ends the process `patience_s` after the run, so that none is left behind where wandb hangs."""
+        """Ends the process `patience_s` after the run, so a hanging wandb leaves no process behind."""
         self._lines = lines
         self._patience_s = patience_s
         self._known = threading.Event()
@@ -51,22 +54,28 @@ class Ending:
 def track(job: dict[str, Any], ending: Ending, say: Callable[[str], None]) -> None:
     """Feeds W&B from the job's metrics file until the run has ended."""
     run = _start(job, say)
-    _remove_older_offline_folders(Path(run.dir).parent, run.id)
+    current = Path(run.dir).parent
+    for folder in current.parent.glob(f"offline-run-*-{run.id}*"):
+        # metrics.jsonl has all that a killed run's folder holds, and is logged again into this one.
+        if folder != current:
+            shutil.rmtree(folder, ignore_errors=True)
     run.define_metric("step")
     run.define_metric("*", step_metric="step")
     for record in follow(Path(job["metrics"]), ending):
-        # A resumed run logs steps again that W&B may have from before the kill: their values are equal.
+        # A resumed run logs steps again that W&B may have from before the kill, with equal values.
         if record["step"] >= run.starting_step:
             run.log({key: value for key, value in record.items() if value is not None}, step=record["step"])
     if ending.summary is not None:
-        run.summary.update(_flat_stages(ending.summary))
+        # W&B shows a mapping of stages as one summary value each, a list as one text.
+        stages = {str(stage["stage"]): stage for stage in ending.summary.get("stages", ())}
+        run.summary.update(ending.summary | {"stages": stages})
     if ending.status == "stopped":
         run.mark_preempting()
     run.finish(exit_code={"done": 0, "stopped": 75}.get(ending.status, 1))
 
 
 def follow(path: Path, ending: Ending) -> Iterator[dict[str, Any]]:
-    """The records of a metrics file, from its first on, as they are written."""
+    """The records of a metrics file from its first line on, as they are written."""
     with path.open("rb") as file:
         ended, unfinished = False, b""
         while True:
@@ -81,20 +90,20 @@ def follow(path: Path, ending: Ending) -> Iterator[dict[str, Any]]:
 
 
 def _start(job: dict[str, Any], say: Callable[[str], None]) -> Any:
-    init = job["init"]
-    settings = _settings(job)
+    init, settings = job["init"], _settings(job)
     if init["mode"] == "online":
         try:
             return wandb.init(**init, resume="allow", settings=settings)
         except Exception as error:
             say(
-                f"W&B is not to be had online ({_first_line(error)}): recording offline, "
+                f"W&B cannot be reached online ({_first_line(error)}): recording offline, "
                 f"`wandb sync {init['dir']}/wandb/offline-run-*` uploads it"
             )
     return wandb.init(**init | {"mode": "offline"}, settings=settings)
 
 
 def _settings(job: dict[str, Any]) -> Any:
+    """Those of the wanted settings that this version of wandb knows."""
     training = os.getppid()
     wanted = {
         "program": job["init"]["notes"],
@@ -116,29 +125,17 @@ def _settings(job: dict[str, Any]) -> Any:
     return wandb.Settings(**{key: value for key, value in wanted.items() if key in wandb.Settings.model_fields})
 
 
-def _remove_older_offline_folders(current: Path, run_id: str) -> None:
-    """All that a killed run's folder may hold is in metrics.jsonl, and is logged again into `current`."""
-    for folder in current.parent.glob(f"offline-run-*-{run_id}*"):
-        if folder != current:
-            shutil.rmtree(folder, ignore_errors=True)
-
-
-def _flat_stages(summary: dict[str, Any]) -> dict[str, Any]:
-    """The list of stages as a mapping, which W&B shows as one summary value each."""
-    return summary | {"stages": {str(stage["stage"]): stage for stage in summary.get("stages", ())}}
-
-
 def _first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def main() -> None:
-    # Slurm sends them to every process of a job; when to end is the training's word alone.
+    # Slurm sends these to every process of a job, but only the training decides when to end.
     for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"):
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)
     messages = os.fdopen(os.dup(sys.stdout.fileno()), "w", buffering=1)
-    # Whatever wandb and its service write themselves is not meant for people here.
+    # wandb and its service write to standard output too, which is not for people here.
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
     def say(message: str) -> None:

@@ -1,9 +1,4 @@
-"""The tracker for Weights & Biases: the training's end of the process in `wandb_process`.
-
-wandb runs in a process of its own, which follows metrics.jsonl. So the first step does not wait for its start,
-records cost the training nothing, W&B shows what the file says (also after a resume, where the file was cut),
-and whatever happens to wandb, its service or the network cannot reach the training.
-"""
+"""logger=wandb: the training's end of `wandb_process`, which says why W&B has a process of its own."""
 
 import json
 import os
@@ -17,15 +12,15 @@ from typing import Any
 
 from est_cli.plugins import require_package
 from est_cli.tracking.metrics import METRICS_NAME
-from est_cli.tracking.tracker import Record, RunInfo
+from est_cli.tracking.tracker import RunInfo, Tracker
 
 _FINISH_TIMEOUT_S = 30.0
 
 
-class WandbTracker:
-    """`say` gets the messages for people. Must be started after `MetricsFile`.
+class WandbTracker(Tracker):
+    """`say` gets the messages for people. Start it after `MetricsFile`.
 
-    Raises UserError where wandb is not installed.
+    Raises UserError if wandb is not installed.
     """
 
     def __init__(self, say: Callable[[str], None], finish_timeout_s: float = _FINISH_TIMEOUT_S):
@@ -37,11 +32,14 @@ class WandbTracker:
         self._finishing = False
 
     def start(self, run: RunInfo) -> None:
+        # The training's import path, but no wandb service of another process.
+        environment = {"WANDB_ERROR_REPORTING": "false", **os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+        environment.pop("WANDB_SERVICE", None)
         try:
             job = self._job(run)
             self._process = subprocess.Popen(
                 [sys.executable, "-P", "-m", "est_cli.tracking.wandb_process"],
-                env=_environment(),
+                env=environment,
                 text=True,
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
@@ -55,14 +53,8 @@ class WandbTracker:
         self._listener = threading.Thread(target=self._listen, daemon=True)
         self._listener.start()
 
-    def log(self, record: Record) -> None:
-        pass
-
-    def say(self, message: str) -> None:
-        pass
-
     def finish(self, status: str, summary: dict[str, Any] | None) -> None:
-        """Waits a bounded time for wandb to take what is left."""
+        """Waits a bounded time until wandb has taken what is left."""
         if self._listener is None:
             return
         self._finishing = True
@@ -75,14 +67,16 @@ class WandbTracker:
             self._process.wait()
             self._say(f"W&B did not finish within {self._finish_timeout_s:.0f} s and was left behind")
         except OSError:
-            self._process.wait()  # it ended before, and the listener has told
+            self._process.wait()  # it ended earlier, and the listener has said so
         self._listener.join(timeout=1.0)
         self._listener = None
 
     def _job(self, run: RunInfo) -> dict[str, Any]:
+        """What the process needs to know, as JSON. Stages are a mapping, so W&B can filter on each of their rates."""
         folder = run.run_dir / "wandb"
         folder.mkdir(exist_ok=True)
-        logger = run.config.logger
+        logger, scheduler = run.config.logger, run.plain_config["scheduler"]
+        stages = {str(number): stage for number, stage in enumerate(scheduler["stages"], 1)}
         return {
             "metrics": str(run.run_dir / METRICS_NAME),
             "init": {
@@ -95,7 +89,7 @@ class WandbTracker:
                 "id": _saved_run_id(folder / "run_id.txt"),
                 "dir": str(run.run_dir),
                 "notes": run.command,
-                "config": _with_stages_by_number(run.plain_config),
+                "config": run.plain_config | {"scheduler": scheduler | {"stages": stages}},
             },
             "finish_timeout_s": self._finish_timeout_s * 0.8,
             "patience_s": self._finish_timeout_s * 1.2,
@@ -116,24 +110,10 @@ class WandbTracker:
             )
 
 
-def _with_stages_by_number(config: dict[str, Any]) -> dict[str, Any]:
-    """Stages as a mapping: W&B filters on `scheduler.stages.1.heads`, and shows a list as one text."""
-    stages = {str(number): stage for number, stage in enumerate(config["scheduler"]["stages"], 1)}
-    return config | {"scheduler": config["scheduler"] | {"stages": stages}}
-
-
 def _saved_run_id(path: Path) -> str:
-    """The W&B run id of this run directory, made on first use and kept for resumed runs."""
+    """The W&B run id of this run directory, created on first use and kept for resumed runs."""
     saved = path.read_text().strip() if path.exists() else ""
-    if saved:
-        return saved
-    fresh = secrets.token_hex(8)
-    path.write_text(fresh + "\n")
-    return fresh
-
-
-def _environment() -> dict[str, str]:
-    """The training's, with its import path; without a wandb service that belongs to another process."""
-    environment = {"WANDB_ERROR_REPORTING": "false", **os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    environment.pop("WANDB_SERVICE", None)
-    return environment
+    if not saved:
+        saved = secrets.token_hex(8)
+        path.write_text(saved + "\n")
+    return saved

@@ -1,3 +1,5 @@
+"""A run in the terminal: the live panel, plain lines in a pipe, the time that is left."""
+
 import errno
 import io
 import math
@@ -8,24 +10,33 @@ from rich.console import Console
 
 from est_cli.tracking import display as display_module
 from est_cli.tracking.display import Display, console_for
-from est_cli.tracking.panel import Panel
+from est_cli.tracking.panel import Pace, Panel
 from tracking.simulated import record, run_info
 
 
-def run_to_the_end(display, run, steps=range(30), evaluate_every=10):
+def shown(run, steps=range(30), evaluate_every=10, **options) -> str:
+    """What a display writes of a run into a pipe, or with `live` into a terminal."""
+    console = Console(file=io.StringIO(), width=80, force_terminal=options.get("live"), color_system=None)
+    follow(Display(console, **options), run, steps, evaluate_every)
+    return console.file.getvalue()
+
+
+def follow(display, run, steps=range(30), evaluate_every=10):
     display.start(run)
+    display.say("checkpoint written: [a]/" + "a-long-folder/" * 10)
     for step in steps:
         display.log(record(step, val_loss=3.25 if (step + 1) % evaluate_every == 0 else None))
     display.finish("done", None)
 
 
-def rendered(run, width, records, **console):
-    panel = Panel(run)
+def rendered(run, width, records, encoding="utf-8") -> str:
+    panel, raw = Panel(run), io.BytesIO()
     for each in records:
         panel.observe(each)
-    console = Console(file=io.StringIO(), width=width, **console)
-    console.print(panel)
-    return console.file.getvalue()
+    file = io.TextIOWrapper(raw, encoding=encoding)
+    Console(file=file, width=width).print(panel)
+    file.flush()
+    return raw.getvalue().decode(encoding)
 
 
 @pytest.mark.parametrize("width", [40, 80, 120])
@@ -33,35 +44,18 @@ def test_the_panel_shows_its_numbers_in_any_window(tmp_path, width):
     text = rendered(run_info(tmp_path), width, [record(s, val_loss=3.25 if s == 9 else None) for s in range(20)])
     assert max(map(len, text.splitlines())) <= width
     assert "…" not in text
-    for part in (
-        "20 of 30 (66.7%)",
-        "3 of 3",
-        "2.100",
-        "3.2500 after 10 steps",
-        "711 tokens/s, 90.0 ms/step",
-        "1.00e-03",
-        "35.6% (64.0 TFLOP)",
-        "40.0%",
-        "0:00",
-    ):
+    numbers = ("20 of 30 (66.7%)", "3 of 3", "2.100", "3.2500 after 10 steps", "711 tokens/s, 90.0 ms/step")
+    for part in (*numbers, "1.00e-03", "35.6% (64.0 TFLOP)", "40.0%", "0:00"):
         assert part in text
 
 
 def test_the_bar_is_filled_up_to_the_step_and_the_curve_ends_there(tmp_path):
-    lines = rendered(run_info(tmp_path), 60, [record(step) for step in range(15)]).splitlines()
-    low_curve, bar = lines[2], lines[3]
+    records = [record(step) for step in range(15)]
+    _, _, low_curve, bar, *_ = rendered(run_info(tmp_path), 60, records).splitlines()
     assert bar == "━" * 30 + "─" * 30
     assert len(low_curve.rstrip()) == 30
     assert low_curve[0] == "█" and low_curve[29] == "▁"
-
-
-def test_a_terminal_without_unicode_gets_ascii(tmp_path):
-    output = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
-    panel = Panel(run_info(tmp_path))
-    panel.observe(record(14))
-    Console(file=output, width=60, color_system=None).print(panel)
-    output.flush()
-    assert b"=" * 30 + b"-" * 30 in output.buffer.getvalue()
+    assert "=" * 30 + "-" * 30 in rendered(run_info(tmp_path), 60, records, encoding="ascii")
 
 
 def test_the_panel_survives_a_loss_that_is_not_finite(tmp_path):
@@ -70,74 +64,38 @@ def test_the_panel_survives_a_loss_that_is_not_finite(tmp_path):
 
 
 def test_a_live_display_leaves_messages_stages_and_evaluations_above_it(tmp_path):
-    console = Console(file=io.StringIO(), width=80, force_terminal=True, color_system=None)
-    display = Display(console, live=True)
-    display.start(run_info(tmp_path))
-    display.say("checkpoint written: [a]/path")
-    for step in range(30):
-        display.log(record(step, val_loss=3.25 if step == 9 else None))
-    display.finish("done", None)
-    text = console.file.getvalue()
-    for part in (
-        "checkpoint written: [a]/path",
-        "stage 2 of 3, from step 4",
-        "stage 3 of 3, from step 14: the full model",
-        "10/30  loss 3.1000  validation 3.2500",
-        "30 of 30 (100.0%)",
-    ):
+    text = shown(run_info(tmp_path), live=True)
+    stages = ("stage 2 of 3, from step 4", "stage 3 of 3, from step 14: the full model")
+    for part in ("checkpoint written: [a]/", *stages, "10/30  loss 3.1000  validation 3.2500", "30 of 30 (100.0%)"):
         assert part in text
 
 
 def test_without_a_terminal_there_are_plain_lines_and_no_control_characters(tmp_path):
-    console = Console(file=io.StringIO())
-    run_to_the_end(Display(console), run_info(tmp_path))
-    text = console.file.getvalue()
+    text = shown(run_info(tmp_path))
     assert "\x1b" not in text and "\r" not in text
     assert text.count("stage 1 of 3") == text.count("stage 2 of 3") == text.count("stage 3 of 3") == 1
     assert text.count("validation 3.2500") == 3
     assert "30/30  100%  stage 3  loss 1.1000  711 tokens/s  saved 23.7%  left 0:00" in text
+    assert "a-long-folder/" * 10 in text  # a path is not broken in a narrow window
 
 
 def test_plain_lines_are_few_even_when_every_step_is_logged(tmp_path, monkeypatch):
     clock = iter(range(10**6))
     monkeypatch.setattr(display_module.time, "monotonic", lambda: float(next(clock)))
-    console = Console(file=io.StringIO())
-    display = Display(console)
-    run = run_info(tmp_path)
-    run_to_the_end(display, run, evaluate_every=1000)
-    assert 4 <= len(console.file.getvalue().splitlines()) <= 15
+    assert 4 <= len(shown(run_info(tmp_path), evaluate_every=1000).splitlines()) <= 16
 
 
 def test_a_quick_run_prints_its_first_and_last_step_only(tmp_path):
-    console = Console(file=io.StringIO())
-    run_to_the_end(Display(console), run_info(tmp_path), evaluate_every=1000)
-    progress = [line for line in console.file.getvalue().splitlines() if "/30" in line]
+    progress = [line for line in shown(run_info(tmp_path), evaluate_every=1000).splitlines() if "/30" in line]
     assert [line.split("/")[0].strip() for line in progress] == ["1", "30"]
 
 
-def test_a_path_is_not_torn_apart_in_a_narrow_window(tmp_path):
-    console = Console(file=io.StringIO(), width=40)
-    Display(console).say("checkpoint written: " + "a-long-folder/" * 10)
-    assert "a-long-folder/" * 10 in console.file.getvalue()
-
-
 def test_a_resumed_run_says_where_it_goes_on(tmp_path):
-    console = Console(file=io.StringIO())
-    run_to_the_end(Display(console), run_info(tmp_path, first_step=20), range(20, 30))
-    assert "stage 3 of 3, continuing at step 20" in console.file.getvalue()
+    assert "stage 3 of 3, continuing at step 20" in shown(run_info(tmp_path, first_step=20), range(20, 30))
 
 
 def test_a_run_that_was_killed_after_its_last_step_can_be_shown(tmp_path):
-    run_to_the_end(Display(Console(file=io.StringIO(), force_terminal=True), live=True), run_info(tmp_path, 30), [])
-
-
-@pytest.mark.parametrize("live", [False, True])
-def test_a_reader_that_goes_away_ends_the_display_and_not_the_training(tmp_path, monkeypatch, live):
-    reader, writer = os.pipe()
-    os.close(reader)
-    with os.fdopen(writer, "w") as pipe:
-        monkeypatch.setattr("sys.stdout", pipe)
-        run_to_the_end(Display(console_for("text"), live=live), run_info(tmp_path))
+    assert "continuing at step 30" in shown(run_info(tmp_path, 30), [], live=True)
 
 
 class LostTerminal(io.StringIO):
@@ -145,13 +103,61 @@ class LostTerminal(io.StringIO):
         raise OSError(errno.EIO, "Input/output error")
 
 
+def closed_pipe():
+    reader, writer = os.pipe()
+    os.close(reader)
+    return os.fdopen(writer, "w")
+
+
 @pytest.mark.parametrize("live", [False, True])
-def test_a_terminal_that_is_lost_ends_the_display_and_not_the_training(tmp_path, monkeypatch, live):
-    monkeypatch.setattr("sys.stdout", LostTerminal())
-    run_to_the_end(Display(console_for("text"), live=live), run_info(tmp_path))
+@pytest.mark.parametrize("output", [closed_pipe, LostTerminal])
+def test_a_reader_or_terminal_that_goes_away_ends_the_display_and_not_the_training(tmp_path, monkeypatch, output, live):
+    with output() as file:
+        monkeypatch.setattr("sys.stdout", file)
+        follow(Display(console_for("text"), live=live), run_info(tmp_path))
 
 
 def test_json_leaves_standard_output_alone(capsys):
     console_for("json").print("for people")
     console_for("text").print("for people, too")
     assert capsys.readouterr() == ("for people, too\n", "for people\n")
+
+
+def paced(run, steps, between_steps_s=0.0) -> tuple[Pace, float]:
+    """The pace after these steps, and the time then."""
+    pace, now = Pace(run), 0.0
+    for step in steps:
+        now += record(step)["perf/step_s"] + between_steps_s
+        pace.observe(record(step), now)
+    return pace, now
+
+
+def test_time_left_expects_later_stages_to_cost_what_their_flops_say(tmp_path):
+    pace, now = paced(run_info(tmp_path), range(4))
+    # 3e12 FLOPs took 0.03 s: 10 steps of 0.05 s and 16 of 0.09 s are to come.
+    assert pace.seconds_left(now) == pytest.approx(10 * 0.05 + 16 * 0.09)
+
+
+def test_a_stage_that_was_measured_counts_as_measured_without_its_slow_first_step(tmp_path):
+    pace = Pace(run_info(tmp_path))
+    for step in range(8):
+        pace.observe({**record(step), "perf/step_s": 30.0 if step in (0, 4) else 1.0}, now=float(step))
+    assert pace.step_s(1) == pace.step_s(2) == 1.0
+    assert pace.step_s(3) == pytest.approx(9 / 5)
+
+
+def test_time_that_goes_into_evaluations_is_expected_to_go_on(tmp_path):
+    quick, slow = (paced(run_info(tmp_path), range(14), between) for between in (0.0, 0.1))
+    assert slow[0].seconds_left(slow[1]) > 2 * quick[0].seconds_left(quick[1])
+
+
+def test_time_left_runs_down_between_records_and_ends_at_zero(tmp_path):
+    pace, now = paced(run_info(tmp_path), range(10))
+    assert pace.seconds_left(now + 0.5) == pytest.approx(pace.seconds_left(now) - 0.5)
+    assert pace.seconds_left(now + 1e6) == 0.0
+
+
+def test_nothing_is_guessed_from_one_step_and_nothing_is_left_after_the_last(tmp_path):
+    assert paced(run_info(tmp_path), [0])[0].seconds_left(0.0) is None
+    pace, now = paced(run_info(tmp_path), range(30))
+    assert pace.seconds_left(now) == 0.0

@@ -1,3 +1,5 @@
+"""summary.json, and the table that a run ends with."""
+
 import io
 
 import pytest
@@ -6,46 +8,25 @@ from rich.console import Console
 from est_cli.tracking.summary import stage_table, summarize
 from tracking.simulated import FLOPS, TOKENS_PER_STEP, record, run_info
 
+KEYS = (
+    "status steps tokens val_loss flops_total flops_full_total flops_saved flops_saved_blocks train_s "
+    "peak_memory_bytes skipped_steps stages"
+)
+STAGE_KEYS = "stage first_step last_step flops saved step_s_median tokens_per_s"
 
-def finished(tmp_path, steps=30, every=1, **how):
-    records = [record(step, val_loss=3.5 if step == 20 else None) for step in range(0, steps, every)]
+
+def finished(tmp_path, steps=30, every=1, records=None, **how):
+    default = (record(step, val_loss=3.5 if step == 20 else None) for step in range(0, steps, every))
     how = {"status": "done", "train_s": 123.0, "peak_memory_bytes": 2**30, **how}
-    return summarize(run_info(tmp_path), iter(records), steps=steps, **how)
+    return summarize(run_info(tmp_path), records or default, steps=steps, **how)
 
 
-def test_a_summary_has_the_keys_of_the_contract(tmp_path):
-    summary = finished(tmp_path)
-    assert list(summary) == [
-        "status",
-        "steps",
-        "tokens",
-        "val_loss",
-        "flops_total",
-        "flops_full_total",
-        "flops_saved",
-        "flops_saved_blocks",
-        "train_s",
-        "peak_memory_bytes",
-        "skipped_steps",
-        "stages",
-    ]
-    assert list(summary["stages"][0]) == [
-        "stage",
-        "first_step",
-        "last_step",
-        "flops",
-        "saved",
-        "step_s_median",
-        "tokens_per_s",
-    ]
-
-
-def test_totals_equal_the_last_record(tmp_path):
+def test_a_summary_has_the_keys_of_the_contract_and_the_totals_of_the_last_record(tmp_path):
     summary, last = finished(tmp_path), record(29)
+    assert " ".join(summary) == KEYS and " ".join(summary["stages"][0]) == STAGE_KEYS
     for name in ("total", "full_total", "saved", "saved_blocks"):
         assert summary[f"flops_{name}"] == pytest.approx(last[f"flops/{name}"], rel=1e-12)
-    assert summary["tokens"] == last["tokens"]
-    assert summary["val_loss"] == 3.5
+    assert (summary["tokens"], summary["val_loss"]) == (last["tokens"], 3.5)
 
 
 def test_steps_that_were_not_logged_count(tmp_path):
@@ -62,9 +43,8 @@ def test_a_stopped_run_ends_within_a_stage(tmp_path):
 
 def test_the_median_step_leaves_out_the_first_of_a_stage(tmp_path):
     records = [{**record(step), "perf/step_s": 10.0 if step < 2 else 0.5 + step} for step in range(4)]
-    summary = summarize(run_info(tmp_path), records, status="stopped", steps=4, train_s=1.0, peak_memory_bytes=None)
-    assert summary["stages"][0]["step_s_median"] == 3.5
-    assert summary["stages"][0]["tokens_per_s"] == TOKENS_PER_STEP / 3.5
+    [stage] = finished(tmp_path, steps=4, records=records)["stages"]
+    assert (stage["step_s_median"], stage["tokens_per_s"]) == (3.5, TOKENS_PER_STEP / 3.5)
 
 
 def test_a_run_that_was_stopped_before_its_first_step_has_a_summary(tmp_path):
