@@ -5,10 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from est_cli import auto
 from est_cli.commands.composition import conf_dir
 from est_cli.commands.entry import compose
-from est_cli.config import read_train_config
+from est_cli.config import auto, read_train_config
 
 GROUPS = ("model", "data", "tokenizer", "scheduler", "sampling", "optimizer", "trainer", "logger", "checkpoint")
 OPTIONS = [(g, path.stem) for g in (*GROUPS, "experiment") for path in sorted((conf_dir() / g).glob("*.yaml"))]

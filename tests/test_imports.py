@@ -10,7 +10,7 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parents[1] / "est_cli"
 TIERS = [
-    {"errors", "units", "schema", "plugins", "checks", "config", "auto", "subnet"},
+    {"errors", "units", "schema", "plugins", "config", "subnet"},
     {"model", "kernels", "data"},
     {"training"},
     {"evaluation", "benchmark", "tracking", "reports"},
@@ -120,7 +120,7 @@ def test_the_core_runs_with_torch_and_numpy_alone(name):
     ("modules", "absent"),
     [
         (
-            "est_cli.config, est_cli.auto, est_cli.subnet.sampler, est_cli.subnet.memory",
+            "est_cli.config, est_cli.config.auto, est_cli.subnet.sampler, est_cli.subnet.memory",
             "torch, hydra, omegaconf, rich",
         ),
         ("est_cli.benchmark.gpu", "hydra, omegaconf, wandb, rich, safetensors, transformers, triton, pytest"),

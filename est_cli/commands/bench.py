@@ -7,9 +7,8 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from est_cli import auto
 from est_cli.commands.entry import read_only
-from est_cli.config import Count, Natural, read_train_config
+from est_cli.config import Count, Natural, auto, read_train_config
 from est_cli.errors import UserError
 from est_cli.schema import read
 from est_cli.units import format_bytes, format_flops, format_interval, format_percent, format_step_time

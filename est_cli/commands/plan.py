@@ -11,9 +11,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from est_cli import auto
 from est_cli.commands.entry import read_only
-from est_cli.config import TrainConfig, read_train_config
+from est_cli.config import TrainConfig, auto, read_train_config
 from est_cli.errors import UserError
 from est_cli.schema import read
 from est_cli.subnet.boundaries import scale_boundaries, with_boundaries

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig
 
-from est_cli import auto
 from est_cli.commands import entry, replay, sweep
 from est_cli.commands.arms import with_arm
 from est_cli.commands.composition import config_of_flags, plain
@@ -20,7 +19,7 @@ from est_cli.commands.run import Prepared, execute, stop_request
 from est_cli.commands.run_directory import RunDirectory, continue_command, make_folder
 from est_cli.commands.stopping import quit_until_training_begins
 from est_cli.commands.typed_text import quoted
-from est_cli.config import TrainConfig, read_train_config
+from est_cli.config import TrainConfig, auto, read_train_config
 from est_cli.errors import RunFailed, UserError
 
 if TYPE_CHECKING:

@@ -1,21 +1,13 @@
-"""Growth: which trained layer every layer of the larger model starts from.
-
-method      6 layers from 3   the layers that join
-stack       0 1 2 0 1 2       the trained block once more (Gong et al., 2019; Du et al., 2024, arXiv 2405.15319)
-interleave  0 0 1 1 2 2       every layer after itself
-middle      0 1 2 0 1 2       the middle layers again, after themselves: of 4 to 6 layers 0 1 2 1 2 3
-                              (MIDAS: Saunshi et al., 2024, arXiv 2409.19044)
-zero        0 1 2 · · ·       as initialised, output projections 0: the function stays
-random      0 1 2 · · ·       as initialised
+"""Growth: what has joined the model by each stage, and which trained layer every layer of the larger model starts from.
 
 Heads and neurons that join always start with output rows of 0: they have no trained ones to copy.
 """
 
 from dataclasses import dataclass
 
-from est_cli.config import GrowMethod, ModelConfig, TrainConfig
+from est_cli.config import ModelConfig, TrainConfig
 from est_cli.subnet.plan import grown_model
-from est_cli.subnet.schedule import Stage, stage_at
+from est_cli.subnet.schedule import Stage, layer_sources, stage_at
 
 
 @dataclass(frozen=True)
@@ -24,26 +16,12 @@ class Growth:
 
     before: ModelConfig
     after: ModelConfig
-    method: GrowMethod
+    method: str
 
     @property
     def sources(self) -> list[int | None]:
-        """For every layer of the larger model the layer that it starts from, None for its initial weights.
-
-        No source lies above its target, so that copying from the last layer down overwrites nothing that is needed.
-        """
-        old, new = self.before.n_layers, self.after.n_layers
-        added = new - old
-        if self.method == "stack":
-            return [layer % old for layer in range(new)]
-        if self.method == "interleave":
-            return [layer * old // new for layer in range(new)]
-        if self.method == "middle":
-            size = min(old, added)
-            start = (old - size) // 2
-            middle = [start + layer % size for layer in range(added)]
-            return [*range(start + size), *middle, *range(start + size, old)]
-        return [*range(old), *[None] * added]
+        """For every layer of the larger model the layer that it starts from, None for its initial weights."""
+        return layer_sources(self.method, self.before.n_layers, self.after.n_layers)
 
     @property
     def joined(self) -> list[int]:

@@ -11,6 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Protocol
 
+from est_cli.errors import UserError
+from est_cli.plugins import named_function
 from est_cli.schema import Within
 
 Rate = Annotated[float, Within(0, 1, open_low=True)]
@@ -290,3 +292,53 @@ def _check_n_stages(n_stages: int) -> None:
 
 
 NAMED_SCHEDULES = {"ramp": ramp, "raptr": raptr, "layer_drop": layer_drop, "stacking": stacking}
+
+
+def stack(old: int, new: int) -> list[int | None]:
+    return [layer % old for layer in range(new)]
+
+
+def interleave(old: int, new: int) -> list[int | None]:
+    return [layer * old // new for layer in range(new)]
+
+
+def middle(old: int, new: int) -> list[int | None]:
+    added = new - old
+    size = min(old, added)
+    start = (old - size) // 2
+    return [*range(start + size), *(start + layer % size for layer in range(added)), *range(start + size, old)]
+
+
+def fresh(old: int, new: int) -> list[int | None]:
+    return [*range(old), *[None] * (new - old)]
+
+
+GROWTHS = {"stack": stack, "interleave": interleave, "middle": middle, "zero": fresh, "random": fresh}
+"""(old, new) → for each layer of the larger model the layer that it starts from, None for its initial weights.
+
+method      6 layers from 3   the layers that join
+stack       0 1 2 0 1 2       the trained block once more (Gong et al., 2019; Du et al., 2024, arXiv 2405.15319)
+interleave  0 0 1 1 2 2       every layer after itself
+middle      0 1 2 0 1 2       the middle layers again, after themselves: of 4 to 6 layers 0 1 2 1 2 3
+                              (MIDAS: Saunshi et al., 2024, arXiv 2409.19044)
+zero        0 1 2 · · ·       as initialised, output projections 0: the function stays
+random      0 1 2 · · ·       as initialised
+
+No source lies above its target, so that copying from the last layer down overwrites nothing that is still needed.
+"""
+
+
+def layer_sources(method: str, old: int, new: int) -> list[int | None]:
+    """What the named growth, ours or a person's own, starts each of the `new` layers from. Raises UserError."""
+    if old == 0 and method in ("stack", "interleave", "middle"):
+        raise UserError(f"scheduler.grow={method}: there is no layer to copy from 0; must be zero or random")
+    found = list(named_function(method, GROWTHS, "scheduler.grow")(old, new))
+    if len(found) != new or any(
+        source is not None and not (type(source) is int and 0 <= source <= min(layer, old - 1))
+        for layer, source in enumerate(found)
+    ):
+        raise UserError(
+            f"scheduler.grow={method}: must return {new} sources to grow from {old} layers to {new}, each None or a "
+            f"layer below {old} that does not lie above the one it starts; got {found}"
+        )
+    return found

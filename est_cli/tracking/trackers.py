@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import IO, Any
 
 from est_cli.config import TrainConfig
-from est_cli.plugins import require_package
+from est_cli.config.sections import LOGGERS
+from est_cli.plugins import named_function, require_package
 from est_cli.tracking.display import Display, console_for
 from est_cli.tracking.metrics import METRICS_NAME, MetricsFile, finite, iterate_metrics
 from est_cli.tracking.tracker import Record, RunInfo, Tracker
@@ -33,6 +34,8 @@ def trackers_for(config: TrainConfig, label: str | None = None) -> list[Tracker]
             trackers.append(TensorBoardTracker(display.say))
         case "csv":
             trackers.append(CsvTracker(display.say))
+        case own if own not in LOGGERS:
+            trackers.append(named_function(own, {}, "logger.kind")())
     return [*trackers, display]
 
 

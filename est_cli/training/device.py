@@ -8,8 +8,8 @@ from pathlib import Path
 
 import torch
 
-from est_cli.auto import Device
 from est_cli.config import TrainerConfig
+from est_cli.config.auto import Device
 from est_cli.errors import UserError
 from est_cli.kernels.dispatch import check_kernels
 from est_cli.training.peers import launched_ranks

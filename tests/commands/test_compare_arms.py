@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from est_cli import auto
 from est_cli.commands import comparison
 from est_cli.commands.arms import spent, with_arm
 from est_cli.commands.comparison import ComparisonJobs, side_by_side
@@ -20,7 +19,7 @@ from est_cli.commands.entry import compose
 from est_cli.commands.sweep import comparison_jobs
 from est_cli.commands.train import read_config
 from est_cli.commands.verdict import Verdict
-from est_cli.config import TrainConfig, read_train_config
+from est_cli.config import TrainConfig, auto, read_train_config
 from est_cli.errors import UserError
 from est_cli.plugins import is_installed
 from est_cli.reports.records import RunRecord

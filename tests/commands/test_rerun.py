@@ -6,9 +6,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from est_cli import auto
 from est_cli.commands.entry import compose
-from est_cli.config import TrainConfig, as_plain, read_train_config
+from est_cli.config import TrainConfig, as_plain, auto, read_train_config
 from est_cli.errors import UserError
 from tests.commands.cli import TINY, metrics, run, without_speed, write_corpus
 

@@ -1,22 +1,12 @@
-"""Plain configuration → frozen dataclasses. Imports no torch.
-
-`read_train_config` collects every problem before it raises one `UserError`. `auto` values are chosen by
-`est_cli.auto` afterwards, so that a `TrainConfig` in a run directory holds numbers only.
-"""
+"""The sections of a config: frozen dataclasses whose types say what is allowed. `as_plain` turns them back."""
 
 import dataclasses
-import inspect
-import re
-import typing
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from est_cli.checks import AUTO_MAX_STEPS, problems_together
-from est_cli.errors import UserError, nearest
-from est_cli.plugins import named_function
-from est_cli.schema import AtLeast, Within, read
-from est_cli.subnet.schedule import NAMED_SCHEDULES, Rate, Rates, Stage, StageSpec, boundary_step, build_stages
+from est_cli.schema import AtLeast, Within
+from est_cli.subnet.schedule import Rate, Stage, StageSpec, boundary_step, build_stages
 
 Count = Annotated[int, AtLeast(1)]
 Natural = Annotated[int, AtLeast(0)]
@@ -165,14 +155,16 @@ class SamplingConfig:
         return self.layer_strategy or self.strategy
 
 
-GrowMethod = Literal["stack", "interleave", "middle", "zero", "random"]
-"""What layers start from that join at a boundary; see est_cli/subnet/growth.py."""
+GROW_KEYS = ("grow", "grow_moments")
+"""The scheduler's keys that say how layers join. All others but `stages` are what the stages are made from."""
 
 
 @dataclass(frozen=True)
 class SchedulerConfig:
     stages: tuple[StageSpec, ...]
-    grow: GrowMethod = "stack"
+    grow: str = "stack"
+    """What layers that join start from: stack, interleave, middle, zero, random (est_cli/subnet/schedule.py), or the
+    dotted path of your own function."""
     grow_moments: Literal["copy", "reset"] = "copy"
     """Layers that start as copies also start with copies of the optimizer's moments and step counts, or with none."""
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
@@ -187,7 +179,7 @@ class SchedulerConfig:
 
     def typed(self, index: int, value: Any, key: str, *options: str) -> str:
         """The key that a person typed to give stage `index` a value: one of the options, or the stage's own key."""
-        return _option_that_gave(self.options, options, index, value) or f"scheduler.stages[{index}].{key}"
+        return option_that_gave(self.options, options, index, value) or f"scheduler.stages[{index}].{key}"
 
 
 @dataclass(frozen=True)
@@ -277,9 +269,13 @@ class TrainerConfig:
         return first, count
 
 
+LOGGERS = ("wandb", "tensorboard", "csv", "none")
+
+
 @dataclass(frozen=True)
 class LoggerConfig:
-    kind: Literal["wandb", "tensorboard", "csv", "none"] = "wandb"
+    kind: str = "wandb"
+    """One of LOGGERS, or the dotted path of your own subclass of est_cli.tracking.tracker.Tracker."""
     mode: Literal["offline", "online", "disabled"] = "offline"
     project: str = "est"
     entity: str | None = None
@@ -335,102 +331,7 @@ class TrainConfig:
         return frozenset(stage.end for stage in self.stages[:-1]) if self.checkpoint.at_boundaries else frozenset()
 
 
-def read_train_config(plain: Mapping[str, Any]) -> TrainConfig:
-    """The typed config of a resolved, plain one.
-
-    Raises UserError with every problem: unknown and missing keys, values out of range, and sizes that do not
-    go together.
-    """
-    problems: list[str] = []
-    # A job's number is a name too.
-    plain = {key: str(v) if key in ("name", "run_id") and type(v) is int else v for key, v in plain.items()}
-    sections = [f.name for f in dataclasses.fields(TrainConfig)]
-    scheduler = plain.get("scheduler")
-    read_sections: dict[str, Any] = {}
-    for name, kind in typing.get_type_hints(TrainConfig, include_extras=True).items():
-        if name not in plain:
-            if dataclasses.is_dataclass(kind):
-                problems.append(f"{name}: is missing")
-        elif name == "scheduler" and not isinstance(scheduler, Mapping):
-            problems.append("scheduler: must be a mapping with stages")
-        elif name != "scheduler":
-            read_sections[name] = read(kind, plain[name], name, problems)
-    problems += [f"{key}: there is no such key{nearest(str(key), sections)}" for key in plain if key not in sections]
-    if isinstance(scheduler, Mapping):
-        sampling = read_sections.get("sampling")
-        rates = Rates() if sampling is None else Rates(sampling.heads, sampling.mlp, sampling.layers)
-        section = _boundaries_alone(scheduler) if sampling is None else scheduler
-        read_sections["scheduler"] = read_scheduler(section, rates, problems)
-    problems += problems_together(read_sections, _max_steps(plain))
-    if problems:
-        raise UserError(*problems)
-    read_sections["model"] = read_sections["model"].with_head_dim()
-    return TrainConfig(**read_sections)
-
-
-def check_value(key: str, value: Any, problems: list[str]) -> None:
-    """Append what is wrong with one value of a dotted key by itself; a key that has no type here is passed over."""
-    kind: Any = TrainConfig
-    for part in key.split("."):
-        kind = typing.get_type_hints(kind, include_extras=True).get(part) if dataclasses.is_dataclass(kind) else None
-    if kind is not None and not dataclasses.is_dataclass(kind):
-        read(kind, value, key, problems)
-
-
-def _max_steps(plain: Mapping[str, Any]) -> int | None:
-    """trainer.max_steps, also where the rest of the section has problems."""
-    trainer = plain.get("trainer")
-    max_steps = trainer.get("max_steps", "auto") if isinstance(trainer, Mapping) else None
-    problems: list[str] = []
-    steps = read(Count, AUTO_MAX_STEPS if max_steps == "auto" else max_steps, "", problems)
-    return None if problems else steps
-
-
-def _boundaries_alone(scheduler: Mapping[str, Any]) -> dict[str, Any]:
-    """The section without its rates: those of `sampling` have problems, which are told there."""
-    stages = scheduler.get("stages")
-    if not isinstance(stages, list) or not all(isinstance(stage, Mapping) for stage in stages):
-        return dict(scheduler)
-    return {**scheduler, "stages": [{"end": stage.get("end")} for stage in stages]}
-
-
-_GROW_KEYS = ("grow", "grow_moments")
-
-
-def read_scheduler(plain: Mapping[str, Any], rates: Rates, problems: list[str]) -> SchedulerConfig | None:
-    """The explicit stages of a scheduler section.
-
-    `stages` is the list itself, or the name of a schedule (or the dotted path of a person's own function)
-    that makes it: called as `function(rates, **the other keys)`.
-    """
-    options = {key: value for key, value in plain.items() if key not in ("stages", *_GROW_KEYS)}
-    stages = plain.get("stages")
-    hints = typing.get_type_hints(SchedulerConfig, include_extras=True)
-    grow = {key: read(hints[key], plain[key], f"scheduler.{key}", problems) for key in _GROW_KEYS if key in plain}
-    if isinstance(stages, str):
-        stages = _call_schedule(stages, rates, options, problems)
-        if stages is None:
-            return None
-        stages = [dataclasses.asdict(s) if isinstance(s, StageSpec) else s for s in stages]
-    before = len(problems)
-    specs = read(tuple[StageSpec, ...], stages, "scheduler.stages", problems)
-    if len(problems) > before:
-        problems[before:] = [_as_option(problem, stages, options) for problem in problems[before:]]
-        return None
-    return SchedulerConfig(specs, **grow, options=options)
-
-
-def _as_option(problem: str, stages: Any, options: Mapping[str, Any]) -> str:
-    """The problem under the option's own key, where the value of a stage came from an option: stage2_end, grow_at."""
-    found = re.match(r"scheduler\.stages\[(\d+)\]\.(\w+)=", problem)
-    if found is None:
-        return problem
-    index, key = int(found[1]), found[2]
-    typed = _option_that_gave(options, options, index, stages[index][key])
-    return problem.replace(f"scheduler.stages[{index}].{key}", typed, 1) if typed else problem
-
-
-def _option_that_gave(options: Mapping[str, Any], names: Iterable[str], index: int, value: Any) -> str | None:
+def option_that_gave(options: Mapping[str, Any], names: Iterable[str], index: int, value: Any) -> str | None:
     """The dotted key of the first option of these names that gives stage `index` the value."""
     for option in names:
         given = options.get(option)
@@ -442,22 +343,10 @@ def _option_that_gave(options: Mapping[str, Any], names: Iterable[str], index: i
     return None
 
 
-def _call_schedule(name: str, rates: Rates, options: dict, problems: list[str]) -> list | None:
-    try:
-        schedule = named_function(name, NAMED_SCHEDULES, "scheduler.stages")
-        inspect.signature(schedule).bind(rates, **options)
-        return list(schedule(rates, **options))
-    except UserError as error:
-        problems += error.problems
-    except (TypeError, ValueError) as error:
-        problems.append(f"scheduler.stages={name}: {error}")
-    return None
-
-
 def as_plain(config: Any) -> Any:
     """Nested plain dicts and lists of a config dataclass, as `read_train_config` reads them."""
     if isinstance(config, SchedulerConfig):
-        grow = {key: getattr(config, key) for key in _GROW_KEYS}
+        grow = {key: getattr(config, key) for key in GROW_KEYS}
         return {**config.options, **grow, "stages": as_plain(config.stages)}
     if dataclasses.is_dataclass(config):
         return {f.name: as_plain(getattr(config, f.name)) for f in dataclasses.fields(config)}

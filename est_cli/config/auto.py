@@ -4,8 +4,8 @@ import dataclasses
 import shutil
 from pathlib import Path
 
-from est_cli.checks import AUTO_MAX_STEPS
-from est_cli.config import TrainConfig
+from est_cli.config.checks import AUTO_MAX_STEPS
+from est_cli.config.sections import TrainConfig
 from est_cli.subnet.flops import training_flops
 from est_cli.subnet.memory import checkpoint_bytes
 

@@ -1,0 +1,57 @@
+"""A config's way: plain values → types → checks across sections → chosen values. Imports no torch.
+
+sections   the frozen dataclasses, whose types say what is allowed
+checks     values that are allowed on their own and clash with each other
+reading    plain values → sections; collects every problem before it raises one UserError
+auto       `auto` values → numbers that suit the device, so that a run directory's config holds numbers only
+
+One file does each step and imports only those above it. `auto` also counts FLOPs and parameters, which `est_cli.subnet`
+does, so that callers import it by its own name.
+"""
+
+from est_cli.config.reading import check_value, read_train_config
+from est_cli.config.sections import (
+    CheckpointConfig,
+    Count,
+    DataConfig,
+    Format,
+    LoggerConfig,
+    ModelConfig,
+    Natural,
+    NotNegative,
+    OptimizerConfig,
+    Positive,
+    Rescale,
+    RescaleConfig,
+    SamplingConfig,
+    SchedulerConfig,
+    SourceConfig,
+    TokenizerConfig,
+    TrainConfig,
+    TrainerConfig,
+    as_plain,
+)
+
+__all__ = [
+    "CheckpointConfig",
+    "Count",
+    "DataConfig",
+    "Format",
+    "LoggerConfig",
+    "ModelConfig",
+    "Natural",
+    "NotNegative",
+    "OptimizerConfig",
+    "Positive",
+    "Rescale",
+    "RescaleConfig",
+    "SamplingConfig",
+    "SchedulerConfig",
+    "SourceConfig",
+    "TokenizerConfig",
+    "TrainConfig",
+    "TrainerConfig",
+    "as_plain",
+    "check_value",
+    "read_train_config",
+]
