@@ -5,9 +5,10 @@ import shutil
 from pathlib import Path
 
 from est_cli.config.checks import AUTO_MAX_STEPS
-from est_cli.config.sections import TrainConfig
-from est_cli.subnet.flops import training_flops
+from est_cli.config.sections import TrainConfig, TrainerConfig
+from est_cli.subnet.flops import config_ledger, training_flops
 from est_cli.subnet.memory import checkpoint_bytes
+from est_cli.subnet.plan import stage_subnetwork
 
 CPU_STEP_FLOPS = 4e11
 """About four seconds of two CPU cores."""
@@ -15,6 +16,12 @@ CPU_SEQ_LEN = 256
 CPU_TOKENS = 2048
 CUDA_TOKENS = 16384
 LARGE_CHECKPOINT_BYTES = 4e9
+CUDA_FLOPS_PER_S = 4e14
+"""What a fast GPU computes of a step's FLOPs. On a slower one a step takes longer, and compiling it saves more."""
+COMPILE_SAVES = 0.1
+"""Share of a step's time that compiled blocks save on a GPU."""
+COMPILE_S = 60.0
+"""Seconds to compile one size of block, forward and backward. This and the two above are assumed, not measured."""
 EVALUATIONS = 10
 FEWEST_STEPS_BETWEEN_EVALUATIONS = 10
 
@@ -26,6 +33,8 @@ class Device:
     kind: str
     """cpu or cuda"""
     processes: int = 1
+    has_compiler: bool = True
+    """Whether torch.compile finds what it needs."""
 
 
 def count_gpus() -> int:
@@ -73,14 +82,30 @@ def choose(config: TrainConfig, device: Device) -> tuple[TrainConfig, list[str]]
     pick("trainer", "save_final", fits)
     pick("trainer", "precision", "fp32" if cpu else "bf16")
     pick("trainer", "device", device.kind)
-    pick("trainer", "compile", False)
     chosen["trainer.devices"] = processes
 
-    numbers = dict(chosen)
-    trainer = dataclasses.replace(trainer, **_section(numbers, "trainer"))
-    data = dataclasses.replace(data, **_section(numbers, "data"))
-    resolved = dataclasses.replace(config, trainer=trainer, data=data)
+    data = dataclasses.replace(data, **_section(chosen, "data"))
+    resolved = dataclasses.replace(config, trainer=_with(trainer, chosen), data=data)
+    pick("trainer", "compile", device.has_compiler and compiling_pays(resolved))
+    resolved = dataclasses.replace(resolved, trainer=_with(trainer, chosen))
     return resolved, _sentences(chosen, resolved, full)
+
+
+def compiling_pays(config: TrainConfig) -> bool:
+    """Whether compiled blocks are expected to save more time on a GPU than compiling them takes.
+
+    On a CPU they are not: docs/performance.md has the measurement.
+    """
+    if config.trainer.device != "cuda":
+        return False
+    seconds = config_ledger(config).spent(config.trainer.max_steps).total / config.trainer.devices / CUDA_FLOPS_PER_S
+    shapes = (stage_subnetwork(config.model, config.sampling, stage) for stage in config.stages)
+    sizes = {(s.model.n_heads, s.model.n_kv_heads, s.model.d_ff, s.scales_layers) for s in shapes}
+    return seconds * COMPILE_SAVES > COMPILE_S * len(sizes)
+
+
+def _with(trainer: TrainerConfig, chosen: dict[str, object]) -> TrainerConfig:
+    return dataclasses.replace(trainer, **_section(chosen, "trainer"))
 
 
 def _section(chosen: dict[str, object], name: str) -> dict[str, object]:
@@ -88,8 +113,9 @@ def _section(chosen: dict[str, object], name: str) -> dict[str, object]:
 
 
 def _sentences(chosen: dict[str, object], config: TrainConfig, full_bytes: int) -> list[str]:
-    said = ("data.seq_len", "trainer.batch_size", "trainer.max_steps", "trainer.eval_tokens", "trainer.precision")
-    sizes = ", ".join(f"{key}={chosen[key]}" for key in said if key in chosen)
+    said = ("data.seq_len", "trainer.batch_size", "trainer.max_steps", "trainer.eval_tokens", "trainer.precision",
+            "trainer.compile")  # fmt: skip
+    sizes = ", ".join(f"{key}={str(chosen[key]).lower()}" for key in said if key in chosen)
     lines = [f"chosen for {config.trainer.device}: {sizes}"] if sizes else []
     if "trainer.save_final" in chosen and config.trainer.save_final != "full":
         lines.append(

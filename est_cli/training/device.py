@@ -4,6 +4,7 @@ import ctypes
 import os
 import shutil
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -44,21 +45,29 @@ def available_device(trainer: TrainerConfig, kernels: str) -> Device:
     present = torch.cuda.device_count() if kind == "cuda" else 1
     if (ranks := launched_ranks()) > 1:
         _check_launched(trainer, ranks, present if kind == "cuda" else None)
-        return Device(kind, ranks)
+        return Device(kind, ranks, has_compiler=_has_compiler(kind))
     devices = present if trainer.devices == "auto" else trainer.devices
     if kind == "cuda" and devices > present:
         raise UserError(f"trainer.devices={devices}: this machine has {present}")
-    return Device(kind, devices)
+    return Device(kind, devices, has_compiler=_has_compiler(kind))
 
 
 def _check_compiler(trainer: TrainerConfig) -> None:
     """Raises UserError where torch.compile would find no C++ compiler in the middle of the first step."""
-    names = [os.environ["CXX"]] if "CXX" in os.environ else ["g++", "clang++", "c++", "cl"]
-    if trainer.compile is True and not any(map(shutil.which, names)):
+    if trainer.compile is True and not any(map(shutil.which, names := _compilers())):
         raise UserError(
             f"trainer.compile=true: torch.compile needs a C++ compiler, and there is no {' or '.join(names)} on PATH; "
             "install one, name it in CXX, or give trainer.compile=false"
         )
+
+
+def _compilers() -> list[str]:
+    return [os.environ["CXX"]] if "CXX" in os.environ else ["g++", "clang++", "c++", "cl"]
+
+
+def _has_compiler(kind: str) -> bool:
+    """Whether torch.compile finds what it needs: a C++ compiler, and Triton on a GPU."""
+    return any(map(shutil.which, _compilers())) and (kind == "cpu" or find_spec("triton") is not None)
 
 
 def _check_launched(trainer: TrainerConfig, ranks: int, gpus: int | None) -> None:

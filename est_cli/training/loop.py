@@ -22,6 +22,7 @@ from est_cli.subnet.sampler import sample
 from est_cli.subnet.schedule import Stage, stage_at
 from est_cli.training.ahead import Ahead, rank_windows
 from est_cli.training.checkpoint import Checkpoint, Checkpoints
+from est_cli.training.compiled import Compiler
 from est_cli.training.device import peak_memory_bytes, reset_peak_memory
 from est_cli.training.distributed import World
 from est_cli.training.growth import grow
@@ -72,6 +73,7 @@ class Training:
             load_pretrained(self.model)
         self.grown = model_after(config, 0)
         self.optimizer = SampledAdamW(self.model, config.optimizer, self.shards, self.grown)
+        self.compiler = Compiler(config.trainer.compile)
         self.watch = Watch(world.device, stays=config.trainer.on_nonfinite == "stop")
         self.behind = int(world.device.type == "cuda")
         """Steps that the device has to go on with while the host reads and logs the one before; 0 on a CPU."""
@@ -134,8 +136,7 @@ class Training:
         shape = stage_subnetwork(self.config.model, self.config.sampling, stage)
         kind = MaskedSubnetwork if self.config.kernels == "masked" else PackedSubnetwork
         subnet = kind(self.model, shape, self.dtype, self.shards)
-        if self.config.trainer.compile:
-            subnet.module.compile_blocks()
+        self.compiler.compile(subnet.module)
         return subnet
 
     def _train_step(self, stage: Stage, subnet: PackedSubnetwork | MaskedSubnetwork) -> None:
@@ -157,6 +158,8 @@ class Training:
         evaluates = self._evaluates(self.step)
         done = self._settled(self._readable(evaluates))
         self.train_s += time.perf_counter() - started
+        if compiled := self.compiler.news():
+            self._say(f"step {self.step - 1}: {compiled}")
         if evaluates:
             self.val_loss, self.val_step = self.validate(subnet), self.step
             if self.watch.stays and not math.isfinite(self.val_loss):
@@ -245,7 +248,8 @@ class Training:
         windows = validation_windows(self.tokens.val, self.config.data.seq_len, trainer.eval_tokens)
         if not (isinstance(subnet, PackedSubnetwork) and subnet.small == self.grown):
             subnet = PackedSubnetwork(self.model, Subnetwork(self.grown), self.dtype, self.shards)
-        return validation_loss(self.model, windows, trainer.batch_size, self.dtype, self.world, subnet)
+        with self.compiler.eager():
+            return validation_loss(self.model, windows, trainer.batch_size, self.dtype, self.world, subnet)
 
     def _say(self, message: str) -> None:
         if self.world.is_main:

@@ -1,15 +1,21 @@
 """trainer.compile: no index, mask or layer choice is left in the graph, so that a stage has one."""
 
+from dataclasses import replace
+
 import pytest
 import torch
-from tiny import LLAMA, train_config
+from tiny import LLAMA, RandomTokens, Recorder, train_config
 from torch._dynamo.testing import CompileCounter
 
 from est_cli.model.initialisation import initialise
 from est_cli.model.transformer import Transformer
 from est_cli.subnet.plan import subnetwork
 from est_cli.subnet.sampler import sample
-from est_cli.subnet.schedule import Rates, Stage
+from est_cli.subnet.schedule import Rates, Stage, StageSpec
+from est_cli.training.checkpoint import Checkpoints
+from est_cli.training.compiled import Compiler
+from est_cli.training.distributed import World
+from est_cli.training.loop import Training
 from est_cli.training.subnetwork import PackedSubnetwork
 
 STAGES = [Rates(0.5, 0.5, 0.5), Rates(0.5, 0.5, 1.0), Rates()]
@@ -49,3 +55,42 @@ def test_compiled_gradients_are_the_eager_ones(rates):
         assert expected.keys() == found.keys()
         for name, gradient in expected.items():
             torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-6)
+
+
+@pytest.fixture
+def counter(monkeypatch) -> CompileCounter:
+    """Counts graphs in the place of compiling them."""
+    torch._dynamo.reset()
+    counter = CompileCounter()
+
+    def compile_blocks(model: Transformer) -> None:
+        for block in model.blocks:
+            block.compile(dynamic=False, backend=counter)
+
+    monkeypatch.setattr(Transformer, "compile_blocks", compile_blocks)
+    return counter
+
+
+def test_a_run_compiles_each_size_of_block_once_and_says_so_after_the_first_step_that_uses_it(counter, tmp_path):
+    """Stages 1 and 2 have blocks of one size, and evaluations run eagerly."""
+    recorder = Recorder()
+    config = train_config(LLAMA, compile=True, eval_every=4, eval_tokens=40)
+    training = Training(config, RandomTokens(LLAMA.vocab_size), World(torch.device("cpu")), [recorder])
+    training.run(Checkpoints(tmp_path), stopping=lambda: False)
+    said = [message.split(" s:")[0] for message in recorder.messages if "compiled" in message]
+    assert [message.split(" in ")[0] for message in said] == ["step 0: compiled", "step 7: compiled"]
+    assert all(float(message.split(" in ")[1]) < 100 for message in said)
+    assert counter.frame_count == 2
+
+
+def test_sizes_of_block_beyond_torchs_limit_are_compiled_too(counter, tmp_path):
+    model = replace(LLAMA, d_ff=48)
+    stages = (*(StageSpec(2 * n, mlp=n / 12) for n in range(1, 12)), StageSpec())
+    config = train_config(model, stages=stages, compile=True, max_steps=24)
+    training = Training(config, RandomTokens(model.vocab_size), World(torch.device("cpu")), [])
+    training.run(Checkpoints(tmp_path), stopping=lambda: False)
+    assert counter.frame_count == 12
+
+
+def test_a_run_that_is_not_compiled_says_nothing_of_it():
+    assert Compiler(False).news() is None
