@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from est_cli.reports.figures import report_style
+from est_cli.reports.style import report_style
 from study.figures import FIGURES, drawn
 from study.records import Records
 from study.tables import MISSING, TABLES

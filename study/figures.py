@@ -7,9 +7,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator
 
-from est_cli.reports import palette
-from est_cli.reports.figures import report_style
-from est_cli.reports.frontier import Frontier
+from est_cli.reports.comparison import Frontier
+from est_cli.reports.style import report_style, series
 from study.grid import ARMS, FULL, LEARNING_RATES, SEEDS, SIZES, SMALL, WARMUP, WINNER, runs_with
 from study.records import Records
 from study.results import frontier_of, headline, screened
@@ -51,7 +50,7 @@ def _headline(records: Records) -> Panels:
             for arm, result in results.items():
                 rank = 0 if arm.is_full else 1 + others.index(arm)
                 seeds = [result.share] * len(result.losses)
-                ax.plot(seeds, result.losses, ".", color=palette.series(rank), alpha=0.5, markeredgewidth=0)
+                ax.plot(seeds, result.losses, ".", color=series(rank), alpha=0.5, markeredgewidth=0)
                 if rank:
                     ax.plot(result.share, np.mean(result.losses), **_look(rank), linestyle="", label=arm.says)
             ax.set_title(_title(size), loc="left")
@@ -68,7 +67,7 @@ def _curves(records: Records) -> Panels:
         def draw(ax: Axes, size=size, runs=runs) -> None:
             for rank, (arm, [run]) in enumerate(zip(arms, runs, strict=True)):
                 flops = run.column("flops/total") / 1e12
-                ax.plot(flops, run.column("train/loss"), color=palette.series(rank), label=arm.says)
+                ax.plot(flops, run.column("train/loss"), color=series(rank), label=arm.says)
             # Without the steep beginning.
             late = np.concatenate([run.column("train/loss")[run.n_rows // 8 :] for [run] in runs])
             ax.set_ylim(late.min() - 0.05 * np.ptp(late), late.max())
@@ -131,7 +130,7 @@ def _against_flops(ax: Axes, full: Frontier) -> None:
 
 
 def _look(rank: int) -> dict[str, object]:
-    return {"color": palette.series(rank), "marker": "os^DvPX"[rank % 7], "markersize": 4.5, "linewidth": 1.4}
+    return {"color": series(rank), "marker": "os^DvPX"[rank % 7], "markersize": 4.5, "linewidth": 1.4}
 
 
 def _title(size: str) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from est_cli.config import read_train_config
-from est_cli.reports.frontier import Frontier
+from est_cli.reports.comparison import Frontier
 from est_cli.reports.records import RunRecord
 from est_cli.subnet.memory import count_parameters
 from study.grid import ARMS, FULL, SEEDS, SHORT, SHORTER, SIZES, WARMUP, WINNER, Arm, Run, runs_with

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from est_cli.errors import UserError
-from est_cli.reports.frontier import Frontier
+from est_cli.reports.comparison import Frontier
 from study import document, tables, training
 from study.figures import FIGURES
 from study.grid import (

@@ -14,8 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from est_cli.commands.arms import DENSE, FULL, FULL_SAME_FLOPS
-from est_cli.reports.arms import short_key
-from est_cli.reports.frontier import Frontier
+from est_cli.reports.comparison import Frontier, short_key
 from est_cli.reports.records import RunRecord
 from est_cli.tracking.summary import narrow_table
 from est_cli.units import format_clock, format_count, format_flops, format_loss, format_percent, format_setting

@@ -1,7 +1,6 @@
-"""Reports on runs, from their folders alone: no torch, no wandb."""
+"""Reports on runs, from their folders only: no torch, no wandb.
 
-from est_cli.reports.records import RunRecord, load_runs
-from est_cli.reports.report import FORMATS, write_report
-from est_cli.reports.terminal import terminal_report
-
-__all__ = ["FORMATS", "RunRecord", "load_runs", "terminal_report", "write_report"]
+records reads runs, comparison and curves prepare them, coverage recomputes what was trained. report writes the files
+(figures in style, page by its template), terminal prints. analysis_figures and trace_plot draw for est-analyze and
+for traces. Import the modules themselves: only figures, style, page and trace_plot need matplotlib.
+"""

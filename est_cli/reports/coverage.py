@@ -1,7 +1,7 @@
 """How often every layer, head and neuron block was trained, recomputed from the config by the sampler.
 
-Plans are pure functions of the seed and the step, so no run has to record them. A long run has too many to draw all
-of them again: then an even selection of each stage's plans stands for the rest.
+Plans are pure functions of the seed and the step, so no run has to record them. A long run has too many plans to draw
+all of them again: then an even selection of each stage's plans stands for the rest.
 """
 
 from collections.abc import Mapping
@@ -35,12 +35,12 @@ class Coverage:
     blocks: np.ndarray
     """[n_layers, blocks of neighbouring neurons], the mean over the block's neurons"""
     neurons_per_block: int
-    """Of the largest block."""
+    """In the largest block."""
     plans_drawn: int
-    """For layers and heads; neurons of wide models are counted on fewer."""
+    """For layers and heads; neurons of wide models are counted on fewer plans."""
     plans_in_run: int
     noise: float
-    """Standard error of a head's share that comes from drawing some plans only."""
+    """Standard error of a head's share because only some plans are drawn."""
 
     @property
     def thinned(self) -> bool:
@@ -48,13 +48,13 @@ class Coverage:
 
 
 def coverage(run: RunRecord) -> Coverage | str:
-    """The coverage of a run up to its last logged step, or in words why it cannot be told."""
+    """The coverage of a run up to its last logged step, or in words why it is not known."""
     if not run.steps_done:
         return "no step is logged yet"
     if not run.stages:
         return "its stages are not known"
     try:
-        # What is kept is not scaled here.
+        # The scale of what is kept does not matter here.
         chosen = {key: value for key, value in run.config["sampling"].items() if key != "rescale"}
         model, sampling = _read(ModelConfig, run.config["model"]), _read(SamplingConfig, chosen)
         seed = int(run.config["seed"])
@@ -70,16 +70,16 @@ def _read(kind: type, values: Mapping[str, Any]) -> Any:
     return kind(**{field.name: values[field.name] for field in fields(kind) if field.name in values})
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Tally:
-    """Steps that trained a unit, estimated from the drawn plans."""
+    """Steps that trained each unit, estimated from the drawn plans."""
 
     layers: np.ndarray
     heads: np.ndarray
     neurons: np.ndarray
-    plans_drawn: int
-    plans_in_run: int
-    variance: float
+    plans_drawn: int = 0
+    plans_in_run: int = 0
+    variance: float = 0.0
     """Of one head's count."""
 
 
@@ -92,7 +92,9 @@ def _count(run: RunRecord, model: ModelConfig, sampling: SamplingConfig, seed: i
     if few < most and tally.plans_drawn < tally.plans_in_run:
         # Draws of heads and layers do not depend on the MLP's width, and without it many more are cheap.
         tally = _tally(run, replace(model, d_ff=sampling.mlp_block), sampling, seed, most)
-    edges = _block_edges(model.d_ff, sampling.mlp_block)
+    n_sampled_together = model.d_ff // sampling.mlp_block
+    n_blocks = min(_MAX_BLOCKS, n_sampled_together)
+    edges = (np.arange(n_blocks) * n_sampled_together // n_blocks) * sampling.mlp_block
     sizes = np.diff(np.append(edges, model.d_ff))
     done = float(run.steps_done)
     return Coverage(
@@ -108,27 +110,26 @@ def _count(run: RunRecord, model: ModelConfig, sampling: SamplingConfig, seed: i
 
 
 def _tally(run: RunRecord, model: ModelConfig, sampling: SamplingConfig, seed: int, max_plans: int) -> _Tally:
-    layers = np.zeros(model.n_layers)
-    heads = np.zeros((model.n_layers, model.n_heads))
-    neurons = np.zeros((model.n_layers, model.d_ff))
-    plans_drawn, plans_in_run, variance = 0, 0, 0.0
+    n = model.n_layers
+    tally = _Tally(np.zeros(n), np.zeros((n, model.n_heads)), np.zeros((n, model.d_ff)))
     for stage in run.stages:
         if stage.first_step >= run.steps_done:
             break
         steps, weights, n_plans = _chosen_steps(stage, run.steps_done, sampling.resample_every, max_plans)
-        plans_drawn, plans_in_run = plans_drawn + len(steps), plans_in_run + n_plans
+        tally.plans_drawn += len(steps)
+        tally.plans_in_run += n_plans
         kept = stage.rates.heads * stage.rates.layers
-        variance += kept * (1 - kept) * weights.sum() ** 2 * (1 / len(steps) - 1 / n_plans)
+        tally.variance += kept * (1 - kept) * weights.sum() ** 2 * (1 / len(steps) - 1 / n_plans)
         for step, weight in zip(steps.tolist(), weights.tolist(), strict=True):
             plan = sample(seed, step, stage, model, sampling)
-            layers[plan.layers] += weight
-            heads[plan.layers[:, None], plan.heads] += weight
-            neurons[plan.layers[:, None], plan.neurons] += weight
-    return _Tally(layers, heads, neurons, plans_drawn, plans_in_run, variance)
+            tally.layers[plan.layers] += weight
+            tally.heads[plan.layers[:, None], plan.heads] += weight
+            tally.neurons[plan.layers[:, None], plan.neurons] += weight
+    return tally
 
 
 def _chosen_steps(stage: Stage, steps_done: int, every: int, max_plans: int) -> tuple[np.ndarray, np.ndarray, int]:
-    """Steps whose plans are drawn, the steps that each stands for, and how many plans the stage had."""
+    """Steps whose plans are drawn, how many steps each stands for, and how many plans the stage had."""
     end = min(stage.end, steps_done)
     first_of_plan = np.arange(stage.first_step, end, every)
     n_plans = len(first_of_plan)
@@ -138,9 +139,3 @@ def _chosen_steps(stage: Stage, steps_done: int, every: int, max_plans: int) -> 
         return first_of_plan, np.diff(np.append(first_of_plan, end)).astype(float), n_plans
     chosen = np.linspace(0, n_plans - 1, max_plans).round().astype(int)
     return first_of_plan[chosen], np.full(max_plans, (end - stage.first_step) / max_plans), n_plans
-
-
-def _block_edges(d_ff: int, mlp_block: int) -> np.ndarray:
-    n_sampled_together = d_ff // mlp_block
-    n_blocks = min(_MAX_BLOCKS, n_sampled_together)
-    return (np.arange(n_blocks) * n_sampled_together // n_blocks) * mlp_block

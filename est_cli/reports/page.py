@@ -1,41 +1,82 @@
-"""The HTML page: one file, no network, readable without its script."""
+"""The HTML page: one file, no network, readable without its script. page.html is its Jinja2 template."""
 
+import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from datetime import datetime
-from html import escape
 from pathlib import Path
-from string import Template
 
-from est_cli.reports import palette, sections
-from est_cli.reports.arms import Comparison
+import jinja2
+import numpy as np
+import yaml
+
+from est_cli import units
+from est_cli.reports import style
+from est_cli.reports.comparison import Comparison, stage_times
 from est_cli.reports.coverage import Coverage
+from est_cli.reports.curves import AXES, STEPS, known_axes, run_with_shared_stages, train_curve
 from est_cli.reports.figures import Drawing
-from est_cli.reports.hover import hover_json
 from est_cli.reports.records import RunRecord
-from est_cli.reports.tiles import tiles
-from est_cli.units import format_setting
+
+_FOLDER = Path(__file__).parent
+_MAX_HOVER_ROWS_IN_ALL, _MAX_HOVER_ROWS = 8000, 400
+_MODEL_LINE = {
+    "model.n_layers": "{} layers",
+    "model.n_heads": "{} heads",
+    "model.d_model": "width {}",
+    "model.d_ff": "MLP {}",
+    "model.vocab_size": "vocabulary {}",
+    "data.kind": "data {}",
+    "data.seq_len": "sequences of {}",
+    "optimizer.lr": "learning rate {}",
+    "seed": "seed {}",
+}
+"""The settings that a reader asks for first."""
 
 
 def page(comparison: Comparison, drawings: Sequence[Drawing], found: Coverage | str) -> str:
     """The whole document. `found` is the coverage, or why there is none."""
-    body = [
-        _header(comparison),
-        tiles(comparison),
-        *sections.sections(comparison, drawings, found),
-        _footer(comparison),
-    ]
-    return Template(_beside("page.html")).substitute(
-        title=escape(_title(comparison)),
-        style=palette.css_rules() + _beside("page.css") + sections.choice_rules(drawings),
-        body="\n".join(part for part in body if part),
-        curves=hover_json(comparison),
-        script=_beside("page.js"),
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(_FOLDER),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    formats = ("count", "flops", "percent", "loss", "ratio", "step_time", "clock", "setting")
+    environment.filters |= {name: getattr(units, f"format_{name}") for name in formats}
+    environment.filters |= {"css_variable": style.css_variable, "rate": _rate}
+    losses = [drawing for drawing in drawings if drawing.hover == "loss"]
+    runs = comparison.runs
+    return environment.get_template("page.html").render(
+        comparison=comparison,
+        title=_title(comparison),
+        model_line=_model_line(comparison),
+        tiles=_run_tiles(runs[0]) if comparison.single else _comparison_tiles(comparison),
+        figures={drawing.name: _figure(comparison, drawing) for drawing in drawings},
+        losses=losses,
+        grows=any((run.column("grown/layers") < 1).any() for run in runs),
+        strips=any(len(run.stages) > 1 for run in runs)
+        and any(run_with_shared_stages(comparison, drawing.axis) is None for drawing in losses),
+        stage_times=stage_times,
+        found=found,
+        by_arm=sorted(
+            ((comparison.arm_of(run), index, run) for index, run in enumerate(runs)), key=lambda row: row[0].rank
+        ),
+        config=yaml.safe_dump(runs[0].config, sort_keys=False) if comparison.single else "",
+        logged=any(run.n_rows for run in runs),
+        lines=sum(run.n_lines for run in runs),
+        rows=sum(run.n_rows for run in runs),
+        no_loss=any(math.isnan(run.outcome["val_loss"]) for run in runs if run.n_rows),
+        now=datetime.now().strftime("%Y-%m-%d %H:%M"),
+        css=style.css_rules() + (_FOLDER / "page.css").read_text(encoding="utf-8"),
+        script=(_FOLDER / "page.js").read_text(encoding="utf-8"),
+        curves=_hover_json(comparison),
     )
 
 
-def _beside(name: str) -> str:
-    return Path(__file__).with_name(name).read_text(encoding="utf-8")
+def _rate(rate: float) -> str:
+    return f"{rate:.3g}" if math.isfinite(rate) else units.UNKNOWN
 
 
 def _title(comparison: Comparison) -> str:
@@ -47,60 +88,111 @@ def _title(comparison: Comparison) -> str:
     return f"{what}: {len(comparison.runs)} runs"
 
 
-def _header(comparison: Comparison) -> str:
-    title = f'<p class="eyebrow">Evolving Subnetwork Training</p><h1>{escape(_title(comparison))}</h1>'
+def _model_line(comparison: Comparison) -> str:
+    """The settings that all runs share; before them, in a comparison, how many runs are done."""
+    settings = {key: comparison.runs[0].setting(key) for key in _MODEL_LINE if key not in comparison.differing}
+    parts = [
+        _MODEL_LINE[key].format(units.format_setting(value)) for key, value in settings.items() if value is not None
+    ]
     if comparison.single:
-        run = comparison.runs[0]
-        return f'<header>{title}<p class="lead">{escape(_model_line(run))}</p>{_progress(run)}</header>'
+        return " · ".join(parts)
     statuses = [run.status for run in comparison.runs]
     told = ", ".join(f"{statuses.count(status)} {status}" for status in dict.fromkeys(statuses))
-    line = f"{told} · {_model_line(comparison.runs[0], shared=comparison)}"
-    return f'<header>{title}<p class="lead">{escape(line)}</p></header>'
+    return f"{told} · {' · '.join(parts)}"
 
 
-def _model_line(run: RunRecord, shared: Comparison | None = None) -> str:
-    """The settings that a reader asks for first; in a comparison only those that all runs share."""
-    parts = [
-        ("{} layers", "model.n_layers"),
-        ("{} heads", "model.n_heads"),
-        ("width {}", "model.d_model"),
-        ("MLP {}", "model.d_ff"),
-        ("vocabulary {}", "model.vocab_size"),
-        ("data {}", "data.kind"),
-        ("sequences of {}", "data.seq_len"),
-        ("learning rate {}", "optimizer.lr"),
-        ("seed {}", "seed"),
+def _run_tiles(run: RunRecord) -> list[tuple[str, str, str]]:
+    """The outcome of one run: name, value and note of the key numbers at the top of the page."""
+    outcome, step_s = run.outcome, run.column("perf/step_s")
+    loss = outcome["val_loss"]
+    perplexity = f"{math.exp(loss):.4g}" if loss < 50 else units.UNKNOWN
+    parts = [run.column(f"grown/{unit}")[-1:] for unit in ("heads", "mlp", "layers")]
+    evaluated = "the part that has joined" if any((part < 1).any() for part in parts) else "full model"
+    median = units.format_step_time(float(np.nanmedian(step_s)) if np.isfinite(step_s).any() else None)
+    full_flops = units.format_flops(outcome["flops_full_total"])
+    return [
+        ("Validation loss", units.format_loss(loss), f"perplexity {perplexity}, {evaluated}"),
+        *_saved_tiles(
+            units.format_percent(outcome["flops_saved"]), units.format_percent(outcome["flops_saved_blocks"])
+        ),
+        ("Training compute", units.format_flops(outcome["flops_total"]), f"full model: {full_flops}"),
+        ("Training time", units.format_clock(outcome["train_s"]), f"median step {median}"),
+        ("Tokens", units.format_count(outcome["tokens"]), f"{int(outcome['steps']):,} optimizer steps"),
     ]
-    known = [
-        text.format(format_setting(run.setting(key)))
-        for text, key in parts
-        if run.setting(key) is not None and (shared is None or key not in shared.differing)
+
+
+def _comparison_tiles(comparison: Comparison) -> list[tuple[str, str, str]]:
+    """The best arm, and totals over all runs."""
+    best = comparison.arms[0]
+
+    def total(name: str) -> float:
+        return math.fsum(value for arm in comparison.arms for value in arm.values(name))
+
+    def between(name: str) -> str:
+        values = [arm.mean(name) for arm in comparison.arms if math.isfinite(arm.mean(name))]
+        low, high = (units.format_percent(pick(values, default=None)) for pick in (min, max))
+        return low if low == high else f"{low.removesuffix('%')}–{high}"
+
+    return [
+        ("Best validation loss", units.format_loss(best.mean("val_loss")), f"{best.letter}  {best.label}"),
+        *_saved_tiles(between("flops_saved"), between("flops_saved_blocks")),
+        ("Training time", units.format_clock(total("train_s")), "all runs together"),
+        ("Training compute", units.format_flops(total("flops_total")), "all runs together"),
+        ("Tokens", units.format_count(total("tokens")), "all runs together"),
     ]
-    return " · ".join(known)
 
 
-def _progress(run: RunRecord) -> str:
-    planned = run.setting("trainer.max_steps")
-    steps = f"step {run.steps_done:,}" + (f" of {planned:,}" if isinstance(planned, int) else "")
-    status = f'<p><span class="status">{escape(run.status)}</span> {steps}</p>'
-    if run.status == "done" or not isinstance(planned, int) or planned < 1:
-        return status
-    percent = min(100.0, 100 * run.steps_done / planned)
-    return f'{status}<div class="progress"><span style="width:{percent:.1f}%"></span></div>'
-
-
-def _footer(comparison: Comparison) -> str:
-    lines = sum(run.n_lines for run in comparison.runs)
-    rows = sum(run.n_rows for run in comparison.runs)
-    read = f"Read {lines:,} logged lines"
-    read += f", of which {rows:,}, evenly taken, and every validation loss are drawn." if rows < lines else "."
-    problems: Iterable[str] = (problem for run in comparison.runs for problem in run.problems)
-    parts = [
-        f"Made {datetime.now().strftime('%Y-%m-%d %H:%M')}. {read}",
-        "FLOPs are matrix-multiplication FLOPs, forward and backward. Validation is always the full model, "
-        "or in a run that grows what has joined by then. "
-        "Method: Evolving Subnetwork Training, arXiv 2406.06962.",
+def _saved_tiles(saved: str, saved_blocks: str) -> list[tuple[str, str, str]]:
+    return [
+        ("FLOPs saved", saved, "whole model, LM head included"),
+        ("FLOPs saved, blocks", saved_blocks, "blocks alone, as the paper counts"),
     ]
-    if any(math.isnan(run.outcome["val_loss"]) for run in comparison.runs if run.n_rows):
-        parts.append("Runs without a validation loss stand last.")
-    return "<footer>" + "".join(f"<p>{escape(part)}</p>" for part in [*parts, *problems]) + "</footer>"
+
+
+def _figure(comparison: Comparison, drawing: Drawing) -> str:
+    """The drawing as a `<figure>` with one SVG, or with two for wide and narrow windows."""
+    data = {}
+    if drawing.hover:
+        data = {"hover": drawing.hover, "axis": drawing.axis.key, "title": drawing.axis.unit(comparison.runs)[1]}
+    svg = style.inline_svg(drawing.figure, f"{drawing.name}-wide", drawing.description, "wide", data)
+    if drawing.narrow is not None:
+        svg += style.inline_svg(drawing.narrow, f"{drawing.name}-narrow", drawing.description, "narrow", data)
+    return f'<figure class="{"has-narrow" if drawing.narrow is not None else ""}">{svg}</figure>'
+
+
+def _hover_json(comparison: Comparison) -> str:
+    """The numbers under the pointer for the page's script, safe inside a `<script>` element."""
+    arms = comparison.coloured_arms
+    n_runs = sum(len(arm.runs) for arm in arms)
+    rows = min(_MAX_HOVER_ROWS, max(40, _MAX_HOVER_ROWS_IN_ALL // max(1, n_runs)))
+    data = {
+        "scale": {axis.key: axis.unit(comparison.runs)[0] for axis in known_axes(comparison)},
+        "single": comparison.single,
+        "arms": [
+            {
+                "letter": arm.letter,
+                "label": arm.label,
+                "series": arm.rank,
+                "runs": [_hover_columns(run, rows) for run in arm.runs if run.n_rows],
+            }
+            for arm in arms
+        ],
+    }
+    return json.dumps(data, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
+
+
+def _hover_columns(run: RunRecord, rows: int) -> dict[str, list[float | None]]:
+    chosen = np.unique(np.linspace(0, run.n_rows - 1, min(rows, run.n_rows)).round().astype(int))
+    train, val = train_curve(run, STEPS), run.column("val/loss")
+    last_known = np.maximum.accumulate(np.where(np.isfinite(val), np.arange(run.n_rows), -1))
+    columns = {axis.key: axis.values(run) for axis in AXES} | {
+        "train": np.interp(run.column("step") + 1, train.x, train.y) if len(train) else run.column("train/loss"),
+        "val": np.where(last_known >= 0, val[last_known], np.nan),
+        "stage": run.column("stage"),
+        "saved": run.column("flops/saved"),
+        "blocks": run.column("flops/saved_blocks"),
+    }
+    return {
+        key: [float(f"{value:.6g}") if np.isfinite(value) else None for value in values[chosen]]
+        for key, values in columns.items()
+    }

@@ -1,46 +1,61 @@
-"""Runs → an HTML page, PNG figures and CSV tables in one folder."""
+"""Runs → an HTML page, PNG figures and CSV tables in one folder.
 
+matplotlib and Jinja2 take most of a second to import, so they are imported only when something is drawn.
+"""
+
+import csv
+import math
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from est_cli.errors import UserError, nearest
-from est_cli.reports.arms import Comparison
-from est_cli.reports.records import RunRecord
+from est_cli.reports.comparison import Arm, Comparison, stage_times
+from est_cli.reports.coverage import coverage
+from est_cli.reports.curves import STEPS, train_curve
+from est_cli.reports.records import RunRecord, load_runs
 
 FORMATS = ("html", "png", "csv")
+_MAIN_FILES = {"html": "report.html", "png": "report.png", "csv": "runs.csv"}
+_MAX_CURVE_ROWS = 2000
+_CURVE_COLUMNS = {
+    "step": "step",
+    "stage": "stage",
+    "tokens": "tokens",
+    "seconds": "seconds",
+    "flops_total": "flops/total",
+    "train_loss": "train/loss",
+    "val_loss": "val/loss",
+    "flops_saved": "flops/saved",
+    "flops_saved_blocks": "flops/saved_blocks",
+}
 
 
 def write_report(runs: Sequence[RunRecord], out: Path, formats: Sequence[str] = FORMATS) -> dict[str, Path]:
     """Writes report.html, report.png with figures/*.png, and runs.csv with curves.csv into `out`.
 
-    Returns the main file of every format. All file names are fixed: nothing that a run is called leaves `out`.
-    Raises UserError for a format that does not exist, or an `out` that is no folder.
+    Returns the main file of every format. All file names are fixed, so no run's name can lead out of `out`.
+    Raises UserError for an unknown format, or an `out` that is not a folder.
     """
     _check(out, formats)
     comparison = Comparison.of(runs)
     out.mkdir(parents=True, exist_ok=True)
-    files = {
-        name: out / file
-        for name, file in (("html", "report.html"), ("png", "report.png"), ("csv", "runs.csv"))
-        if name in formats
-    }
+    files = {name: out / file for name, file in _MAIN_FILES.items() if name in formats}
     if "csv" in files:
-        from est_cli.reports.csv_files import write_curves, write_runs
-
-        write_runs(comparison, files["csv"])
-        write_curves(comparison, out / "curves.csv")
+        _write_csv(files["csv"], _run_rows(comparison))
+        _write_csv(out / "curves.csv", [row for run in comparison.runs for row in _curve_rows(run)])
     if "html" in files or "png" in files:
-        with _without_glyph_warnings():
+        with _drawing():
             _draw(comparison, out, files)
     return files
 
 
 def try_report(folders: Sequence[Path], out: Path, formats: Sequence[str] = FORMATS) -> dict[str, Path] | str:
-    """The files of `write_report`, or in words why there is none: runs that are done must not fail by their report."""
-    from est_cli.reports.records import load_runs
-
+    """The files of `write_report`, or in words why there are none: a finished run must not fail by its report."""
     try:
         return write_report(load_runs(folders), out, formats)
     except Exception as error:
@@ -49,10 +64,10 @@ def try_report(folders: Sequence[Path], out: Path, formats: Sequence[str] = FORM
 
 def write_compute_and_time(runs: Sequence[RunRecord], path: Path) -> Path:
     """Writes one PNG: loss against whole-model FLOPs, and against time."""
-    from est_cli.reports import figures
+    from est_cli.reports import figures, style
 
-    with _without_glyph_warnings(), figures.report_style():
-        figures.save_png(figures.compute_and_time(Comparison.of(runs)), path)
+    with _drawing():
+        style.save_png(figures.compute_and_time(Comparison.of(runs)), path)
     return path
 
 
@@ -70,42 +85,71 @@ def _check(out: Path, formats: Sequence[str]) -> None:
 
 
 def _draw(comparison: Comparison, out: Path, files: dict[str, Path]) -> None:
-    # matplotlib takes half a second to import, which a terminal report need not wait for.
-    from est_cli.reports import figures
-    from est_cli.reports.coverage import coverage
-    from est_cli.reports.differences import swept_pairs
+    from est_cli.reports import figures, style
     from est_cli.reports.page import page
 
-    found = coverage(_most_telling(comparison))
-    with figures.report_style():
-        drawings = []
-        if any(run.n_rows for run in comparison.runs):
-            drawings += figures.loss_drawings(comparison)
-            drawings += [figures.savings_drawing(comparison), figures.stage_time_drawing(comparison)]
-        drawings += [
-            figures.sweep_drawing(comparison, pair, number)
-            for number, pair in enumerate(swept_pairs(comparison.differing), 1)
-        ]
-        drawings += [] if isinstance(found, str) else [figures.coverage_drawing(found)]
-        drawings = [drawing for drawing in drawings if drawing is not None]
-        if "html" in files:
-            files["html"].write_text(page(comparison, drawings, found), encoding="utf-8", errors="replace")
-        if "png" in files:
-            (out / "figures").mkdir(exist_ok=True)
-            for drawing in drawings:
-                figures.save_png(drawing.figure, out / "figures" / f"{drawing.name}.png")
-            figures.save_png(figures.overview(comparison), files["png"])
-
-
-def _most_telling(comparison: Comparison) -> RunRecord:
-    """The best run that sampled subnetworks; where none did, the best run."""
     ranked = [run for arm in comparison.arms for run in arm.runs]
-    return next((run for run in ranked if not all(stage.is_full for stage in run.stages)), ranked[0])
+    samples = (run for run in ranked if not all(stage.is_full for stage in run.stages))
+    found = coverage(next(samples, ranked[0]))
+    drawings = figures.drawings(comparison, found)
+    if "html" in files:
+        files["html"].write_text(page(comparison, drawings, found), encoding="utf-8", errors="replace")
+    if "png" in files:
+        (out / "figures").mkdir(exist_ok=True)
+        for drawing in drawings:
+            style.save_png(drawing.figure, out / "figures" / f"{drawing.name}.png")
+        style.save_png(figures.overview(comparison), files["png"])
 
 
 @contextmanager
-def _without_glyph_warnings() -> Iterator[None]:
-    """A run named in letters that the font lacks is drawn with boxes; the page has them right."""
-    with warnings.catch_warnings():
+def _drawing() -> Iterator[None]:
+    """The report's style; without warnings about letters that the font lacks, which the page shows correctly."""
+    from est_cli.reports.style import report_style
+
+    with warnings.catch_warnings(), report_style():
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")
         yield
+
+
+def _run_rows(comparison: Comparison) -> list[dict[str, Any]]:
+    """Name, folder, status, the settings that differ, summary.json's numbers, and the step time of every stage."""
+    n_stages = max((stage.number for run in comparison.runs for stage in run.stages), default=0)
+    rows = []
+    for index, run in enumerate(comparison.runs):
+        medians = {entry.stage.number: entry.median for entry in stage_times(Arm(0, run.name, (run,)))}
+        rows.append(
+            {"arm": comparison.arm_of(run).letter, "run": run.name, "folder": str(run.folder), "status": run.status}
+            | {key: difference.values[index] for key, difference in comparison.differing.items()}
+            | {name: _cell(value) for name, value in run.outcome.items()}
+            | {f"stage{n}_step_s_median": _cell(medians.get(n, math.nan)) for n in range(1, n_stages + 1)}
+        )
+    return rows
+
+
+def _curve_rows(run: RunRecord) -> list[dict[str, Any]]:
+    """At most 2000 rows, evenly taken, and every validation loss."""
+    if not run.n_rows:
+        return []
+    even = np.linspace(0, run.n_rows - 1, min(_MAX_CURVE_ROWS, run.n_rows)).round().astype(int)
+    chosen = np.union1d(even, np.flatnonzero(np.isfinite(run.column("val/loss"))))
+    columns = {name: run.column(key)[chosen] for name, key in _CURVE_COLUMNS.items()}
+    train = train_curve(run, STEPS)
+    if len(train):
+        columns["train_loss_smoothed"] = np.interp(run.column("step")[chosen] + 1, train.x, train.y)
+    return [
+        {"run": run.name} | {name: _cell(values[i]) for name, values in columns.items()} for i in range(len(chosen))
+    ]
+
+
+def _cell(value: float) -> Any:
+    if not math.isfinite(value):
+        return ""
+    return int(value) if float(value).is_integer() and abs(value) < 2**63 else float(value)
+
+
+def _write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    with path.open("w", newline="", encoding="utf-8", errors="replace") as file:
+        writer = csv.DictWriter(file, names)
+        writer.writeheader()
+        writer.writerows(rows)

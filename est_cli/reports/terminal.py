@@ -1,19 +1,17 @@
-"""The report for people over ssh: tables and a text plot, in windows of any width."""
+"""The report for people over ssh: tables and a loss plot, in windows of any width."""
 
 import math
 from collections.abc import Sequence
 
+import numpy as np
 from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from est_cli.reports.arms import Arm, Comparison
-from est_cli.reports.axes import AXES
-from est_cli.reports.curves import Curve, curve, final_loss_window, train_curve
+from est_cli.reports.comparison import Arm, Comparison, stage_times
+from est_cli.reports.curves import STEPS, Curve, curve, final_loss_window, train_curve
 from est_cli.reports.records import RunRecord
-from est_cli.reports.stage_times import stage_times
-from est_cli.reports.text_plot import TextCurve, text_plot
 from est_cli.units import (
     format_clock,
     format_count,
@@ -25,8 +23,11 @@ from est_cli.units import (
 )
 
 _COLOURS = ("blue", "red", "green", "magenta", "yellow", "cyan", "default")
-_IN_ASCII = str.maketrans({"–": "-", "×": "x", "±": "~", "…": "~"})
+_IN_ASCII = str.maketrans("–×±…", "-x~~")
 _WIDEST_PLOT, _PLOT_HEIGHT = 100, 14
+_BRAILLE = 0x2800
+# The bits of the eight dots of a braille character, [row, column].
+_DOTS = np.array([[0x01, 0x08], [0x02, 0x10], [0x04, 0x20], [0x40, 0x80]])
 
 
 def terminal_report(runs: Sequence[RunRecord], console: Console) -> None:
@@ -38,6 +39,14 @@ def terminal_report(runs: Sequence[RunRecord], console: Console) -> None:
         _print_report(runs, console, unicode=False)
     text = captured.get().translate(_IN_ASCII)
     console.file.write(text.encode(console.encoding, "replace").decode(console.encoding))
+
+
+def _encodes(console: Console, characters: str) -> bool:
+    try:
+        characters.encode(console.encoding)
+    except (UnicodeEncodeError, LookupError):
+        return False
+    return True
 
 
 def _print_report(runs: Sequence[RunRecord], console: Console, unicode: bool) -> None:
@@ -53,107 +62,123 @@ def _print_report(runs: Sequence[RunRecord], console: Console, unicode: bool) ->
         console.print("No step has been logged yet.", style="dim")
     if comparison.single:
         _print_stages(comparison.arms[0], console)
-    for run in runs:
-        for problem in run.problems:
-            console.print(Text(problem, "dim"))
+    for problem in (problem for run in runs for problem in run.problems):
+        console.print(Text(problem, "dim"))
 
 
 def _print_run(run: RunRecord, console: Console) -> None:
-    planned = run.setting("trainer.max_steps")
+    planned, outcome = run.setting("trainer.max_steps"), run.outcome
     steps = f"{run.steps_done:,}" + (f" of {planned:,}" if isinstance(planned, int) else "")
-    outcome = run.outcome
+    saved, saved_blocks = (format_percent(outcome[name]) for name in ("flops_saved", "flops_saved_blocks"))
+    time, tokens = format_clock(outcome["train_s"]), format_count(outcome["tokens"])
     console.print(Text(run.name, "bold"))
     facts = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
     for name, value in (
         ("status", f"{run.status}, step {steps}"),
         ("validation loss", format_loss(outcome["val_loss"])),
-        (
-            "FLOPs saved",
-            f"{format_percent(outcome['flops_saved'])} of the whole model, "
-            f"{format_percent(outcome['flops_saved_blocks'])} of the blocks",
-        ),
-        (
-            "training",
-            f"{format_clock(outcome['train_s'])}, {format_count(outcome['tokens'])} tokens, "
-            f"{format_flops(outcome['flops_total'])}",
-        ),
+        ("FLOPs saved", f"{saved} of the whole model, {saved_blocks} of the blocks"),
+        ("training", f"{time}, {tokens} tokens, {format_flops(outcome['flops_total'])}"),
     ):
         facts.add_row(Text(name, "dim"), Text(value))
     console.print(facts)
 
 
 def _print_ranking(comparison: Comparison, console: Console) -> None:
-    """As many columns as the window has room for; the label and the loss always."""
-    loss = _with_spread if console.width >= 48 else lambda arm: format_loss(arm.mean("val_loss"))
+    """The label and the loss, and as many other columns as the window has room for."""
+
+    def loss(arm: Arm) -> str:
+        spread = arm.spread("val_loss")
+        shown = f" ±{spread:.4f}" if math.isfinite(spread) and console.width >= 48 else ""
+        return format_loss(arm.mean("val_loss")) + shown
+
     columns = [
-        ("val loss", loss, 0),
-        ("saved", _percent("flops_saved"), 58),
-        ("blocks", _percent("flops_saved_blocks"), 68),
-        ("time", _duration, 82),
-        ("runs", lambda arm: str(len(arm.runs)), 90),
-        ("status", lambda arm: ", ".join(sorted({run.status for run in arm.runs})), 104),
+        (0, "val loss", loss),
+        (58, "saved", lambda arm: format_percent(arm.mean("flops_saved"))),
+        (68, "blocks", lambda arm: format_percent(arm.mean("flops_saved_blocks"))),
+        (82, "time", lambda arm: format_clock(arm.mean("train_s"))),
+        (90, "runs", lambda arm: str(len(arm.runs))),
+        (104, "status", lambda arm: arm.statuses),
     ]
-    columns = [column for column in columns if console.width >= column[2]]
+    columns = [(name, show) for width, name, show in columns if console.width >= width]
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
     table.add_column("")
     table.add_column("configuration", overflow="fold", min_width=8)
-    for name, _, _ in columns:
+    for name, _ in columns:
         table.add_column(name, justify="right", no_wrap=True)
     for arm in comparison.arms:
-        table.add_row(Text(arm.letter, _colour(arm)), Text(arm.label), *(Text(show(arm)) for _, show, _ in columns))
+        letter = Text(arm.letter, _COLOURS[arm.rank] if arm.coloured else "dim")
+        table.add_row(letter, Text(arm.label), *(Text(show(arm)) for _, show in columns))
     console.print(table)
 
 
-def _with_spread(arm: Arm) -> str:
-    spread = arm.spread("val_loss")
-    return format_loss(arm.mean("val_loss")) + (f" ±{spread:.4f}" if math.isfinite(spread) else "")
-
-
-def _percent(name: str):
-    return lambda arm: format_percent(arm.mean(name))
-
-
-def _duration(arm: Arm) -> str:
-    return format_clock(arm.mean("train_s"))
-
-
-def _colour(arm: Arm) -> str:
-    return _COLOURS[arm.rank] if arm.coloured else "dim"
-
-
 def _print_loss(comparison: Comparison, console: Console, unicode: bool) -> None:
-    axis = AXES[0]
-    scale, title = axis.unit(comparison.runs)
-    curves = []
+    scale, title = STEPS.unit(comparison.runs)
     if comparison.single:
         run = comparison.runs[0]
-        curves = [TextCurve("t", "red", train_curve(run, axis)), TextCurve("v", "blue", curve(run, axis, "val/loss"))]
+        curves = [
+            ("t", "red", train_curve(run, STEPS, scale)),
+            ("v", "blue", curve(run, STEPS, "val/loss", scale)),
+        ]
         legend = Text.assemble(("v validation, full model", "blue"), "   ", ("t training, subnetwork", "red"))
     else:
         curves = [
-            TextCurve(arm.letter, _colour(arm), curve(arm.runs[0], axis, "val/loss"))
-            for arm in reversed(comparison.arms)
-            if arm.coloured
+            (arm.letter, _COLOURS[arm.rank], curve(arm.runs[0], STEPS, "val/loss", scale))
+            for arm in reversed(comparison.coloured_arms)
         ]
         legend = Text("Validation loss, full model; letters as in the table", "dim")
-    curves = [TextCurve(c.letter, c.colour, Curve(c.curve.x / scale, c.curve.y)) for c in curves if len(c.curve)]
-    limits = final_loss_window([c.curve for c in curves])
+    curves = [found for found in curves if len(found[2])]
+    limits = final_loss_window([line for _, _, line in curves])
     if limits is None:
         return
-    # Without colours, dots of several curves cannot be told apart: letters can.
+    # Dots of several curves can be told apart only by their colour. Without colours, letters are used.
     braille = unicode and (console.color_system is not None or len(curves) == 1)
-    width = min(console.width, _WIDEST_PLOT)
-    console.print(text_plot(curves, width, _PLOT_HEIGHT, limits, title, braille))
+    console.print(loss_plot(curves, min(console.width, _WIDEST_PLOT), limits, title, braille))
     console.print(legend)
     console.print()
 
 
-def _encodes(console: Console, characters: str) -> bool:
-    try:
-        characters.encode(console.encoding)
-    except (UnicodeEncodeError, LookupError):
-        return False
-    return True
+def loss_plot(
+    curves: Sequence[tuple[str, str, Curve]], width: int, limits: tuple[float, float], x_title: str, braille: bool
+) -> Text:
+    """Curves as braille dots or letters, each with its letter and rich colour; later ones are drawn over earlier ones.
+
+    `width` is in characters, `limits` are the lowest and the highest loss shown.
+    Why not plotext: version 5 rounds points to characters before it joins them, so in letters close curves coincide
+    that differ here; the C++ kernel of version 6 can abort the process.
+    """
+    low, high = limits
+    gutter = max(len(f"{limit:.2f}") for limit in limits) + 1
+    columns = max(8, width - gutter - 1)
+    right = max(float(line.x[-1]) for *_, line in curves) or 1.0
+    n_rows, n_columns = (4 * _PLOT_HEIGHT, 2 * columns) if braille else (_PLOT_HEIGHT, columns)
+    cells = [[(" ", "")] * columns for _ in range(_PLOT_HEIGHT)]
+    for letter, colour, line in curves:
+        first, last = (int(np.clip(round(x / right * (n_columns - 1)), 0, n_columns - 1)) for x in line.x[[0, -1]])
+        x = np.arange(first, last + 1)
+        y = np.interp(x / (n_columns - 1) * right, line.x, line.y)
+        y = (high - y) / (high - low) * (n_rows - 1)
+        shown = (y >= -0.5) & (y <= n_rows - 0.5)
+        x, y = x[shown], y[shown].round().astype(int)
+        if braille:
+            dots = np.zeros((_PLOT_HEIGHT, columns), dtype=int)
+            np.bitwise_or.at(dots, (y // 4, x // 2), _DOTS[y % 4, x % 2])
+            y, x = np.nonzero(dots)
+        for row, column in zip(y, x, strict=True):
+            cells[row][column] = (chr(_BRAILLE | dots[row, column]) if braille else letter, colour)
+
+    tick, side, corner, floor = "┤│└─" if braille else "||+-"
+    text = Text(no_wrap=True, overflow="crop")
+    for row, line_of_cells in enumerate(cells):
+        value = high - (high - low) * row / (_PLOT_HEIGHT - 1)
+        labelled = row in (0, _PLOT_HEIGHT // 2, _PLOT_HEIGHT - 1)
+        text.append(f"{f'{value:.2f}' if labelled else '':>{gutter}}{tick if labelled else side}", "dim")
+        text.append_tokens(line_of_cells)
+        text.append("\n")
+    end = f"{right:.4g}"
+    room = columns - len(end) - 2
+    middle = x_title if len(x_title) < room else ""
+    indent = " " * gutter
+    return text.append(f"{indent}{corner}{floor * columns}\n{indent} 0{middle:^{room}}{end}\n", "dim")
 
 
 def _print_stages(arm: Arm, console: Console) -> None:
@@ -162,20 +187,14 @@ def _print_stages(arm: Arm, console: Console) -> None:
         return
     wide, narrow = console.width >= 64, console.width < 46
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
-    names = ["stage", *(() if narrow else ("steps",)), *(("heads", "MLP", "layers") if wide else ()), "step", "time"]
+    names = ["stage", *([] if narrow else ["steps"]), *(["heads", "MLP", "layers"] if wide else []), "step", "time"]
     for name in [*names, "FLOPs"]:
         table.add_column(name, justify="right", no_wrap=True)
     for entry in times:
-        rates = entry.stage.kept
-        kept = [f"{rate:.3g}" for rate in (rates.heads, rates.mlp, rates.layers)] if wide else []
-        steps = [] if narrow else [f"{entry.stage.first_step}–{entry.stage.last_step}"]
-        table.add_row(
-            str(entry.stage.number),
-            *steps,
-            *kept,
-            format_step_time(entry.median),
-            format_ratio(entry.time_ratio),
-            format_ratio(entry.flops_ratio),
-        )
+        stage = entry.stage
+        steps = [] if narrow else [f"{stage.first_step}–{stage.last_step}"]
+        rates = [f"{rate:.3g}" for rate in (stage.kept.heads, stage.kept.mlp, stage.kept.layers)] if wide else []
+        ratios = (format_ratio(entry.time_ratio), format_ratio(entry.flops_ratio))
+        table.add_row(str(stage.number), *steps, *rates, format_step_time(entry.median), *ratios)
     console.print(table)
     console.print("step: median time; time and FLOPs: against the full model's stage", style="dim")

@@ -13,8 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
-from est_cli.reports import palette
-from est_cli.reports.figures import report_style
+from est_cli.reports import style
 
 OTHER = "everything else"
 KINDS = {
@@ -22,7 +21,7 @@ KINDS = {
     "attention": re.compile(r"attention|flash|fmha"),
     OTHER: re.compile(""),
 }
-"""What an operation or a kernel is, by its name; the first that fits."""
+"""Kinds of operations and kernels; the first pattern that matches the name decides."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +44,7 @@ class Step:
 
 
 def read_step(path: Path) -> Step:
-    """The step of median length in a trace. Raises ValueError for a file that is none."""
+    """The step of median length in a trace. Raises ValueError for a file without steps."""
     events = [e for e in json.loads(path.read_text())["traceEvents"] if e.get("ph") == "X"]
     steps = sorted(_of(events, "user_annotation", r"ProfilerStep"), key=lambda event: event["dur"])
     if not steps:
@@ -64,21 +63,21 @@ def draw(steps: list[Step]) -> Figure:
     for axis, step in zip(axes, steps, strict=True):
         _draw_step(axis, step)
     axes[-1].set_xlabel("ms from the start of the step")
-    handles = [Patch(color=palette.SERIES[i], label=kind) for i, kind in enumerate(KINDS)]
+    handles = [Patch(color=style.SERIES[i], label=kind) for i, kind in enumerate(KINDS)]
     figure.legend(handles=handles, loc="outside upper right", ncols=len(KINDS), frameon=False)
     return figure
 
 
 def _draw_step(axis: Axes, step: Step) -> None:
     for bar in step.phases:
-        axis.broken_barh([(bar.start, bar.length)], (1.1, 0.8), color=palette.GRID, edgecolor=palette.MUTED, lw=0.4)
+        axis.broken_barh([(bar.start, bar.length)], (1.1, 0.8), color=style.GRID, edgecolor=style.MUTED, lw=0.4)
     longest = max((bar.start + bar.length for bar in step.phases), default=0)
     for bar in step.phases:
         if bar.length > 0.08 * longest:
             axis.text(bar.start + bar.length / 2, 1.5, f"{bar.name} {bar.length:.0f}", ha="center", va="center")
     for number, kind in enumerate(KINDS):
         spans = [(bar.start, bar.length) for bar in step.work if kind_of(bar.name) == kind]
-        axis.broken_barh(spans, (0.1, 0.8), color=palette.SERIES[number], lw=0)
+        axis.broken_barh(spans, (0.1, 0.8), color=style.SERIES[number], lw=0)
     axis.set_yticks([0.5, 1.5], ["work", "phases"])
     axis.set_ylim(0, 2)
     axis.grid(axis="y", visible=False)
@@ -94,7 +93,7 @@ def _of(events: Iterable[dict[str, Any]], category: str, name: str = "") -> list
 
 
 def _innermost(operations: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """Those that no other of the same thread runs inside; a matrix product or attention stands for all inside it."""
+    """Operations with no other inside them on the same thread. A matrix product or attention hides what is inside."""
     ordered = sorted(operations, key=lambda event: (event["tid"], event["ts"], -event["dur"]))
     until: dict[int, float] = {}
     for event, following in zip(ordered, [*ordered[1:], None], strict=True):
@@ -124,7 +123,7 @@ def main() -> None:
         steps = [read_step(path) for path in paths]
     except (ValueError, KeyError, TypeError, OSError) as error:
         parser.error(f"{arguments.folder}: a trace cannot be read: {error}")
-    with report_style():
+    with style.report_style():
         draw(steps).savefig(arguments.out, dpi=110, facecolor="white")
 
 

@@ -1,37 +1,25 @@
 """Run folders as est-train leaves them, with numbers shaped like real training."""
 
+import itertools
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny
 import yaml
 
-from est_cli.config import ModelConfig, SamplingConfig
-from est_cli.reports import load_runs, write_report
+from est_cli.config import ModelConfig, SamplingConfig, as_plain
+from est_cli.reports.records import load_runs
+from est_cli.reports.report import write_report
 from est_cli.subnet.flops import Ledger, training_flops
 from est_cli.subnet.plan import subnetwork
 from est_cli.subnet.schedule import StageSpec, build_stages
 
-NANO = {
-    "n_layers": 4,
-    "n_heads": 4,
-    "n_kv_heads": 2,
-    "d_model": 128,
-    "d_ff": 384,
-    "vocab_size": 4096,
-    "max_seq_len": 256,
-    "norm": "rmsnorm",
-    "position": "rope",
-    "mlp": "swiglu",
-    "bias": False,
-    "tie_embeddings": False,
-    "norm_eps": 1e-5,
-    "rope_theta": 10000.0,
-    "init": "tinyllama",
-    "head_dim": 32,
-}
+NANO = replace(tiny.LLAMA, n_layers=4, n_heads=4, n_kv_heads=2, d_model=128, d_ff=384, head_dim=32)
+NANO = as_plain(replace(NANO, vocab_size=4096, max_seq_len=256))
 FULL = [{"end": None, "heads": 1.0, "mlp": 1.0, "layers": 1.0}]
 
 
@@ -51,17 +39,7 @@ def make_config(*, steps=300, seed=0, stages=None, name="est", sampling=None, mo
         "data": {"kind": "stdlib", "seq_len": 256, "val_fraction": 0.05},
         "tokenizer": {"kind": "sentencepiece", "vocab_size": 4096},
         "scheduler": {**ends, "stages": stages},
-        "sampling": {
-            "heads": 0.5,
-            "mlp": 0.5,
-            "layers": 0.5,
-            "mlp_block": 1,
-            "gqa": "group",
-            "strategy": "random",
-            "resample_every": 1,
-            "rescale_layers": False,
-            **(sampling or {}),
-        },
+        "sampling": {"heads": 0.5, "mlp": 0.5, "layers": 0.5, "mlp_block": 1, "resample_every": 1, **(sampling or {})},
         "optimizer": {"kind": "adamw", "lr": 1e-3, "weight_decay": 0.1, "betas": [0.9, 0.95], "warmup": 0.02},
         "trainer": {"max_steps": steps, "batch_size": 8, "grad_accum": 2, "precision": "fp32"},
         "logger": {"kind": "none", "project": "est"},
@@ -127,35 +105,25 @@ def make_records(config, stages, done, eval_every, loss_offset) -> list[dict]:
     return records
 
 
-def make_summary(records, status="done") -> dict:
+def make_summary(records) -> dict:
     last = records[-1]
-    val_loss = next(record["val/loss"] for record in reversed(records) if record["val/loss"] is not None)
+    names = ("flops/total", "flops/full_total", "flops/saved", "flops/saved_blocks")
     return {
-        "status": status,
+        "status": "done",
         "steps": last["step"] + 1,
         "tokens": last["tokens"],
-        "val_loss": val_loss,
-        "flops_total": last["flops/total"],
-        "flops_full_total": last["flops/full_total"],
-        "flops_saved": last["flops/saved"],
-        "flops_saved_blocks": last["flops/saved_blocks"],
+        "val_loss": next(record["val/loss"] for record in reversed(records) if record["val/loss"] is not None),
+        **{name.replace("/", "_"): last[name] for name in names},
         "train_s": sum(record["perf/step_s"] for record in records),
-        "peak_memory_bytes": 123456789,
         "stages": [],
     }
 
 
 def make_sweep(folder: Path, **options) -> Path:
     """stage1_end × stage2_end × two seeds: eight runs in one sweep directory."""
-    for stage1_end in (0.1, 0.2):
-        for stage2_end in (0.4, 0.5):
-            for seed in (0, 1):
-                make_run(
-                    folder / f"stage1_end-{stage1_end}_stage2_end-{stage2_end}_seed-{seed}",
-                    seed=seed,
-                    stages=three_stages(stage1_end, stage2_end),
-                    **options,
-                )
+    for end1, end2, seed in itertools.product((0.1, 0.2), (0.4, 0.5), (0, 1)):
+        name = f"stage1_end-{end1}_stage2_end-{end2}_seed-{seed}"
+        make_run(folder / name, seed=seed, stages=three_stages(end1, end2), **options)
     return folder
 
 

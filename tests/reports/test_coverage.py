@@ -7,10 +7,15 @@ import pytest
 
 from est_cli.config import ModelConfig, SamplingConfig
 from est_cli.reports import coverage as coverage_module
-from est_cli.reports import load_runs
 from est_cli.reports.coverage import coverage
+from est_cli.reports.records import load_runs
 from est_cli.subnet.sampler import sample
 from est_cli.subnet.schedule import stage_at
+
+
+@pytest.fixture
+def run(one_run):
+    return load_runs([one_run])[0]
 
 
 def plain_count(run):
@@ -37,28 +42,24 @@ def test_coverage_is_what_a_plain_count_says(new_run, tmp_path, resample_every, 
     assert not found.thinned
 
 
-def test_neurons_are_trained_as_often_as_their_layers_times_their_rate(one_run):
-    (run,) = load_runs([one_run])
+def test_neurons_are_trained_as_often_as_their_layers_times_their_rate(run):
     found = coverage(run)
     sampled = sum(stage.steps * stage.rates.mlp * stage.rates.layers for stage in run.stages) / run.steps_done
     assert found.blocks.mean() == pytest.approx(sampled)
     assert found.blocks.shape == (4, 64)
 
 
-def test_a_thinned_count_is_close_and_says_so(one_run, monkeypatch):
-    (run,) = load_runs([one_run])
+def test_a_thinned_count_is_close_and_says_so(run, monkeypatch):
     whole = coverage(run)
     monkeypatch.setattr(coverage_module, "MAX_PLANS_PER_STAGE", 25)
     thin = coverage(run)
-    assert thin.thinned
-    assert not whole.thinned
+    assert thin.thinned and not whole.thinned
     assert thin.heads.mean() == pytest.approx(whole.heads.mean(), abs=0.01)
     assert whole.noise == 0
     assert 0.3 * thin.noise < (thin.heads - whole.heads).std() < 3 * thin.noise
 
 
-def test_leaving_neurons_out_changes_no_head(one_run, monkeypatch):
-    (run,) = load_runs([one_run])
+def test_leaving_neurons_out_changes_no_head(run, monkeypatch):
     whole = coverage(run)
     monkeypatch.setattr(coverage_module, "_MAX_RANKED_NEURONS", 1)
     without = coverage(run)
@@ -74,14 +75,7 @@ def test_blocks_follow_the_neurons_that_are_sampled_together(new_run, tmp_path):
     assert found.neurons_per_block == 48
 
 
-def test_a_strategy_of_ones_own_is_not_run(one_run):
-    (run,) = load_runs([one_run])
+def test_the_reason_is_told_without_a_config_or_with_a_strategy_of_ones_own_which_is_not_run(run):
     sampling = {**run.config["sampling"], "strategy": "os.system"}
-    own = dataclasses.replace(run, config={**run.config, "sampling": sampling})
-    assert "os.system" in coverage(own)
-
-
-def test_without_a_config_the_reason_is_told(new_run, tmp_path):
-    folder = new_run(tmp_path / "run", steps=60)
-    (folder / "config.yaml").unlink()
-    assert "config.yaml" in coverage(load_runs([folder])[0])
+    assert "os.system" in coverage(dataclasses.replace(run, config={**run.config, "sampling": sampling}))
+    assert "config.yaml" in coverage(dataclasses.replace(run, config={}))

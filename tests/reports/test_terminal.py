@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from est_cli.reports import load_runs, terminal_report
 from est_cli.reports.curves import Curve
-from est_cli.reports.text_plot import TextCurve, text_plot
+from est_cli.reports.records import load_runs
+from est_cli.reports.terminal import loss_plot, terminal_report
 
 
 def shown(runs, width, encoding="utf-8", **options):
@@ -44,7 +44,9 @@ def test_several_runs_are_ranked(sweep):
 
 def test_without_colours_curves_are_told_apart_by_letters(sweep):
     assert "⠀" < max(shown(load_runs([sweep]), 80, force_terminal=True, color_system="standard")) <= "⣿"
-    assert not any("⠀" < c <= "⣿" for c in shown(load_runs([sweep]), 80))
+    plain = shown(load_runs([sweep]), 80)
+    assert not any("⠀" < c <= "⣿" for c in plain)
+    assert set("ABCD") <= set(plain[plain.index("4.55|") : plain.index("+--")])  # close as they are, all are seen
 
 
 def test_a_run_without_a_step_says_so(new_run, tmp_path):
@@ -53,8 +55,7 @@ def test_a_run_without_a_step_says_so(new_run, tmp_path):
 
 def test_the_plot_puts_high_values_above_low_ones():
     line = Curve(np.array([0.0, 10.0]), np.array([2.0, 1.0]))
-    rows = text_plot([TextCurve("x", "blue", line)], 30, 5, (1.0, 2.0), "steps", braille=False).plain.splitlines()
-    at = [row.find("x") for row in rows[:5]]
-    assert at == sorted(at)
-    assert rows[0].strip().startswith("2.00")
-    assert rows[4].strip().startswith("1.00")
+    *rows, _, ends = loss_plot([("x", "blue", line)], 30, (1.0, 2.0), "steps", braille=False).plain.splitlines()
+    assert [row.find("x") for row in rows] == sorted(row.find("x") for row in rows)
+    assert rows[0].startswith(" 2.00|x") and rows[-1].startswith(" 1.00|") and rows[-1].endswith("x")
+    assert ends.split() == ["0", "steps", "10"]

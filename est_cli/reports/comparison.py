@@ -1,0 +1,311 @@
+"""What runs are compared by: settings that differ, arms of equal settings, stage times, the full model's frontier."""
+
+import itertools
+import json
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from est_cli.reports.records import RunRecord
+from est_cli.subnet.schedule import Stage
+from est_cli.units import format_setting
+
+N_COLOURS = 7
+"""So many of the best arms have a colour; the others are drawn in one grey."""
+SEED = "seed"
+_STAGES = "scheduler.stages"
+_ABSENT = object()
+_NOT_SETTINGS = {"run_id", "name", "format", "data.cache_dir"}
+_LARGEST_PAIRS = 3
+_LONGEST_LABEL = 38
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A config key whose values are not all equal."""
+
+    key: str
+    values: list[Any]
+    """One for each run; None for a run without the key."""
+    also: list[str] = field(default_factory=list)
+    """Other keys with the same values in every run, except for keys of stages, which refer to settings."""
+
+
+def differences(runs: Sequence[RunRecord]) -> dict[str, Difference]:
+    """The differences between the runs' configs, by key. Keys that always agree with each other are one difference."""
+    flat = [_flatten(run.config) for run in runs]
+    if len({sum(key.startswith("scheduler.stages[") for key in config) for config in flat}) > 1:
+        flat = _with_stages_as_text(flat, runs)
+    keys = sorted(
+        dict.fromkeys(key for config in flat for key in config),
+        key=lambda key: (key == SEED, key.startswith("scheduler.stages["), key),
+    )
+    differing: dict[tuple[str, ...], Difference] = {}
+    for key in keys:
+        values = [config.get(key, _ABSENT) for config in flat]
+        identity = tuple("absent" if value is _ABSENT else json.dumps(value, default=str) for value in values)
+        if identity in differing:
+            differing[identity].also.extend([] if key.startswith("scheduler.stages[") else [key])
+        elif len(set(identity)) > 1:
+            differing[identity] = Difference(key, [None if value is _ABSENT else value for value in values])
+    return {difference.key: difference for difference in differing.values()}
+
+
+def _flatten(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        path = f"{prefix}{key}"
+        if path in _NOT_SETTINGS or path == "logger":
+            continue
+        if isinstance(value, dict):
+            flat |= _flatten(value, f"{path}.")
+        elif isinstance(value, list | tuple) and value and all(isinstance(item, dict) for item in value):
+            for index, item in enumerate(value):
+                flat |= _flatten(item, f"{path}[{index}].")
+        else:
+            flat[path] = list(value) if isinstance(value, tuple) else value
+    return flat
+
+
+def _with_stages_as_text(flat: Sequence[dict[str, Any]], runs: Sequence[RunRecord]) -> list[dict[str, Any]]:
+    """Schedules of different lengths as `0.5/0.5/0.5 to step 20, 1/1/1 to step 150`: rates of heads, MLP and layers.
+
+    Schedule keys that only some runs have, such as `scheduler.stage1_end`, are left out if their values do not differ.
+    """
+
+    def text(stage: Stage) -> str:
+        rates = (stage.kept.heads, stage.kept.mlp, stage.kept.layers)
+        return f"{'/'.join(map(format_setting, rates))} to step {stage.end}"
+
+    keys = {key for config in flat for key in config if key.startswith("scheduler.")}
+    dropped = {key for key in keys if len({repr(config[key]) for config in flat if key in config}) == 1}
+    dropped |= {key for key in keys if key.startswith("scheduler.stages[")}
+    return [
+        {key: value for key, value in config.items() if key not in dropped}
+        | {_STAGES: ", ".join(map(text, run.stages))}
+        for config, run in zip(flat, runs, strict=True)
+    ]
+
+
+def swept_pairs(differing: dict[str, Difference]) -> list[tuple[str, str]]:
+    """Pairs of differing keys that the runs cross: at least 2×2 values, and half of the grid filled."""
+    values = {key: list(map(str, difference.values)) for key, difference in differing.items()}
+    keys = [key for key in values if key != SEED]
+    if len(keys) == 1 and keys != [_STAGES] and SEED in values:
+        keys = [*keys, SEED]
+    sizes = {}
+    for a, b in itertools.combinations(keys, 2):
+        n_a, n_b, n_cells = len(set(values[a])), len(set(values[b])), len(set(zip(values[a], values[b], strict=True)))
+        if min(n_a, n_b) >= 2 and n_cells > max(n_a, n_b) and 2 * n_cells >= n_a * n_b:
+            sizes[a, b] = n_a * n_b
+    return sorted(sizes, key=lambda pair: -sizes[pair])[:_LARGEST_PAIRS]
+
+
+@dataclass(frozen=True)
+class Arm:
+    """Runs with one configuration and different seeds, which share a colour, a letter and a label."""
+
+    rank: int
+    """From 0, lowest mean validation loss first."""
+    label: str
+    runs: tuple[RunRecord, ...]
+
+    @property
+    def letter(self) -> str:
+        """A … Z, AA, AB …"""
+        letters, rest = "", self.rank + 1
+        while rest:
+            rest, digit = divmod(rest - 1, 26)
+            letters = chr(ord("A") + digit) + letters
+        return letters
+
+    @property
+    def coloured(self) -> bool:
+        return self.rank < N_COLOURS
+
+    @property
+    def statuses(self) -> str:
+        return ", ".join(sorted({run.status for run in self.runs}))
+
+    def values(self, name: str) -> list[float]:
+        """One of summary.json's numbers, from the runs that have it."""
+        return [run.outcome[name] for run in self.runs if math.isfinite(run.outcome[name])]
+
+    def mean(self, name: str) -> float:
+        values = self.values(name)
+        return float(np.mean(values)) if values else math.nan
+
+    def spread(self, name: str) -> float:
+        """Sample standard deviation over seeds; NaN for a single run."""
+        values = self.values(name)
+        return float(np.std(values, ddof=1)) if len(values) > 1 else math.nan
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The runs of a report and what differs between them."""
+
+    runs: tuple[RunRecord, ...]
+    differing: dict[str, Difference] = field(default_factory=dict)
+    """By config key."""
+
+    @classmethod
+    def of(cls, runs: Sequence[RunRecord]) -> "Comparison":
+        return cls(tuple(runs), differences(runs))
+
+    @property
+    def single(self) -> bool:
+        return len(self.runs) == 1
+
+    @cached_property
+    def arms(self) -> tuple[Arm, ...]:
+        """Best first; runs without a validation loss last."""
+        keys = [key for key in self.differing if key != SEED]
+        groups: dict[tuple[str, ...], list[RunRecord]] = {}
+        for index, run in enumerate(self.runs):
+            identity = tuple(repr(self.differing[key].values[index]) for key in keys)
+            # If no seed differs, runs with equal configs are separate arms, because people want to tell them apart.
+            identity += () if SEED in self.differing else (str(index),)
+            groups.setdefault(identity, []).append(run)
+        labels = self._labels(list(groups.values()), keys)
+        arms = [Arm(0, label, tuple(group)) for label, group in zip(labels, groups.values(), strict=True)]
+        arms.sort(key=lambda arm: (math.isnan(arm.mean("val_loss")), arm.mean("val_loss")))
+        return tuple(replace(arm, rank=rank) for rank, arm in enumerate(arms))
+
+    @property
+    def coloured_arms(self) -> tuple[Arm, ...]:
+        return self.arms[:N_COLOURS]
+
+    @property
+    def baseline(self) -> Arm | None:
+        """The best arm that trains the full model throughout; the times of other arms are compared with its time."""
+        return next((arm for arm in self.arms if abs(arm.mean("flops_saved")) < 1e-9), None)
+
+    def arm_of(self, run: RunRecord) -> Arm:
+        return next(arm for arm in self.arms if any(run is other for other in arm.runs))
+
+    def _labels(self, groups: Sequence[Sequence[RunRecord]], keys: Sequence[str]) -> list[str]:
+        """Names, else the settings that differ, else folders: the first of them that tells all groups apart."""
+        names = [str(group[0].setting("name") or "") for group in groups]
+        folders = [re.sub(r"[_-]?seed[-=]?\d+", "", group[0].name) or group[0].name for group in groups]
+        settings = [self._settings(group[0], keys) for group in groups]
+        for candidates in (names, settings, folders):
+            distinct = len(set(candidates)) == len(groups) and all(candidates)
+            fit = candidates is not settings or all(len(label) <= _LONGEST_LABEL for label in settings)
+            if distinct and fit and len(groups) > 1:
+                return [_shortened(label) for label in candidates]
+        return [_shortened(group[0].name) for group in groups]
+
+    def _settings(self, run: RunRecord, keys: Sequence[str]) -> str:
+        index = next(i for i, other in enumerate(self.runs) if other is run)
+        return ", ".join(f"{short_key(key, keys)} {format_setting(self.differing[key].values[index])}" for key in keys)
+
+
+def short_key(key: str, keys: Sequence[str]) -> str:
+    """The key's last part, unless another key ends in it too."""
+    last = key.rsplit(".", 1)[-1]
+    return last if sum(other.rsplit(".", 1)[-1] == last for other in keys) == 1 else key
+
+
+def _shortened(label: str) -> str:
+    """One line of at most 38 printable characters."""
+    label = "".join(c if c.isprintable() else " " for c in label)
+    return label if len(label) <= _LONGEST_LABEL else label[: _LONGEST_LABEL - 1] + "…"
+
+
+@dataclass(frozen=True)
+class StageTime:
+    """How long an optimizer step took in one stage of one arm, over all its runs."""
+
+    arm: Arm
+    stage: Stage
+    step_s: np.ndarray
+    """float64 [samples], seconds."""
+    flops: float
+    """Median FLOPs of a step."""
+    full_step_s: float = math.nan
+    """Median step time of the arm's stage that trains the full model; NaN if there is none."""
+    full_flops: float = math.nan
+
+    @property
+    def median(self) -> float:
+        return float(np.median(self.step_s))
+
+    @property
+    def time_ratio(self) -> float:
+        return self.median / self.full_step_s
+
+    @property
+    def flops_ratio(self) -> float:
+        return self.flops / self.full_flops
+
+
+def stage_times(arm: Arm) -> list[StageTime]:
+    """The stages of an arm that have step times, in order."""
+    measured = []
+    for stage in max((run.stages for run in arm.runs), key=len):
+        step_s, flops = _samples(arm, stage, "perf/step_s"), _samples(arm, stage, "flops/step")
+        if len(step_s):
+            measured.append(StageTime(arm, stage, step_s, float(np.median(flops)) if len(flops) else math.nan))
+    full = next((entry for entry in measured if entry.stage.is_full), None)
+    if full is None:
+        return measured
+    return [replace(entry, full_step_s=full.median, full_flops=full.flops) for entry in measured]
+
+
+def _samples(arm: Arm, stage: Stage, key: str) -> np.ndarray:
+    """What the arm's runs logged in a stage. Its first step, which pays for compilation, counts only if it is alone."""
+    found = []
+    for run in arm.runs:
+        inside = run.column("stage") == stage.number
+        later = inside & (run.column("step") > stage.first_step)
+        found.append(run.column(key)[later if later.any() else inside])
+    samples = np.concatenate(found)
+    return samples[np.isfinite(samples)]
+
+
+@dataclass(frozen=True)
+class Frontier:
+    """What the full model reaches for any compute: the measure of every schedule.
+
+    A schedule that saves FLOPs must be compared with the full model that trains for fewer steps with a learning-rate
+    schedule of its own. Between such runs the loss is taken as linear in the logarithm of the FLOPs.
+    """
+
+    flops: np.ndarray
+    """Whole-model FLOPs, ascending, or another cost, such as seconds. [n]"""
+    loss: np.ndarray
+    """Final validation losses of the full model. [n]"""
+
+    @classmethod
+    def of(cls, runs: Sequence[RunRecord], cost: str = "flops_total") -> "Frontier":
+        """`cost` is the key of summary.json that is spent."""
+        points = sorted((run.outcome[cost], run.outcome["val_loss"]) for run in runs)
+        return cls(*np.array(points).reshape(-1, 2).T)
+
+    @classmethod
+    def mean(cls, frontiers: Sequence["Frontier"]) -> "Frontier":
+        """Of several seeds, measured at the same FLOPs; empty if one of them is."""
+        if not frontiers or not all(len(frontier.flops) for frontier in frontiers):
+            return cls.of([])
+        return cls(*(np.mean([getattr(f, axis) for f in frontiers], 0) for axis in ("flops", "loss")))
+
+    def loss_at(self, flops: float, slack: float = 0.001) -> float:
+        """The full model's loss for so much compute; NaN outside of what was measured.
+
+        `slack` is the share by which a run of the same FLOPs may differ, because steps are whole.
+        """
+        if not len(self.flops) or not (1 - slack) * self.flops[0] <= flops <= (1 + slack) * self.flops[-1]:
+            return math.nan
+        return float(np.interp(math.log(flops), np.log(self.flops), self.loss))
+
+    def flops_at(self, loss: float) -> float:
+        """The compute that the full model needs for this loss; NaN outside of what was measured."""
+        if not len(self.loss) or not self.loss[-1] <= loss <= self.loss[0]:
+            return math.nan
+        return float(np.exp(np.interp(-loss, -self.loss, np.log(self.flops))))

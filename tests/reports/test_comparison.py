@@ -1,0 +1,98 @@
+"""What differs between runs, which runs are one arm, what a sweep crossed, how long steps took."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+
+from est_cli.reports.comparison import Comparison, differences, stage_times, swept_pairs
+from est_cli.reports.figures import sweep_grid
+from est_cli.reports.records import RunRecord, load_runs
+
+FULL = [{"end": None, "heads": 1.0, "mlp": 1.0, "layers": 1.0}]
+
+
+def a_run(name="run", loss=3.0, **config) -> RunRecord:
+    columns = {"step": np.array([0.0]), "val/loss": np.array([loss])}
+    return RunRecord(name, Path(name), config, None, columns, 1)
+
+
+@pytest.mark.parametrize(
+    ("configs", "found"),
+    [
+        ([{"optimizer": {"lr": lr, "eps": 1e-8}} for lr in (0.1, 0.2)], {"optimizer.lr": [0.1, 0.2]}),
+        ([{"name": name, "run_id": name, "logger": {"project": name}} for name in "ab"], {}),
+        ([{"warmup": 1}, {"warmup": 1.0}], {"warmup": [1, 1.0]}),
+    ],
+)
+def test_only_settings_that_differ_are_told_and_an_integer_differs_from_a_float(configs, found):
+    differing = differences([RunRecord("run", Path("run"), config, None, {}) for config in configs])
+    assert {key: difference.values for key, difference in differing.items()} == found
+
+
+def test_keys_that_always_agree_are_told_once(new_run, tmp_path):
+    folders = [
+        new_run(
+            tmp_path / str(rate),
+            steps=60,
+            sampling={"heads": rate, "mlp": rate},
+            stages=[{"end": 0.5, "heads": rate, "mlp": 0.5, "layers": 1.0}, *FULL],
+        )
+        for rate in (0.25, 0.5)
+    ]
+    [found] = differences(load_runs(folders)).values()
+    assert (found.key, found.also) == ("sampling.heads", ["sampling.mlp"])
+
+
+def test_schedules_of_different_lengths_are_told_as_text(new_run, tmp_path):
+    est, full = (new_run(tmp_path / name, steps=60, stages=stages) for name, stages in (("a", None), ("b", FULL)))
+    config = yaml.safe_load((est / "config.yaml").read_text())
+    config["scheduler"] |= {"stage1_end": 2 / 15}
+    (est / "config.yaml").write_text(yaml.safe_dump(config))
+    found = differences(load_runs([est, full]))
+    assert {key: difference.values for key, difference in found.items()} == {
+        "scheduler.stages": ["0.5/0.5/0.5 to step 8, 0.5/0.5/1 to step 28, 1/1/1 to step 60", "1/1/1 to step 60"]
+    }
+
+
+def test_seeds_of_one_configuration_are_one_arm_and_arms_are_ranked_by_loss():
+    runs = [a_run("b0", 3.0, lr=1, seed=0), a_run("b1", 3.2, lr=1, seed=1), a_run("a0", 2.9, lr=2, seed=0)]
+    arms = Comparison.of(runs).arms
+    assert [[run.name for run in arm.runs] for arm in arms] == [["a0"], ["b0", "b1"]]
+    assert arms[1].mean("val_loss") == pytest.approx(3.1)
+    assert arms[1].spread("val_loss") == pytest.approx(0.2 / np.sqrt(2))
+
+
+def test_runs_with_equal_configs_stay_apart():
+    assert len(Comparison.of([a_run("x"), a_run("y")]).arms) == 2
+
+
+def test_letters_go_on_after_z_and_a_run_without_a_validation_loss_comes_last():
+    arms = Comparison.of([a_run("none", np.nan, lr=-1), *(a_run(str(i), 3.0 + i, lr=i) for i in range(27))]).arms
+    assert [(arm.letter, arm.runs[0].name) for arm in arms[25:]] == [("Z", "25"), ("AA", "26"), ("AB", "none")]
+
+
+def test_only_crossed_keys_make_a_heat_map(sweep):
+    found = differences(load_runs([sweep]))
+    assert list(found) == ["scheduler.stage1_end", "scheduler.stage2_end", "seed"]
+    assert swept_pairs(found) == [("scheduler.stage1_end", "scheduler.stage2_end")]
+    apart = [a_run(lr=1, wd=1), a_run(lr=2, wd=2), a_run(lr=3, wd=3)]
+    assert swept_pairs(differences(apart)) == []
+
+
+def test_a_cell_of_the_heat_map_is_the_mean_of_its_runs():
+    points = [(3.0, 1, 1, 0), (3.2, 1, 1, 1), (4.0, 2, 1, 0), (5.0, 2, 2, 0)]
+    runs = [a_run("", loss, a=a, b=b, seed=seed) for loss, a, b, seed in points]
+    rows, columns, loss, n = sweep_grid(Comparison.of(runs), ("a", "b"))
+    assert (rows, columns) == ([1, 2], [1, 2])
+    np.testing.assert_allclose(loss, [[3.1, np.nan], [4.0, 5.0]])
+    np.testing.assert_array_equal(n, [[2, 0], [1, 1]])
+
+
+def test_the_step_time_of_a_stage_leaves_out_the_step_that_compiles(one_run):
+    (arm,) = Comparison.of(load_runs([one_run])).arms
+    times = stage_times(arm)
+    assert [entry.stage.number for entry in times] == [1, 2, 3]
+    assert max(entry.step_s.max() for entry in times) < 0.4
+    assert times[0].time_ratio < times[1].time_ratio < times[2].time_ratio == 1

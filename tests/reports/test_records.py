@@ -1,0 +1,123 @@
+"""Folders → runs, metrics.jsonl → columns: what is found and read, what is left out, and how fast."""
+
+import json
+import time
+from dataclasses import astuple
+
+import numpy as np
+import pytest
+
+from est_cli.errors import UserError
+from est_cli.reports.records import load_runs, read_metrics
+
+
+def test_a_sweep_folder_holds_the_runs_below_it_each_once(sweep):
+    runs = load_runs([sweep, sweep / "stage1_end-0.1_stage2_end-0.4_seed-0"])
+    assert (len(runs), runs[0].name) == (8, "stage1_end-0.1_stage2_end-0.4_seed-0")
+
+
+def test_all_paths_without_runs_are_refused_at_once(one_run, tmp_path):
+    for name in ("checkpoints", "wandb"):  # these hold no runs
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "metrics.jsonl").write_text("")
+    wrong = one_run.parent / "20260101-abd"
+    with pytest.raises(UserError) as error:
+        load_runs([tmp_path, wrong])
+    empty, missing = error.value.problems
+    assert "no metrics.jsonl there or below" in empty
+    assert missing.startswith(f"runs={wrong}:") and "did you mean '20260101-abc'?" in missing
+    with pytest.raises(UserError, match="at least one"):
+        load_runs([])
+
+
+def test_without_a_summary_the_last_line_tells_the_outcome(new_run, tmp_path):
+    done, going = (new_run(tmp_path / name, steps=60, finished=name == "done") for name in ("done", "going"))
+    finished, unfinished = load_runs([done, going])
+    assert (finished.status, unfinished.status) == ("done", "unfinished")
+    for name, value in finished.outcome.items():
+        assert unfinished.outcome[name] == pytest.approx(value), name
+
+
+def test_an_old_summary_gives_way_once_a_stopped_run_goes_on(new_run, tmp_path):
+    folder = new_run(tmp_path / "run", steps=60, done=40, eval_every=10)
+    (folder / "summary.json").write_text(json.dumps({"status": "stopped", "steps": 20, "val_loss": 99.0, "tokens": 1}))
+    (run,) = load_runs([folder])
+    assert (run.status, run.outcome["steps"]) == ("unfinished", 40)
+    assert run.outcome["val_loss"] < 99
+
+
+def test_a_failed_run_is_called_failed(new_run, tmp_path):
+    folder = new_run(tmp_path / "run", steps=60, done=30, finished=False)
+    (folder / "error.txt").write_text("RuntimeError")
+    assert load_runs([folder])[0].status == "failed"
+
+
+def test_stages_come_from_the_metrics_where_the_config_does_not_tell(new_run, tmp_path):
+    with_config, without = new_run(tmp_path / "a", steps=60), new_run(tmp_path / "b", steps=60)
+    (without / "config.yaml").write_text("name: x\n")
+    told, logged = load_runs([with_config, without])
+    assert [astuple(stage) for stage in told.stages] == [astuple(stage) for stage in logged.stages]
+
+
+def test_a_config_that_cannot_be_read_is_a_problem_and_not_the_end(new_run, tmp_path):
+    folder = new_run(tmp_path / "run", steps=60)
+    (folder / "config.yaml").write_text("a: [")
+    (run,) = load_runs([folder])
+    assert "config.yaml cannot be read" in run.problems[0]
+    assert run.steps_done == 60
+    assert np.isnan(run.column("perf/mfu")).all()  # never logged
+
+
+def read(tmp_path, rows, **options):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("".join(row if isinstance(row, str) else json.dumps(row) + "\n" for row in rows))
+    return read_metrics(path, **options)
+
+
+def test_a_short_file_is_read_whole_but_for_a_line_that_is_half_written(tmp_path):
+    rows = [{"step": i, "train/loss": 5.0 - i, "val/loss": 4.0 if i == 2 else None} for i in range(4)]
+    columns, n_lines = read(tmp_path, [*rows, '{"step": 4, "train/lo'])
+    assert n_lines == 5
+    np.testing.assert_array_equal(columns["step"], [0, 1, 2, 3])
+    np.testing.assert_array_equal(columns["train/loss"], [5, 4, 3, 2])
+    np.testing.assert_array_equal(columns["val/loss"], [np.nan, np.nan, 4, np.nan])
+    assert read(tmp_path, []) == ({}, 0)
+
+
+def test_steps_that_are_logged_again_count_once_and_the_later_line_holds(tmp_path):
+    columns, _ = read(tmp_path, [{"step": s, "train/loss": i} for i, s in enumerate([0, 1, 2, 3, 2, 3, 4])])
+    np.testing.assert_array_equal(columns["step"], [0, 1, 2, 3, 4])
+    np.testing.assert_array_equal(columns["train/loss"], [0, 1, 4, 5, 6])
+
+
+def test_thinning_keeps_the_first_the_last_and_every_validation_loss(tmp_path):
+    rows = [{"step": i, "train/loss": 1.0, "val/loss": float(i) if i % 97 == 5 else None} for i in range(5000)]
+    columns, n_lines = read(tmp_path, rows, max_lines=100)
+    assert n_lines == 5000
+    assert len(columns["step"]) < 300
+    assert (columns["step"][0], columns["step"][-1]) == (0, 4999)
+    np.testing.assert_array_equal(columns["val/loss"][np.isfinite(columns["val/loss"])], range(5, 5000, 97))
+
+
+@pytest.mark.parametrize("max_lines", [5000, 90])
+def test_seconds_are_the_sum_of_all_step_times_thinned_or_not(tmp_path, max_lines):
+    rows = [{"step": i, "stage": 1 + (i >= 300), "perf/step_s": 30.0 if i in (0, 301) else 0.5} for i in range(1000)]
+    columns, _ = read(tmp_path, rows, max_lines=max_lines)
+    exact = 30.0 + 30.0 + 998 * 0.5
+    assert columns["seconds"][-1] == pytest.approx(exact, abs=1e-6 if max_lines == 5000 else 31)
+
+
+def test_a_line_stands_for_the_steps_since_the_one_before_it(tmp_path):
+    columns, _ = read(tmp_path, [{"step": step, "perf/step_s": 0.1} for step in (0, 9, 19, 29)])
+    np.testing.assert_allclose(columns["seconds"], [0.1, 1.0, 2.0, 3.0])
+
+
+def test_200_000_lines_are_read_at_the_pace_of_a_million_in_five_seconds(tmp_path):
+    others = {f"key/{i}": 1.23456789 for i in range(15)}
+    line = json.dumps({"step": 123456, "val/loss": None, "perf/step_s": 0.1, **others})
+    with (tmp_path / "m").open("w") as file:
+        file.writelines(line.replace("123456", str(i)) + "\n" for i in range(200_000))
+    start = time.process_time()
+    _, n_lines = read_metrics(tmp_path / "m")
+    assert n_lines == 200_000
+    assert time.process_time() - start < 1.0 + 0.5  # half a second for the 20 000 lines that are parsed
