@@ -14,8 +14,7 @@ from torch import Tensor
 from est_cli.config import ModelConfig, SamplingConfig
 from est_cli.kernels.adamw import Hyperparameters, Move, Rows
 from est_cli.model.transformer import Transformer, layer_of, row_kind
-from est_cli.subnet.plan import subnetwork
-from est_cli.subnet.rows import n_rows
+from est_cli.subnet.plan import n_rows, subnetwork
 from est_cli.subnet.schedule import Rates
 
 HYPER = Hyperparameters(lr=3e-4, beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.1)

@@ -15,8 +15,7 @@ from est_cli.commands.entry import read_only
 from est_cli.config import TrainConfig, auto, read_train_config
 from est_cli.errors import UserError
 from est_cli.schema import read
-from est_cli.subnet.boundaries import scale_boundaries, with_boundaries
-from est_cli.subnet.flops import config_ledger
+from est_cli.subnet.flops import config_ledger, scale_boundaries, with_boundaries
 from est_cli.subnet.growth import stage_models
 from est_cli.subnet.memory import count_parameters, sent_bytes, training_bytes
 from est_cli.subnet.plan import effective_rates, stage_subnetwork

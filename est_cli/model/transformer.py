@@ -19,8 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from est_cli.config import ModelConfig
 from est_cli.kernels.dispatch import TORCH, Kernels
-from est_cli.subnet.plan import Subnetwork
-from est_cli.subnet.rows import RowKind
+from est_cli.subnet.plan import RowKind, Subnetwork
 
 ROW_KINDS: dict[str, RowKind] = {
     "attention.qkv.weight": "qkv",

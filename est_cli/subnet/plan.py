@@ -5,6 +5,7 @@ Three models nest: the full one; the part of it that has joined by a stage, its 
 """
 
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import numpy as np
 
@@ -116,3 +117,37 @@ def effective_rates(model: ModelConfig, sampling: SamplingConfig, stage: Stage |
     """The fractions of the full model that are really kept, after rounding to whole units."""
     small = stage_subnetwork(model, sampling, stage).model
     return Rates(small.n_heads / model.n_heads, small.d_ff / model.d_ff, small.n_layers / model.n_layers)
+
+
+RowKind = Literal["qkv", "heads", "up", "neurons"]
+"""What one row of a parameter that is sampled inside a layer belongs to; the parameter is a matrix of such rows.
+
+kind      rows                       unit
+qkv       H query, K key, K value    heads, key/value heads
+heads     H                          heads (the attention's output projection)
+up        F, or F gate and F up      neurons (shared by gate and up)
+neurons   F                          neurons (the MLP's output projection)
+
+Parameters are neuron-major, so a sampled row is contiguous: head_dim rows of a projection, one row of an MLP matrix.
+"""
+
+
+def n_rows(kind: RowKind, model: ModelConfig) -> int:
+    """How many rows a parameter of this kind has in `model`."""
+    return {
+        "qkv": model.n_heads + 2 * model.n_kv_heads,
+        "heads": model.n_heads,
+        "up": (2 if model.gated else 1) * model.d_ff,
+        "neurons": model.d_ff,
+    }[kind]
+
+
+def sampled_rows(kind: RowKind, model: ModelConfig, plan: Plan, position: int) -> np.ndarray:
+    """Rows of the full parameter, ascending, that the kept layer at `position` of the plan trains."""
+    heads, kv_heads, neurons = plan.heads[position], plan.kv_heads[position], plan.neurons[position]
+    if kind == "qkv":
+        keys = model.n_heads + kv_heads
+        return np.concatenate([heads, keys, keys + model.n_kv_heads])
+    if kind == "heads":
+        return heads
+    return np.concatenate([neurons, model.d_ff + neurons]) if kind == "up" and model.gated else neurons

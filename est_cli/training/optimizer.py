@@ -12,8 +12,7 @@ from est_cli.config import ModelConfig, OptimizerConfig
 from est_cli.kernels.adamw import Hyperparameters, Move, Rows
 from est_cli.kernels.upload import upload
 from est_cli.model.transformer import Transformer, layer_of, row_kind
-from est_cli.subnet.plan import whole_plan
-from est_cli.subnet.rows import sampled_rows
+from est_cli.subnet.plan import sampled_rows, whole_plan
 from est_cli.subnet.schedule import boundary_step
 from est_cli.training.profile import phase
 from est_cli.training.shards import Shards, whole

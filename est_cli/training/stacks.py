@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from est_cli.config import ModelConfig
 from est_cli.model.transformer import layer_of, row_kind, set_parameter
-from est_cli.subnet.rows import n_rows
+from est_cli.subnet.plan import n_rows
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,7 @@ from torch import Tensor, nn
 
 from est_cli.kernels.upload import upload
 from est_cli.model.transformer import BlockMask, Transformer, layer_of, row_kind, set_parameter
-from est_cli.subnet.plan import Plan, Subnetwork, whole_plan
-from est_cli.subnet.rows import n_rows, sampled_rows
+from est_cli.subnet.plan import Plan, Subnetwork, n_rows, sampled_rows, whole_plan
 from est_cli.training.profile import phase
 from est_cli.training.shards import Shards, whole
 from est_cli.training.stacks import Stack, as_rows, new_stacks, rows_in, stack_master

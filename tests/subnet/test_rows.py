@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 from tiny import GPT2, LLAMA
 
-from est_cli.subnet.plan import Plan
-from est_cli.subnet.rows import n_rows, sampled_rows
+from est_cli.subnet.plan import Plan, n_rows, sampled_rows
 
 PLAN = Plan(
     layers=np.array([0, 2]),
