@@ -1,4 +1,4 @@
-"""What a config names and Python finds: ours by a word, a person's own by a dotted path, packages that are extras."""
+"""What a config names and Python imports: functions, ours or a person's own (docs/extending.md), and extra packages."""
 
 import importlib
 import importlib.util
@@ -7,22 +7,20 @@ from collections.abc import Callable, Mapping
 from est_cli.errors import UserError, nearest
 
 
-def named_function(name: str, known: Mapping[str, Callable], key: str) -> Callable:
-    """An entry of `known`, or what a dotted path imports. Raises UserError."""
+def named_function(name: str, known: Mapping[str, Callable], key: str, what: str = "function") -> Callable:
+    """An entry of `known`, or the function (or class) that a dotted path imports. Raises UserError."""
     if name in known:
         return known[name]
     module, _, attribute = name.rpartition(".")
     if not module or name.startswith("."):
         allowed = ", ".join(known)
-        raise UserError(
-            f"{key}={name}: must be one of {allowed}, or the dotted path of a function{nearest(name, known)}"
-        )
+        raise UserError(f"{key}={name}: must be one of {allowed}, or the dotted path of a {what}{nearest(name, known)}")
     try:
         function = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError) as error:
         raise UserError(f"{key}={name}: cannot be imported: {error}") from error
     if not callable(function):
-        raise UserError(f"{key}={name}: must be a function, and is of type {type(function).__name__}")
+        raise UserError(f"{key}={name}: must be a {what}, and is of type {type(function).__name__}")
     return function
 
 

@@ -122,13 +122,13 @@ def _strategies(sampling: SamplingConfig) -> Iterator[str]:
 
 
 def _logger(logger: LoggerConfig) -> Iterator[str]:
-    yield from _name("logger.kind", logger.kind, dict.fromkeys(LOGGERS, print))
+    yield from _name("logger.kind", logger.kind, dict.fromkeys(LOGGERS, print), "class")
 
 
-def _name(key: str, name: str, known: Mapping[str, Callable]) -> Iterator[str]:
+def _name(key: str, name: str, known: Mapping[str, Callable], what: str = "function") -> Iterator[str]:
     """What is wrong with the name of a function or class, ours or a person's own."""
     try:
-        named_function(name, known, key)
+        named_function(name, known, key, what)
     except UserError as error:
         yield from error.problems
 
