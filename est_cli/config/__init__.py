@@ -5,12 +5,12 @@ checks     values that are allowed on their own and clash with each other
 reading    plain values → sections; collects every problem before it raises one UserError
 auto       `auto` values → numbers that suit the device, so that a run directory's config holds numbers only
 
-One file does each step and imports only those above it. `auto` also counts FLOPs and parameters, which `est_cli.subnet`
-does, so that callers import it by its own name.
+Each file imports only those above it. `auto` needs est_cli.subnet to count FLOPs, which needs the sections, so it is
+imported by its own name.
 """
 
-from est_cli.config.reading import check_value, read_train_config
-from est_cli.config.sections import (
+from est_cli.config.reading import check_value, read_train_config  # noqa: F401
+from est_cli.config.sections import (  # noqa: F401
     CheckpointConfig,
     Count,
     DataConfig,
@@ -31,27 +31,3 @@ from est_cli.config.sections import (
     TrainerConfig,
     as_plain,
 )
-
-__all__ = [
-    "CheckpointConfig",
-    "Count",
-    "DataConfig",
-    "Format",
-    "LoggerConfig",
-    "ModelConfig",
-    "Natural",
-    "NotNegative",
-    "OptimizerConfig",
-    "Positive",
-    "Rescale",
-    "RescaleConfig",
-    "SamplingConfig",
-    "SchedulerConfig",
-    "SourceConfig",
-    "TokenizerConfig",
-    "TrainConfig",
-    "TrainerConfig",
-    "as_plain",
-    "check_value",
-    "read_train_config",
-]

@@ -1,4 +1,7 @@
-"""The sections of a config: frozen dataclasses whose types say what is allowed. `as_plain` turns them back."""
+"""The sections of a config: frozen dataclasses whose types say what is allowed.
+
+What a key means stands beside it in conf/, where --help finds it. A docstring here adds what that line has no room for.
+"""
 
 import dataclasses
 from collections.abc import Iterable, Mapping
@@ -39,11 +42,9 @@ class ModelConfig:
     norm_eps: Positive = 1e-5
     rope_theta: Positive = 10000.0
     init: Literal["gpt2", "tinyllama"] = "gpt2"
-    """Initialisation; see est_cli/model/initialisation.py."""
     head_dim: Count | None = None
-    """Width of one head; null means d_model / n_heads."""
     init_from: str | None = dataclasses.field(default=None, compare=False)
-    """A Hugging Face folder whose weights training starts from; no part of the shape."""
+    """No part of the shape, so models that differ only here are equal."""
 
     @property
     def gated(self) -> bool:
@@ -71,57 +72,47 @@ class SourceConfig:
 class DataConfig:
     kind: Literal["stdlib", "packages", "text", "hf"]
     seq_len: Count | Auto = "auto"
-    """Tokens of one training sequence."""
     val_fraction: Annotated[float, Within(0, 0.5, open_low=True)] = 0.05
-    """Share of the documents (by bytes) that validation gets, where the source has no split of its own."""
+    """Counted in bytes of whole documents; unused if the source has a validation split of its own."""
     path: str | tuple[str, ...] | None = None
-    """text: a file, folder or glob. hf: a hub name, or local files."""
     cache_dir: str | None = None
-    """Where token files are kept; null means the user's cache directory."""
     name: str | None = None
-    """hf: the subset (configuration) of the dataset."""
     split: str = "train"
     val_split: str | None = None
-    """hf: a split of its own for validation; null takes val_fraction of the documents."""
     revision: str | None = None
     column: str = "text"
     sources: tuple[SourceConfig, ...] = ()
-    """hf: a mixture instead of path; weights are shares of the tokens."""
+    """Weights are shares of the tokens."""
     streaming: bool = False
-    """hf: train while the text is still being read, in its order, shuffled within blocks of 1024 sequences."""
+    """Sequences keep the text's order, shuffled within blocks of 1024."""
     on_broken: Literal["stop", "skip"] = "stop"
-    """hf: what to do with broken rows of local files, such as a line that is no JSON; skip leaves them out."""
     train_tokens: Count | None = None
-    """Train on the first so many tokens of the training split, again and again; null takes all."""
     num_workers: Count | Auto = "auto"
-    """Processes that tokenize; auto takes every core for large text. The token files do not depend on it."""
+    """The token files do not depend on it."""
     on_change: Literal["refuse", "accept"] = "refuse"
-    """Whether a run that continues may do so on a text that has changed since it began."""
 
 
 @dataclass(frozen=True)
 class TokenizerConfig:
     kind: Literal["sentencepiece", "byte", "hf"]
     vocab_size: Count | Auto = "auto"
-    """sentencepiece without a path: pieces to train; auto means min(model.vocab_size, 4096)."""
     path: str | None = None
-    """A SentencePiece model, or (hf) a tokenizer.json or its folder."""
     train_bytes: Count = 20_000_000
-    """sentencepiece without a path: at most this much text of the training split trains the pieces."""
 
 
 Rescale = Literal["none", "sqrt", "inverse"]
-"""What is kept with probability p is multiplied by 1, 1/√p or 1/p."""
+"""A unit that is kept with probability p is multiplied by 1, 1/√p or 1/p."""
 
 
 @dataclass(frozen=True)
 class RescaleConfig:
-    """Scales of what is kept; the paper scales heads and neurons by total/kept."""
+    """What kept units are multiplied by; the paper scales heads and neurons by total/kept."""
 
     heads: Rescale = "inverse"
     mlp: Rescale = "inverse"
     layers: Rescale = "none"
-    """Of both residual branches of a kept layer, output bias included; with layer_strategy=increasing by its own p."""
+    """Scales both residual branches of a kept layer, output bias included. With layer_strategy=increasing each layer
+    has its own p."""
 
 
 @dataclass(frozen=True)
@@ -132,18 +123,11 @@ class SamplingConfig:
     mlp: Rate = 0.5
     layers: Rate = 0.5
     mlp_block: Count = 1
-    """Neurons that are sampled together, contiguous; must divide model.d_ff."""
     gqa: Literal["group", "query"] = "group"
-    """group: key/value groups with all their query heads; query: query heads of every group."""
     strategy: str = "random"
-    """random (the paper), prefix (nested), or the dotted path of your own function."""
     layer_strategy: str | None = None
-    """How layers are chosen: also ends (first and last always), increasing (deeper ones left out more often);
-    null: as strategy says."""
     resample_every: Count = 1
-    """Optimizer steps that share one plan."""
     rescale_layers: bool = False
-    """Another word for rescale.layers=inverse: N_L/|I_L| (the paper does not say)."""
     rescale: RescaleConfig = RescaleConfig()
 
     @property
@@ -163,10 +147,8 @@ GROW_KEYS = ("grow", "grow_moments")
 class SchedulerConfig:
     stages: tuple[StageSpec, ...]
     grow: str = "stack"
-    """What layers that join start from: stack, interleave, middle, zero, random (est_cli/subnet/schedule.py), or the
-    dotted path of your own function."""
+    """A name in est_cli/subnet/schedule.py's GROWTHS, or the dotted path of your own function."""
     grow_moments: Literal["copy", "reset"] = "copy"
-    """Layers that start as copies also start with copies of the optimizer's moments and step counts, or with none."""
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     """The scheduler's other keys, which the stages were made from: stage1_end, n_stages, ..."""
 
@@ -187,31 +169,21 @@ class OptimizerConfig:
     kind: Literal["adamw"] = "adamw"
     lr: Positive = 6e-4
     weight_decay: NotNegative = 0.1
-    """On matrices and embeddings only."""
     betas: tuple[Momentum, Momentum] = (0.9, 0.95)
     eps: Positive = 1e-8
     grad_clip: Positive | None = 1.0
-    """Largest global gradient norm; null never clips."""
     warmup: Natural | Fraction = 0.02
-    """Steps (int) or fraction of the run (float) of linear warmup."""
     decay: Literal["cosine", "linear", "wsd", "none"] = "cosine"
-    """cosine and linear fall from the end of warmup. wsd (warmup, stable, decay) keeps the rate until the last
-    part of the run and falls there."""
     decay_steps: Count | Share | None = None
-    """cosine, linear: the step at which the decay has reached min_lr_ratio, as a step or a fraction; null means
-    max_steps. wsd: how many steps the decay takes, the last ones of the run, as a number or a fraction; null means
-    decay_fraction."""
     decay_fraction: Share = 0.2
-    """wsd: share of the run that the decay takes, where decay_steps does not say it."""
     decay_shape: Literal["sqrt", "linear"] = "sqrt"
-    """wsd: sqrt falls as 1 - sqrt(progress) (Hägele et al. 2024, arXiv 2405.18392), linear as 1 - progress."""
+    """sqrt: Hägele et al. (2024), arXiv 2405.18392."""
     min_lr_ratio: Fraction = 0.1
-    """The decay ends at this share of lr; 0 is allowed."""
     unsampled: Literal["zero_grad", "freeze"] = "zero_grad"
-    """Unsampled rows take a step with gradient 0, or stand still with their moments and step counts."""
+    """freeze: the moments and step counts of unsampled rows stand still too."""
 
     def decay_start(self, max_steps: int) -> int:
-        """The first step of the decay, which still has the full rate; `max_steps` where the rate never falls."""
+        """The first step of the decay, which still has the full rate; `max_steps` if the rate never falls."""
         if self.decay == "none":
             return max_steps
         if self.decay == "wsd":
@@ -220,7 +192,7 @@ class OptimizerConfig:
         return boundary_step(self.warmup, max_steps)
 
     def decay_end(self, max_steps: int) -> int:
-        """The step at which the decay has reached min_lr_ratio. That of wsd always ends with the run."""
+        """The step at which the decay has reached min_lr_ratio; with wsd always the end of the run."""
         return max_steps if self.decay == "wsd" else boundary_step(self.decay_steps, max_steps)
 
 
@@ -286,11 +258,8 @@ class LoggerConfig:
 @dataclass(frozen=True)
 class CheckpointConfig:
     keep: Count = 2
-    """Newest checkpoints that stay."""
     keep_best: bool = True
-    """Also keep the one with the lowest validation loss."""
     at_boundaries: bool = False
-    """Also write one at the end of every stage, and keep it: est-analyze measures transitions there."""
 
 
 @dataclass(frozen=True)
@@ -327,7 +296,7 @@ class TrainConfig:
 
     @property
     def lasting_checkpoints(self) -> frozenset[int]:
-        """Steps whose checkpoints stay whatever checkpoint.keep says."""
+        """Steps whose checkpoints checkpoint.keep does not delete."""
         return frozenset(stage.end for stage in self.stages[:-1]) if self.checkpoint.at_boundaries else frozenset()
 
 
@@ -337,7 +306,7 @@ def option_that_gave(options: Mapping[str, Any], names: Iterable[str], index: in
         given = options.get(option)
         if isinstance(given, list) and given[index : index + 1] == [value]:
             return f"scheduler.{option}[{index}]"
-        # With stages of one's own an option may be there, and reach nothing.
+        # A person's own stages may leave an option unused.
         if given is not None and given == value:
             return f"scheduler.{option}"
     return None
