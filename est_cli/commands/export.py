@@ -39,7 +39,7 @@ def run(plain: dict[str, Any]) -> None:
     from est_cli.evaluation.export import check_free, export
     from est_cli.evaluation.run import open_run, run_tokenizer
     from est_cli.evaluation.standalone import packed, sampled_at, sampled_with, standalone
-    from est_cli.model.huggingface_config import family_of
+    from est_cli.model.huggingface import family_of
 
     destination = Path(out).expanduser().absolute()
     check_free(destination)

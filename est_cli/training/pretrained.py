@@ -16,8 +16,7 @@ from torch import Tensor
 
 from est_cli.config import ModelConfig
 from est_cli.errors import UserError, nearest
-from est_cli.model.huggingface import from_huggingface, is_constant, some
-from est_cli.model.huggingface_config import from_config
+from est_cli.model.huggingface import from_config, from_huggingface, is_constant, some
 from est_cli.model.transformer import Transformer
 
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
