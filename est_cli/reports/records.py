@@ -24,15 +24,7 @@ _CHUNK_BYTES = 1 << 24
 _SLOW_STEP = 3.0
 """A step of more than this many medians of its stage (compilation, for example) does not stand for unlogged steps."""
 _NOT_RUNS = {"checkpoints", "report", "wandb", ".hydra", ".git"}
-_LAST_VALUES = {
-    "val_loss": "val/loss",
-    "tokens": "tokens",
-    "flops_total": "flops/total",
-    "flops_full_total": "flops/full_total",
-    "flops_saved": "flops/saved",
-    "flops_saved_blocks": "flops/saved_blocks",
-    "train_s": "seconds",
-}
+_LAST_VALUES = ("val/loss", "tokens", "flops/total", "flops/full_total", "flops/saved", "flops/saved_blocks")
 
 
 @dataclass(frozen=True)
@@ -83,8 +75,8 @@ class RunRecord:
     @cached_property
     def outcome(self) -> dict[str, float]:
         """The key numbers by summary.json's names, from the summary or from the last line that has them."""
-        last = {name: _last_number(self.column(key)) for name, key in _LAST_VALUES.items()}
-        last["steps"] = float(self.steps_done)
+        last = {key.replace("/", "_"): _last_number(self.column(key)) for key in _LAST_VALUES}
+        last |= {"train_s": _last_number(self.column("seconds")), "steps": float(self.steps_done)}
         if self._summary_is_current:
             known = {name: self.summary.get(name) for name in last}
             last |= {name: float(value) for name, value in known.items() if isinstance(value, int | float)}

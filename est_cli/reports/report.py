@@ -22,17 +22,8 @@ from est_cli.reports.records import RunRecord, load_runs
 FORMATS = ("html", "png", "csv")
 _MAIN_FILES = {"html": "report.html", "png": "report.png", "csv": "runs.csv"}
 _MAX_CURVE_ROWS = 2000
-_CURVE_COLUMNS = {
-    "step": "step",
-    "stage": "stage",
-    "tokens": "tokens",
-    "seconds": "seconds",
-    "flops_total": "flops/total",
-    "train_loss": "train/loss",
-    "val_loss": "val/loss",
-    "flops_saved": "flops/saved",
-    "flops_saved_blocks": "flops/saved_blocks",
-}
+_CURVE_KEYS = ("step", "stage", "tokens", "seconds", "flops/total", "train/loss", "val/loss")
+_CURVE_KEYS += ("flops/saved", "flops/saved_blocks")
 
 
 def write_report(runs: Sequence[RunRecord], out: Path, formats: Sequence[str] = FORMATS) -> dict[str, Path]:
@@ -132,7 +123,7 @@ def _curve_rows(run: RunRecord) -> list[dict[str, Any]]:
         return []
     even = np.linspace(0, run.n_rows - 1, min(_MAX_CURVE_ROWS, run.n_rows)).round().astype(int)
     chosen = np.union1d(even, np.flatnonzero(np.isfinite(run.column("val/loss"))))
-    columns = {name: run.column(key)[chosen] for name, key in _CURVE_COLUMNS.items()}
+    columns = {key.replace("/", "_"): run.column(key)[chosen] for key in _CURVE_KEYS}
     train = train_curve(run, STEPS)
     if len(train):
         columns["train_loss_smoothed"] = np.interp(run.column("step")[chosen] + 1, train.x, train.y)

@@ -16,7 +16,7 @@ from est_cli.reports.records import load_runs
 from est_cli.reports.report import write_report
 from est_cli.subnet.flops import Ledger, training_flops
 from est_cli.subnet.plan import subnetwork
-from est_cli.subnet.schedule import StageSpec, build_stages
+from est_cli.subnet.schedule import StageSpec, build_stages, stage_at
 
 NANO = replace(tiny.LLAMA, n_layers=4, n_heads=4, n_kv_heads=2, d_model=128, d_ff=384, head_dim=32)
 NANO = as_plain(replace(NANO, vocab_size=4096, max_seq_len=256))
@@ -31,35 +31,25 @@ def three_stages(stage1_end=2 / 15, stage2_end=7 / 15, rate=0.5) -> list[dict]:
     ]
 
 
-def make_config(*, steps=300, seed=0, stages=None, name="est", sampling=None, model=None, **more) -> dict:
-    stages = three_stages() if stages is None else stages
-    ends = {f"stage{i + 1}_end": stage["end"] for i, stage in enumerate(stages[:-1])}
+def make_config(*, steps=300, seed=0, stages=None, name="est", sampling=None, **more) -> dict:
+    stages = stages or three_stages()
     return {
-        "model": {**NANO, **(model or {})},
-        "data": {"kind": "stdlib", "seq_len": 256, "val_fraction": 0.05},
+        "model": NANO,
+        "data": {"kind": "stdlib", "seq_len": 256},
         "tokenizer": {"kind": "sentencepiece", "vocab_size": 4096},
-        "scheduler": {**ends, "stages": stages},
+        "scheduler": {f"stage{i}_end": stage["end"] for i, stage in enumerate(stages[:-1], 1)} | {"stages": stages},
         "sampling": {"heads": 0.5, "mlp": 0.5, "layers": 0.5, "mlp_block": 1, "resample_every": 1, **(sampling or {})},
         "optimizer": {"kind": "adamw", "lr": 1e-3, "weight_decay": 0.1, "betas": [0.9, 0.95], "warmup": 0.02},
         "trainer": {"max_steps": steps, "batch_size": 8, "grad_accum": 2, "precision": "fp32"},
         "logger": {"kind": "none", "project": "est"},
-        "seed": seed,
-        "kernels": "auto",
-        "name": name,
-        "run_id": f"run-{seed}",
-        **more,
+        **{"seed": seed, "kernels": "auto", "name": name, "run_id": f"run-{seed}", **more},
     }
 
 
 def make_run(folder: Path, *, done: int | None = None, finished=True, eval_every=20, loss_offset=0.0, **config) -> Path:
     """A run of `done` steps (default: all of them); an unfinished one has no summary.json."""
     config = make_config(**config)
-    stages = build_stages(
-        [StageSpec(**stage) for stage in config["scheduler"]["stages"]], config["trainer"]["max_steps"]
-    )
-    records = make_records(
-        config, stages, config["trainer"]["max_steps"] if done is None else done, eval_every, loss_offset
-    )
+    records = make_records(config, done, eval_every, loss_offset)
     folder.mkdir(parents=True)
     (folder / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
     (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
@@ -68,54 +58,51 @@ def make_run(folder: Path, *, done: int | None = None, finished=True, eval_every
     return folder
 
 
-def make_records(config, stages, done, eval_every, loss_offset) -> list[dict]:
+def make_records(config, done, eval_every, loss_offset) -> list[dict]:
+    steps = config["trainer"]["max_steps"]
+    stages = build_stages([StageSpec(**stage) for stage in config["scheduler"]["stages"]], steps)
     model, sampling = ModelConfig(**config["model"]), SamplingConfig(**config["sampling"])
     noise = np.random.default_rng(config["seed"])
     small = [subnetwork(model, sampling, stage.rates).model for stage in stages]
     costs = tuple(training_flops(shape, 256, 4096) for shape in small)
     ledger = Ledger(stages, costs, training_flops(model, 256, 4096))
     records, effective = [], 0.0
-    for stage, shape, cost in zip(stages, small, costs, strict=True):
-        share = cost.total / ledger.full.total
-        for step in range(stage.first_step, min(stage.end, done)):
-            effective += 0.55 + 0.45 * share
-            progress = effective / config["trainer"]["max_steps"]
-            loss = 3.1 + 5.2 * math.exp(-18 * progress) + 1.1 * math.exp(-2.2 * progress) + loss_offset
-            evaluated = (step + 1) % eval_every == 0 or step + 1 == config["trainer"]["max_steps"]
-            step_s = 0.08 * (0.12 + 0.88 * share) * noise.lognormal(0, 0.06)
-            step_s += 0.4 if step == stage.first_step else 0.0
-            records.append(
-                {
-                    "step": step,
-                    "tokens": (step + 1) * 4096,
-                    "stage": stage.number,
-                    "train/loss": loss + 0.28 * (1 - share) + noise.normal(0, 0.06),
-                    "train/lr": 1e-3 * min(1.0, (step + 1) / 20),
-                    "train/grad_norm": float(noise.lognormal(0, 0.2)),
-                    "val/loss": loss + 0.04 + noise.normal(0, 0.004) if evaluated else None,
-                    "subnet/heads": shape.n_heads / model.n_heads,
-                    "subnet/mlp": shape.d_ff / model.d_ff,
-                    "subnet/layers": shape.n_layers / model.n_layers,
-                    **ledger.record(step),
-                    "perf/step_s": float(step_s),
-                    "perf/tokens_per_s": 4096 / float(step_s),
-                    "perf/mfu": None,
-                }
-            )
+    for step in range(steps if done is None else done):
+        stage = stage_at(stages, step)
+        shape, share = small[stage.number - 1], costs[stage.number - 1].total / ledger.full.total
+        effective += 0.55 + 0.45 * share
+        progress = effective / steps
+        loss = 3.1 + 5.2 * math.exp(-18 * progress) + 1.1 * math.exp(-2.2 * progress) + loss_offset
+        evaluated = (step + 1) % eval_every == 0 or step + 1 == steps
+        step_s = 0.08 * (0.12 + 0.88 * share) * noise.lognormal(0, 0.06)
+        step_s += 0.4 if step == stage.first_step else 0.0
+        records.append(
+            {
+                "step": step,
+                "tokens": (step + 1) * 4096,
+                "stage": stage.number,
+                "train/loss": loss + 0.28 * (1 - share) + noise.normal(0, 0.06),
+                "val/loss": loss + 0.04 + noise.normal(0, 0.004) if evaluated else None,
+                "subnet/heads": shape.n_heads / model.n_heads,
+                "subnet/mlp": shape.d_ff / model.d_ff,
+                "subnet/layers": shape.n_layers / model.n_layers,
+                **ledger.record(step),
+                "perf/step_s": float(step_s),
+                "perf/mfu": None,
+            }
+        )
     return records
 
 
 def make_summary(records) -> dict:
     last = records[-1]
-    names = ("flops/total", "flops/full_total", "flops/saved", "flops/saved_blocks")
-    return {
+    flops = {key.replace("/", "_"): value for key, value in last.items() if key.startswith("flops/")}
+    return flops | {
         "status": "done",
         "steps": last["step"] + 1,
         "tokens": last["tokens"],
         "val_loss": next(record["val/loss"] for record in reversed(records) if record["val/loss"] is not None),
-        **{name.replace("/", "_"): last[name] for name in names},
         "train_s": sum(record["perf/step_s"] for record in records),
-        "stages": [],
     }
 
 

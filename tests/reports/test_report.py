@@ -67,20 +67,19 @@ def test_a_sweep_has_a_heat_map_and_tells_what_differs(sweep_report):
     assert "optimizer.lr" not in text
 
 
-def test_the_table_has_a_row_a_run_with_what_differs_and_the_outcome(sweep_report):
-    with sweep_report["csv"].open() as file:
-        rows = list(csv.DictReader(file))
-    assert len(rows) == 8
+def read_csv(path):
+    with path.open() as file:
+        return list(csv.DictReader(file))
+
+
+def test_tables_have_every_run_with_what_differs_and_every_validation_loss(sweep_report, sweep):
+    rows, curves = read_csv(sweep_report["csv"]), read_csv(sweep_report["csv"].with_name("curves.csv"))
+    assert [row["run"] for row in rows] == [run.name for run in load_runs([sweep])]
     assert {row["scheduler.stage1_end"] for row in rows} == {"0.1", "0.2"}
     assert all(float(row["val_loss"]) > 3 and float(row["stage1_step_s_median"]) > 0 for row in rows)
-
-
-def test_the_curves_have_every_validation_loss(sweep_report, sweep):
-    with (sweep_report["csv"].parent / "curves.csv").open() as file:
-        rows = list(csv.DictReader(file))
-    for run in load_runs([sweep]):
-        own = [row for row in rows if row["run"] == run.name]
-        assert [int(row["step"]) for row in own if row["val_loss"]] == [19, 39, 59, 79, 99, 119]
+    for run in rows:
+        evaluated = [int(row["step"]) for row in curves if row["run"] == run["run"] and row["val_loss"]]
+        assert evaluated == [19, 39, 59, 79, 99, 119]
 
 
 HOSTILE_NAMES = ("<script>alert(1)</script>", "$\\frac{", "../../escape", "a\nb\x07 日本語 \udcff")
@@ -110,24 +109,15 @@ def test_a_run_that_has_just_begun_has_a_report(new_run, tmp_path, done, formats
     assert all("unfinished" in path.read_text() for kind, path in files.items() if kind != "png")
 
 
-@pytest.fixture(scope="module")
-def damaged_page(one_run, tmp_path_factory):
-    """Of a run without config.yaml and summary.json, whose losses are no numbers from step 60 on."""
-    folder = tmp_path_factory.mktemp("damaged")
+def test_a_run_without_config_and_summary_is_told_by_its_metrics(one_run, tmp_path):
     lines = (one_run / "metrics.jsonl").read_text().splitlines()[:120]
+    losses = [json.loads(line)["val/loss"] for line in lines[:60]]
     lines[60:] = [re.sub(r'"(train|val)/loss": [^,]+', r'"\1/loss": NaN', line) for line in lines[60:]]
-    (folder / "metrics.jsonl").write_text("\n".join(lines) + "\n")
-    return write_report(load_runs([folder]), folder / "out", ("html",))["html"].read_text()
-
-
-def test_a_run_without_a_config_has_its_stages_from_the_metrics(damaged_page):
-    assert "no config.yaml" in damaged_page
-    assert re.search(r"<td class=\"n\">2</td>\s*<td class=\"n\">40–119</td>", damaged_page)
-
-
-def test_the_last_loss_that_is_a_number_counts(damaged_page, one_run):
-    losses = [json.loads(line)["val/loss"] for line in (one_run / "metrics.jsonl").read_text().splitlines()[:60]]
-    assert f"<strong>{[loss for loss in losses if loss][-1]:.4f}</strong>" in damaged_page
+    (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    page = write_report(load_runs([tmp_path]), tmp_path / "out", ("html",))["html"].read_text()
+    assert "no config.yaml" in page
+    assert re.search(r'<td class="n">2</td>\s*<td class="n">40–119</td>', page)
+    assert f"<strong>{[loss for loss in losses if loss][-1]:.4f}</strong>" in page  # the last one that is a number
 
 
 def test_wrong_formats_and_a_file_as_folder_are_told_at_once(one_run, tmp_path):

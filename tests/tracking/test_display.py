@@ -53,14 +53,11 @@ def test_the_bar_is_filled_up_to_the_step_and_the_curve_ends_there(tmp_path):
     records = [record(step) for step in range(15)]
     _, _, low_curve, bar, *_ = rendered(run_info(tmp_path), 60, records).splitlines()
     assert bar == "━" * 30 + "─" * 30
-    assert len(low_curve.rstrip()) == 30
-    assert low_curve[0] == "█" and low_curve[29] == "▁"
+    assert (len(low_curve.rstrip()), low_curve[0], low_curve[29]) == (30, "█", "▁")
     assert "=" * 30 + "-" * 30 in rendered(run_info(tmp_path), 60, records, encoding="ascii")
-
-
-def test_the_panel_survives_a_loss_that_is_not_finite(tmp_path):
-    records = [record(0), record(1, loss=math.nan), record(2, loss=math.inf), {**record(3), "train/loss": None}]
-    assert "loss" in rendered(run_info(tmp_path), 80, records)
+    # Losses that are no numbers change nothing.
+    records += [record(15, loss=math.nan), record(16, loss=math.inf), {**record(17), "train/loss": None}]
+    assert rendered(run_info(tmp_path), 60, records).splitlines()[2] == low_curve
 
 
 def test_a_live_display_leaves_messages_stages_and_evaluations_above_it(tmp_path):
@@ -80,22 +77,17 @@ def test_without_a_terminal_there_are_plain_lines_and_no_control_characters(tmp_
 
 
 def test_plain_lines_are_few_even_when_every_step_is_logged(tmp_path, monkeypatch):
+    progress = [line for line in shown(run_info(tmp_path), evaluate_every=1000).splitlines() if "/30" in line]
+    assert [line.split("/")[0].strip() for line in progress] == ["1", "30"]  # quicker than a line in 10 s
     clock = iter(range(10**6))
     monkeypatch.setattr(display_module.time, "monotonic", lambda: float(next(clock)))
     assert 4 <= len(shown(run_info(tmp_path), evaluate_every=1000).splitlines()) <= 16
 
 
-def test_a_quick_run_prints_its_first_and_last_step_only(tmp_path):
-    progress = [line for line in shown(run_info(tmp_path), evaluate_every=1000).splitlines() if "/30" in line]
-    assert [line.split("/")[0].strip() for line in progress] == ["1", "30"]
-
-
-def test_a_resumed_run_says_where_it_goes_on(tmp_path):
-    assert "stage 3 of 3, continuing at step 20" in shown(run_info(tmp_path, first_step=20), range(20, 30))
-
-
-def test_a_run_that_was_killed_after_its_last_step_can_be_shown(tmp_path):
-    assert "continuing at step 30" in shown(run_info(tmp_path, 30), [], live=True)
+@pytest.mark.parametrize(("first_step", "live"), [(20, False), (30, True)])  # also one that was killed after its end
+def test_a_resumed_run_says_where_it_goes_on(tmp_path, first_step, live):
+    text = shown(run_info(tmp_path, first_step), range(first_step, 30), live=live)
+    assert f"stage 3 of 3, continuing at step {first_step}" in text
 
 
 class LostTerminal(io.StringIO):
@@ -123,38 +115,32 @@ def test_json_leaves_standard_output_alone(capsys):
     assert capsys.readouterr() == ("for people, too\n", "for people\n")
 
 
-def paced(run, steps, between_steps_s=0.0) -> tuple[Pace, float]:
+def paced(run, steps, between_steps_s=0.0, step_s=None) -> tuple[Pace, float]:
     """The pace after these steps, and the time then."""
     pace, now = Pace(run), 0.0
     for step in steps:
-        now += record(step)["perf/step_s"] + between_steps_s
-        pace.observe(record(step), now)
+        logged = record(step) | ({"perf/step_s": step_s(step)} if step_s else {})
+        now += logged["perf/step_s"] + between_steps_s
+        pace.observe(logged, now)
     return pace, now
 
 
-def test_time_left_expects_later_stages_to_cost_what_their_flops_say(tmp_path):
+def test_time_left_expects_later_stages_to_cost_what_their_flops_say_and_runs_down(tmp_path):
     pace, now = paced(run_info(tmp_path), range(4))
     # 3e12 FLOPs took 0.03 s: 10 steps of 0.05 s and 16 of 0.09 s are to come.
     assert pace.seconds_left(now) == pytest.approx(10 * 0.05 + 16 * 0.09)
+    assert pace.seconds_left(now + 0.5) == pytest.approx(10 * 0.05 + 16 * 0.09 - 0.5)
+    assert pace.seconds_left(now + 1e6) == 0.0
 
 
 def test_a_stage_that_was_measured_counts_as_measured_without_its_slow_first_step(tmp_path):
-    pace = Pace(run_info(tmp_path))
-    for step in range(8):
-        pace.observe({**record(step), "perf/step_s": 30.0 if step in (0, 4) else 1.0}, now=float(step))
-    assert pace.step_s(1) == pace.step_s(2) == 1.0
-    assert pace.step_s(3) == pytest.approx(9 / 5)
+    pace, _ = paced(run_info(tmp_path), range(8), step_s=lambda step: 30.0 if step in (0, 4) else 1.0)
+    assert (pace.step_s(1), pace.step_s(2), pace.step_s(3)) == (1.0, 1.0, pytest.approx(9 / 5))
 
 
 def test_time_that_goes_into_evaluations_is_expected_to_go_on(tmp_path):
     quick, slow = (paced(run_info(tmp_path), range(14), between) for between in (0.0, 0.1))
     assert slow[0].seconds_left(slow[1]) > 2 * quick[0].seconds_left(quick[1])
-
-
-def test_time_left_runs_down_between_records_and_ends_at_zero(tmp_path):
-    pace, now = paced(run_info(tmp_path), range(10))
-    assert pace.seconds_left(now + 0.5) == pytest.approx(pace.seconds_left(now) - 0.5)
-    assert pace.seconds_left(now + 1e6) == 0.0
 
 
 def test_nothing_is_guessed_from_one_step_and_nothing_is_left_after_the_last(tmp_path):
