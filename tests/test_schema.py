@@ -7,9 +7,9 @@ from typing import Annotated, Literal
 import pytest
 
 from est_cli.errors import nearest
-from est_cli.schema import AtLeast, Within, describe, read
+from est_cli.schema import Within, describe, read
 
-Count = Annotated[int, AtLeast(1)]
+Count = Annotated[int, Within(1)]
 Share = Annotated[float, Within(0, 1, open_low=True)]
 Boundary = Annotated[int, Within(1)] | Share
 

@@ -8,13 +8,13 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from est_cli.schema import AtLeast, Within
+from est_cli.schema import Within
 from est_cli.subnet.schedule import Rate, Stage, StageSpec, boundary_step, build_stages
 
-Count = Annotated[int, AtLeast(1)]
-Natural = Annotated[int, AtLeast(0)]
+Count = Annotated[int, Within(1)]
+Natural = Annotated[int, Within(0)]
 Positive = Annotated[float, Within(0, open_low=True)]
-NotNegative = Annotated[float, AtLeast(0)]
+NotNegative = Annotated[float, Within(0)]
 Fraction = Annotated[float, Within(0, 1)]
 Share = Annotated[float, Within(0, 1, open_low=True)]
 Momentum = Annotated[float, Within(0, 1, open_high=True)]

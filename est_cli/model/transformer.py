@@ -59,8 +59,8 @@ class Linear(nn.Module):
 class ResidualOutput(nn.Module):
     """residual + scale · (x W + b / unit) with W [in, D]: the output projection of a branch.
 
-    `scale`, a scalar tensor, is the branch's whole scale, and `unit` the part of it that b is spared: the one of heads
-    or neurons. A tensor, so that a plan's scales change no compiled graph. Without a scale: residual + x W + b.
+    `scale` is the branch's whole scale: a scalar tensor, so that a plan's scales change no compiled graph. `unit` is
+    its part for heads or neurons, which does not apply to b. Without a scale: residual + x W + b.
     """
 
     def __init__(self, n_in: int, n_out: int, bias: bool, device=None, dtype=None):
@@ -71,7 +71,7 @@ class ResidualOutput(nn.Module):
     def forward(self, x: Tensor, residual: Tensor, unit: float, scale: Tensor | None) -> Tensor:
         if scale is None:
             return residual + F.linear(x, self.weight.t(), self.bias)
-        # Dividing the bias, D numbers, lets the scale ride on the residual addition instead of a pass of its own.
+        # Dividing the bias (D numbers) fuses the scale into the residual addition and saves a pass over the output.
         bias = self.bias if self.bias is None or unit == 1.0 else self.bias / unit
         return torch.addcmul(residual, F.linear(x, self.weight.t(), bias), scale)
 
@@ -177,7 +177,7 @@ class Transformer(nn.Module):
 
     def hidden(self, inputs: Tensor, masks: list[BlockMask] | None = None) -> Tensor:
         """Token ids [B, T] → normalised final states [B, T, D]."""
-        # A tied table gets the head's gradient too: a CPU adds the rows of these inputs to it, not a second [V, D].
+        # A tied table also gets the head's gradient. A sparse one, on a CPU, adds only the rows of these inputs to it.
         x = F.embedding(inputs, self.embedding, sparse=self.head is None and inputs.device.type == "cpu")
         if self.positions is not None:
             x = x + self.positions[: inputs.shape[1]]

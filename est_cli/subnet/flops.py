@@ -1,8 +1,8 @@
 """Matrix-multiplication FLOPs of training, 2 per multiply-add.
 
-Forward, and twice that backward (each product has two gradients). Attention scores are counted in full, not
-halved for causality; the LM head is included; recomputation and the optimizer are not. The formula knows a
-dense model only: a subnetwork costs what its small model costs.
+Backward costs twice the forward pass (each product has two gradients). Attention scores are counted in full, not
+halved for causality. The LM head is included; recomputation and the optimizer are not. The formula is that of a dense
+model: a subnetwork costs what its small model costs.
 """
 
 from dataclasses import dataclass, replace
@@ -85,7 +85,7 @@ class Ledger:
 
 
 def config_ledger(config: TrainConfig) -> Ledger:
-    """The ledger of a run, from its config (with numbers, no `auto`) alone."""
+    """The ledger of a run whose config holds numbers, no `auto`."""
     stages, seq_len, tokens = config.stages, config.data.seq_len, config.tokens_per_step
     models = [stage_subnetwork(config.model, config.sampling, stage).model for stage in stages]
     costs = tuple(training_flops(model, seq_len, tokens) for model in models)
@@ -95,7 +95,7 @@ def config_ledger(config: TrainConfig) -> Ledger:
 def scale_boundaries(config: TrainConfig, target: float) -> dict[str, float]:
     """Fractions of the run, by config key, at which `saved_blocks` is `target`.
 
-    The proportions of the boundaries stay. Raises UserError where no boundaries reach the target.
+    All boundaries move by one factor. Raises UserError if no factor reaches the target.
     """
     specs, names, max_steps = config.scheduler.stages, config.scheduler.names, config.trainer.max_steps
     if not 0 < target < 1:
@@ -108,7 +108,7 @@ def scale_boundaries(config: TrainConfig, target: float) -> dict[str, float]:
         )
     none, present = _saved(ledger, [0.0] * len(fractions)), _saved(ledger, fractions)
     most = _saved(ledger, [f / fractions[-1] for f in fractions])
-    # Savings are linear in the common factor: stage lengths are.
+    # Stage lengths, and so savings, are linear in the common factor.
     factor = (target - none) / (present - none) if present != none else 0.0
     if factor <= 0 or factor * fractions[-1] >= 1:
         raise UserError(
@@ -120,7 +120,7 @@ def scale_boundaries(config: TrainConfig, target: float) -> dict[str, float]:
 
 
 def with_boundaries(config: TrainConfig, boundaries: dict[str, float]) -> TrainConfig:
-    """The config with these boundaries; raises UserError where `max_steps` is too small for them."""
+    """The config with these boundaries; raises UserError if `max_steps` is too small for them."""
     *sampled, last = config.scheduler.stages
     stages = (*(replace(spec, end=end) for spec, end in zip(sampled, boundaries.values(), strict=True)), last)
     try:

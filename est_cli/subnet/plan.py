@@ -1,6 +1,6 @@
-"""A plan: which heads, neurons and layers one optimizer step trains; and the small model that they make.
+"""A plan: the heads, neurons and layers that one optimizer step trains, and the small model that they make.
 
-Three models nest: the full one; the part of it that has joined by a stage, its first layers, heads and neurons
+Three models nest: the full one; the part that has joined by a stage, its first layers, heads and neurons
 (`grown_model`); and what a step samples of that part (`subnetwork`).
 """
 
@@ -72,22 +72,18 @@ def grouped(model: ModelConfig) -> bool:
 
 
 def stage_subnetwork(model: ModelConfig, sampling: SamplingConfig, stage: Stage | StageSpec) -> Subnetwork:
-    """The shape of every subnetwork that a stage samples of what has joined `model` by then."""
+    """The shape of every subnetwork that a stage samples, from the part of `model` that has joined by then."""
     return subnetwork(grown_model(model, stage.grown, sampling.mlp_block), sampling, stage.rates)
 
 
 def subnetwork(model: ModelConfig, sampling: SamplingConfig, rates: Rates) -> Subnetwork:
-    """The shape of every subnetwork that these rates sample of `model`; all of it where every count is full."""
-    if not grouped(model):
-        n_heads = n_kv_heads = keep(rates.heads, model.n_heads)
+    """The shape of every subnetwork that these rates sample from `model`; `model` itself if every count is full."""
+    n_kv_heads, per_group = model.n_kv_heads, model.n_heads // model.n_kv_heads
+    if grouped(model) and sampling.gqa == "query":
+        per_group = keep(rates.heads, per_group)
     else:
-        per_group = model.n_heads // model.n_kv_heads
-        if sampling.gqa == "group":
-            n_kv_heads = keep(rates.heads, model.n_kv_heads)
-        else:
-            n_kv_heads = model.n_kv_heads
-            per_group = keep(rates.heads, per_group)
-        n_heads = n_kv_heads * per_group
+        n_kv_heads = keep(rates.heads, n_kv_heads)
+    n_heads = n_kv_heads * per_group
     d_ff = keep(rates.mlp, model.d_ff // sampling.mlp_block) * sampling.mlp_block
     n_layers = keep(rates.layers, model.n_layers)
     small = replace(model, n_layers=n_layers, n_heads=n_heads, n_kv_heads=n_kv_heads, d_ff=d_ff)
@@ -100,7 +96,7 @@ def subnetwork(model: ModelConfig, sampling: SamplingConfig, rates: Rates) -> Su
 
 
 def branch_scales(shape: Subnetwork, sampling: SamplingConfig, n_layers: int, layers: np.ndarray) -> np.ndarray:
-    """What the branches of the kept `layers` of `n_layers` are multiplied by: [n, 2], attention and MLP."""
+    """[n, 2]: what the attention and MLP branches of the kept `layers` of `n_layers` are multiplied by."""
     units = np.array([shape.head_scale, shape.mlp_scale])
     if not shape.scales_layers:
         return np.tile(units, (len(layers), 1))
@@ -109,7 +105,7 @@ def branch_scales(shape: Subnetwork, sampling: SamplingConfig, n_layers: int, la
 
 
 def _rescale(mode: Rescale, inverse: float | np.ndarray) -> float | np.ndarray:
-    """The scale of units, by the inverse of the probability with which they are kept."""
+    """The scale of units that are kept with probability 1 / `inverse`."""
     return inverse ** {"none": 0.0, "sqrt": 0.5, "inverse": 1.0}[mode]
 
 

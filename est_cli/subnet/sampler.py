@@ -28,13 +28,8 @@ def sample(seed: int, step: int, stage: Stage, model: ModelConfig, sampling: Sam
         strategy = of_layer if of_layers else of_unit
         draw = Draw(seed, stage.first_step, number, layer, dimension, group)
         chosen = np.sort(np.asarray(strategy(draw, total, kept)))
-        if (
-            chosen.shape != (kept,)
-            or chosen.dtype.kind not in "iu"
-            or chosen[0] < 0
-            or chosen[-1] >= total
-            or (np.diff(chosen) == 0).any()
-        ):
+        inside = chosen.shape == (kept,) and chosen.dtype.kind in "iu" and chosen[0] >= 0 and chosen[-1] < total
+        if not inside or (np.diff(chosen) == 0).any():
             key = "layer_strategy" if of_layers and sampling.layer_strategy else "strategy"
             raise UserError(f"sampling.{key} must return {kept} different indices below {total}, got {chosen}")
         return chosen
@@ -71,8 +66,10 @@ def _members(blocks: np.ndarray, size: int) -> np.ndarray:
 
 
 def check_strategy(config: TrainConfig) -> None:
-    """Draws the first plan of every stage, so that counts which the strategies cannot serve are found before a run
-    begins. Raises UserError."""
+    """Draws the first plan of every stage, so that a strategy that cannot serve its counts fails before the run begins.
+
+    Raises UserError.
+    """
     for stage in config.stages:
         sample(config.seed, stage.first_step, stage, config.model, config.sampling)
 

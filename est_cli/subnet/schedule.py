@@ -1,4 +1,4 @@
-"""The schedule: which rates hold at which optimizer step, and how much of the model has joined by then.
+"""The schedule: which rates each optimizer step samples at, and how much of the model has joined by then.
 
 A schedule is a list of stages. A stage gives its exclusive `end` (an int is a step, a float a fraction of
 the run: floor(f·T + 0.5), null the end of training), the three rates at which it samples, and the part of the
@@ -35,7 +35,7 @@ class Rates:
 
 
 class Sizes(Protocol):
-    """A model, as far as parts of it can join later."""
+    """The counts of a model of which parts can join later."""
 
     n_layers: int
     n_heads: int
@@ -126,7 +126,7 @@ class Stage:
 
     @property
     def kept(self) -> Rates:
-        """Fractions of the full model that it trains; NaN where what has joined is not given as a fraction."""
+        """Fractions of the full model that it trains; NaN if the joined part is given as a count."""
         joined = (
             1.0 if part is None else part if isinstance(part, float) else math.nan
             for part in (self.grown.n_heads, self.grown.d_ff, self.grown.n_layers)
@@ -155,8 +155,8 @@ def build_stages(specs: Sequence[StageSpec], max_steps: int, names: Sequence[str
 
     `names` are the config keys of the boundaries, for messages.
 
-    Raises ValueError where a stage would be empty or reversed, naming the boundary, the step and the
-    smallest `max_steps` that would work.
+    Raises ValueError if a stage would be empty or reversed, naming the boundary, the step and the smallest `max_steps`
+    that would work.
     """
     names = names or [f"scheduler.stages[{i}].end" for i in range(len(specs))]
     ends = [boundary_step(spec.end, max_steps) for spec in specs]
@@ -181,30 +181,27 @@ def build_stages(specs: Sequence[StageSpec], max_steps: int, names: Sequence[str
 
 
 def _explain_empty(specs, max_steps: int, names, index: int, previous: int, end: int) -> str:
-    where = f"{names[index]}={specs[index].end} is step {end}"
+    def boundary(i: int, step: int) -> str:
+        return f"{names[i]}={specs[i].end} is step {step}"
+
     if index < len(specs) - 1 and end >= max_steps:
         problem = (
-            f"{where}, but training ends at step {max_steps} (trainer.max_steps): stage {index + 2} would be empty"
+            f"{boundary(index, end)}, but training ends at step {max_steps} (trainer.max_steps): "
+            f"stage {index + 2} would be empty"
         )
     else:
-        before = (
-            f"{names[index - 1]}={specs[index - 1].end} is step {previous}" if index else "training starts at step 0"
+        own = (
+            boundary(index, end) if specs[index].end is not None else f"training ends at step {end} (trainer.max_steps)"
         )
-        if specs[index].end is None:
-            where = f"training ends at step {end} (trainer.max_steps)"
-        kind = "empty" if end == previous else "reversed"
-        problem = f"{where}, but {before}: stage {index + 1} would be {kind}"
-    smallest = smallest_max_steps(specs)
-    advice = (
-        f"the smallest trainer.max_steps that works is {smallest}"
-        if smallest
-        else "no trainer.max_steps makes these boundaries increase"
-    )
-    return f"{problem}; {advice}"
+        before = boundary(index - 1, previous) if index else "training starts at step 0"
+        problem = f"{own}, but {before}: stage {index + 1} would be {'empty' if end == previous else 'reversed'}"
+    if smallest := smallest_max_steps(specs):
+        return f"{problem}; the smallest trainer.max_steps that works is {smallest}"
+    return f"{problem}; no trainer.max_steps makes these boundaries increase"
 
 
 def smallest_max_steps(specs: Sequence[StageSpec]) -> int | None:
-    """The smallest run length at which no stage is empty, or None where there is none to be found."""
+    """The smallest run length at which no stage is empty, or None if none is found."""
     # The last stage ends with the training, all others before it.
     last = len(specs) - 1
     floor = max([len(specs), *(spec.end + (i < last) for i, spec in enumerate(specs) if isinstance(spec.end, int))])
@@ -231,22 +228,21 @@ def stage_at(stages: Sequence[Stage], step: int) -> Stage:
     return next(stage for stage in stages if step < stage.end)
 
 
+def _equal_ends(n_stages: int) -> list[float | None]:
+    """The ends of equal stages. Raises ValueError."""
+    if type(n_stages) is not int or not 1 <= n_stages <= _MOST_STAGES:
+        raise ValueError(f"scheduler.n_stages={n_stages}: must be an integer of at least 1 and at most {_MOST_STAGES}")
+    return [*((i + 1) / n_stages for i in range(n_stages - 1)), None]
+
+
 def ramp(rates: Rates, n_stages: int = 4) -> list[StageSpec]:
     """Rates that rise from `rates` to 1 in `n_stages` equal stages; the last one trains the full model."""
-    _check_n_stages(n_stages)
 
     def rate(low: float, i: int) -> float:
         return 1.0 if i == n_stages - 1 else low + (1.0 - low) * i / (n_stages - 1)
 
-    return [
-        StageSpec(
-            None if i == n_stages - 1 else (i + 1) / n_stages,
-            rate(rates.heads, i),
-            rate(rates.mlp, i),
-            rate(rates.layers, i),
-        )
-        for i in range(n_stages)
-    ]
+    ends = enumerate(_equal_ends(n_stages))
+    return [StageSpec(end, rate(rates.heads, i), rate(rates.mlp, i), rate(rates.layers, i)) for i, end in ends]
 
 
 def raptr(rates: Rates, n_stages: int = 4) -> list[StageSpec]:
@@ -257,15 +253,13 @@ def raptr(rates: Rates, n_stages: int = 4) -> list[StageSpec]:
 def layer_drop(rates: Rates, p_max: float = 0.5, n_stages: int = 4) -> list[StageSpec]:
     """Layer l of L is left out with probability p·l / (L − 1), and p falls from `p_max` to 0 in equal stages.
 
-    After arXiv 2609.05275. On average p / 2 of the layers are left out. `sampling.layer_strategy=increasing` makes
-    the deeper ones the likelier.
+    After arXiv 2609.05275. On average p / 2 of the layers are left out. `sampling.layer_strategy=increasing` leaves out
+    the deeper ones more often.
     """
-    _check_n_stages(n_stages)
+    ends = _equal_ends(n_stages)
     if type(p_max) not in (int, float) or not 0 < p_max <= 1:
         raise ValueError(f"scheduler.p_max={p_max}: must be a number in (0, 1]")
-    falling = [p_max * (1 - i / max(1, n_stages - 1)) for i in range(n_stages)]
-    ends = [(i + 1) / n_stages for i in range(n_stages - 1)]
-    return [StageSpec(end, layers=1 - p / 2) for end, p in zip([*ends, None], falling, strict=True)]
+    return [StageSpec(end, layers=1 - p_max * (1 - i / max(1, n_stages - 1)) / 2) for i, end in enumerate(ends)]
 
 
 def stacking(
@@ -275,20 +269,14 @@ def stacking(
 
     Gong et al. (2019); Du et al. (2024), arXiv 2405.15319. How the layers that join start is `scheduler.grow`.
     """
-    ends = list(grow_at) if isinstance(grow_at, list | tuple) else [grow_at]
-    layers = list(depths) if isinstance(depths, list | tuple) else [depths]
+    ends, layers = (list(given) if isinstance(given, list | tuple) else [given] for given in (grow_at, depths))
     if len(ends) != len(layers):
         raise ValueError(
             f"scheduler.grow_at={grow_at}, scheduler.depths={depths}: must be as many, a depth until each growth"
         )
-    if any(end is None for end in ends) or any(depth is None for depth in layers):
+    if None in (*ends, *layers):
         raise ValueError(f"scheduler.grow_at={grow_at}, scheduler.depths={depths}: must be numbers")
     return [*(StageSpec(end, n_layers=depth) for end, depth in zip(ends, layers, strict=True)), StageSpec()]
-
-
-def _check_n_stages(n_stages: int) -> None:
-    if type(n_stages) is not int or not 1 <= n_stages <= _MOST_STAGES:
-        raise ValueError(f"scheduler.n_stages={n_stages}: must be an integer of at least 1 and at most {_MOST_STAGES}")
 
 
 NAMED_SCHEDULES = {"ramp": ramp, "raptr": raptr, "layer_drop": layer_drop, "stacking": stacking}

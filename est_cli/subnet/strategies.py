@@ -1,7 +1,7 @@
-"""How a number of units is chosen: the paper's random sampling, and its alternatives.
+"""Sampling strategies: the paper's random sampling, and its alternatives.
 
-Random indices are the ranks of raw Philox words (Salmon et al., 2011) under a key that says what is drawn, so
-that they need no state, no global generator, and survive upgrades of every library.
+Random indices are the ranks of raw Philox words (Salmon et al., 2011) under a key that says what is drawn. They need no
+state and no global generator, and survive upgrades of every library.
 """
 
 from collections.abc import Callable
@@ -30,7 +30,7 @@ class Draw:
     group: int = 0
 
     def words(self, n: int) -> np.ndarray:
-        """`n` random 64-bit words that depend on this key alone."""
+        """`n` random 64-bit words that depend only on this key."""
         where = (self.layer << 32) | (self.group << 8) | DIMENSIONS.index(self.dimension)
         generator = np.random.Philox(
             key=np.array([self.seed, 0], dtype=np.uint64),
@@ -49,7 +49,7 @@ def random(draw: Draw, total: int, kept: int) -> np.ndarray:
 
 
 def _smallest(words: np.ndarray, kept: int) -> np.ndarray:
-    """Where the `kept` smallest words stand, ascending; of equal words the first. A selection, faster than a sort."""
+    """Indices of the `kept` smallest words, ascending; the first of equal words. A selection is faster than a sort."""
     if kept == 0:
         return np.arange(0)
     last = np.partition(words, kept - 1)[kept - 1]
@@ -65,14 +65,14 @@ def prefix(draw: Draw, total: int, kept: int) -> np.ndarray:
 
 
 def ends(draw: Draw, total: int, kept: int) -> np.ndarray:
-    """The first and the last unit always, of those between a uniform choice: RAPTR's layers (arXiv 2402.05913)."""
+    """Always the first and the last unit, and a uniform choice of those between: RAPTR's layers (arXiv 2402.05913)."""
     fixed = [0, total - 1][:kept]
     between = 1 + _smallest(draw.words(total - 2), kept - len(fixed))
     return np.concatenate([fixed, between]).astype(np.int64)
 
 
 def increasing(draw: Draw, total: int, kept: int) -> np.ndarray:
-    """Unit l is left out with probability p·l / (total − 1): the deeper, the likelier.
+    """Unit l is left out with probability p·l / (total − 1), so deeper ones more often.
 
     Systematic sampling (Madow, 1949): steps of one through the running sum of the inclusion probabilities, from a
     uniform start. Every draw keeps `kept` units, and every unit has exactly its probability.
@@ -84,7 +84,7 @@ def increasing(draw: Draw, total: int, kept: int) -> np.ndarray:
 
 
 def inclusion_probabilities(strategy: str, total: int, kept: int) -> np.ndarray:
-    """How often each of `total` units is among the `kept` ones; equally often for all but `increasing`."""
+    """The probability of each of `total` units to be kept; the same for all except with `increasing`."""
     if strategy != "increasing" or kept == total:
         return np.full(total, kept / total)
     if 2 * kept < total:
