@@ -3,11 +3,13 @@
 import itertools
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from tests.commands.cli import run
+from tests.commands.cli import clean_environment, run
 
 PAGE = (Path(__file__).parents[1] / "docs" / "extending.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```(\w+)\n(.*?)```", PAGE, re.DOTALL)
@@ -31,7 +33,7 @@ def comparable(text: str) -> list[str]:
     return [re.sub(r"\d+\.\d+", "N", line.rstrip()) for line in text.splitlines()]
 
 
-@pytest.mark.parametrize(("commands", "shown"), EXAMPLES, ids=["strategy", "growth", "logger"])
+@pytest.mark.parametrize(("commands", "shown"), EXAMPLES, ids=["schedule", "strategy", "growth", "logger"])
 def test_the_page_shows_what_its_commands_print(folder, commands, shown):
     printed = ""
     for line in commands.splitlines():
@@ -58,3 +60,10 @@ def test_a_name_that_cannot_work_is_bad_input(folder, key, name, problem):
     done = run("est-plan", "--config-dir", "conf", "scheduler=last", f"{key}={name}", cwd=folder)
     assert done.code == 2
     assert problem in done.err
+
+
+def test_a_file_beside_the_configs_cannot_shadow_a_library(tmp_path):
+    (tmp_path / "json.py").write_text("raise SystemExit('imported')")
+    code = "from est_cli.commands.entry import read_arguments; read_arguments(); import json; json.loads"
+    done = subprocess.run([sys.executable, "-P", "-c", code], cwd=tmp_path, env=clean_environment(tmp_path))
+    assert done.returncode == 0
