@@ -138,6 +138,13 @@ def test_boundaries_out_of_order_are_collected_too(other):
         ({"optimizer.decay_fraction": 1.1}, "optimizer.decay_fraction=1.1: must be a number in (0, 1]"),
         ({"optimizer.decay_shape": "sqr"}, "must be one of sqrt, linear; did you mean 'sqrt'?"),
         ({"optimizer.decay": "wds"}, "must be one of cosine, linear, wsd, none; did you mean 'wsd'?"),
+        ({"optimizer.betas": [1.0, 0.95]}, "optimizer.betas[0]=1.0: must be a number in [0, 1)"),
+        ({"optimizer.betas": [0.9, 1.0]}, "optimizer.betas[1]=1.0: must be a number in [0, 1)"),
+        (
+            {"model.position": "learned"},
+            "model.n_kv_heads=3: GPT-2 style (model.position=learned) has no grouped-query attention; must equal "
+            "model.n_heads=6",
+        ),
         ({"seed": -1}, "seed=-1: must be an integer in [0, "),
         ({"seed": 2**63}, f"seed={2**63}: must be an integer in [0, "),
         ({"run_id": "../elsewhere"}, "run_id=../elsewhere: must be letters, digits"),
@@ -166,17 +173,6 @@ def test_a_config_from_before_wsd_reads_as_it_trained():
     for key in ("decay_fraction", "decay_shape"):
         del plain["optimizer"][key]
     assert read_train_config(plain) == read_train_config(plain_config())
-
-
-@pytest.mark.parametrize("betas", [[1.0, 0.95], [0.9, 1.0]])
-def test_a_beta_of_one_is_refused(betas):
-    assert "optimizer.betas" in problems_of({"optimizer.betas": betas})[0]
-
-
-def test_gpt2_style_has_no_grouped_query_attention():
-    (problem,) = problems_of({"model.n_kv_heads": 2}, GPT2)
-    assert problem.startswith("model.n_kv_heads=2: GPT-2 style")
-    assert problem.endswith("must equal model.n_heads=4")
 
 
 @pytest.mark.parametrize("section", ["model", "sampling", "scheduler", "trainer"])

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 import pytest
 
 from est_cli.errors import nearest
-from est_cli.schema import Within, describe, read
+from est_cli.schema import Within, read
 
 Count = Annotated[int, Within(1)]
 Share = Annotated[float, Within(0, 1, open_low=True)]
@@ -54,6 +54,9 @@ def reading(kind, value) -> tuple[object, list[str]]:
         (tuple[int, ...], [], ()),
         (str | tuple[str, ...], ["a", "b"], ("a", "b")),
         (str | tuple[str, ...], "a", "a"),
+        (Boundary, 1, 1),  # the first step, and 1.0 is the whole run
+        (Boundary, 1.0, 1.0),
+        (Outer, {"count": 2, "inner": {"share": 1}}, Outer(2, Inner(1.0))),  # defaults fill what is left out
     ],
 )
 def test_what_fits_is_read(kind, value, expected):
@@ -61,15 +64,6 @@ def test_what_fits_is_read(kind, value, expected):
     assert problems == []
     assert result == expected
     assert type(result) is type(expected)
-
-
-@pytest.mark.parametrize(("value", "kind"), [(1, int), (1.0, float), (20, int), (0.5, float)])
-def test_a_boundary_keeps_int_and_float_apart(value, kind):
-    """1 is the first step and 1.0 the whole run."""
-    result, problems = reading(Boundary, value)
-    assert problems == []
-    assert type(result) is kind
-    assert result == value
 
 
 @pytest.mark.parametrize(
@@ -100,6 +94,13 @@ def test_a_boundary_keeps_int_and_float_apart(value, kind):
         (tuple[Share, ...], [0.5, 2.0], "key[1]=2.0: must be a number in (0, 1]"),
         (str | tuple[str, ...], [1], "key[0]=1: must be a text"),
         (Inner, 3, "key=3: must be a mapping with share, word"),
+        (Inner, {"share": 0.5, "wrod": "linear"}, "key.wrod: there is no such key; did you mean 'word'?"),
+        (Inner, {}, "key.share: is missing; must be a number in (0, 1]"),
+        (Count | Literal["auto"] | None, 0, "key=0: must be an integer of at least 1, auto or null"),
+        (tuple[str, ...], 3, "key=3: must be a list, each a text"),
+        (str, "a\0b", "must be a text"),
+        (int, 10**20, f"key={10**20}: must be an integer, and of less than 20 digits"),
+        (int, "x" * 500, f"key={'x' * 77}...: must be an integer"),
     ],
 )
 def test_what_does_not_fit_names_the_key_the_value_and_what_is_allowed(kind, value, problem):
@@ -127,32 +128,6 @@ def test_every_problem_of_a_nested_value_is_collected():
         "key.many[2].share",
         "key.pair[1]=x",
     ]
-
-
-def test_an_unknown_key_is_met_with_the_nearest_one():
-    _, problems = reading(Inner, {"share": 0.5, "wrod": "linear"})
-    assert problems == ["key.wrod: there is no such key; did you mean 'word'?"]
-
-
-def test_a_missing_key_says_what_it_must_be():
-    _, problems = reading(Inner, {})
-    assert problems == ["key.share: is missing; must be a number in (0, 1]"]
-
-
-def test_defaults_fill_what_is_left_out():
-    result, problems = reading(Outer, {"count": 2, "inner": {"share": 1}})
-    assert problems == []
-    assert result == Outer(2, Inner(1.0))
-
-
-def test_long_values_are_shortened_in_messages():
-    _, problems = reading(int, "x" * 500)
-    assert len(problems[0]) < 120
-
-
-def test_descriptions_are_in_words():
-    assert describe(Count | Literal["auto"] | None) == "an integer of at least 1, auto or null"
-    assert describe(tuple[str, ...]) == "a list, each a text"
 
 
 @pytest.mark.parametrize(

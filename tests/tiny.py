@@ -1,5 +1,6 @@
 """Tiny configs and corpora: whatever a test does not name stays at a small value that works."""
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -53,6 +54,30 @@ LLAMA = ModelConfig(
     head_dim=2,
 )
 FAMILIES = {"gpt2": GPT2, "llama": LLAMA}
+
+GPT2_BASE = replace(
+    GPT2,
+    n_layers=12,
+    n_heads=12,
+    n_kv_heads=12,
+    d_model=768,
+    d_ff=3072,
+    head_dim=64,
+    vocab_size=50304,
+    max_seq_len=1024,
+)
+TINYLLAMA = replace(
+    LLAMA,
+    n_layers=22,
+    n_heads=32,
+    n_kv_heads=4,
+    d_model=2048,
+    d_ff=5632,
+    head_dim=64,
+    vocab_size=32000,
+    max_seq_len=2048,
+)
+"""The models of the paper's recipes, to count and not to build."""
 
 THREE_STAGES = (StageSpec(2 / 15, 0.5, 0.5, 0.5), StageSpec(7 / 15, 0.5, 0.5), StageSpec())
 FULL = (StageSpec(),)

@@ -1,4 +1,4 @@
-"""The decoder is GPT-2 and Llama by its settings, and a packed subnetwork is that decoder with fewer units."""
+"""A packed subnetwork is the decoder with fewer units. That it is GPT-2 and Llama, test_huggingface.py shows."""
 
 from dataclasses import replace
 from itertools import combinations
@@ -8,125 +8,8 @@ import torch
 from tiny import FAMILIES, GPT2, LLAMA, random_batch, random_master
 from torch import Tensor
 
-from est_cli.config import ModelConfig
 from est_cli.model.transformer import ResidualOutput, Transformer, layer_of, rope_tables, row_kind
 from est_cli.subnet.plan import Subnetwork
-
-
-def state_of_gpt2(model: Transformer) -> dict[str, Tensor]:
-    """transformers stores GPT-2's linear layers input-major (Conv1D), with query, key and value side by side."""
-    found = {
-        "transformer.wte.weight": model.embedding,
-        "transformer.wpe.weight": model.positions,
-        "transformer.ln_f.weight": model.norm.weight,
-        "transformer.ln_f.bias": model.norm.bias,
-        "lm_head.weight": model.head_weight,
-    }
-    for layer, block in enumerate(model.blocks):
-        attention, mlp, prefix = block.attention, block.mlp, f"transformer.h.{layer}"
-        found |= {
-            f"{prefix}.ln_1.weight": block.norm1.weight,
-            f"{prefix}.ln_1.bias": block.norm1.bias,
-            f"{prefix}.ln_2.weight": block.norm2.weight,
-            f"{prefix}.ln_2.bias": block.norm2.bias,
-            f"{prefix}.attn.c_attn.weight": attention.qkv.weight.t(),
-            f"{prefix}.attn.c_attn.bias": attention.qkv.bias,
-            f"{prefix}.attn.c_proj.weight": attention.out.weight,
-            f"{prefix}.attn.c_proj.bias": attention.out.bias,
-            f"{prefix}.mlp.c_fc.weight": mlp.up.weight.t(),
-            f"{prefix}.mlp.c_fc.bias": mlp.up.bias,
-            f"{prefix}.mlp.c_proj.weight": mlp.down.weight,
-            f"{prefix}.mlp.c_proj.bias": mlp.down.bias,
-        }
-    return found
-
-
-def state_of_llama(model: Transformer) -> dict[str, Tensor]:
-    """transformers stores Llama's linear layers output-major and apart."""
-    config = model.config
-    found = {
-        "model.embed_tokens.weight": model.embedding,
-        "model.norm.weight": model.norm.weight,
-        "lm_head.weight": model.head_weight,
-    }
-    widths = [heads * config.head_dim for heads in (config.n_heads, config.n_kv_heads, config.n_kv_heads)]
-    for layer, block in enumerate(model.blocks):
-        prefix = f"model.layers.{layer}"
-        query, key, value = block.attention.qkv.weight.split(widths)
-        gate, up = block.mlp.up.weight.chunk(2)
-        found |= {
-            f"{prefix}.input_layernorm.weight": block.norm1.weight,
-            f"{prefix}.post_attention_layernorm.weight": block.norm2.weight,
-            f"{prefix}.self_attn.q_proj.weight": query,
-            f"{prefix}.self_attn.k_proj.weight": key,
-            f"{prefix}.self_attn.v_proj.weight": value,
-            f"{prefix}.self_attn.o_proj.weight": block.attention.out.weight.t(),
-            f"{prefix}.mlp.gate_proj.weight": gate,
-            f"{prefix}.mlp.up_proj.weight": up,
-            f"{prefix}.mlp.down_proj.weight": block.mlp.down.weight.t(),
-        }
-    return found
-
-
-def transformers_gpt2(config: ModelConfig) -> torch.nn.Module:
-    transformers = pytest.importorskip("transformers")
-    return transformers.GPT2LMHeadModel(
-        transformers.GPT2Config(
-            n_layer=config.n_layers,
-            n_head=config.n_heads,
-            n_embd=config.d_model,
-            n_inner=config.d_ff,
-            vocab_size=config.vocab_size,
-            n_positions=config.max_seq_len,
-            layer_norm_epsilon=config.norm_eps,
-            tie_word_embeddings=config.tie_embeddings,
-            bos_token_id=0,
-            eos_token_id=0,
-        )
-    )
-
-
-def transformers_llama(config: ModelConfig) -> torch.nn.Module:
-    transformers = pytest.importorskip("transformers")
-    return transformers.LlamaForCausalLM(
-        transformers.LlamaConfig(
-            num_hidden_layers=config.n_layers,
-            num_attention_heads=config.n_heads,
-            num_key_value_heads=config.n_kv_heads,
-            head_dim=config.head_dim,
-            hidden_size=config.d_model,
-            intermediate_size=config.d_ff,
-            vocab_size=config.vocab_size,
-            max_position_embeddings=config.max_seq_len,
-            rms_norm_eps=config.norm_eps,
-            rope_theta=config.rope_theta,
-            tie_word_embeddings=config.tie_embeddings,
-        )
-    )
-
-
-@pytest.mark.parametrize(
-    ("config", "build", "state"),
-    [
-        (GPT2, transformers_gpt2, state_of_gpt2),
-        (replace(GPT2, tie_embeddings=False, norm_eps=1e-3), transformers_gpt2, state_of_gpt2),
-        (LLAMA, transformers_llama, state_of_llama),
-        (replace(LLAMA, n_kv_heads=6, tie_embeddings=True, norm_eps=1e-3), transformers_llama, state_of_llama),
-        (replace(LLAMA, n_kv_heads=1, head_dim=8, rope_theta=500.0), transformers_llama, state_of_llama),
-    ],
-    ids=["gpt2", "gpt2-untied", "llama", "llama-mha-tied", "llama-one-kv-head"],
-)
-def test_logits_equal_those_of_transformers(config, build, state):
-    ours, theirs = random_master(config, torch.float32), build(config).eval()
-    theirs.load_state_dict(state(ours), strict=True)
-    inputs, targets = random_batch(config, length=config.max_seq_len)
-    with torch.no_grad():
-        expected = theirs(input_ids=inputs).logits
-        logits = ours.logits(inputs)
-        loss = ours(inputs, targets)
-    assert logits.abs().max() > 1, "logits far from zero, or the comparison says little"
-    torch.testing.assert_close(logits, expected, rtol=0, atol=1e-5)
-    torch.testing.assert_close(loss, torch.nn.functional.cross_entropy(expected.mT, targets), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

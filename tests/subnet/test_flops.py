@@ -5,7 +5,7 @@ from itertools import product
 
 import pytest
 import torch
-from tiny import GPT2, LLAMA, THREE_STAGES, random_batch, random_master, train_config
+from tiny import GPT2, GPT2_BASE, LLAMA, THREE_STAGES, TINYLLAMA, random_batch, random_master, train_config
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -17,28 +17,6 @@ from est_cli.subnet.schedule import Rates, Stage, StageSpec, stage_at
 from est_cli.training.optimizer import SampledAdamW
 from est_cli.training.subnetwork import PackedSubnetwork
 
-GPT2_BASE = replace(
-    GPT2,
-    n_layers=12,
-    n_heads=12,
-    n_kv_heads=12,
-    d_model=768,
-    d_ff=3072,
-    head_dim=64,
-    vocab_size=50304,
-    max_seq_len=1024,
-)
-TINYLLAMA = replace(
-    LLAMA,
-    n_layers=22,
-    n_heads=32,
-    n_kv_heads=4,
-    d_model=2048,
-    d_ff=5632,
-    head_dim=64,
-    vocab_size=32000,
-    max_seq_len=2048,
-)
 ATTENTION = {
     "gpt2": (GPT2, "group"),
     "llama-group": (LLAMA, "group"),

@@ -1,17 +1,16 @@
-"""How much a rate keeps, of what, and what that does to the scales."""
+"""How much a rate keeps, of what; what that does to the scales; and which rows of a fused parameter a plan owns."""
 
 from dataclasses import replace
 
 import numpy as np
 import pytest
-from tiny import GPT2, LLAMA
+from tiny import GPT2, GPT2_BASE, LLAMA, TINYLLAMA
 
 from est_cli.config import RescaleConfig, SamplingConfig
-from est_cli.subnet.plan import Plan, branch_scales, effective_rates, subnetwork
+from est_cli.subnet.plan import Plan, branch_scales, effective_rates, n_rows, sampled_rows, subnetwork
 from est_cli.subnet.sampler import sample
 from est_cli.subnet.schedule import Rates, Stage, StageSpec, keep
 
-TINYLLAMA = replace(LLAMA, n_layers=22, n_heads=32, n_kv_heads=4, d_model=2048, d_ff=5632, head_dim=64)
 HALF = Rates(0.5, 0.5, 0.5)
 GROUP, QUERY = SamplingConfig(gqa="group"), SamplingConfig(gqa="query")
 
@@ -24,55 +23,38 @@ def test_keep_rounds_half_up_and_keeps_at_least_one(rate, total, kept):
     assert keep(rate, total) == kept
 
 
-def test_half_of_gpt2_keeps_half_of_everything():
-    gpt2 = replace(GPT2, n_layers=12, n_heads=12, n_kv_heads=12, d_model=768, d_ff=3072, head_dim=64)
-    shape = subnetwork(gpt2, GROUP, HALF)
-    assert shape.model == replace(gpt2, n_layers=6, n_heads=6, n_kv_heads=6, d_ff=1536)
-    assert (shape.head_scale, shape.mlp_scale, shape.scales_layers) == (2.0, 2.0, False)
-
-
-def test_group_mode_drops_key_value_heads_with_all_their_query_heads():
-    shape = subnetwork(TINYLLAMA, GROUP, HALF)
-    assert (shape.model.n_heads, shape.model.n_kv_heads) == (16, 2)
-    assert shape.head_scale == 2.0
-
-
-def test_query_mode_keeps_every_key_value_head():
-    shape = subnetwork(TINYLLAMA, QUERY, Rates(heads=0.3))
-    assert (shape.model.n_heads, shape.model.n_kv_heads) == (8, 4)
-    assert shape.head_scale == 4.0
+@pytest.mark.parametrize(
+    ("model", "sampling", "rates", "layers", "heads", "kv_heads", "neurons"),
+    [
+        (GPT2_BASE, GROUP, HALF, 6, 6, 6, 1536),
+        (TINYLLAMA, GROUP, HALF, 11, 16, 2, 2816),  # key/value heads go with all their query heads
+        (TINYLLAMA, QUERY, Rates(heads=0.3), 22, 8, 4, 5632),  # every key/value head stays
+        (LLAMA, GROUP, Rates(0.4, 0.3, 0.5), 2, 2, 1, 5),  # 0.4 of three groups is one, 0.3 of 16 neurons five
+        (LLAMA, SamplingConfig(mlp_block=4), Rates(mlp=0.3), 3, 6, 3, 4),  # whole blocks of neurons
+        (LLAMA, SamplingConfig(mlp_block=8), Rates(mlp=0.3), 3, 6, 3, 8),
+        (LLAMA, SamplingConfig(mlp_block=16), Rates(mlp=0.3), 3, 6, 3, 16),
+    ],
+)
+def test_counts_and_the_scale_of_what_was_really_kept(model, sampling, rates, layers, heads, kv_heads, neurons):
+    shape = subnetwork(model, sampling, rates)
+    assert shape.model == replace(model, n_layers=layers, n_heads=heads, n_kv_heads=kv_heads, d_ff=neurons)
+    assert (shape.head_scale, shape.mlp_scale) == (model.n_heads / heads, model.d_ff / neurons)
+    assert not shape.scales_layers
 
 
 def test_without_shared_key_value_heads_both_modes_sample_heads():
     """MHA is not grouped-query attention with groups of one: query mode would keep every head."""
     assert subnetwork(GPT2, QUERY, HALF) == subnetwork(GPT2, GROUP, HALF)
-    stage = Stage(1, 0, 10, HALF)
-    plans = [sample(0, 3, stage, GPT2, sampling).as_dict() for sampling in (GROUP, QUERY)]
+    plans = [sample(0, 3, Stage(1, 0, 10, HALF), GPT2, sampling).as_dict() for sampling in (GROUP, QUERY)]
     assert plans[0] == plans[1]
     assert len(plans[0]["heads"][0]) == 2
     assert plans[0]["heads"] == plans[0]["kv_heads"]
 
 
-def test_the_scale_is_of_what_was_really_kept():
-    """0.4 of three groups is one, 0.3 of 16 neurons five: the scales are 3 and 16/5."""
-    shape = subnetwork(LLAMA, GROUP, Rates(0.4, 0.3, 0.5))
-    assert (shape.model.n_kv_heads, shape.model.n_heads, shape.model.d_ff, shape.model.n_layers) == (1, 2, 5, 2)
-    assert shape.head_scale == 3.0
-    assert shape.mlp_scale == 16 / 5
-
-
-@pytest.mark.parametrize(("block", "d_ff"), [(1, 5), (4, 4), (8, 8), (16, 16)])
-def test_blocks_are_counted_whole(block, d_ff):
-    shape = subnetwork(LLAMA, SamplingConfig(mlp_block=block), Rates(mlp=0.3))
-    assert shape.model.d_ff == d_ff
-    assert shape.mlp_scale == 16 / d_ff
-
-
 def test_layers_are_rescaled_only_where_that_is_asked_for():
-    rescaled, layers = SamplingConfig(rescale_layers=True), np.array([0, 2])
-    assert not subnetwork(LLAMA, GROUP, HALF).scales_layers
-    assert not subnetwork(LLAMA, rescaled, Rates(0.5, 0.5)).scales_layers
-    scales = branch_scales(subnetwork(LLAMA, rescaled, Rates(layers=0.5)), rescaled, 3, layers)
+    rescaled = SamplingConfig(rescale_layers=True)
+    assert not subnetwork(LLAMA, rescaled, Rates(0.5, 0.5)).scales_layers, "every layer is kept"
+    scales = branch_scales(subnetwork(LLAMA, rescaled, Rates(layers=0.5)), rescaled, 3, np.array([0, 2]))
     assert scales.tolist() == [[3 / 2, 3 / 2]] * 2
 
 
@@ -107,7 +89,39 @@ def test_effective_rates_are_the_fractions_after_rounding():
     assert effective_rates(TINYLLAMA, QUERY, StageSpec(None, 0.3, 0.3, 0.3)) == Rates(8 / 32, 1690 / 5632, 7 / 22)
 
 
+PLAN = Plan(
+    layers=np.array([0, 2]),
+    heads=np.array([[0, 1, 4, 5], [2, 3, 4, 5]]),
+    kv_heads=np.array([[0, 2], [1, 2]]),
+    neurons=np.array([[1, 3], [0, 15]]),
+    scales=np.ones((2, 2)),
+)
+
+
 def test_a_plan_prints_as_plain_lists():
-    plan = Plan(np.array([1]), np.array([[0, 2]]), np.array([[0]]), np.array([[3, 4]]), np.array([[2.0, 1.5]]))
-    units = {"layers": [1], "heads": [[0, 2]], "kv_heads": [[0]], "neurons": [[3, 4]]}
-    assert plan.as_dict() == {**units, "scales": [[2.0, 1.5]]}
+    assert {key: value[0] for key, value in PLAN.as_dict().items()} == {
+        "layers": 0, "heads": [0, 1, 4, 5], "kv_heads": [0, 2], "neurons": [1, 3], "scales": [1.0, 1.0],
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("kind", "gpt2", "llama"), [("qkv", 12, 12), ("heads", 4, 6), ("up", 16, 32), ("neurons", 16, 16)]
+)
+def test_a_parameter_has_a_row_for_every_unit_it_serves(kind, gpt2, llama):
+    assert (n_rows(kind, GPT2), n_rows(kind, LLAMA)) == (gpt2, llama)
+
+
+@pytest.mark.parametrize(
+    ("kind", "mlp", "position", "rows"),
+    [
+        ("qkv", "swiglu", 0, [0, 1, 4, 5, 6, 8, 9, 11]),  # queries 0-5, keys 6-8, values 9-11
+        ("qkv", "swiglu", 1, [2, 3, 4, 5, 7, 8, 10, 11]),
+        ("heads", "swiglu", 1, [2, 3, 4, 5]),
+        ("up", "swiglu", 0, [1, 3, 17, 19]),  # gate 0-15, up 16-31
+        ("up", "swiglu", 1, [0, 15, 16, 31]),
+        ("up", "gelu", 0, [1, 3]),
+        ("neurons", "swiglu", 1, [0, 15]),
+    ],
+)
+def test_a_plan_owns_these_rows_in_ascending_order(kind, mlp, position, rows):
+    assert sampled_rows(kind, replace(LLAMA, mlp=mlp), PLAN, position).tolist() == rows == sorted(rows)

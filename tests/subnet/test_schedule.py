@@ -77,41 +77,38 @@ def test_an_empty_or_reversed_stage_names_the_boundary_the_step_and_what_would_w
     assert smallest_max_steps(specs) == smallest
 
 
-@pytest.mark.parametrize("ends", [(2 / 15, 7 / 15), (20, 70), (50, 0.25), (0.1, 50), (0.001, 0.9995), (1, 0.002)])
-def test_the_smallest_max_steps_works_and_one_less_does_not(ends):
-    specs = (StageSpec(ends[0], 0.5), StageSpec(ends[1], 0.5), StageSpec())
-    smallest = smallest_max_steps(specs)
+@pytest.mark.parametrize(
+    ("ends", "smallest"),
+    [
+        ((2 / 15, 7 / 15, None), 4),
+        ((20, 70, None), 71),
+        ((50, 0.25, None), 202),
+        ((0.1, 50, None), 51),
+        ((0.001, 0.9995, None), 1001),
+        ((1, 0.002, None), 750),
+        ((10, 100), 100),
+        ((20_000, 0.05, None), 400_010),
+    ],
+)
+def test_the_smallest_max_steps_works_and_one_less_does_not(ends, smallest):
+    specs = [StageSpec(end, 0.5) for end in ends]
+    assert smallest_max_steps(specs) == smallest
     build_stages(specs, smallest)
-    with pytest.raises(ValueError, match=f"that works is {smallest}"):
+    with pytest.raises(ValueError):
         build_stages(specs, smallest - 1)
 
 
-def test_an_end_of_the_last_stage_is_the_smallest_max_steps():
-    specs = (StageSpec(10, 0.5), StageSpec(100))
-    assert smallest_max_steps(specs) == 100
-    build_stages(specs, 100)
-
-
-def test_the_smallest_max_steps_may_be_far_away():
-    specs = (StageSpec(20_000, 0.5), StageSpec(0.05, 0.5), StageSpec())
-    assert build_stages(specs, 400_010)
-    assert smallest_max_steps(specs) == 400_010
-
-
-def test_stages_of_a_hand_written_list_are_named_by_their_place():
-    with pytest.raises(ValueError, match=r"scheduler\.stages\[1\]\.end=3 is step 3"):
-        build_stages([StageSpec(5, 0.5), StageSpec(3, 0.5), StageSpec()], 10)
-
-
-def test_the_last_stage_ends_with_the_training():
-    assert build_stages([StageSpec(5, 0.5), StageSpec(10)], 10)[-1].end == 10
-    with pytest.raises(ValueError, match=r"scheduler\.stages\[1\]\.end=8: the last stage must end with the training"):
-        build_stages([StageSpec(5, 0.5), StageSpec(8)], 10)
-
-
-def test_no_stages_at_all_are_refused():
-    with pytest.raises(ValueError, match="at least one stage"):
-        build_stages([], 10)
+@pytest.mark.parametrize(
+    ("specs", "problem"),
+    [
+        ([], "at least one stage"),
+        ([StageSpec(5), StageSpec(3), StageSpec()], r"scheduler\.stages\[1\]\.end=3 is step 3"),
+        ([StageSpec(5), StageSpec(8)], r"scheduler\.stages\[1\]\.end=8: the last stage must end with the training"),
+    ],
+)
+def test_stages_that_cannot_work_are_named_by_their_place(specs, problem):
+    with pytest.raises(ValueError, match=problem):
+        build_stages(specs, 10)
 
 
 @pytest.mark.parametrize("n_stages", [1, 2, 4, 5])
