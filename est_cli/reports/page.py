@@ -45,7 +45,7 @@ def page(comparison: Comparison, drawings: Sequence[Drawing], found: Coverage | 
     )
     formats = ("count", "flops", "percent", "loss", "ratio", "step_time", "clock", "setting")
     environment.filters |= {name: getattr(units, f"format_{name}") for name in formats}
-    environment.filters |= {"css_variable": style.css_variable, "rate": _rate}
+    environment.filters |= {"css_variable": style.css_variable, "rate": _rate, "thousands": "{:,}".format}
     losses = [drawing for drawing in drawings if drawing.hover == "loss"]
     runs = comparison.runs
     return environment.get_template("page.html").render(

@@ -5,6 +5,7 @@ import time
 from collections import deque
 from itertools import pairwise
 from statistics import median
+from typing import Literal
 
 from rich.console import Console, ConsoleOptions, Group, RenderResult
 from rich.table import Table
@@ -52,15 +53,15 @@ class Panel:
             self._curve.draw(width, " .:-=+*#" if ascii_only else " ▁▂▃▄▅▆▇█"),
             _stage_bar(self._run.stages, self._record["step"] + 1, width, "=-" if ascii_only else "━─"),
             _stage_labels(self._run, width),
-            self._numbers(two_columns=width >= _TWO_COLUMNS_FROM),
+            self._numbers(width >= _TWO_COLUMNS_FROM, "crop" if ascii_only else "ellipsis"),
         )
 
-    def _numbers(self, two_columns: bool) -> Table:
+    def _numbers(self, two_columns: bool, overflow: Literal["crop", "ellipsis"]) -> Table:
         cells = self._cells()
         table = Table.grid(padding=(0, 2, 0, 0))
         for _ in range(2 if two_columns else 1):
-            table.add_column(style="dim", no_wrap=True)
-            table.add_column(no_wrap=True, overflow="ellipsis", ratio=1 if two_columns else None)
+            table.add_column(style="dim", no_wrap=True, overflow=overflow)
+            table.add_column(no_wrap=True, overflow=overflow, ratio=1 if two_columns else None)
         table.expand = two_columns
         for row in zip(cells[::2], cells[1::2], strict=True) if two_columns else zip(cells, strict=True):
             table.add_row(*(part for cell in row for part in cell))

@@ -12,7 +12,7 @@ import tiny
 import yaml
 
 from est_cli.config import ModelConfig, SamplingConfig, as_plain
-from est_cli.reports.records import load_runs
+from est_cli.reports.records import RunRecord, load_runs
 from est_cli.reports.report import write_report
 from est_cli.subnet.flops import Ledger, training_flops
 from est_cli.subnet.plan import subnetwork
@@ -125,17 +125,33 @@ def sweep(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def one_report(one_run, tmp_path_factory) -> dict[str, Path]:
+def one_report(one, tmp_path_factory) -> dict[str, Path]:
     """All formats, in a folder that was not there."""
-    return write_report(load_runs([one_run]), tmp_path_factory.mktemp("report") / "new" / "one")
+    return write_report([one], tmp_path_factory.mktemp("report") / "new" / "one")
 
 
 @pytest.fixture(scope="session")
-def sweep_report(sweep, tmp_path_factory) -> dict[str, Path]:
-    return write_report(load_runs([sweep]), tmp_path_factory.mktemp("report") / "sweep", ("html", "csv"))
+def sweep_report(swept, tmp_path_factory) -> dict[str, Path]:
+    return write_report(swept, tmp_path_factory.mktemp("report") / "sweep", ("html", "csv"))
+
+
+@pytest.fixture(scope="session")
+def one(one_run) -> RunRecord:
+    return load_runs([one_run])[0]
+
+
+@pytest.fixture(scope="session")
+def swept(sweep) -> list[RunRecord]:
+    return load_runs([sweep])
 
 
 @pytest.fixture
 def new_run():
-    """make_run, for tests that need a run of their own."""
+    """make_run, for tests that need a folder of their own."""
     return make_run
+
+
+@pytest.fixture
+def run_of(tmp_path):
+    """Makes a run and reads it."""
+    return lambda **options: load_runs([make_run(tmp_path / "run", **options)])[0]

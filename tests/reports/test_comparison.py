@@ -73,8 +73,8 @@ def test_letters_go_on_after_z_and_a_run_without_a_validation_loss_comes_last():
     assert [(arm.letter, arm.runs[0].name) for arm in arms[25:]] == [("Z", "25"), ("AA", "26"), ("AB", "none")]
 
 
-def test_only_crossed_keys_make_a_heat_map(sweep):
-    found = differences(load_runs([sweep]))
+def test_only_crossed_keys_make_a_heat_map(swept):
+    found = differences(swept)
     assert list(found) == ["scheduler.stage1_end", "scheduler.stage2_end", "seed"]
     assert swept_pairs(found) == [("scheduler.stage1_end", "scheduler.stage2_end")]
     apart = [a_run(lr=1, wd=1), a_run(lr=2, wd=2), a_run(lr=3, wd=3)]
@@ -90,9 +90,8 @@ def test_a_cell_of_the_heat_map_is_the_mean_of_its_runs():
     np.testing.assert_array_equal(n, [[2, 0], [1, 1]])
 
 
-def test_the_step_time_of_a_stage_leaves_out_the_step_that_compiles(one_run):
-    (arm,) = Comparison.of(load_runs([one_run])).arms
-    times = stage_times(arm)
+def test_the_step_time_of_a_stage_leaves_out_the_step_that_compiles(one):
+    times = stage_times(*Comparison.of([one]).arms)
     assert [entry.stage.number for entry in times] == [1, 2, 3]
     assert max(entry.step_s.max() for entry in times) < 0.4
     assert times[0].time_ratio < times[1].time_ratio < times[2].time_ratio == 1

@@ -8,14 +8,8 @@ import pytest
 from est_cli.config import ModelConfig, SamplingConfig
 from est_cli.reports import coverage as coverage_module
 from est_cli.reports.coverage import coverage
-from est_cli.reports.records import load_runs
 from est_cli.subnet.sampler import sample
 from est_cli.subnet.schedule import stage_at
-
-
-@pytest.fixture
-def run(one_run):
-    return load_runs([one_run])[0]
 
 
 def plain_count(run):
@@ -32,9 +26,8 @@ def plain_count(run):
 
 @pytest.mark.parametrize("resample_every", [1, 7])
 @pytest.mark.parametrize("done", [60, 25])
-def test_coverage_is_what_a_plain_count_says(new_run, tmp_path, resample_every, done):
-    folder = new_run(tmp_path / "run", steps=60, done=done, sampling={"resample_every": resample_every})
-    (run,) = load_runs([folder])
+def test_coverage_is_what_a_plain_count_says(run_of, resample_every, done):
+    run = run_of(steps=60, done=done, sampling={"resample_every": resample_every})
     found = coverage(run)
     layers, heads = plain_count(run)
     np.testing.assert_allclose(found.layers, layers)
@@ -42,40 +35,38 @@ def test_coverage_is_what_a_plain_count_says(new_run, tmp_path, resample_every, 
     assert not found.thinned
 
 
-def test_neurons_are_trained_as_often_as_their_layers_times_their_rate(run):
-    found = coverage(run)
-    sampled = sum(stage.steps * stage.rates.mlp * stage.rates.layers for stage in run.stages) / run.steps_done
+def test_neurons_are_trained_as_often_as_their_layers_times_their_rate(one):
+    found = coverage(one)
+    sampled = sum(stage.steps * stage.rates.mlp * stage.rates.layers for stage in one.stages) / one.steps_done
     assert found.blocks.mean() == pytest.approx(sampled)
     assert found.blocks.shape == (4, 64)
 
 
-def test_a_thinned_count_is_close_and_says_so(run, monkeypatch):
-    whole = coverage(run)
+def test_a_thinned_count_is_close_and_says_so(one, monkeypatch):
+    whole = coverage(one)
     monkeypatch.setattr(coverage_module, "MAX_PLANS_PER_STAGE", 25)
-    thin = coverage(run)
+    thin = coverage(one)
     assert thin.thinned and not whole.thinned
     assert thin.heads.mean() == pytest.approx(whole.heads.mean(), abs=0.01)
     assert whole.noise == 0
     assert 0.3 * thin.noise < (thin.heads - whole.heads).std() < 3 * thin.noise
 
 
-def test_leaving_neurons_out_changes_no_head(run, monkeypatch):
-    whole = coverage(run)
+def test_leaving_neurons_out_changes_no_head(one, monkeypatch):
+    whole = coverage(one)
     monkeypatch.setattr(coverage_module, "_MAX_RANKED_NEURONS", 1)
-    without = coverage(run)
+    without = coverage(one)
     np.testing.assert_array_equal(without.heads, whole.heads)
     np.testing.assert_array_equal(without.layers, whole.layers)
     np.testing.assert_allclose(without.blocks, whole.blocks, atol=0.15)
 
 
-def test_blocks_follow_the_neurons_that_are_sampled_together(new_run, tmp_path):
-    (run,) = load_runs([new_run(tmp_path / "run", steps=60, sampling={"mlp_block": 48})])
-    found = coverage(run)
-    assert found.blocks.shape == (4, 8)
-    assert found.neurons_per_block == 48
+def test_blocks_follow_the_neurons_that_are_sampled_together(run_of):
+    found = coverage(run_of(steps=60, sampling={"mlp_block": 48}))
+    assert (found.blocks.shape, found.neurons_per_block) == ((4, 8), 48)
 
 
-def test_the_reason_is_told_without_a_config_or_with_a_strategy_of_ones_own_which_is_not_run(run):
-    sampling = {**run.config["sampling"], "strategy": "os.system"}
-    assert "os.system" in coverage(dataclasses.replace(run, config={**run.config, "sampling": sampling}))
-    assert "config.yaml" in coverage(dataclasses.replace(run, config={}))
+def test_the_reason_is_told_without_a_config_or_with_a_strategy_of_ones_own_which_is_not_run(one):
+    sampling = {**one.config["sampling"], "strategy": "os.system"}
+    assert "os.system" in coverage(dataclasses.replace(one, config={**one.config, "sampling": sampling}))
+    assert "config.yaml" in coverage(dataclasses.replace(one, config={}))

@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from est_cli.reports.comparison import Comparison
 from est_cli.reports.curves import STEPS, TOKENS, Curve, run_with_shared_stages, running_mean, train_curve
 from est_cli.reports.figures import draw_loss, spread_apart
-from est_cli.reports.records import RunRecord, load_runs
+from est_cli.reports.records import RunRecord
 
 
 def a_run(**columns) -> RunRecord:
@@ -17,16 +17,15 @@ def a_run(**columns) -> RunRecord:
     return RunRecord("run", Path("run"), {}, None, steps | columns)
 
 
-def test_bands_are_drawn_only_where_all_stages_agree(sweep):
-    same = [run for run in load_runs([sweep]) if "0.1_stage2_end-0.4" in run.name]
+def test_bands_are_drawn_only_where_all_stages_agree(swept):
+    same = [run for run in swept if "0.1_stage2_end-0.4" in run.name]
     assert run_with_shared_stages(Comparison.of(same), STEPS) is not None
-    assert run_with_shared_stages(Comparison.of(load_runs([sweep])), STEPS) is None
+    assert run_with_shared_stages(Comparison.of(swept), STEPS) is None
 
 
-def test_a_stage_starts_where_its_first_step_would_be_on_every_axis(one_run):
-    (run,) = load_runs([one_run])
-    first = run.stages[1].first_step
-    assert (STEPS.at_step(run, first), TOKENS.at_step(run, first)) == (first, first * 4096)
+def test_a_stage_starts_where_its_first_step_would_be_on_every_axis(one):
+    first = one.stages[1].first_step
+    assert (STEPS.at_step(one, first), TOKENS.at_step(one, first)) == (first, first * 4096)
 
 
 def test_smoothing_does_not_reach_across_a_stage():

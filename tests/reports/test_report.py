@@ -72,9 +72,9 @@ def read_csv(path):
         return list(csv.DictReader(file))
 
 
-def test_tables_have_every_run_with_what_differs_and_every_validation_loss(sweep_report, sweep):
+def test_tables_have_every_run_with_what_differs_and_every_validation_loss(sweep_report, swept):
     rows, curves = read_csv(sweep_report["csv"]), read_csv(sweep_report["csv"].with_name("curves.csv"))
-    assert [row["run"] for row in rows] == [run.name for run in load_runs([sweep])]
+    assert [row["run"] for row in rows] == [run.name for run in swept]
     assert {row["scheduler.stage1_end"] for row in rows} == {"0.1", "0.2"}
     assert all(float(row["val_loss"]) > 3 and float(row["stage1_step_s_median"]) > 0 for row in rows)
     for run in rows:
@@ -101,11 +101,9 @@ def test_names_are_shown_and_not_obeyed(new_run, tmp_path):
 
 
 @pytest.mark.parametrize(("done", "formats"), [(0, FORMATS), (1, ("html", "csv"))])
-def test_a_run_that_has_just_begun_has_a_report(new_run, tmp_path, done, formats):
-    folder = new_run(tmp_path / "run", steps=60, done=done, finished=False)
-    files = write_report(load_runs([folder]), tmp_path / "out", formats)
-    assert set(files) == set(formats)
-    assert all(path.is_file() for path in files.values())
+def test_a_run_that_has_just_begun_has_a_report(run_of, tmp_path, done, formats):
+    files = write_report([run_of(steps=60, done=done, finished=False)], tmp_path / "out", formats)
+    assert set(files) == set(formats) and all(path.is_file() for path in files.values())
     assert all("unfinished" in path.read_text() for kind, path in files.items() if kind != "png")
 
 
@@ -120,10 +118,10 @@ def test_a_run_without_config_and_summary_is_told_by_its_metrics(one_run, tmp_pa
     assert f"<strong>{[loss for loss in losses if loss][-1]:.4f}</strong>" in page  # the last one that is a number
 
 
-def test_wrong_formats_and_a_file_as_folder_are_told_at_once(one_run, tmp_path):
+def test_wrong_formats_and_a_file_as_folder_are_told_at_once(one, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError) as error:
-        write_report(load_runs([one_run]), tmp_path / "file" / "out", ("htm",))
+        write_report([one], tmp_path / "file" / "out", ("htm",))
     assert len(error.value.problems) == 2
     assert "did you mean 'html'?" in error.value.problems[0]
 

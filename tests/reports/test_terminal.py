@@ -7,7 +7,6 @@ import pytest
 from rich.console import Console
 
 from est_cli.reports.curves import Curve
-from est_cli.reports.records import load_runs
 from est_cli.reports.terminal import loss_plot, terminal_report
 
 
@@ -21,37 +20,34 @@ def shown(runs, width, encoding="utf-8", **options):
 
 @pytest.mark.parametrize("width", [24, 40, 80, 200])
 @pytest.mark.parametrize("encoding", ["utf-8", "ascii", "latin-1"])
-def test_no_line_is_wider_than_the_window(one_run, sweep, width, encoding):
-    for folder in (one_run, sweep):
-        text = shown(load_runs([folder]), width, encoding)
-        assert max(map(len, text.splitlines())) <= width
+def test_no_line_is_wider_than_the_window(one, swept, width, encoding):
+    for runs in ([one], swept):
+        assert max(map(len, shown(runs, width, encoding).splitlines())) <= width
 
 
-def test_one_run_shows_its_numbers_and_stages(one_run):
-    (run,) = load_runs([one_run])
-    text = shown([run], 100)
-    assert f"{run.outcome['val_loss']:.4f}" in text
-    assert "26.7% of the blocks" in text
-    assert "0.50×" in text
+def test_one_run_shows_its_numbers_and_stages(one):
+    text = shown([one], 100)
+    for part in (f"{one.outcome['val_loss']:.4f}", "26.7% of the blocks", "0.50×"):
+        assert part in text
 
 
-def test_several_runs_are_ranked(sweep):
-    text = shown(load_runs([sweep]), 100)
+def test_several_runs_are_ranked(swept):
+    text = shown(swept, 100)
     losses = [float(word) for word in text.split() if word.count(".") == 1 and word.startswith("3.") and len(word) == 6]
     assert len(losses) == 4
     assert losses == sorted(losses)
 
 
-def test_without_colours_curves_are_told_apart_by_letters(sweep):
-    assert "⠀" < max(shown(load_runs([sweep]), 80, force_terminal=True, color_system="standard")) <= "⣿"
-    plain = shown(load_runs([sweep]), 80)
+def test_without_colours_curves_are_told_apart_by_letters(swept):
+    assert "⠀" < max(shown(swept, 80, force_terminal=True, color_system="standard")) <= "⣿"
+    plain = shown(swept, 80)
     assert not any("⠀" < c <= "⣿" for c in plain)
     plot = "".join(line for line in plain.splitlines() if "|" in line)
     assert set("ABCD") <= set(plot)  # though they are close
 
 
-def test_a_run_without_a_step_says_so(new_run, tmp_path):
-    assert "No step" in shown(load_runs([new_run(tmp_path / "run", steps=60, done=0, finished=False)]), 60)
+def test_a_run_without_a_step_says_so(run_of):
+    assert "No step" in shown([run_of(steps=60, done=0, finished=False)], 60)
 
 
 def test_the_plot_puts_high_values_above_low_ones():

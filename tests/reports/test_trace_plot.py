@@ -27,13 +27,10 @@ def write(folder, events):
     return folder / "stage-1.trace.json"
 
 
-def test_the_median_step_is_shown_with_the_innermost_operations(tmp_path):
+def test_the_median_step_is_shown_with_the_innermost_operations_or_a_gpus_kernels(tmp_path):
     step = read_step(write(tmp_path, INSIDE))
     assert step.phases == [Bar("forward", 0.5, 3.0)]
     assert sorted(step.work, key=lambda bar: bar.start) == [Bar("aten::add", 0.65, 0.4), Bar("aten::mm", 0.7, 1.0)]
-
-
-def test_kernels_take_the_place_of_operations_where_a_gpu_worked(tmp_path):
     step = read_step(write(tmp_path, [*INSIDE, event("kernel", "nvjet_tst", 1e6 + 900, 50)]))
     assert step.work == [Bar("nvjet_tst", 0.9, 0.05)]
 

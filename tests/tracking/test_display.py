@@ -54,7 +54,8 @@ def test_the_bar_is_filled_up_to_the_step_and_the_curve_ends_there(tmp_path):
     _, _, low_curve, bar, *_ = rendered(run_info(tmp_path), 60, records).splitlines()
     assert bar == "━" * 30 + "─" * 30
     assert (len(low_curve.rstrip()), low_curve[0], low_curve[29]) == (30, "█", "▁")
-    assert "=" * 30 + "-" * 30 in rendered(run_info(tmp_path), 60, records, encoding="ascii")
+    for width in (20, 60):  # in a narrow window numbers are cut, without an ellipsis, which ASCII does not have
+        assert "=" * (width // 2) + "-" * (width // 2) in rendered(run_info(tmp_path), width, records, "ascii")
     # Losses that are no numbers change nothing.
     records += [record(15, loss=math.nan), record(16, loss=math.inf), {**record(17), "train/loss": None}]
     assert rendered(run_info(tmp_path), 60, records).splitlines()[2] == low_curve
