@@ -32,8 +32,7 @@ def run(plain: dict[str, Any]) -> None:
         raise UserError(*problems)
     if config.data.streaming:
         raise UserError("data.streaming=true: leaves nothing to prepare; est-train reads the stream as it goes")
-    from est_cli.data.inspection import inspect
-    from est_cli.data.tokens import prepare
+    from est_cli.data.tokens import inspect, prepare
 
     data = replace(config.data, train_tokens=None)  # how much of it a run trains on is no matter of the corpus
     store = prepare(data, config.tokenizer, config.model.vocab_size, say, sys.stderr.isatty())

@@ -1,4 +1,20 @@
-"""Text → token files → batches. Imports no torch."""
+"""Text → token files → batches. Imports no torch.
+
+corpora        where documents come from: standard library, packages, text files
+dataset_files  the local files of data=hf, and the split of each
+row_readers    reads one such file row by row
+hub            datasets and single files from the Hugging Face hub
+hf_corpus      the documents of data=hf, as a whole or as a stream
+splits         sources, their training and validation documents, and their text in pieces
+tokenizers     text → ids: bytes, SentencePiece, Hugging Face
+preparation    splits → token files, in shards, by several processes
+streams        the token shards of data.streaming=true, written while training goes on
+run_data       what a run keeps of its data
+tokens         the token store: finds it in the cache or makes it
+batches        windows of the token files, and their shuffle
+
+A file imports only those above it.
+"""
 
 from collections.abc import Callable
 

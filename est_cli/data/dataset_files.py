@@ -1,8 +1,8 @@
-"""The local files of data=hf: which are read, in which order, by which reader, for which split, and what is left out.
+"""The local files of data=hf: which ones are read, in which order, by which reader and for which split.
 
-A file or glob that is named holds training text. In a folder each file belongs to the split that a part of its path
-names (`test/a.jsonl`, `a.test.jsonl`, `validation-00000-of-00002.parquet`), and to `train` where none does; a README.md
-with `configs`, as folders from the hub have, decides instead. A folder of `save_to_disk` is read as it was saved.
+A file or glob that is named holds training text. In a folder, each file belongs to the split that its path names
+(`test/a.jsonl`, `a.test.jsonl`, `validation-00000-of-00002.parquet`), or to `train`; a README.md with `configs`, as
+folders from the hub have, takes precedence. A folder written by `save_to_disk` is read as it was saved.
 """
 
 import glob
@@ -10,13 +10,15 @@ import json
 import os
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import yaml
+
 from est_cli.config import DataConfig
 from est_cli.data import Say
-from est_cli.data.text_files import missing, path_entries, walk
+from est_cli.data.corpora import count_files, missing, path_entries, readable_files, show_file, tell_skipped, walk
 from est_cli.errors import UserError, nearest
 
 _READERS = {
@@ -33,20 +35,13 @@ COMPRESSIONS = {".gz", ".zst", ".xz", ".bz2"}
 FORMATS = "parquet, jsonl, json, csv, tsv, txt or arrow"
 
 _SPLIT_WORDS = {
-    "train": "train",
-    "training": "train",
-    "validation": "validation",
-    "valid": "validation",
-    "val": "validation",
-    "dev": "validation",
-    "test": "test",
-    "testing": "test",
-    "eval": "test",
-    "evaluation": "test",
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),
+    **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
 }
 _WORD = re.compile(rf"(?:^|(?<=[-._ 0-9]))({'|'.join(_SPLIT_WORDS)})(?=[-._ 0-9]|$)")
 _NUMBERED = re.compile(r"(\w+(?:\.\w+)*)-\d{5}-of-\d{5}\.")
-"""What the hub calls the files of a split, in its folder `data`."""
+"""How the hub names the files of a split, in its folder `data`."""
 
 
 @dataclass(frozen=True)
@@ -57,94 +52,88 @@ class DatasetFile:
 
 
 def find_dataset_files(data: DataConfig, say: Say) -> list[DatasetFile]:
-    """The files that `data.path` names, of every split, each once; none where it is a name on the hub.
+    """The files of every split that `data.path` names, each once; none if it is a name on the hub.
 
-    Raises UserError where a path is missing, or holds nothing that can be read.
+    Raises UserError if a path is missing or holds nothing that can be read.
     """
     entries = path_entries(data.path)
     files: dict[str, DatasetFile] = {}
-    left_out: dict[str, list[Path]] = defaultdict(list)
+    skipped: dict[str, list[Path]] = defaultdict(list)
     for entry in entries:
-        found = list(_expand(entry, data.name, left_out))
+        found = list(_expand(entry, data.name, skipped))
         if not found and (len(entries) > 1 or _must_be_local(entry)):
             raise missing(entry)
         for file in found:
             if os.path.realpath(file.path) in files:
-                left_out["named twice"].append(file.path)
+                skipped["named twice"].append(file.path)
             files.setdefault(os.path.realpath(file.path), file)
-    for reason, group in left_out.items():
-        say(f"data.path: left out {_count(group)}, {reason}, such as {_shown(group[0])}")
+    tell_skipped(skipped, say)
     return list(files.values())
 
 
 def files_of_split(files: list[DatasetFile], key: str, name: str) -> list[DatasetFile]:
-    """The files of a split; raises UserError with the splits that there are. `key` is what was typed for it."""
-    chosen = [file for file in files if file.split == name]
-    if not chosen:
-        name = _SPLIT_WORDS.get(name, name)
-        chosen = [file for file in files if file.split == name]
-    if chosen:
-        return chosen
+    """The files of a split. `key` is the setting that named it.
+
+    Raises UserError with the splits that exist.
+    """
+    for alias in (name, _SPLIT_WORDS.get(name, name)):
+        if chosen := [file for file in files if file.split == alias]:
+            return chosen
     splits = {file.split: file for file in reversed(files)}
-    there = ", ".join(f"'{split}' ({_shown(file.path)})" for split, file in sorted(splits.items()))
+    there = ", ".join(f"'{split}' ({show_file(file.path)})" for split, file in sorted(splits.items()))
     raise UserError(
-        f"{key}: must be a split of the files, which is one of {there}{nearest(name, splits)}. Files in a folder "
+        f"{key}: must be a split of the files, which is one of {there}{nearest(alias, splits)}. Files in a folder "
         "belong to the split that they are named for; files that data.path names are of 'train'"
     )
 
 
 def describe_files(files: list[DatasetFile], chosen: list[DatasetFile]) -> str:
-    """A line on what is read of the files, and what is of other splits."""
+    """A line that says which of the files are read, and which belong to other splits."""
     readers = Counter(file.reader for file in chosen)
     others = Counter(file.split for file in files if file not in chosen)
     what = ", ".join(f"{count} {reader}" for reader, count in sorted(readers.items()))
     left_out = ", ".join(f"{count} of split {split}" for split, count in sorted(others.items()))
-    return f"data: reads {_count(chosen)} ({what}) in the order of their names" + (
+    return f"data: reads {count_files(chosen)} ({what}) in the order of their names" + (
         f"; left out: {left_out}" if left_out else ""
     )
 
 
-def _expand(entry: str, name: str | None, left_out: dict[str, list[Path]]) -> Iterator[DatasetFile]:
+def _expand(entry: str, name: str | None, skipped: dict[str, list[Path]]) -> Iterator[DatasetFile]:
     path = os.path.expanduser(entry)
     if os.path.isdir(path):
-        files = list(_in_folder(Path(path), name, left_out))
+        files = list(_in_folder(Path(path), name, skipped))
         if not files:
             raise UserError(f"data.path={entry}: the folder holds no {FORMATS} files")
         yield from files
         return
     is_file = os.path.isfile(path)
-    matches = (
-        [path] if is_file else [match for match in sorted(glob.glob(path, recursive=True)) if _is_no_folder(match)]
-    )
+    matches = [Path(path)] if is_file else _glob(path)
     if name is not None and matches:
         raise UserError(f"data.name={name}: must be null for files; it names a part of a dataset on the hub")
-    if is_file and reader_of(Path(path)) is None:
+    if is_file and reader_of(matches[0]) is None:
         raise UserError(f"data.path={entry}: must be {FORMATS} files (also {', '.join(sorted(COMPRESSIONS))})")
-    files = list(_readable(map(Path, matches), left_out))
+    files = list(_readable(matches, skipped))
     if matches and not files:
         raise UserError(f"data.path={entry}: matches no {FORMATS} files")
     yield from (DatasetFile(file, reader_of(file), "train") for file in files)
 
 
-def _in_folder(root: Path, name: str | None, left_out: dict[str, list[Path]]) -> Iterator[DatasetFile]:
+def _in_folder(root: Path, name: str | None, skipped: dict[str, list[Path]]) -> Iterator[DatasetFile]:
     if (root / "dataset_dict.json").is_file():
         for split in _read_json(root / "dataset_dict.json")["splits"]:
             yield from _saved(root / split, split)
-        return
-    if (root / "state.json").is_file():
+    elif (root / "state.json").is_file():
         yield from _saved(root, "train")
-        return
-    declared = _declared(root, name)
-    if declared is not None:
+    elif (declared := _declared(root, name)) is not None:
         for split, files in declared:
-            yield from (DatasetFile(file, reader_of(file), split) for file in _readable(files, left_out))
-        return
-    for file in _readable(walk(str(root)), left_out):
-        yield DatasetFile(file, reader_of(file), split_of(file.relative_to(root)))
+            yield from (DatasetFile(file, reader_of(file), split) for file in _readable(files, skipped))
+    else:
+        for file in _readable(walk(str(root)), skipped):
+            yield DatasetFile(file, reader_of(file), split_of(file.relative_to(root)))
 
 
 def split_of(file: Path) -> str:
-    """The split that a part of a path inside a folder names, from the outermost on; `train` where none does."""
+    """The split that a path inside a folder names; the outermost part that names one decides. Default: `train`."""
     numbered = _NUMBERED.match(file.name)
     if numbered and file.parent.name == "data":
         return _SPLIT_WORDS.get(numbered[1], numbered[1])
@@ -161,18 +150,8 @@ def reader_of(file: Path) -> str | None:
     return _READERS.get(suffixes[-1]) if suffixes else None
 
 
-def _readable(files: Iterator[Path], left_out: dict[str, list[Path]]) -> Iterator[Path]:
-    for file in files:
-        if not file.exists():
-            left_out["dead links" if file.is_symlink() else "missing"].append(file)
-        elif not file.is_file():
-            left_out["no ordinary files"].append(file)
-        elif reader_of(file) is None:
-            left_out["of other formats"].append(file)
-        elif not os.access(file, os.R_OK):
-            left_out["not readable for you"].append(file)
-        else:
-            yield file
+def _readable(files: Iterable[Path], skipped: dict[str, list[Path]]) -> Iterator[Path]:
+    return readable_files(files, reader_of, "of other formats", skipped)
 
 
 def _saved(folder: Path, split: str) -> Iterator[DatasetFile]:
@@ -188,7 +167,7 @@ def _read_json(file: Path) -> dict:
 
 
 def _declared(root: Path, name: str | None) -> list[tuple[str, list[Path]]] | None:
-    """Splits and their files as a README.md of the folder declares them for the subset `name`."""
+    """Splits and their files, as the folder's README.md declares them for the subset `name`."""
     configs = {config["config_name"]: config for config in _configs(root)}
     if not configs:
         if name is not None:
@@ -208,43 +187,28 @@ def _declared(root: Path, name: str | None) -> list[tuple[str, list[Path]]] | No
 
 
 def _configs(root: Path) -> list[dict]:
-    import yaml
-
     try:
         text = (root / "README.md").read_text("utf-8", "replace")
-    except OSError:
-        return []
-    header = re.match(r"---\s*\n(.*?)\n---", text, re.S)
-    try:
+        header = re.match(r"---\s*\n(.*?)\n---", text, re.S)
         declared = yaml.safe_load(header[1]) if header else None
-    except yaml.YAMLError:
+    except (OSError, yaml.YAMLError):
         return []
     configs = declared.get("configs") if isinstance(declared, dict) else None
     return [config for config in configs or [] if isinstance(config, dict) and "config_name" in config]
 
 
 def _matching(root: Path, patterns: str | list[str]) -> list[Path]:
-    matches = (
-        sorted(glob.glob(os.path.join(glob.escape(str(root)), pattern), recursive=True))
-        for pattern in ([patterns] if isinstance(patterns, str) else patterns)
-    )
-    return [Path(match) for own in matches for match in own if _is_no_folder(match)]
+    patterns = [patterns] if isinstance(patterns, str) else patterns
+    return [file for pattern in patterns for file in _glob(os.path.join(glob.escape(str(root)), pattern))]
 
 
-def _is_no_folder(path: str) -> bool:
-    return not os.path.isdir(path)
+def _glob(pattern: str) -> list[Path]:
+    """What matches, sorted, without folders."""
+    return [Path(match) for match in sorted(glob.glob(pattern, recursive=True)) if not os.path.isdir(match)]
 
 
 def _must_be_local(entry: str) -> bool:
-    """Whether a path that does not exist cannot be meant for the hub, where names are OWNER/NAME."""
+    """Whether a missing path cannot be a name on the hub: those are OWNER/NAME."""
     return bool(
         reader_of(Path(entry)) or glob.has_magic(entry) or entry.count("/") > 1 or entry.startswith((".", "~", os.sep))
     )
-
-
-def _count(files: list) -> str:
-    return f"{len(files):,} file{'s' if len(files) > 1 else ''}"
-
-
-def _shown(file: Path) -> str:
-    return os.fsencode(file).decode("utf-8", "replace")

@@ -1,25 +1,43 @@
-"""Datasets that the `datasets` library reads: a hub name, or local files. A row is a document."""
+"""The documents of data=hf: each row of a text column is one, from local files or from a dataset on the hub.
+
+`HFCorpus` has all rows, memory-mapped; `StreamedCorpus` (data.streaming=true) reads them as they come.
+"""
 
 import contextlib
+import copy
 import hashlib
 import json
-import logging
 import os
+import re
+import time
+from collections.abc import Iterator, Sequence
 from functools import cached_property
+from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from est_cli.config import DataConfig
 from est_cli.data import Say, hub
-from est_cli.data.dataset_files import FORMATS, find_dataset_files
-from est_cli.data.local_rows import LocalRows
-from est_cli.data.row_readers import check_column, text_bytes
-from est_cli.data.text_files import path_entries, show_paths
-from est_cli.errors import UserError
+from est_cli.data.corpora import cache_folder, hash_files, path_entries
+from est_cli.data.dataset_files import DatasetFile, describe_files, files_of_split, find_dataset_files
+from est_cli.data.row_readers import Broken, check_column, read_rows, text_bytes
+from est_cli.errors import RunFailed, UserError
+
+_BATCH_BYTES = 16 << 20
+_SAMPLED_BYTES = 1 << 16
+_SAMPLES = 64
+# Raise it when the same files would give other rows.
+_ROWS_FORMAT = 1
+_ROWS_KEPT_S = 30 * 24 * 3600
+"""Rows that nobody has used for so long are deleted; they can be made again."""
+_PART = re.compile(r"\s*([^\[\]+]+?)\s*(?:\[\s*(?:(-?\d+)(%?))?\s*:\s*(?:(-?\d+)(%?))?\s*\])?\s*")
 
 
 class HFCorpus:
-    """Rows of one text column. Local files are only hashed until their rows are needed."""
+    """All rows. Local files are only hashed until someone needs their rows."""
 
     groups = None
     packages = None
@@ -32,11 +50,11 @@ class HFCorpus:
             content = self._local.fingerprint
         else:
             content = [[split._fingerprint for split in self._splits], data.name, data.split, data.val_split]
-        self.fingerprint = hashlib.sha256(json.dumps([content, data.column]).encode()).hexdigest()
+        self.fingerprint = _digest([content, data.column])
         self.source = describe_origin(data, bool(files))
 
     def __getstate__(self) -> dict:
-        """For other processes: the tables are mapped again there, where the text itself would be copied."""
+        """For other processes, which map the tables again; pickling would copy the text itself."""
         return {
             key: value for key, value in self.__dict__.items() if key not in ("_tables", "_column", "sizes", "keys")
         }
@@ -47,8 +65,6 @@ class HFCorpus:
 
     @cached_property
     def sizes(self) -> np.ndarray:
-        import pyarrow.compute as pc
-
         return pc.fill_null(pc.binary_length(self._column), 0).to_numpy().astype(np.int64)
 
     @cached_property
@@ -64,104 +80,304 @@ class HFCorpus:
         return np.repeat([False, True], [len(table) for table in self._tables])
 
     @cached_property
-    def _column(self):
-        """The text of all splits, one after the other, memory-mapped (pyarrow.ChunkedArray)."""
-        import pyarrow as pa
-
+    def _column(self) -> pa.ChunkedArray:
+        """The text of all splits, one after the other, memory-mapped."""
         return pa.chunked_array([chunk for table in self._tables for chunk in table.chunks], pa.large_binary())
 
     @cached_property
-    def _tables(self) -> list:
-        """The text of the training split, and of the validation split where one was named."""
+    def _tables(self) -> list[pa.ChunkedArray]:
+        """The text of the training split, and of the validation split if one was named."""
         if self._local:
             return self._local.tables()
-        return [_text_column(split.data.table, self._data.column) for split in self._splits]
+        column = self._data.column
+        for split in self._splits:
+            check_column(column, split.data.table.column_names)
+        return [text_bytes(split.data.table.column(column), column) for split in self._splits]
 
     @cached_property
     def _splits(self) -> list:
-        """Those of a dataset on the hub."""
+        """The splits of a dataset on the hub."""
         names = [name for name in (self._data.split, self._data.val_split) if name is not None]
-        return [load_split(self._data, name) for name in names]
+        return [hub.load_split(self._data, name) for name in names]
 
 
 def describe_origin(data: DataConfig, local: bool) -> dict:
-    """What the manifest says of a dataset."""
+    """What the manifest says about a dataset."""
     revision = None if local else hub.dataset_commit(path_entries(data.path)[0], data.revision)
-    return {
-        "kind": "hf",
-        "path": data.path,
-        "name": data.name,
-        "split": data.split,
-        "val_split": data.val_split,
-        "revision": revision,
-        "column": data.column,
-    }
+    facts = {key: getattr(data, key) for key in ("path", "name", "split", "val_split")}
+    return {"kind": "hf", **facts, "revision": revision, "column": data.column}
 
 
-def load_split(data: DataConfig, split: str, streaming: bool = False):
-    """A split of a dataset on the hub, as the `datasets` library has it.
+class LocalRows:
+    """The rows of the splits that `data` names, in the order of their files."""
 
-    Raises UserError where there is no such thing.
-    """
-    datasets = _import_datasets()
-    options = {"name": data.name, "split": split}
-    if data.cache_dir is not None:
-        options["cache_dir"] = os.path.join(os.path.expanduser(data.cache_dir), "huggingface")
-    name = path_entries(data.path)[0]
-    _refuse_builder_name(datasets, name)
-    try:
-        with _cache_where_the_hub_is_silent(datasets):
-            return datasets.load_dataset(name, revision=data.revision, streaming=streaming, **options)
-    except Exception as error:  # The library raises what pyarrow, pandas, httpx and others raise.
-        raise _explain(error, data, split) from None
+    def __init__(self, data: DataConfig, files: list[DatasetFile], say: Say):
+        self._data, self._say = data, say
+        self._parts = [_parts(data, files, key) for key in ("split", "val_split") if getattr(data, key) is not None]
+        chosen = dict.fromkeys(file for own in self._parts for part, _, _ in own for file in part)
+        say(describe_files(files, list(chosen)))
+        self._digests = dict(zip(chosen, hash_files([file.path for file in chosen]), strict=True))
+        self.fingerprint = _digest(
+            [[[self._key_of(part), low, high] for part, low, high in own] for own in self._parts]
+        )
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "_say": None}
+
+    def tables(self) -> list[pa.ChunkedArray]:
+        """The text of each split, large_binary, memory-mapped."""
+        tables = []
+        for own in self._parts:
+            chunks = []
+            for files, low, high in own:
+                column = self._mapped(files)
+                first, end = _row(low, len(column), 0), _row(high, len(column), len(column))
+                chunks += column.slice(first, max(0, end - first)).chunks
+            tables.append(pa.chunked_array(chunks, pa.large_binary()))
+        return tables
+
+    def _mapped(self, files: list[DatasetFile]) -> pa.ChunkedArray:
+        cached = cache_folder(self._data) / f"rows-{self._key_of(files)[:16]}.arrow"
+        try:
+            if not cached.exists():
+                cached.parent.mkdir(parents=True, exist_ok=True)
+                self._write(files, cached)
+                _prune(cached.parent)
+        except OSError as error:
+            raise UserError(
+                f"data.cache_dir={cached.parent}: cannot be written ({error.strerror or error}); "
+                "must be a folder with room that you may write to"
+            ) from None
+        with contextlib.suppress(OSError):  # a cache of someone else
+            os.utime(cached)
+        return pa.ipc.open_file(pa.memory_map(str(cached))).read_all().column(0)
+
+    def _key_of(self, files: list[DatasetFile]) -> str:
+        content = [[file.reader, self._digests[file].hex()] for file in files]
+        return _digest([_ROWS_FORMAT, content, self._data.column, self._data.on_broken])
+
+    def _write(self, files: list[DatasetFile], cached: Path) -> None:
+        broken = Broken(self._data.on_broken)
+        partial = cached.with_suffix(f".{os.getpid()}")
+        n_rows = n_empty = 0
+        schema = pa.schema([("text", pa.large_binary())])
+        try:
+            with pa.ipc.new_file(str(partial), schema) as out:
+                for texts in _batches(files, self._data.column, broken):
+                    n_rows += len(texts)
+                    n_empty += sum(not text for text in texts)
+                    out.write_batch(pa.record_batch([pa.array(texts, pa.large_binary())], schema=schema))
+            os.replace(partial, cached)
+        finally:
+            partial.unlink(missing_ok=True)
+        if n_empty:
+            self._say(f"data: {n_empty:,} of {n_rows:,} rows hold no text, and are left out")
+        if broken.count:
+            self._say(f"data: left out {broken.count:,} broken rows, such as {broken.first}")
 
 
-def _import_datasets():
-    try:
-        import datasets
-    except ImportError:
-        raise UserError("data=hf: needs the `datasets` library (pip install datasets)") from None
-    # What goes wrong is raised as well, and told once, by us.
-    datasets.logging.set_verbosity(logging.CRITICAL)
-    return datasets
+def _prune(folder: Path) -> None:
+    """Deletes rows that were not used for a month. Processes that have mapped them keep them."""
+    for rows in folder.glob("rows-*.arrow"):
+        with contextlib.suppress(FileNotFoundError):  # another process may delete it too
+            if rows.stat().st_mtime < time.time() - _ROWS_KEPT_S:
+                rows.unlink()
 
 
-def _refuse_builder_name(datasets, name: str) -> None:
-    """`load_dataset("json")` would read whatever JSON lies in the current folder."""
-    if name in datasets.packaged_modules._PACKAGED_DATASETS_MODULES:
-        raise UserError(f"data.path={name}: must be a dataset's name on the hub, or local {FORMATS} files")
+def _batches(files: Sequence[DatasetFile], column: str, broken: Broken) -> Iterator[list[bytes | None]]:
+    texts: list[bytes | None] = []
+    n_bytes = 0
+    for file in files:
+        for _, text in read_rows(file, column, broken):
+            texts.append(text)
+            n_bytes += len(text or b"") + 16
+            if n_bytes >= _BATCH_BYTES:
+                yield texts
+                texts, n_bytes = [], 0
+    yield texts
 
 
-@contextlib.contextmanager
-def _cache_where_the_hub_is_silent(datasets):
-    """The library itself would try for half a minute."""
-    before = datasets.config.HF_HUB_OFFLINE
-    datasets.config.HF_HUB_OFFLINE = before or not hub.answers()
-    try:
-        yield
-    finally:
-        datasets.config.HF_HUB_OFFLINE = before
+Bound = tuple[int, bool] | None
+"""A row number, and whether it is a percentage."""
 
 
-def _text_column(table, name: str):
-    check_column(name, table.column_names)
-    return text_bytes(table.column(name), name)
+def _parts(data: DataConfig, files: list[DatasetFile], key: str) -> list[tuple[list[DatasetFile], Bound, Bound]]:
+    """The files and bounds that `data.split=train[:90%]+test` names."""
+    value, parts = getattr(data, key), []
+    for part in value.split("+"):
+        match = _PART.fullmatch(part)
+        if match is None:
+            raise UserError(
+                f"data.{key}={value}: must be a split, such as train, train[:1000], train[10%:] or train+test"
+            )
+        name, *bounds = match.groups()
+        low, high = ((int(n), unit == "%") if n else None for n, unit in zip(bounds[::2], bounds[1::2], strict=True))
+        parts.append((files_of_split(files, f"data.{key}={value}", name), low, high))
+    return parts
 
 
-def _explain(error: Exception, data: DataConfig, split: str) -> UserError:
-    cause = error.__cause__ or error
-    said = str(cause).strip().split("\n")[0] or type(cause).__name__
-    path = show_paths(data.path)
-    where = f"data.path={path}"
-    if "split" in said and split in said:
-        key = "data.split" if split == data.split else "data.val_split"
-        return UserError(f"{key}={split}: {said}")
-    if "BuilderConfig" in said or "Config name" in said:
-        return UserError(f"data.name={data.name}: {said}")
-    why = f"gives no such dataset ({said})" if hub.answers() else "could not be reached"
-    return UserError(
-        f"{where}: there is no such file or folder, and the Hugging Face hub {why}. On a machine that reaches the hub "
-        f"run `hf download {path} --repo-type dataset --local-dir {path}` and copy the folder to {path}, below the "
-        f"folder that you start from; or put it elsewhere and give data.path=FOLDER. It must hold {FORMATS} files "
-        f"with a column '{data.column}'"
-    )
+def _row(bound: Bound, n_rows: int, default: int) -> int:
+    if bound is None:
+        return default
+    number, is_percent = bound
+    row = round(number * n_rows / 100) if is_percent else number
+    return min(n_rows, max(0, row + n_rows if number < 0 else row))
+
+
+def _digest(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+
+class StreamedCorpus:
+    """A dataset that is read while training goes on. Its fingerprint covers only a sample of local files' bytes."""
+
+    def __init__(self, data: DataConfig, say: Say = lambda _: None):
+        self._data, self._say = data, say
+        self._files = find_dataset_files(data, say)
+        # Report now what is missing, while the caller knows which source it is.
+        texts = self._open("split")
+        content = None
+        if self._files:
+            say(describe_files(self._files, texts.files))
+            content = [_sampled_fingerprint(own.files) for own in (texts, self._open("val_split")) if own]
+        self.source = {**describe_origin(data, bool(self._files)), "streaming": True}
+        self.fingerprint = _digest([content, data.column] if content else self.source)
+
+    def training_texts(self) -> "TextStream":
+        return TextStream(self._open("split"), self._say)
+
+    def val_texts(self) -> "TextStream":
+        """The texts of the source's own validation split; the training texts if none was named."""
+        return TextStream(self._open("val_split") or self._open("split"), self._say)
+
+    def _open(self, key: str) -> "Texts | None":
+        split = getattr(self._data, key)
+        if split is None:
+            return None
+        if self._files:
+            return LocalTexts(self._data, self._files, key, self._say)
+        return HubTexts(self._data, split)
+
+
+def _sampled_fingerprint(files: Sequence[DatasetFile]) -> str:
+    """For files that are too large to read before training: their sizes, and bytes from all over each."""
+    return _digest([[file.reader, file.path.stat().st_size, _sample(file.path)] for file in files])
+
+
+def _sample(file: Path) -> str:
+    last = max(0, file.stat().st_size - _SAMPLED_BYTES)
+    digest = hashlib.sha256()
+    with file.open("rb") as stream:
+        for i in range(_SAMPLES):
+            stream.seek(last * i // (_SAMPLES - 1))
+            digest.update(stream.read(_SAMPLED_BYTES))
+    return digest.hexdigest()
+
+
+class Texts(Protocol):
+    """Iterates over texts (None for a row without text) from a position, which is plain data."""
+
+    def __iter__(self) -> Iterator[bytes | str | None]: ...
+
+    def state_dict(self) -> dict: ...
+
+    def load_state_dict(self, state: dict) -> None: ...
+
+
+class LocalTexts:
+    """The texts of local files as they come. A position stays valid as long as the files do not change."""
+
+    def __init__(self, data: DataConfig, files: list[DatasetFile], key: str, say: Say):
+        self._column, self._broken = data.column, Broken(data.on_broken, say)
+        parts = _parts(data, files, key)
+        if any((low, high) != (None, None) for _, low, high in parts):
+            raise UserError(f"data.{key}={getattr(data, key)}: a stream has no length; must be the name of a split")
+        self.files = [file for part, _, _ in parts for file in part]
+        self._position = (0, 0)
+
+    def __iter__(self) -> Iterator[bytes | None]:
+        first, start = self._position
+        for i, file in enumerate(self.files[first:], first):
+            for row, text in read_rows(file, self._column, self._broken, start):
+                self._position = (i, row)
+                yield text
+            start = 0
+
+    def state_dict(self) -> dict:
+        return {"file": self._position[0], "row": self._position[1]}
+
+    def load_state_dict(self, state: dict) -> None:
+        self._position = state["file"], state["row"]
+
+
+class HubTexts:
+    """The texts of a dataset on the hub."""
+
+    def __init__(self, data: DataConfig, split: str):
+        self._path, self._column = data.path, data.column
+        self._dataset = hub.load_split(data, split, streaming=True)
+        self.state_dict, self.load_state_dict = self._dataset.state_dict, self._dataset.load_state_dict
+
+    def __iter__(self) -> Iterator[str | None]:
+        try:
+            for row in self._dataset:
+                check_column(self._column, list(row))
+                text = row[self._column]
+                if not isinstance(text, str | None):
+                    raise UserError(
+                        f"data.column={self._column}: must be a column of text, and holds {type(text).__name__}"
+                    )
+                yield text
+        except UserError:
+            raise
+        except Exception as error:  # The library passes on exceptions of pyarrow, httpx and others.
+            reason = str(error).strip().split("\n")[0] or type(error).__name__
+            raise RunFailed(f"data.path={self._path}: the stream broke off ({reason})") from None
+
+
+class TextStream:
+    """The texts of a dataset without empty ones. Starts again at the end."""
+
+    def __init__(self, dataset: Texts, say: Say):
+        self._dataset, self._say = dataset, say
+        self._told = False
+        self._start = self.position()
+        self._pass = self._texts()
+
+    def one_pass(self) -> Iterator[str]:
+        """All texts once, from the current position."""
+        return self._pass
+
+    def next(self, count: int) -> list[str]:
+        """The next texts: at least one, at most `count`; a list does not cross the end of the dataset.
+
+        Raises UserError if the whole dataset has none.
+        """
+        for _ in range(2):
+            texts = [text for _, text in zip(range(count), self._pass, strict=False)]
+            if texts:
+                return texts
+            self.go_to(self._start)
+        raise UserError("data=hf: holds no text")
+
+    def position(self) -> dict:
+        """Plain data for `go_to`."""
+        return copy.deepcopy(self._dataset.state_dict())
+
+    def go_to(self, position: dict) -> None:
+        self._dataset.load_state_dict(position)
+        self._pass = self._texts()
+
+    def _texts(self) -> Iterator[str]:
+        for text in self._dataset:
+            if text:
+                yield self._decoded(text) if isinstance(text, bytes) else text
+
+    def _decoded(self, text: bytes) -> str:
+        try:
+            return text.decode("utf-8")
+        except UnicodeDecodeError:
+            if not self._told:
+                self._say("data: the stream holds invalid UTF-8, which is replaced by U+FFFD; this is told once")
+            self._told = True
+            return text.decode("utf-8", "replace")

@@ -1,33 +1,63 @@
-"""Makes the files of a store: split, tokenizer, shards, and the token files that the shards come to.
+"""Makes the files of a token store: splits, tokenizer, shards, and the token files that the shards are joined to.
 
-What takes long is kept in a folder of its own until the store is complete, so that a preparation that was killed goes
-on where it was: the trained tokenizer, and every complete shard.
+Several processes tokenize the shards. The trained tokenizer and every complete shard are kept in a work folder until
+the store is complete, so that a killed preparation continues where it was.
 """
 
 import dataclasses
+import json
+import multiprocessing
 import os
 import shutil
-from collections.abc import Sequence
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
 from functools import reduce
 from pathlib import Path
 
 import numpy as np
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from est_cli.config import DataConfig
 from est_cli.data import Say
-from est_cli.data.mixture import TokenStream, interleave
-from est_cli.data.progress import TokenizingProgress
-from est_cli.data.sentencepiece_bpe import SentencePieceTokenizer, SentencePieceTraining
-from est_cli.data.shards import Shard, choose_workers, tokenize_shards
-from est_cli.data.sources import Source, sample_sources, split_sources
-from est_cli.data.splits import Split
-from est_cli.data.token_files import Counts, token_dtype
-from est_cli.data.tokenizers import Tokenizer, load_tokenizer
+from est_cli.data.corpora import Corpus, Source, replacing
+from est_cli.data.splits import Piece, Split, sample_sources, split_sources
+from est_cli.data.tokenizers import SentencePieceTokenizer, SentencePieceTraining, Tokenizer, load_tokenizer, n_cores
+from est_cli.errors import UserError
 
 SPLITS = ("train", "val")
 SHARD_BYTES = 16 << 20
-"""Text of a shard, about. Another size cuts long documents at other places: raise tokens._FORMAT with it."""
+"""Approximate text of a shard. Another size cuts long documents elsewhere: raise tokens._FORMAT with it."""
+_BATCH_BYTES = 4 << 20
+_COPIED_BYTES = 1 << 24
+_LINE_EVERY_S = 60
 _WORK = "work"
+
+
+@dataclass
+class Counts:
+    """Totals of a split or of a part of it."""
+
+    documents: int = 0
+    """Documents that end in it."""
+    bytes: int = 0
+    """UTF-8 bytes of its text."""
+    tokens: int = 0
+    replaced: int = 0
+    """Invalid UTF-8 sequences that became U+FFFD."""
+
+    def __add__(self, other: "Counts") -> "Counts":
+        return Counts(*(a + b for a, b in zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True)))
+
+
+def token_dtype(vocab_size: int) -> np.dtype:
+    """The smallest of uint16 and uint32 (little-endian) that holds every id."""
+    return np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
 
 
 def write_store(
@@ -38,18 +68,21 @@ def write_store(
     say: Say,
     show_progress: bool,
 ) -> dict:
-    """Writes token files and the tokenizer into `folder`; returns what the manifest says of them.
+    """Writes token files and the tokenizer into `folder`; returns their part of the manifest.
 
-    Raises UserError for text that cannot be used, OSError where the folder cannot be written.
+    Raises UserError for text that cannot be used, OSError if the folder cannot be written.
     """
     work = folder / _WORK
     work.mkdir(exist_ok=True)
     splits = dict(zip(SPLITS, split_sources(sources, data.val_fraction), strict=True))
     tokenizer = _find_or_make_tokenizer(work / "tokenizer", chosen, sources, splits["train"], say)
+    dtype = token_dtype(tokenizer.vocab_size)
     shards = {name: _shards(work, name, own) for name, own in splits.items()}
     speed = _tokenize(shards, tokenizer, work / "tokenizer", sources, data, say, show_progress)
-    dtype = token_dtype(tokenizer.vocab_size)
-    streams = {name: _streams(own, sources, dtype.itemsize) for name, own in shards.items()}
+    streams = {
+        name: [TokenStream.of(part, source.weight, dtype) for part, source in zip(own, sources, strict=True)]
+        for name, own in shards.items()
+    }
     for name, own in streams.items():
         _assemble(own, tokenizer.eot, dtype, folder / f"{name}.bin")
     counts = {name: reduce(Counts.__add__, (stream.mixed_counts() for stream in own)) for name, own in streams.items()}
@@ -57,23 +90,63 @@ def write_store(
         say(f"data: replaced {replaced} invalid UTF-8 sequences by U+FFFD")
     mixture = _describe_mixture(sources, streams) if len(sources) > 1 else []
     for source in mixture:
-        say("data: " + describe_source(source))
-    tokenizer.save(folder)
-    files = {file.name: file.stat().st_size for file in sorted(folder.iterdir()) if file.is_file()}
+        train = source["splits"]["train"]
+        again = f", used {train['passes']:.2f} times" if train["passes"] > 1.005 else ""
+        weight = f"(weight {source['weight']:.2%})"
+        say(f"data: {train['share']:.2%} {source['path']} {weight}, {train['tokens']:,} tokens{again}")
     origins = [source.corpus.source for source in sources]
     return {
         "source": {"kind": data.kind, "sources": origins} if mixture else origins[0],
         "val_fraction": data.val_fraction,
-        "tokenizer": tokenizer.kind,
-        "vocab_size": tokenizer.vocab_size,
-        "eot": tokenizer.eot,
-        "dtype": dtype.str,
+        **tokenizer_facts(tokenizer),
         "splits": {name: dataclasses.asdict(count) for name, count in counts.items()},
         "mixture": mixture,
         "packages": _package_bytes(splits) if sources[0].corpus.packages is not None else {},
         "tokenizing": speed,
-        "files": files,
+        "files": save_tokenizer(tokenizer, folder),
     }
+
+
+def tokenizer_facts(tokenizer: Tokenizer) -> dict:
+    """The manifest's entries about a tokenizer."""
+    return {
+        "tokenizer": tokenizer.kind,
+        "vocab_size": tokenizer.vocab_size,
+        "eot": tokenizer.eot,
+        "dtype": token_dtype(tokenizer.vocab_size).str,
+    }
+
+
+def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> dict[str, int]:
+    """Writes the tokenizer, the last of a store's files; returns the sizes of all of them."""
+    tokenizer.save(folder)
+    return {file.name: file.stat().st_size for file in sorted(folder.iterdir()) if file.is_file()}
+
+
+def discard_work(folder: Path) -> None:
+    """Removes what only `write_store` needs."""
+    shutil.rmtree(folder / _WORK, ignore_errors=True)
+
+
+def has_work(folder: Path) -> bool:
+    """Whether a preparation that starts again in `folder` would find complete shards."""
+    return any((folder / _WORK).glob("*.json"))
+
+
+def _find_or_make_tokenizer(
+    folder: Path, chosen: Tokenizer | SentencePieceTraining, sources: Sequence[Source], train: Sequence[Split], say: Say
+) -> Tokenizer:
+    """The tokenizer in `folder`, from which all processes read it."""
+    kind = SentencePieceTokenizer.kind if isinstance(chosen, SentencePieceTraining) else chosen.kind
+    if not folder.exists():
+        if isinstance(chosen, SentencePieceTraining):
+            chosen = chosen.train(sample_sources(sources, train, chosen.train_bytes), say)
+        partial = folder.with_suffix(".partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir()
+        chosen.save(partial)
+        os.replace(partial, folder)
+    return load_tokenizer(kind, folder)
 
 
 def _package_bytes(splits: dict[str, list[Split]]) -> dict[str, dict[str, int]]:
@@ -87,37 +160,77 @@ def _package_bytes(splits: dict[str, list[Split]]) -> dict[str, dict[str, int]]:
     return sizes
 
 
-def discard_work(folder: Path) -> None:
-    """Removes what `write_store` needs no more."""
-    shutil.rmtree(folder / _WORK, ignore_errors=True)
+@dataclass(frozen=True)
+class Shard:
+    """A part of a source's split, and the file for its tokens."""
+
+    source: int
+    split: Split
+    file: Path
+
+    def find(self, item_bytes: int) -> Counts | None:
+        """The shard's counts, if its file is complete."""
+        try:
+            counts = Counts(**json.loads(self._record.read_text("utf-8")))
+            return counts if self.file.stat().st_size == counts.tokens * item_bytes else None
+        except (OSError, ValueError, TypeError):
+            return None
+
+    def write(self, tokenizer: Tokenizer, threads: int | None, advance: Callable[[int], None]) -> None:
+        """Raises OSError if the file cannot be written."""
+        with replacing(self.file) as partial:
+            counts = _write_tokens(self.split, tokenizer, partial, threads, advance)
+        with replacing(self._record) as partial:
+            partial.write_text(json.dumps(dataclasses.asdict(counts)), "utf-8")
+
+    @property
+    def _record(self) -> Path:
+        return self.file.with_suffix(".json")
+
+    def with_corpus(self, corpus: Corpus | None) -> "Shard":
+        return dataclasses.replace(self, split=dataclasses.replace(self.split, corpus=corpus))
 
 
-def has_work(folder: Path) -> bool:
-    """Whether a preparation that starts again in `folder` would find something done."""
-    return any((folder / _WORK).glob("*.json"))
+def _write_tokens(
+    split: Split, tokenizer: Tokenizer, file: Path, threads: int | None, advance: Callable[[int], None]
+) -> Counts:
+    """Writes the tokens of `split` to one raw file, synced to disk; `tokenizer.eot` follows each document that ends.
+
+    Calls `advance` with the bytes of each batch of text.
+    """
+    counts = Counts()
+    dtype = token_dtype(tokenizer.vocab_size)
+    end_of_text = np.array([tokenizer.eot])
+    with file.open("wb") as stream:
+        for batch in _batches(split.pieces()):
+            ids = tokenizer.encode_batch([piece.text for piece in batch], [piece.continued for piece in batch], threads)
+            parts = [
+                part
+                for piece, own in zip(batch, ids, strict=True)
+                for part in ((own, end_of_text) if piece.last else (own,))
+            ]
+            tokens = np.concatenate(parts).astype(dtype)
+            tokens.tofile(stream)
+            n_bytes = sum(piece.n_bytes for piece in batch)
+            counts += Counts(
+                sum(piece.last for piece in batch), n_bytes, len(tokens), sum(piece.replaced for piece in batch)
+            )
+            advance(n_bytes)
+        stream.flush()
+        os.fsync(stream.fileno())
+    return counts
 
 
-def describe_source(source: dict) -> str:
-    """A line on an entry of the manifest's `mixture`."""
-    train = source["splits"]["train"]
-    again = f", used {train['passes']:.2f} times" if train["passes"] > 1.005 else ""
-    return f"{train['share']:.2%} {source['path']} (weight {source['weight']:.2%}), {train['tokens']:,} tokens{again}"
-
-
-def _find_or_make_tokenizer(
-    folder: Path, chosen: Tokenizer | SentencePieceTraining, sources: Sequence[Source], train: Sequence[Split], say: Say
-) -> Tokenizer:
-    """The tokenizer as `folder` holds it, where the processes read it."""
-    kind = SentencePieceTokenizer.kind if isinstance(chosen, SentencePieceTraining) else chosen.kind
-    if not folder.exists():
-        if isinstance(chosen, SentencePieceTraining):
-            chosen = chosen.train(sample_sources(sources, train, chosen.train_bytes), say)
-        partial = folder.with_suffix(".partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir()
-        chosen.save(partial)
-        os.replace(partial, folder)
-    return load_tokenizer(kind, folder)
+def _batches(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
+    batch, n_bytes = [], 0
+    for piece in pieces:
+        batch.append(piece)
+        n_bytes += piece.n_bytes
+        if n_bytes >= _BATCH_BYTES:
+            yield batch
+            batch, n_bytes = [], 0
+    if batch:
+        yield batch
 
 
 def _shards(work: Path, name: str, splits: Sequence[Split]) -> list[list[Shard]]:
@@ -137,7 +250,7 @@ def _tokenize(
     say: Say,
     show_progress: bool,
 ) -> dict:
-    """Writes the shards that are not there; returns how fast that went."""
+    """Writes the missing shards; returns how fast that was."""
     everything = [shard for own in shards.values() for of_source in own for shard in of_source]
     item_bytes = token_dtype(tokenizer.vocab_size).itemsize
     missing = [shard for shard in everything if shard.find(item_bytes) is None]
@@ -146,29 +259,150 @@ def _tokenize(
     n_documents = sum(shard.split.n_documents for shard in everything)
     say(
         f"data: tokenizing {n_documents:,} {'document' if n_documents == 1 else 'documents'}, {total / 1e6:.1f} MB"
-        + (f", with {workers.count} processes" if workers.count > 1 else "")
+        + (f", with {workers} processes" if workers > 1 else "")
         + (f"; {len(everything) - len(missing)} of {len(everything)} shards were there" if left < total else "")
     )
     with TokenizingProgress(total, total - left, show_progress, say) as progress:
-        corpora = [source.corpus for source in sources]
-        tokenize_shards(missing, tokenizer, tokenizer_folder, corpora, workers, progress.advance)
+        if workers == 1:
+            threads = None if data.num_workers == "auto" else 1
+            for shard in missing:
+                shard.write(tokenizer, threads, progress.advance)
+        else:
+            corpora = [source.corpus for source in sources]
+            _tokenize_in_processes(missing, (tokenizer.kind, tokenizer_folder, corpora), workers, progress.advance)
     speed = progress.bytes_per_s / 1e6
     say(f"data: tokenized in {progress.seconds:.1f} s ({speed:.1f} MB/s)")
-    return {"seconds": progress.seconds, "mb_per_s": speed, "processes": workers.count}
+    return {"seconds": progress.seconds, "mb_per_s": speed, "processes": workers}
 
 
-def _streams(shards: Sequence[Sequence[Shard]], sources: Sequence[Source], item_bytes: int) -> list[TokenStream]:
-    return [
-        TokenStream(
-            [shard.file for shard in own],
-            reduce(Counts.__add__, (shard.find(item_bytes) for shard in own)),
-            source.weight,
-        )
-        for own, source in zip(shards, sources, strict=True)
-    ]
+def choose_workers(num_workers: int | str, n_shards: int, n_bytes: int, shard_bytes: int) -> int:
+    """The number of processes. `auto` starts none for text that one process finishes before others have started."""
+    if num_workers == "auto":
+        return max(1, min(n_cores(), n_shards, n_bytes // shard_bytes))
+    return max(1, min(num_workers, n_shards))
 
 
-def _assemble(streams: Sequence[TokenStream], eot: int, dtype, file: Path) -> None:
+def _tokenize_in_processes(
+    shards: Sequence[Shard], start_arguments: tuple, workers: int, advance: Callable[[int], None]
+) -> None:
+    """Writes the shards. Raises UserError if a process was killed."""
+    # Fork would copy locks that threads of torch, arrow or the tokenizers hold.
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, context, _start_worker, start_arguments) as pool:
+        try:
+            # The corpus can be large: each process gets it once, and shards travel without it.
+            for done in as_completed([pool.submit(_write_in_worker, shard.with_corpus(None)) for shard in shards]):
+                advance(done.result())
+        except BrokenProcessPool:
+            raise UserError(
+                f"data.num_workers={workers}: a process that tokenized was killed, most likely for "
+                "want of memory; start again with fewer, and what is done is used"
+            ) from None
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+_worker: tuple[Tokenizer, Sequence[Corpus]]
+"""What a process of the pool works with."""
+
+
+def _start_worker(kind: str, folder: Path, corpora: Sequence[Corpus]) -> None:
+    global _worker
+    # Ctrl-C reaches every process; the parent decides.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    _worker = load_tokenizer(kind, folder), corpora
+
+
+def _end_with_parent() -> None:
+    """Pools do not notice when their parent is killed."""
+    multiprocessing.parent_process().join()
+    os._exit(1)
+
+
+def _write_in_worker(shard: Shard) -> int:
+    tokenizer, corpora = _worker
+    whole = shard.with_corpus(corpora[shard.source])
+    whole.write(tokenizer, 1, lambda _: None)
+    return whole.split.n_bytes
+
+
+class TokenizingProgress:
+    """A bar on standard error (bytes of text, MB/s, time left), or a line a minute if there is no terminal."""
+
+    def __init__(self, total_bytes: int, done_bytes: int, show: bool, say: Say):
+        self._total = total_bytes
+        self._done = self._found = done_bytes
+        self._say = None if show else say
+        self._start = self._last_line = time.perf_counter()
+        columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+        console = Console(stderr=True)
+        self._bar = Progress(TextColumn("tokenizing"), *columns, console=console, disable=not show, transient=True)
+        self._task = self._bar.add_task("", total=total_bytes, completed=done_bytes)
+
+    def __enter__(self) -> "TokenizingProgress":
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._bar.stop()
+
+    def advance(self, n_bytes: int) -> None:
+        self._done += n_bytes
+        self._bar.update(self._task, advance=n_bytes)
+        if self._say is not None and time.perf_counter() > self._last_line + _LINE_EVERY_S:
+            self._last_line = time.perf_counter()
+            minutes = (self._total - self._done) / self.bytes_per_s / 60
+            self._say(
+                f"data: {self._done / 1e9:.2f} of {self._total / 1e9:.2f} GB tokenized, "
+                f"{self.bytes_per_s / 1e6:.1f} MB/s, about {minutes:.0f} minutes left"
+            )
+
+    @property
+    def seconds(self) -> float:
+        return time.perf_counter() - self._start
+
+    @property
+    def bytes_per_s(self) -> float:
+        """Speed of this process, without the shards that were already there."""
+        return (self._done - self._found) / max(self.seconds, 1e-9)
+
+
+@dataclass
+class TokenStream:
+    """The tokenized documents of a source's split."""
+
+    files: Sequence[Path]
+    """Raw token files in order; a document may continue in the next one."""
+    counts: Counts
+    """Of all files."""
+    weight: float
+    taken: int = 0
+    """Tokens that went into the mixture."""
+    documents: int = 0
+    """Documents that went into the mixture."""
+
+    @classmethod
+    def of(cls, shards: Sequence[Shard], weight: float, dtype: np.dtype) -> "TokenStream":
+        counts = reduce(Counts.__add__, (shard.find(dtype.itemsize) for shard in shards))
+        return cls([shard.file for shard in shards], counts, weight)
+
+    @property
+    def tokens_per_weight(self) -> float:
+        return self.taken / self.weight
+
+    @property
+    def passes(self) -> float:
+        """How often the source was used."""
+        return self.taken / self.counts.tokens
+
+    def mixed_counts(self) -> Counts:
+        """The source's part of the mixture; the text of an incomplete pass is estimated by its share of the tokens."""
+        n_bytes, replaced = (round(number * self.passes) for number in (self.counts.bytes, self.counts.replaced))
+        return Counts(self.documents, n_bytes, self.taken, replaced)
+
+
+def _assemble(streams: Sequence[TokenStream], eot: int, dtype: np.dtype, file: Path) -> None:
     if len(streams) > 1:
         interleave(streams, eot, dtype, file)
         return
@@ -176,8 +410,47 @@ def _assemble(streams: Sequence[TokenStream], eot: int, dtype, file: Path) -> No
     with file.open("wb") as out:
         for shard in stream.files:
             with shard.open("rb") as part:
-                shutil.copyfileobj(part, out, 1 << 24)
+                shutil.copyfileobj(part, out, _COPIED_BYTES)
     stream.taken, stream.documents = stream.counts.tokens, stream.counts.documents
+
+
+def interleave(streams: Sequence[TokenStream], eot: int, dtype: np.dtype, file: Path) -> None:
+    """Writes whole documents of the streams to `file`, in proportion to their weights, and updates `taken`.
+
+    The next document always comes from the stream with the fewest tokens per weight so far (the first of equals), so
+    that shares are within one document of the weights. A stream that ends starts again; the mixture is complete when
+    every stream was used once and the others have caught up.
+    """
+    endless = [_endless(stream.files, eot, dtype) for stream in streams]
+    n_unfinished, goal = len(streams), 0.0
+    with file.open("wb") as out:
+        while True:
+            i = min(range(len(streams)), key=lambda i: streams[i].tokens_per_weight)
+            stream = streams[i]
+            if not n_unfinished and stream.tokens_per_weight >= goal:
+                return
+            document = next(endless[i])
+            out.write(document)
+            first_pass = stream.taken < stream.counts.tokens
+            stream.taken += len(document)
+            stream.documents += 1
+            if first_pass and stream.taken >= stream.counts.tokens:
+                n_unfinished -= 1
+                goal = max(stream.tokens_per_weight for stream in streams)
+
+
+def _endless(files: Sequence[Path], eot: int, dtype: np.dtype) -> Iterator[memoryview]:
+    """The tokens of each document with its end, over and over."""
+    while True:
+        rest = np.empty(0, dtype)
+        for file in files:
+            tokens = np.concatenate([rest, np.fromfile(file, dtype)])
+            start = 0
+            view = memoryview(tokens)
+            for end in (np.flatnonzero(tokens == eot) + 1).tolist():
+                yield view[start:end]
+                start = end
+            rest = tokens[start:]
 
 
 def _describe_mixture(sources: Sequence[Source], streams: dict[str, list[TokenStream]]) -> list[dict]:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from est_cli.config import DataConfig
 from est_cli.data import Say
-from est_cli.data.sources import Source
+from est_cli.data.splits import Source
 from est_cli.data.tokenizers import Tokenizer, load_tokenizer
 from est_cli.errors import UserError
 

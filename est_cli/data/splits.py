@@ -1,19 +1,23 @@
-"""Training and validation: the documents of a corpus that each gets, and their text.
+"""Training and validation: the sources of a run, the documents that each split gets, and their text in pieces.
 
-Documents are ordered by a hash of their content, so that the split depends neither on where they lie nor
-on what they are called, and equal documents always land on the same side: validation leaks nothing. Documents that a
-corpus puts into groups are ordered by group, and a group is on one side. Where the source names its own validation
-split, that is taken as it is.
+Documents are ordered by a hash of their content. The split therefore does not depend on paths or names, and equal
+documents are on the same side: validation leaks nothing. If a corpus has groups, they are ordered instead, and each
+group is on one side. If the source names its own validation split, that is used as it is.
 """
 
+import contextlib
+import dataclasses
 import itertools
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 
-from est_cli.data.corpora import Corpus
+from est_cli.config import DataConfig, SourceConfig
+from est_cli.data import Say
+from est_cli.data.corpora import Corpus, FileCorpus, PackageCorpus, Source, find_stdlib_files, find_text_files
 from est_cli.errors import UserError
 
 PIECE_BYTES = 1 << 20
@@ -21,7 +25,69 @@ PIECE_BYTES = 1 << 20
 SAMPLE_BLOCK_BYTES = 1 << 16
 _CUT_WINDOW_BYTES = 1 << 16
 _GROUP_SHARE = 4
-"""A group is at most 1/4 of what validation is to get: one package's habits are not those of all."""
+"""A group is at most 1/4 of validation: one package's habits are not those of all."""
+_SOURCE_KEYS = ("path", "name", "split", "revision", "column")
+
+
+def open_sources(data: DataConfig, say: Say) -> list[Source]:
+    """The corpora that `data` names, one or the weighted ones of a mixture.
+
+    Raises UserError with the problems of every source.
+    """
+    if not data.sources:
+        return [Source(open_corpus(data, say), 1.0)]
+    total = sum(source.weight for source in data.sources)
+    sources: list[Source] = []
+    problems: list[str] = []
+    for i, source in enumerate(data.sources):
+        own = dataclasses.replace(data, sources=(), **{key: getattr(source, key) for key in _SOURCE_KEYS})
+        try:
+            with _naming_source(i):
+                corpus = open_corpus(own, say)
+                getattr(corpus, "sizes", None)  # reads the rows, so that errors name the source
+                sources.append(Source(corpus, source.weight / total))
+        except UserError as error:
+            problems += error.problems
+    if problems:
+        raise UserError(*problems, _how_to_override(data.sources))
+    return sources
+
+
+def open_corpus(data: DataConfig, say: Say) -> Corpus:
+    """The documents that `data` names. Raises UserError if there are none."""
+    if data.kind == "stdlib":
+        return FileCorpus(*find_stdlib_files())
+    if data.kind == "packages":
+        return PackageCorpus(say)
+    if data.kind == "text":
+        return FileCorpus(find_text_files(data.path, say), {"kind": "text", "path": data.path})
+    from est_cli.data.hf_corpus import HFCorpus, StreamedCorpus  # pyarrow, which only data=hf needs
+
+    return StreamedCorpus(data, say) if data.streaming else HFCorpus(data, say)
+
+
+@contextlib.contextmanager
+def _naming_source(i: int) -> Iterator[None]:
+    """Rewrites the keys in errors: a corpus says `data.path`, in a mixture that is `data.sources[i].path`."""
+    try:
+        yield
+    except UserError as error:
+        keys = "|".join(_SOURCE_KEYS)
+        problems = (re.sub(rf"\bdata\.({keys})\b", rf"data.sources[{i}].\1", problem) for problem in error.problems)
+        raise UserError(*(re.sub("^data=hf", f"data.sources[{i}]", problem) for problem in problems)) from None
+
+
+def _how_to_override(sources: Sequence[SourceConfig]) -> str:
+    """The whole list as an override: Hydra cannot override a part of a list, which few people know."""
+    shown = [
+        ",".join(
+            f"{field.name}:{value}"
+            for field in dataclasses.fields(source)
+            if (value := getattr(source, field.name)) != field.default
+        )
+        for source in sources
+    ]
+    return f"data.sources: is overridden as a whole: 'data.sources=[{','.join(f'{{{source}}}' for source in shown)}]'"
 
 
 class Piece(NamedTuple):
@@ -31,7 +97,7 @@ class Piece(NamedTuple):
     n_bytes: int
     """UTF-8 bytes of `text`."""
     continued: bool
-    """Other pieces of the document come before this one."""
+    """Not the document's first piece."""
     last: bool
     replaced: int
     """Invalid UTF-8 sequences that became U+FFFD."""
@@ -39,9 +105,9 @@ class Piece(NamedTuple):
 
 @dataclass(frozen=True)
 class Split:
-    """Documents (or, for one that was cut, parts of documents) of a corpus, in its order.
+    """Documents of a corpus (or parts of them, if a document was cut), in its order.
 
-    A document that stands twice or more in a row is one that goes on.
+    Equal numbers that follow each other are parts of one document.
     """
 
     corpus: Corpus
@@ -50,9 +116,9 @@ class Split:
     """First byte of each document that belongs to the split."""
     ends: np.ndarray
     continued: bool = False
-    """The first document goes on where the shard before this one stopped."""
+    """The first document starts in the shard before this one."""
     cut: bool = False
-    """The last document goes on in the next shard."""
+    """The last document continues in the next shard."""
 
     @property
     def n_documents(self) -> int:
@@ -64,7 +130,7 @@ class Split:
         return int((self.ends - self.starts).sum())
 
     def pieces(self) -> Iterator[Piece]:
-        """All text, in order. At most about `PIECE_BYTES` of it are held at a time."""
+        """All text, in order. Holds about `PIECE_BYTES` of it at a time."""
         changes = np.diff(self.documents) != 0
         continued = np.concatenate([[self.continued], ~changes])
         last = np.concatenate([changes, [not self.cut]])
@@ -73,7 +139,7 @@ class Split:
             yield from _document_pieces(self.corpus, document, start, end, bool(continued[i]), bool(last[i]))
 
     def shards(self, n_bytes: int) -> list["Split"]:
-        """Consecutive parts of about `n_bytes`, less than three times that; longer documents are cut as pieces are."""
+        """Consecutive parts of about `n_bytes`, less than three times that. Cuts longer documents as `pieces` does."""
         documents, starts, ends = self._cut_long(n_bytes)
         sizes = ends - starts
         numbers = (np.cumsum(sizes) - sizes) // n_bytes
@@ -85,7 +151,7 @@ class Split:
         ]
 
     def sample(self, n_bytes: int) -> list[str]:
-        """About `n_bytes` of text at most, taken in blocks spread evenly over the split."""
+        """At most about `n_bytes` of text, in blocks spread evenly over the split."""
         if self.n_bytes <= n_bytes:
             return [piece.text for piece in self.pieces()]
         offsets = np.concatenate([[0], np.cumsum(self.ends - self.starts)])
@@ -94,7 +160,7 @@ class Split:
         return [text for first in firsts for text in self._range(offsets, int(first), int(first) + block)]
 
     def _range(self, offsets: np.ndarray, first: int, end: int) -> Iterator[str]:
-        """Text of bytes range(first, end) of all documents laid end to end, without broken characters."""
+        """Text of bytes range(first, end) of the concatenated documents, without broken characters."""
         low = np.searchsorted(offsets, first, side="right") - 1
         high = np.searchsorted(offsets, end, side="left")
         for i in range(low, high):
@@ -103,7 +169,7 @@ class Split:
             yield self.corpus.read(int(self.documents[i]), start, stop).decode("utf-8", "ignore")
 
     def _cut_long(self, n_bytes: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Documents, starts and ends, where each is at most `n_bytes` long, or little more."""
+        """Documents, starts and ends of parts that are at most little longer than `n_bytes`."""
         long = np.flatnonzero(self.ends - self.starts > n_bytes)
         cuts = [self._cuts(int(self.documents[i]), int(self.starts[i]), int(self.ends[i]), n_bytes) for i in long]
         places = np.repeat(long, [len(own) for own in cuts])
@@ -120,13 +186,47 @@ class Split:
         return [first + _cut(self.corpus.read(document, first, first + window)) for first in windows]
 
 
+def split_sources(sources: Sequence[Source], val_fraction: float) -> tuple[list[Split], list[Split]]:
+    """Training and validation splits of the sources. Raises UserError if one cannot be split."""
+    if len(sources) == 1:
+        train, val = split_corpus(sources[0].corpus, val_fraction)
+        return [train], [val]
+    trains, vals = [], []
+    for i, source in enumerate(sources):
+        with _naming_source(i):
+            train, val = split_corpus(source.corpus, val_fraction)
+        trains.append(train)
+        vals.append(val)
+    return _without_leaks(trains, vals), vals
+
+
+def sample_sources(sources: Sequence[Source], splits: Sequence[Split], n_bytes: int) -> list[str]:
+    """At most about `n_bytes` of text, from each source its share."""
+    samples = (split.sample(int(n_bytes * source.weight)) for source, split in zip(sources, splits, strict=True))
+    return [text for sample in samples for text in sample]
+
+
+def _without_leaks(trains: Sequence[Split], vals: Sequence[Split]) -> list[Split]:
+    """Training splits without documents that are in the validation split of another source."""
+    held_out = [split.corpus.keys[split.documents] for split in vals]
+    kept = []
+    for i, split in enumerate(trains):
+        others = np.concatenate([keys for j, keys in enumerate(held_out) if j != i])
+        keys = split.corpus.keys[split.documents]
+        keep = ~np.isin(keys, np.setdiff1d(others, held_out[i]))
+        if not keep.any():
+            raise UserError(f"data.sources[{i}]: all of its text is in the validation split of another source")
+        kept.append(Split(split.corpus, split.documents[keep], split.starts[keep], split.ends[keep]))
+    return kept
+
+
 def split_corpus(corpus: Corpus, val_fraction: float) -> tuple[Split, Split]:
     """Training and validation splits, neither empty; validation gets about `val_fraction` of the bytes.
 
-    Where whole documents cannot make up that share (there is one, or they are too long), validation is the
-    tail of the longest document, from a new line on if there is one.
+    If whole documents cannot make up that share (there is only one, or they are too long), validation is the tail of
+    the longest document, starting at a new line if possible.
 
-    Raises UserError where the corpus is too short to be split, or its groups are too large.
+    Raises UserError if the corpus is too short to be split, or its groups are too large.
     """
     filled = corpus.sizes > 0
     if not filled.any():
@@ -152,7 +252,7 @@ def split_corpus(corpus: Corpus, val_fraction: float) -> tuple[Split, Split]:
 
 
 def _draw_validation(corpus: Corpus, filled: np.ndarray, budget: int) -> np.ndarray | None:
-    """Which documents validation gets, or None where whole groups come to less than half of `budget`."""
+    """Which documents validation gets, or None if whole groups come to less than half of `budget`."""
     largest = budget if corpus.groups is None else budget // _GROUP_SHARE
     keys, group = np.unique(corpus.keys if corpus.groups is None else corpus.groups, return_inverse=True)
     group_bytes = np.bincount(group, weights=corpus.sizes, minlength=len(keys)).astype(np.int64)
@@ -181,7 +281,7 @@ def _cut_tail(corpus: Corpus, filled: np.ndarray, budget: int) -> tuple[Split, S
 
 
 def _cut_position(corpus: Corpus, document: int, size: int, tail_bytes: int) -> int:
-    """Where the last `tail_bytes` begin: after a newline in their first half, else between two characters."""
+    """Where the last `tail_bytes` begin: after a newline in their first half, or else between two characters."""
     first = size - tail_bytes
     for start in range(first, size - tail_bytes // 2, PIECE_BYTES):
         data = corpus.read(document, start, min(start + PIECE_BYTES, size - tail_bytes // 2))
@@ -206,10 +306,7 @@ def _document_pieces(
 
 
 def _cut(data: bytes) -> int:
-    """Where `data`, which goes on, is best cut: after a newline, or else before a space.
-
-    That leaves most tokenizers' tokens as they are.
-    """
+    """Where to cut `data`, which continues: after a newline or else before a space, so that few tokens change."""
     newline, space = data.rfind(b"\n") + 1, max(0, data.rfind(b" "))
     return newline or space or _last_character(data)
 

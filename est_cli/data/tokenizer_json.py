@@ -14,9 +14,7 @@ import tokenizers
 from sentencepiece import sentencepiece_model_pb2
 from tokenizers import AddedToken, Regex, decoders, models, normalizers
 
-from est_cli.data.hf_tokenizer import HFTokenizer
-from est_cli.data.sentencepiece_bpe import SentencePieceTokenizer
-from est_cli.data.tokenizers import Tokenizer
+from est_cli.data.tokenizers import HFTokenizer, SentencePieceTokenizer, Tokenizer
 from est_cli.errors import UserError
 
 _SPACE_MARK = "\u2581"

@@ -20,14 +20,12 @@ import numpy as np
 
 from est_cli.config import DataConfig, TokenizerConfig
 from est_cli.data import Say
-from est_cli.data.cache import cache_folder
+from est_cli.data.corpora import Source, cache_folder
 from est_cli.data.preparation import discard_work, has_work, write_store
 from est_cli.data.run_data import RunData, Text
-from est_cli.data.sentencepiece_bpe import SentencePieceTraining
-from est_cli.data.sources import Source, open_sources
-from est_cli.data.stream_preparation import open_writer, write_streamed_store
-from est_cli.data.streamed_tokens import StreamedTokens
-from est_cli.data.tokenizers import Tokenizer, choose_tokenizer, load_tokenizer
+from est_cli.data.splits import open_sources
+from est_cli.data.streams import ShardWriter, StreamedTokens, write_streamed_store
+from est_cli.data.tokenizers import SentencePieceTraining, Tokenizer, choose_tokenizer, load_tokenizer
 from est_cli.errors import UserError
 
 # Raise it when the same text would no longer give the same token files.
@@ -67,7 +65,7 @@ class TokenStore:
         """Tokens of the training split, memory-mapped [n] uint16 or uint32; of a stream, what waits for them."""
         if self.is_streamed:
             dtype = np.dtype(self.manifest["dtype"])
-            return StreamedTokens(self.folder, dtype, lambda: open_writer(self.folder, self._sources, self.tokenizer))
+            return StreamedTokens(self.folder, dtype, lambda: ShardWriter(self.folder, self._sources, self.tokenizer))
         return self._map("train")[: self._train_tokens]
 
     @property
@@ -287,3 +285,58 @@ def _fsync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def inspect(store: TokenStore, n_samples: int = 3, sample_tokens: int = 64) -> dict:
+    """Counts of each split, the entropy of its unigrams, bytes per token, and decoded samples of the training split.
+
+    `mixture` has an entry for each of several sources: its weight, the share of the tokens that it got, how often it
+    was used (`passes`). `packages` has the bytes of each package in each split, where there are packages. `tokenizing`
+    is how fast the store was made.
+    The unigram entropy is the loss of a model that knows how frequent each token is and nothing else.
+    """
+    manifest = store.manifest
+    return {
+        "folder": str(store.folder),
+        "fingerprint": store.fingerprint,
+        "source": manifest["source"],
+        "tokenizer": {"kind": manifest["tokenizer"], "vocab_size": manifest["vocab_size"], "eot": manifest["eot"]},
+        "dtype": np.dtype(manifest["dtype"]).name,
+        "splits": {name: _describe(store, name) for name in manifest["splits"]},
+        "mixture": manifest["mixture"],
+        "packages": manifest.get("packages", {}),
+        "tokenizing": manifest["tokenizing"],
+        "samples": _samples(store, n_samples, sample_tokens),
+    }
+
+
+def unigram_entropy(tokens: np.ndarray, vocab_size: int) -> float:
+    """Entropy of the token frequencies, in nats."""
+    counts = count_tokens(tokens, vocab_size)
+    shares = counts[counts > 0] / len(tokens)
+    return float(-(shares * np.log(shares)).sum())
+
+
+def count_tokens(tokens: np.ndarray, vocab_size: int) -> np.ndarray:
+    """How often each id occurs, int64 [vocab_size]; reads a memory-mapped file piece by piece."""
+    counts = np.zeros(vocab_size, dtype=np.int64)
+    for start in range(0, len(tokens), _COUNTED_AT_ONCE):
+        counts += np.bincount(tokens[start : start + _COUNTED_AT_ONCE], minlength=vocab_size)
+    return counts
+
+
+def _describe(store: TokenStore, name: str) -> dict:
+    counts = store.manifest["splits"][name]
+    nats = unigram_entropy(getattr(store, name), store.manifest["vocab_size"])
+    return {
+        **counts,
+        "bytes_per_token": counts["bytes"] / counts["tokens"],
+        "unigram_entropy_nats": nats,
+        "unigram_entropy_bits": nats / np.log(2).item(),
+    }
+
+
+def _samples(store: TokenStore, n_samples: int, sample_tokens: int) -> list[str]:
+    last = max(0, len(store.train) - sample_tokens)
+    starts = np.linspace(0, last, n_samples).astype(int)
+    return [store.tokenizer.decode(store.train[start : start + sample_tokens].tolist()) for start in starts]

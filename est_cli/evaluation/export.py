@@ -9,9 +9,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from est_cli.data.hf_tokenizer import HFTokenizer
 from est_cli.data.tokenizer_json import SAMPLES, save_tokenizer_files
-from est_cli.data.tokenizers import Tokenizer
+from est_cli.data.tokenizers import HFTokenizer, Tokenizer
 from est_cli.errors import UserError
 from est_cli.model.huggingface import to_huggingface
 from est_cli.model.transformer import Transformer

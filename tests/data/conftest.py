@@ -8,8 +8,8 @@ from tiny_corpora import prose
 
 from est_cli.config import DataConfig, TokenizerConfig
 from est_cli.data.corpora import FileCorpus
-from est_cli.data.sentencepiece_bpe import SentencePieceTokenizer, SentencePieceTraining
 from est_cli.data.splits import split_corpus
+from est_cli.data.tokenizers import SentencePieceTokenizer, SentencePieceTraining
 
 
 @pytest.fixture(scope="session")

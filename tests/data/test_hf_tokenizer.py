@@ -8,8 +8,7 @@ from hypothesis import strategies as st
 from tiny_corpora import prose
 
 from est_cli.config import TokenizerConfig
-from est_cli.data.hf_tokenizer import HFTokenizer
-from est_cli.data.tokenizers import choose_tokenizer, load_tokenizer
+from est_cli.data.tokenizers import HFTokenizer, choose_tokenizer, load_tokenizer
 from est_cli.errors import UserError
 
 tokenizers = pytest.importorskip("tokenizers")

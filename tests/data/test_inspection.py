@@ -7,8 +7,7 @@ import numpy as np
 import pytest
 
 from est_cli.config import TokenizerConfig
-from est_cli.data.inspection import count_tokens, inspect, unigram_entropy
-from est_cli.data.tokens import prepare
+from est_cli.data.tokens import count_tokens, inspect, prepare, unigram_entropy
 
 
 def test_unigram_entropy_is_that_of_the_frequencies(monkeypatch):

@@ -4,14 +4,14 @@ import gzip
 import json
 import os
 import shutil
+import time
 
 import numpy as np
 import pytest
 
 from est_cli.config import DataConfig, TokenizerConfig
 from est_cli.data.dataset_files import split_of
-from est_cli.data.hf_corpus import HFCorpus
-from est_cli.data.text_streams import StreamedCorpus
+from est_cli.data.hf_corpus import HFCorpus, StreamedCorpus
 from est_cli.data.tokens import prepare
 from est_cli.errors import UserError
 
@@ -209,3 +209,16 @@ def test_a_stream_goes_on_from_any_row_of_any_file(local):
         again = StreamedCorpus(data).training_texts()
         again.go_to(json.loads(json.dumps(stream.position())))
         assert list(again.one_pass()) == ROWS[taken:]
+
+
+def test_rows_that_nobody_used_for_a_month_are_deleted_when_others_are_written(local, tmp_path):
+    read(local({"a.jsonl": lines(ROWS)}, "a.jsonl"))
+    (old,) = (tmp_path / "cache").glob("rows-*.arrow")
+    (tmp_path / "cache" / "rows-0.arrow").write_bytes(b"")
+    month_ago = time.time() - 31 * 24 * 3600
+    for name in (old.name, "rows-0.arrow"):
+        os.utime(tmp_path / "cache" / name, (month_ago, month_ago))
+    assert read(local({}, "a.jsonl"))[0] == ROWS, "is a use"
+    read(local({"b.jsonl": lines(ROWS[1:])}, "b.jsonl"))
+    left = set((tmp_path / "cache").glob("rows-*.arrow"))
+    assert old in left and len(left) == 2

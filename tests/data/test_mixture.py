@@ -7,11 +7,10 @@ import numpy as np
 import pytest
 
 from est_cli.config import DataConfig, SourceConfig, TokenizerConfig
-from est_cli.data.inspection import inspect
-from est_cli.data.mixture import TokenStream, interleave
-from est_cli.data.sources import open_sources, split_sources
-from est_cli.data.token_files import Counts
-from est_cli.data.tokens import prepare
+from est_cli.config.checks import clashes
+from est_cli.data.preparation import Counts, TokenStream, interleave
+from est_cli.data.splits import open_sources, split_sources
+from est_cli.data.tokens import inspect, prepare
 from est_cli.errors import UserError
 
 datasets = pytest.importorskip("datasets")
@@ -160,6 +159,7 @@ def test_problems_name_their_source_and_come_together(mix, tmp_path, monkeypatch
     assert problems(empty) == ("data.sources[2]: holds no text",)
 
 
-def test_sources_beside_a_path_or_another_kind_are_refused(mix):
-    assert "data.path: must be null beside data.sources" in problems(replace(mix, path="a.jsonl"))[0]
-    assert "mixtures are for data=hf" in problems(replace(mix, kind="text"))[0]
+def test_sources_beside_a_path_or_for_another_kind_are_refused_by_the_config(mix):
+    (problem,) = clashes({"data": replace(mix, path="a.jsonl")}, None)
+    assert problem.startswith("data.path=a.jsonl: must be null beside data.sources")
+    assert "data.kind=stdlib does not read it" in clashes({"data": replace(mix, kind="stdlib")}, None)[0]

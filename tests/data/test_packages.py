@@ -8,11 +8,9 @@ import pytest
 from tiny_corpora import Documents, prose
 
 from est_cli.config import DataConfig, TokenizerConfig
-from est_cli.data.corpora import join_near_copies, open_corpus
-from est_cli.data.inspection import inspect
-from est_cli.data.splits import split_corpus
-from est_cli.data.text_files import site_packages
-from est_cli.data.tokens import prepare
+from est_cli.data.corpora import join_near_copies, site_packages
+from est_cli.data.splits import open_corpus, split_corpus
+from est_cli.data.tokens import inspect, prepare
 from est_cli.errors import UserError
 
 DATA = DataConfig(kind="packages", val_fraction=0.3)
@@ -27,7 +25,7 @@ def source(seed: int, n_lines: int = 20) -> str:
 def environment(tmp_path, monkeypatch):
     """A site-packages folder of twenty packages with two files each; returns what writes a file into it."""
     root = tmp_path / "site-packages"
-    monkeypatch.setattr("est_cli.data.text_files.site_packages", lambda: [root])
+    monkeypatch.setattr("est_cli.data.corpora.site_packages", lambda: [root])
 
     def write(place: str, text: str | bytes) -> None:
         file = root / place
@@ -117,7 +115,7 @@ def test_the_fingerprint_follows_content_and_packages_and_not_the_place(environm
     first = open_corpus(DATA, print)
     moved = tmp_path / "elsewhere"
     (tmp_path / "site-packages").rename(moved)
-    monkeypatch.setattr("est_cli.data.text_files.site_packages", lambda: [moved])
+    monkeypatch.setattr("est_cli.data.corpora.site_packages", lambda: [moved])
     assert open_corpus(DATA, print).fingerprint == first.fingerprint
     (moved / "package00").rename(moved / "renamed")
     renamed = open_corpus(DATA, print).fingerprint
@@ -184,7 +182,7 @@ def test_too_few_packages_for_a_split_are_refused(environment):
 
 @pytest.mark.parametrize("text", [None, ""])
 def test_an_environment_without_source_is_told(text, tmp_path, monkeypatch):
-    monkeypatch.setattr("est_cli.data.text_files.site_packages", lambda: [tmp_path])
+    monkeypatch.setattr("est_cli.data.corpora.site_packages", lambda: [tmp_path])
     if text is not None:
         (tmp_path / "empty.py").write_text(text)
     with pytest.raises(UserError, match=r"data=packages: .*use data=stdlib"):

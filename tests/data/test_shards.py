@@ -12,7 +12,7 @@ from tiny_corpora import Documents, prose
 
 from est_cli.config import TokenizerConfig
 from est_cli.data import preparation
-from est_cli.data.shards import Shard, choose_workers
+from est_cli.data.preparation import Shard, choose_workers
 from est_cli.data.splits import Split, split_corpus
 from est_cli.data.tokens import cache_folder, prepare
 from est_cli.errors import UserError
@@ -75,16 +75,16 @@ def test_a_preparation_that_was_killed_goes_on_where_it_was(corpus_folder, text_
     script = (
         "import os, signal, sys\n"
         "from est_cli.config import DataConfig, TokenizerConfig\n"
-        "from est_cli.data import preparation, shards, tokens\n"
+        "from est_cli.data import preparation, tokens\n"
         "preparation.SHARD_BYTES = 10_000\n"
-        "write, left = shards.Shard.write, [2]\n"
+        "write, left = preparation.Shard.write, [2]\n"
         "def killed(shard, *arguments):\n"
         "    if not left[0]:\n"
         "        (shard.file.with_suffix('.123')).write_bytes(b'half')\n"
         "        os.kill(os.getpid(), signal.SIGKILL)\n"
         "    left[0] -= 1\n"
         "    write(shard, *arguments)\n"
-        "shards.Shard.write = killed\n"
+        "preparation.Shard.write = killed\n"
         "data = DataConfig(kind='text', path=sys.argv[1], cache_dir=sys.argv[2], num_workers=1)\n"
         "tokens.prepare(data, TokenizerConfig('sentencepiece', vocab_size=400), 512, print, False)\n"
     )
@@ -146,10 +146,9 @@ def test_a_worker_that_cannot_read_its_text_ends_the_preparation_with_its_messag
 
 def test_auto_starts_processes_for_large_text_only(monkeypatch):
     monkeypatch.setattr("os.sched_getaffinity", lambda _: range(8), raising=False)
-    count = {n_bytes: choose_workers("auto", 100, n_bytes, 1000).count for n_bytes in (10, 1999, 3500, 10**6)}
+    count = {n_bytes: choose_workers("auto", 100, n_bytes, 1000) for n_bytes in (10, 1999, 3500, 10**6)}
     assert count == {10: 1, 1999: 1, 3500: 3, 10**6: 8}
-    assert choose_workers("auto", 1, 10, 1000).threads is None
-    assert [choose_workers(3, n_shards, 10, 1000).count for n_shards in (0, 2, 9)] == [1, 2, 3]
+    assert [choose_workers(3, n_shards, 10, 1000) for n_shards in (0, 2, 9)] == [1, 2, 3]
 
 
 def test_the_manifest_says_how_fast_it_went(corpus_folder, text_data):

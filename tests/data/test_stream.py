@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from est_cli.config import DataConfig, SourceConfig, TokenizerConfig
-from est_cli.data import stream_preparation, stream_shards, streamed_tokens
+from est_cli.data import streams
 from est_cli.data.batches import training_windows
-from est_cli.data.stream_shards import shard_file
+from est_cli.data.streams import shard_file
 from est_cli.data.tokens import TokenStore, prepare
 from est_cli.errors import UserError
 
@@ -21,9 +21,9 @@ SEQ_LEN = 32
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
-    monkeypatch.setattr(stream_preparation, "VAL_BYTES", 2000)
-    monkeypatch.setattr(stream_shards, "SHARD_TOKENS", 1500)
-    monkeypatch.setattr(streamed_tokens, "BLOCK_WINDOWS", 16)
+    monkeypatch.setattr(streams, "VAL_BYTES", 2000)
+    monkeypatch.setattr(streams, "SHARD_TOKENS", 1500)
+    monkeypatch.setattr(streams, "BLOCK_WINDOWS", 16)
 
 
 @pytest.fixture
@@ -135,7 +135,7 @@ def test_what_goes_wrong_while_training_reaches_the_one_who_waits(data, monkeypa
     def broken(*_):
         raise OSError("the network went away")
 
-    monkeypatch.setattr(stream_shards.ShardWriter, "write", broken)
+    monkeypatch.setattr(streams.ShardWriter, "write", broken)
     with pytest.raises(OSError, match="went away"):
         training_windows(train, SEQ_LEN, 0, 0, 4)
 
@@ -153,10 +153,8 @@ def test_a_hub_that_is_not_there_is_told_for_every_source(data, monkeypatch):
 
 
 def test_streams_that_cannot_be_are_refused(data, tmp_path, monkeypatch):
-    with pytest.raises(UserError, match="it is for data=hf"):
-        opened(replace(data, kind="text"))
     with pytest.raises(UserError, match=r"data\.column=txt: must be one of text"):
         opened(replace(data, column="txt"))
-    monkeypatch.setattr(stream_preparation, "VAL_BYTES", 10**6)
+    monkeypatch.setattr(streams, "VAL_BYTES", 10**6)
     with pytest.raises(UserError, match=r"has no more; use data\.streaming=false"):
         opened(data)

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from est_cli.config import DataConfig
-from est_cli.data.corpora import open_corpus
-from est_cli.data.text_files import find_stdlib_files, find_text_files
+from est_cli.data.corpora import find_stdlib_files, find_text_files
+from est_cli.data.splits import open_corpus
 from est_cli.errors import UserError
 
 
@@ -72,7 +72,14 @@ def test_dead_links_empty_files_and_binaries_in_a_folder_are_skipped_and_told(tm
     os.symlink("nowhere", os.fsencode(tmp_path) + b"/\xff.txt")
     assert [file.name for file in find_text_files(str(tmp_path), said.append)] == ["good.txt"]
     told = "\n".join(said).encode("utf-8").decode()
-    for words in ("2 dead links, such as", "1 empty file", "1 binary file", "1 special file", "dead.txt", "image.png"):
+    for words in (
+        "2 files (dead links), such as",
+        "1 file (empty)",
+        "(binary)",
+        "(special files)",
+        "dead.txt",
+        "image.png",
+    ):
         assert words in told
 
 

@@ -8,9 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_corpora import prose
 
-from est_cli.data.sentencepiece_bpe import SentencePieceTokenizer
 from est_cli.data.tokenizer_json import SAMPLES, convert
-from est_cli.data.tokenizers import ByteTokenizer
+from est_cli.data.tokenizers import ByteTokenizer, SentencePieceTokenizer
 from est_cli.errors import UserError
 
 TEXTS = st.text(alphabet=st.one_of(st.sampled_from(" \n\t\u2581aeinort<>/s0é"), st.characters(codec="utf-8")))

@@ -281,9 +281,8 @@ def test_a_store_opens_by_its_folder_alone(corpus_folder, text_data):
 
 def test_data_imports_no_torch():
     script = (
-        "import sys, est_cli.data.tokens, est_cli.data.inspection, est_cli.data.batches, "
-        "est_cli.data.hf_corpus, est_cli.data.hf_tokenizer; "
-        "print([name for name in ('torch', 'datasets', 'tokenizers') if name in sys.modules])"
+        "import sys, est_cli.data.tokens, est_cli.data.hf_corpus; "
+        "print([name for name in ('torch', 'datasets') if name in sys.modules])"
     )
     assert subprocess.run([sys.executable, "-c", script], capture_output=True, text=True).stdout.strip() == "[]"
 

@@ -9,8 +9,7 @@ from safetensors.torch import load_file
 from tiny import train_config
 
 from est_cli.config import SamplingConfig
-from est_cli.data.hf_tokenizer import HFTokenizer
-from est_cli.data.tokenizers import ByteTokenizer
+from est_cli.data.tokenizers import ByteTokenizer, HFTokenizer
 from est_cli.errors import UserError
 from est_cli.evaluation.export import export
 from est_cli.evaluation.standalone import packed, sampled_at, sampled_with, standalone

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from tiny import GPT2, LLAMA, RandomTokens, Recorder, train_config
 
 from est_cli.config import DataConfig, OptimizerConfig, SchedulerConfig, TokenizerConfig, TrainConfig
-from est_cli.data import stream_preparation, stream_shards
+from est_cli.data import streams
 from est_cli.data.tokens import prepare
 from est_cli.subnet.schedule import StageSpec
 from est_cli.training import loop
@@ -60,7 +60,7 @@ def sharded(config: TrainConfig) -> TrainConfig:
 
 def stream_store(folder: Path):
     """A stream that must be read further than was written of it; see tests/data/test_stream.py."""
-    stream_preparation.VAL_BYTES, stream_shards.SHARD_TOKENS = 600, 300
+    streams.VAL_BYTES, streams.SHARD_TOKENS = 600, 300
     file = folder / "stream.jsonl"
     data = DataConfig(kind="hf", path=str(file), streaming=True, cache_dir=str(folder / "cache"), seq_len=8)
     return prepare(data, TokenizerConfig("byte"), 512, lambda _: None, False)
