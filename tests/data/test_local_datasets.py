@@ -108,7 +108,7 @@ def test_what_is_left_out_is_told(local, tmp_path):
     rows, said = read(data)
     assert [row for row in rows if row] == ROWS
     told = "\n".join(said)
-    for words in ("dead links, such as", "b.jsonl", "of other formats, such as", "notes.md", "1 of split test"):
+    for words in ("(dead links), such as", "b.jsonl", "(of other formats), such as", "notes.md", "1 of split test"):
         assert words in told
     assert "reads 1 file (1 jsonl)" in told
     assert "2 of 14 rows hold no text" in told
