@@ -155,8 +155,8 @@ def _in_a_checkpoint_file(trap: _Trap) -> None:
 
     original = checkpoint.write_tensors
 
-    def trapped(tensors, path, *read):
-        original(tensors, path, *read)
+    def trapped(tensors, path):
+        original(tensors, path)
         if path.name == checkpoint.OPTIMIZER and trap.is_set:
             os.truncate(path, path.stat().st_size // 2)
             trap()

@@ -22,6 +22,7 @@ HARMLESS = (
     "trainer.collective_timeout_s",
     "trainer.strategy",
     "trainer.shard",
+    "trainer.shard_size",
     "data.cache_dir",
     "data.num_workers",
     "data.on_change",

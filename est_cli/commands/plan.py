@@ -17,12 +17,12 @@ from est_cli.errors import UserError
 from est_cli.schema import read
 from est_cli.subnet.flops import config_ledger, scale_boundaries, with_boundaries
 from est_cli.subnet.growth import stage_models
-from est_cli.subnet.memory import count_parameters, sent_bytes, training_bytes
+from est_cli.subnet.memory import Ranks, count_parameters, sent_bytes, training_bytes
 from est_cli.subnet.plan import effective_rates, stage_subnetwork
 from est_cli.subnet.sampler import check_strategy, sample
 from est_cli.subnet.schedule import Stage, StageSpec, stage_at
 from est_cli.tracking.summary import narrow_table
-from est_cli.units import format_bytes, format_count, format_flops, format_percent, format_setting, parse_bytes
+from est_cli.units import format_bytes, format_count, format_flops, format_percent, parse_bytes
 
 RATES = {"heads": "n_heads", "mlp": "d_ff", "layers": "n_layers"}
 """What is sampled, and the key of the model that counts it."""
@@ -111,14 +111,16 @@ def memory_bytes(config: TrainConfig) -> int:
         bf16=trainer.precision == "bf16",
         recompute=trainer.recompute == "block",
         cpu=trainer.device == "cpu",
-        shards=trainer.devices if trainer.shard else 1,
+        ranks=None if trainer.strategy == "single" else Ranks(trainer.devices, trainer.shard_size),
+        grad_accum=trainer.grad_accum,
     )
 
 
 def _sent_bytes(config: TrainConfig, stage: Stage) -> int:
     """What one device sends in a step of the stage."""
     trainer, small = config.trainer, stage_subnetwork(config.model, config.sampling, stage).model
-    return sent_bytes(small, trainer.devices, trainer.shard, trainer.precision == "bf16")
+    ranks = Ranks(trainer.devices, trainer.shard_size)
+    return sent_bytes(small, ranks, trainer.precision == "bf16", trainer.grad_accum)
 
 
 def _print_plan(config: TrainConfig, notes: list[str], console: Console, device_memory: int | None) -> None:
@@ -156,22 +158,40 @@ def _print_plan(config: TrainConfig, notes: list[str], console: Console, device_
     if device_memory is not None:
         left = device_memory - facts["memory_bytes"]
         words = f"fits, {format_bytes(left)} left" if left >= 0 else f"does not fit, {format_bytes(-left)} too much"
-        if left < 0 and (overrides := _that_save_memory(config)):
-            needed = memory_bytes(replace(config, trainer=replace(config.trainer, **overrides)))
-            given = " ".join(f"trainer.{key}={format_setting(value)}" for key, value in overrides.items())
-            words += f"; {given}: {format_bytes(needed)}"
+        if left < 0 and (least := _that_save_memory(config)) != config:
+            before, after = vars(config.trainer), vars(least.trainer)
+            given = [f"trainer.{key}={after[key]}" for key in ("batch_size", "recompute") if after[key] != before[key]]
+            given += [f"trainer={after['strategy']}"] if after["strategy"] != before["strategy"] else []
+            words += f"; {' '.join(given)}: {format_bytes(memory_bytes(least))}"
         console.print(f"device_memory={format_bytes(device_memory)}: {words}", highlight=False)
     if devices > 1:
-        sent = ", ".join(format_bytes(stage["sent_bytes_per_step"]) for stage in facts["stages"])
-        console.print(f"each device sends, in a step of each stage: {sent}", highlight=False)
+        _print_trainers(config, console)
     for note in notes:
         console.print(note, style="dim")
 
 
-def _that_save_memory(config: TrainConfig) -> dict[str, Any]:
-    """Settings of the trainer that need less memory than those of the run, for the same model."""
-    least = {"batch_size": 1, "recompute": "block"} | ({"shard": True} if config.trainer.devices > 1 else {})
-    return {key: value for key, value in least.items() if getattr(config.trainer, key) != value}
+def _print_trainers(config: TrainConfig, console: Console) -> None:
+    """What each way to train on these devices needs, the run's own among them."""
+    table = Table("trainer", "memory a device", "each device sends in a step of each stage", box=box.SIMPLE_HEAD)
+    for strategy in ("ddp", "fsdp", "hsdp"):
+        try:
+            other = auto.on_devices(config, strategy)
+        except UserError:
+            continue  # the devices cannot share this model
+        name = f"hsdp, {other.trainer.shard_size} a machine" if strategy == "hsdp" else strategy
+        sent = ", ".join(format_bytes(_sent_bytes(other, stage)) for stage in other.stages)
+        style = "bold" if strategy == config.trainer.strategy else None
+        table.add_row(name, format_bytes(memory_bytes(other)), sent, style=style)
+    console.print(table, highlight=False)
+
+
+def _that_save_memory(config: TrainConfig) -> TrainConfig:
+    """The run with settings of the trainer that need less memory, for the same model."""
+    least = replace(config, trainer=replace(config.trainer, batch_size=1, recompute="block"))
+    try:
+        return least if config.trainer.devices == 1 else auto.on_devices(least, "fsdp")
+    except UserError:
+        return least
 
 
 def _rate(stage: dict[str, Any], name: str, key: str, total: int) -> str:

@@ -73,7 +73,7 @@ def _config(folder: Path, given: dict[str, dict[str, Any]]) -> TrainConfig:
         plain["trainer"]["device"] = "cpu"
     if plain["trainer"]["precision"] == "auto":
         plain["trainer"]["precision"] = "fp32"
-    plain["trainer"] |= {"devices": 1, "strategy": "single", "shard": False}
+    plain["trainer"] |= {"devices": 1, "strategy": "single", "shard": False, "shard_size": "auto"}
     return read_train_config(plain)
 
 

@@ -61,7 +61,7 @@ def execute(prepared: Prepared, peers: "Peers") -> int:
 def _execute(prepared: Prepared, peers: "Peers") -> int:
     from est_cli.commands.provenance import git_state
     from est_cli.training.checkpoint import Checkpoints
-    from est_cli.training.device import keep_freed_memory
+    from est_cli.training.device import keep_freed_memory, return_freed_memory
     from est_cli.training.distributed import join, leave
     from est_cli.training.loop import Training
 
@@ -69,7 +69,7 @@ def _execute(prepared: Prepared, peers: "Peers") -> int:
     folder, kept = prepared.directory.checkpoints, config.checkpoint
     checkpoints = Checkpoints(folder, kept.keep, kept.keep_best, code, config.lasting_checkpoints)
     stopping, summary = stop_request(), {}
-    keep_freed_memory()
+    keep_freed_memory() if peers.size == 1 else return_freed_memory()
     if config.trainer.threads is not None:
         import torch
 
@@ -78,7 +78,7 @@ def _execute(prepared: Prepared, peers: "Peers") -> int:
         lock = prepared.directory.locked(config) if peers.is_main else contextlib.nullcontext()
         peers.agree("lock", lambda: stack.enter_context(lock))
         stack.enter_context(_told_by_one(prepared, peers))
-        world = join(config.trainer.device, peers, config.trainer.collective_timeout_s)
+        world = join(config.trainer.device, peers, config.trainer.collective_timeout_s, config.trainer.shard_size)
         training = Training(config, prepared.store, world, prepared.trackers)
         if peers.is_main and prepared.trunk is not None and not prepared.directory.has_checkpoints:
             _begin_with_trunk(prepared)
@@ -198,21 +198,16 @@ def _end_failed(prepared: Prepared, training: "Training", peers: "Peers", error:
 def _keep_step(prepared: Prepared, training: "Training", peers: "Peers", failed: "NonFinite") -> str:
     """What to do with a step that was not finite, and is kept where the disk takes it. All ranks come here."""
     from est_cli.training.nonfinite import keep
-    from est_cli.training.shards import ReadTensor
 
-    said = []
-
-    def write(read: ReadTensor) -> None:
-        folder = prepared.directory.nonfinite
+    what, weights = None, training.world.gathered(training.weights())
+    if peers.is_main:
         try:
-            folder = keep(folder, failed, training.model, training.step_windows(), training.config, read)
-            said.append(f"`{shlex.join([*program(), f'replay={folder}'])}` runs it again")
+            folder = keep(prepared.directory.nonfinite, failed, weights, training.step_windows(), training.config)
+            what = f"`{shlex.join([*program(), f'replay={folder}'])}` runs it again"
         except OSError as error:
-            said.append(f"it could not be kept for a replay ({error})")
-
-    training.shards.collect(dict(training.model.named_parameters()), write)
-    # The others end when rank 0 has written: the first to end takes all along.
-    [what] = peers.from_main("kept step", said)
+            what = f"it could not be kept for a replay ({error})"
+    # If one rank ends, all are stopped: the others end when rank 0 has written.
+    what = peers.from_main("kept step", what)
     return f"{what}; trainer.on_nonfinite=skip goes on without such steps"
 
 

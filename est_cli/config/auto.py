@@ -1,11 +1,13 @@
 """Sizes that were left to us: `auto` values become numbers that suit the device, and each choice is said."""
 
 import dataclasses
+import math
 import shutil
 from pathlib import Path
 
 from est_cli.config.checks import AUTO_MAX_STEPS
-from est_cli.config.sections import TrainConfig, TrainerConfig
+from est_cli.config.sections import ModelConfig, TrainConfig, TrainerConfig
+from est_cli.errors import UserError
 from est_cli.subnet.flops import config_ledger, training_flops
 from est_cli.subnet.memory import checkpoint_bytes
 from est_cli.subnet.plan import stage_subnetwork
@@ -24,6 +26,9 @@ COMPILE_S = 60.0
 """Seconds to compile one size of block, forward and backward. This and the two above are assumed, not measured."""
 EVALUATIONS = 10
 FEWEST_STEPS_BETWEEN_EVALUATIONS = 10
+MOST_LISTED = 1024
+GPUS_OF_A_MACHINE = 8
+"""Assumed where no machine can be asked: by est-plan."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,6 +38,7 @@ class Device:
     kind: str
     """cpu or cuda"""
     processes: int = 1
+    per_machine: int = 1
     has_compiler: bool = True
     """Whether torch.compile finds what it needs."""
 
@@ -49,11 +55,19 @@ def expected_device(config: TrainConfig) -> Device:
         kind = "cuda" if gpus else "cpu"
     if devices == "auto":
         devices = max(1, gpus) if kind == "cuda" else 1
-    return Device(kind, devices)
+    return Device(kind, devices, math.gcd(devices, GPUS_OF_A_MACHINE))
 
 
 def choose(config: TrainConfig, device: Device) -> tuple[TrainConfig, list[str]]:
-    """`config` with numbers in the place of every `auto`, and one line for each choice worth saying."""
+    """`config` with numbers in the place of every `auto`, and one line for each choice worth saying.
+
+    Raises UserError where the devices cannot share the model.
+    """
+    notes = []
+    if config.trainer.shard:
+        trainer = dataclasses.replace(config.trainer, strategy="fsdp", shard=False)
+        config = dataclasses.replace(config, trainer=trainer)
+        notes.append("trainer.shard=true now means trainer=fsdp, and goes away in the next release")
     model, data, trainer = config.model, config.data, config.trainer
     cpu = device.kind == "cpu"
     chosen: dict[str, object] = {}
@@ -71,7 +85,7 @@ def choose(config: TrainConfig, device: Device) -> tuple[TrainConfig, list[str]]
     batch_size = pick("trainer", "batch_size", max(1, int(tokens // seq_len)))
     grad_accum = pick("trainer", "grad_accum", 1)
     max_steps = pick("trainer", "max_steps", AUTO_MAX_STEPS)
-    processes = device.processes if trainer.strategy == "ddp" else 1
+    processes = 1 if trainer.strategy == "single" else device.processes
     step_tokens = batch_size * grad_accum * processes * seq_len
     weights, full = checkpoint_bytes(model)
     eval_every = pick("trainer", "eval_every", max(FEWEST_STEPS_BETWEEN_EVALUATIONS, max_steps // EVALUATIONS))
@@ -83,12 +97,39 @@ def choose(config: TrainConfig, device: Device) -> tuple[TrainConfig, list[str]]
     pick("trainer", "precision", "fp32" if cpu else "bf16")
     pick("trainer", "device", device.kind)
     chosen["trainer.devices"] = processes
+    chosen["trainer.shard_size"] = _shard_size(model, trainer, processes, device.per_machine)
 
     data = dataclasses.replace(data, **_section(chosen, "data"))
     resolved = dataclasses.replace(config, trainer=_with(trainer, chosen), data=data)
     pick("trainer", "compile", device.has_compiler and compiling_pays(resolved))
     resolved = dataclasses.replace(resolved, trainer=_with(trainer, chosen))
-    return resolved, _sentences(chosen, resolved, full)
+    return resolved, notes + _sentences(chosen, resolved, full)
+
+
+def on_devices(config: TrainConfig, strategy: str) -> TrainConfig:
+    """The resolved run with another strategy on its devices. Raises UserError where they cannot share the model."""
+    own, devices = config.trainer, config.trainer.devices
+    trainer = dataclasses.replace(own, strategy=strategy, shard_size="auto")
+    per_machine = own.shard_size if own.strategy == "hsdp" else math.gcd(devices, GPUS_OF_A_MACHINE)
+    size = _shard_size(config.model, trainer, devices, per_machine)
+    return dataclasses.replace(config, trainer=dataclasses.replace(trainer, shard_size=size))
+
+
+def _shard_size(model: ModelConfig, trainer: TrainerConfig, devices: int, per_machine: int) -> int:
+    """Ranks that share master weights and moments. Raises UserError where they cannot have equally many columns."""
+    width = model.d_model
+    key, size = "trainer.devices", {"fsdp": devices, "hsdp": per_machine}.get(trainer.strategy, 1)
+    if trainer.strategy == "hsdp":
+        key, size = "trainer.shard_size", size if trainer.shard_size == "auto" else trainer.shard_size
+        if devices % size:
+            raise UserError(f"trainer.shard_size={size}: must divide the {devices} devices")
+    if width % size:
+        fitting = ", ".join(str(n) for n in range(1, min(width, MOST_LISTED) + 1) if width % n == 0)
+        raise UserError(
+            f"{key}={size}: trainer={trainer.strategy} gives each of them as many columns of a matrix, so it must "
+            f"divide model.d_model={width}: {fitting}"
+        )
+    return size
 
 
 def compiling_pays(config: TrainConfig) -> bool:

@@ -135,9 +135,11 @@ def _name(key: str, name: str, known: Mapping[str, Callable], what: str = "funct
 
 def _processes(trainer: TrainerConfig) -> Iterator[str]:
     if trainer.strategy == "single" and trainer.devices not in ("auto", 1):
-        yield f"trainer.devices={trainer.devices}: needs trainer=ddp (trainer.strategy=ddp)"
+        yield f"trainer.devices={trainer.devices}: needs trainer=ddp, fsdp or hsdp (trainer.strategy=ddp)"
     if trainer.strategy == "single" and trainer.shard:
-        yield "trainer.shard=true: needs trainer=ddp: one process has nobody to share with"
+        yield "trainer.shard=true: needs trainer=fsdp in its place: one process has nobody to share with"
+    if trainer.strategy != "hsdp" and trainer.shard_size != "auto":
+        yield f"trainer.shard_size={trainer.shard_size}: needs trainer=hsdp (trainer.strategy=hsdp)"
 
 
 def _profile(trainer: TrainerConfig, stages: Sequence[Stage]) -> Iterator[str]:

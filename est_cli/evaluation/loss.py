@@ -8,8 +8,9 @@ import numpy as np
 from est_cli.data.batches import validation_windows
 from est_cli.errors import UserError
 from est_cli.evaluation.run import OpenRun
+from est_cli.subnet.plan import Subnetwork
 from est_cli.training.distributed import World
-from est_cli.training.subnetwork import DTYPES
+from est_cli.training.subnetwork import DTYPES, PackedSubnetwork
 from est_cli.training.validation import validation_loss
 
 
@@ -51,6 +52,7 @@ def evaluate(
         )
     windows = validation_windows(tokens, seq_len, n_tokens)
     world = World(next(run.model.parameters()).device)
-    loss = validation_loss(run.model, windows, config.trainer.batch_size, DTYPES[config.trainer.precision], world)
+    whole = PackedSubnetwork(run.model, Subnetwork(run.model.config), DTYPES[config.trainer.precision])
+    loss = validation_loss(whole, windows, config.trainer.batch_size, world)
     targets = windows[:, 1:]
     return Loss(loss, targets.size, round(token_bytes[targets].sum()))

@@ -12,6 +12,7 @@ import math
 from collections.abc import Callable
 
 import torch
+from torch import Tensor
 
 from est_cli.config import ModelConfig
 from est_cli.model.transformer import Transformer, set_parameter
@@ -29,12 +30,12 @@ def initialise(
     model: Transformer,
     seed: int,
     device: torch.device | str = "cpu",
-    holds: Callable[[str], bool] = lambda name: True,
+    own: Callable[[Tensor], Tensor] = lambda whole: whole,
 ) -> Transformer:
-    """Give the model on `device` every parameter that this process `holds`; returns the model.
+    """Give the model on `device` its parameters, of each what this process holds as its `own`; returns the model.
 
-    The others stay as they are. One parameter after the other is drawn, on the CPU, so that a meta model needs memory
-    for what is held and for its largest parameter.
+    One parameter after the other is drawn, on the CPU, so that a meta model needs memory for what is held and for its
+    largest parameter.
     """
     generator = torch.Generator().manual_seed(seed)
     ordinary, residual = standard_deviations(model.config)
@@ -47,6 +48,5 @@ def initialise(
         else:
             output = name.endswith(("attention.out.weight", "mlp.down.weight"))
             values.normal_(0.0, residual if output else ordinary, generator=generator)
-        if holds(name):
-            set_parameter(model, name, values.to(device))
+        set_parameter(model, name, own(values).to(device))
     return model

@@ -15,19 +15,18 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 import est_cli
 from est_cli.errors import UserError
 from est_cli.model.transformer import Transformer
-from est_cli.training.optimizer import SampledAdamW
-from est_cli.training.shards import ReadTensor
 from est_cli.training.tensor_file import fill, write_tensors
 
 MODEL, OPTIMIZER, STATE = "model.safetensors", "optimizer.safetensors", "state.json"
@@ -57,12 +56,16 @@ class Checkpoint:
         return (self.folder / OPTIMIZER).exists()
 
     def load_model(self, model: Transformer) -> None:
-        """Fill the parameters that are held here; raises ValueError where names or shapes differ."""
-        fill(dict(model.named_parameters()), self.folder / MODEL)
+        """Fill the parameters; raises ValueError where names or shapes differ."""
+        self.load_weights({name: parameter.data for name, parameter in model.named_parameters()})
 
-    def load_optimizer(self, optimizer: SampledAdamW) -> None:
-        """Fill the moments and step counts."""
-        fill(optimizer.state(), self.folder / OPTIMIZER)
+    def load_weights(self, weights: Mapping[str, Tensor]) -> None:
+        """Fill the tensors, of a DTensor what is held here; raises ValueError where names or shapes differ."""
+        fill(weights, self.folder / MODEL)
+
+    def load_moments(self, moments: Mapping[str, Tensor]) -> None:
+        """As `load_weights`, with the moments and step counts."""
+        fill(moments, self.folder / OPTIMIZER)
 
 
 @dataclass(frozen=True)
@@ -80,21 +83,19 @@ class Checkpoints:
     def save(
         self,
         step: int,
-        model: Transformer,
-        optimizer: SampledAdamW | None,
+        weights: Mapping[str, Tensor],
+        moments: Mapping[str, Tensor] | None,
         facts: dict[str, Any],
-        read: ReadTensor | None = None,
     ) -> Path:
         """Write the state after `step` optimizer steps; `facts` go into state.json.
 
-        `read` gives what is in tensors that other ranks hold. Raises OSError, and leaves what was there, where the disk
-        does not take it.
+        Raises OSError, and leaves what was there, where the disk does not take it.
         """
         self._remove_leftovers()
         temporary = self.folder / f".writing-step-{step:08d}"
         try:
             temporary.mkdir(parents=True)
-            self._write(temporary, step, model, optimizer, facts, read)
+            self._write(temporary, step, weights, moments, facts)
         except OSError:
             shutil.rmtree(temporary, ignore_errors=True)  # the room is needed
             raise
@@ -112,14 +113,13 @@ class Checkpoints:
         self,
         temporary: Path,
         step: int,
-        model: Transformer,
-        optimizer: SampledAdamW | None,
+        weights: Mapping[str, Tensor],
+        moments: Mapping[str, Tensor] | None,
         facts: dict[str, Any],
-        read: ReadTensor | None,
     ) -> None:
-        write_tensors(dict(model.named_parameters()), temporary / MODEL, read)
-        if optimizer is not None:
-            write_tensors(optimizer.state(), temporary / OPTIMIZER, read)
+        write_tensors(weights, temporary / MODEL)
+        if moments is not None:
+            write_tensors(moments, temporary / OPTIMIZER)
         versions = {"est_cli": est_cli.__version__, "torch": torch.__version__, "numpy": np.__version__}
         write_json(temporary / STATE, {"step": step, **facts, "versions": versions, "code": self.code})
         write_json(temporary / CHECKSUMS, {path.name: _checksum(path) for path in sorted(temporary.iterdir())})

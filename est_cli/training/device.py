@@ -6,6 +6,7 @@ import shutil
 import sys
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -28,7 +29,7 @@ PEAK_BF16_FLOPS = {
     "T4": 65e12,
 }
 
-_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_MMAP_MAX = -1, -3, -4
 """Options of glibc's mallopt, see malloc.h."""
 _STATUS = Path("/proc/self/status")
 _RESET = Path("/proc/self/clear_refs")
@@ -44,12 +45,13 @@ def available_device(trainer: TrainerConfig, kernels: str) -> Device:
     check_kernels(kernels, kind)
     present = torch.cuda.device_count() if kind == "cuda" else 1
     if (ranks := launched_ranks()) > 1:
-        _check_launched(trainer, ranks, present if kind == "cuda" else None)
-        return Device(kind, ranks, has_compiler=_has_compiler(kind))
+        here = int(os.environ.get("LOCAL_WORLD_SIZE", ranks))
+        _check_launched(trainer, ranks, here, present if kind == "cuda" else None)
+        return Device(kind, ranks, here, _has_compiler(kind))
     devices = present if trainer.devices == "auto" else trainer.devices
     if kind == "cuda" and devices > present:
         raise UserError(f"trainer.devices={devices}: this machine has {present}")
-    return Device(kind, devices, has_compiler=_has_compiler(kind))
+    return Device(kind, devices, devices, _has_compiler(kind))
 
 
 def _check_compiler(trainer: TrainerConfig) -> None:
@@ -70,13 +72,14 @@ def _has_compiler(kind: str) -> bool:
     return any(map(shutil.which, _compilers())) and (kind == "cpu" or find_spec("triton") is not None)
 
 
-def _check_launched(trainer: TrainerConfig, ranks: int, gpus: int | None) -> None:
+def _check_launched(trainer: TrainerConfig, ranks: int, here: int, gpus: int | None) -> None:
     """Raises UserError where `trainer` is not for the processes that torchrun started."""
-    if trainer.strategy != "ddp":
-        raise UserError(f"trainer.strategy={trainer.strategy}: {ranks} processes were started; give trainer=ddp")
+    if trainer.strategy == "single":
+        raise UserError(
+            f"trainer.strategy=single: {ranks} processes were started; give trainer=ddp, trainer=fsdp or trainer=hsdp"
+        )
     if trainer.devices not in ("auto", ranks):
         raise UserError(f"trainer.devices={trainer.devices}: {ranks} processes were started; leave it out")
-    here = int(os.environ.get("LOCAL_WORLD_SIZE", ranks))
     if gpus is not None and here > gpus:
         raise UserError(f"{here} processes were started on this machine, which has {gpus} GPUs; start one for each")
 
@@ -93,12 +96,21 @@ def keep_freed_memory() -> None:
     """Keep a CPU's memory in the process when a tensor is freed: the next step asks for the same sizes again.
 
     glibc returns large blocks to the system at once, and every step then waits for the same pages to be made and
-    zeroed anew (docs/performance.md has the times). Other C libraries are left as they are.
+    zeroed again (docs/performance.md has the times). Other C libraries are left as they are.
     """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt is not None:
+    if (mallopt := _mallopt()) is not None:
         mallopt(_M_MMAP_MAX, 0)
         mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
+
+
+def return_freed_memory() -> None:
+    """The opposite, for ranks: FSDP's buffers have many sizes and would leave holes, as large as what is in use."""
+    if (mallopt := _mallopt()) is not None:
+        mallopt(_M_MMAP_THRESHOLD, 1 << 20)
+
+
+def _mallopt() -> Any:
+    return getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
 
 
 def reset_peak_memory(device: torch.device) -> None:

@@ -18,7 +18,7 @@ def grow(model: Transformer, optimizer: SampledAdamW, growth: Growth, moments: L
     """Make the larger model of `growth` of the smaller one, in place, and let the optimizer move it.
 
     A layer that is copied brings its moments and step counts; with `moments="reset"` only where it takes its own new
-    place, while the copies begin with none. All ranks must call it together.
+    place, while the copies begin with none.
     """
     parameters = {name: parameter.data for name, parameter in model.named_parameters()}
     optimizer.join(growth.after)
@@ -34,7 +34,7 @@ def grow(model: Transformer, optimizer: SampledAdamW, growth: Growth, moments: L
                     parameters[name].zero_()
                 continue
             for tensors in (parameters, *(() if resets else (optimizer.moments, optimizer.squares))):
-                optimizer.shards.copy_(tensors, source, name)
+                tensors[name].copy_(tensors[source])
             optimizer.counts[name][:] = 0 if resets else optimizer.counts[source]
             if resets:
                 optimizer.moments[name].zero_()
@@ -54,8 +54,7 @@ def _silence_new_units(parameters: Mapping[str, Tensor], model: Transformer, gro
             if kind in ("heads", "neurons") and n_rows(kind, growth.before) != n_rows(kind, growth.after):
                 new = torch.ones(n_rows(kind, model.config), dtype=torch.bool)
                 new[sampled_rows(kind, model.config, plan, layer)] = False
-                if not parameters[name].is_meta:
-                    as_rows(name, parameters[name], model.config)[new.to(parameters[name].device)] = 0.0
+                as_rows(name, parameters[name], model.config)[new.to(parameters[name].device)] = 0.0
 
 
 def _of_layer(names: Mapping[str, Tensor], layer: int) -> Iterator[str]:

@@ -1,9 +1,11 @@
 """The training loop: rates → plan → packed subnetwork → gradients → optimizer on the sampled rows → log."""
 
+import gc
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal, Protocol
 
 import numpy as np
@@ -24,15 +26,14 @@ from est_cli.training.ahead import Ahead, rank_windows
 from est_cli.training.checkpoint import Checkpoint, Checkpoints
 from est_cli.training.compiled import Compiler
 from est_cli.training.device import peak_memory_bytes, reset_peak_memory
-from est_cli.training.distributed import World
+from est_cli.training.distributed import World, peer_errors
 from est_cli.training.growth import grow
 from est_cli.training.nonfinite import NonFinite
 from est_cli.training.optimizer import SampledAdamW, learning_rate
 from est_cli.training.pretrained import load_pretrained
 from est_cli.training.profile import NoProfile, Profile, phase
 from est_cli.training.record import Record, Records
-from est_cli.training.shards import ReadTensor, Shards
-from est_cli.training.subnetwork import DTYPES, MaskedSubnetwork, PackedSubnetwork
+from est_cli.training.subnetwork import DTYPES, MaskedSubnetwork, Pack, PackedSubnetwork, Update
 from est_cli.training.validation import validation_loss
 from est_cli.training.watch import Launched, Watch
 
@@ -67,17 +68,21 @@ class Training:
         self.dtype = DTYPES[config.trainer.precision]
         recompute, kernels = config.trainer.recompute == "block", kernels_for(config.kernels, world.device)
         model = Transformer(config.model, "meta", recompute=recompute, kernels=kernels)
-        self.shards = Shards.of(model, world, config.trainer.shard)
-        self.model = initialise(model, config.seed, world.device, self.shards.holds)
+        self.model = initialise(model, config.seed, world.device, world.own)
+        """The masters: on several ranks this one's columns of every matrix."""
         if config.model.init_from is not None:
-            load_pretrained(self.model)
+            load_pretrained(self.model, world.own)
+        self.pack = pack_on(world)
         self.grown = model_after(config, 0)
-        self.optimizer = SampledAdamW(self.model, config.optimizer, self.shards, self.grown)
+        self.optimizer = SampledAdamW(self.model, config.optimizer, self.grown)
         self.compiler = Compiler(config.trainer.compile)
         self.watch = Watch(world.device, stays=config.trainer.on_nonfinite == "stop")
         self.behind = int(world.device.type == "cuda")
         """Steps that the device has to go on with while the host reads and logs the one before; 0 on a CPU."""
         self.ahead = Ahead(self._inputs, config.trainer.max_steps if self.behind else 0)
+        self.stopping: Callable[[], bool] = lambda: False
+        self.asked: Tensor | None = None
+        """How many ranks were asked to stop, as the step's all-reduce has found."""
         self.step = 0
         self.train_s = 0.0
         self.val_loss: float | None = None
@@ -88,19 +93,32 @@ class Training:
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Go on after the last step of `checkpoint`."""
-        checkpoint.load_model(self.model)
+        checkpoint.load_weights(self.weights())
         self.grown = model_after(self.config, checkpoint.step)
         self.optimizer.join(self.grown)
         if checkpoint.can_resume:
-            checkpoint.load_optimizer(self.optimizer)
+            checkpoint.load_moments(self.moments())
         self.step = self.saved_step = checkpoint.step
         for name in _CARRIED:
             setattr(self, name, checkpoint.state.get(name, getattr(self, name)))
         self.records.asked = (self.step, self.train_s)
 
+    def weights(self) -> dict[str, Tensor]:
+        """Every parameter by name, whole or as a DTensor of this rank's columns; to save, and to fill in place."""
+        return self.world.full({name: parameter.data for name, parameter in self.model.named_parameters()})
+
+    def moments(self) -> dict[str, Tensor]:
+        """As `weights`: every tensor that the optimizer carries between steps."""
+        return self.world.full(self.optimizer.state())
+
+    @peer_errors()
     def run(self, checkpoints: Checkpoints, stopping: Callable[[], bool], profile: Profile | None = None) -> Outcome:
-        """Train to the end, or until `stopping` asks; either way the last step has a checkpoint."""
+        """Train to the end, or until `stopping` asks; either way the last step has a checkpoint.
+
+        Raises PeerLost where another rank has ended, or does not answer in time.
+        """
         trainer, profile = self.config.trainer, profile or NoProfile()
+        self.stopping = stopping
         reset_peak_memory(self.world.device)
         stopped = False
         while self.step < trainer.max_steps and not stopped:
@@ -112,13 +130,15 @@ class Training:
                 while self.step < stage.end and not stopped:
                     self._train_step(stage, subnet)
                     advance()
-                    stopped = self.world.any(stopping()) and self.step < trainer.max_steps
+                    stopped = self._is_asked_to_stop() and self.step < trainer.max_steps
                     due = _due(self.step, trainer.checkpoint_every) or self.step in checkpoints.lasting
                     if due and not stopped and self.step < trainer.max_steps:
                         self._save(checkpoints, "full", is_last=False)
                     if not stopped and self.step < trainer.max_steps:
                         self._await_text(checkpoints)
             del subnet
+            if self.world.mesh is not None:
+                gc.collect()  # FSDP's modules hold each other, and their slots
         self._save(checkpoints, "full" if stopped else trainer.save_final, is_last=True)
         status, memory = "stopped" if stopped else "done", peak_memory_bytes(self.world.device)
         return Outcome(status, self.step, self.train_s, memory, self.skipped_steps)
@@ -134,8 +154,8 @@ class Training:
 
     def _build(self, stage: Stage) -> PackedSubnetwork | MaskedSubnetwork:
         shape = stage_subnetwork(self.config.model, self.config.sampling, stage)
-        kind = MaskedSubnetwork if self.config.kernels == "masked" else PackedSubnetwork
-        subnet = kind(self.model, shape, self.dtype, self.shards)
+        masks = self.config.kernels == "masked"
+        subnet = (partial(MaskedSubnetwork, pack=self.pack) if masks else self.pack)(self.model, shape, self.dtype)
         self.compiler.compile(subnet.module)
         return subnet
 
@@ -144,14 +164,14 @@ class Training:
         plan, windows = self.ahead.of(self.step)
         subnet.load(plan)
         loss = torch.zeros((), device=self.world.device)
-        for inputs, targets in self._micro_batches(windows):
+        for number, (inputs, targets) in enumerate(self._micro_batches(windows), 1):
+            subnet.reduce_next(number == config.trainer.grad_accum)
             micro_loss = subnet.loss(inputs, targets) / config.trainer.grad_accum
             _backward(micro_loss)
             loss += micro_loss.detach()
         updates = subnet.updates()
-        self.shards.average_(loss, {update.name: update.gradient for update in updates})
         lr = learning_rate(config.optimizer, self.step, config.trainer.max_steps)
-        grad_norm = self.optimizer.norm(updates)
+        grad_norm = self._combine(loss, updates)
         refused = self.watch.see(Launched(self.step, stage, plan, lr), loss, grad_norm)
         self.optimizer.step(updates, lr, grad_norm, refused)
         self.step += 1
@@ -165,6 +185,19 @@ class Training:
             if self.watch.stays and not math.isfinite(self.val_loss):
                 raise RunFailed(f"the validation loss after step {self.step - 1} is {self.val_loss}")
         self._report(done)
+
+    @phase("norm")
+    @torch.no_grad()
+    def _combine(self, loss: Tensor, updates: Sequence[Update]) -> Tensor:
+        """Average over the ranks what the backward pass has not, and return the norm of all gradients."""
+        sharded = [update.gradient for update in updates if update.is_sharded]
+        whole = [update.gradient for update in updates if not update.is_sharded]
+        norm, self.asked = self.world.combine(loss, sharded, whole, self.world.size > 1 and self.stopping())
+        return norm
+
+    def _is_asked_to_stop(self) -> bool:
+        """Several ranks stop after the step in whose all-reduce any of them said that it was asked to."""
+        return self.stopping() if self.world.size == 1 else bool(self.asked.item())
 
     def _evaluates(self, step: int) -> bool:
         """Whether the model is evaluated after so many steps."""
@@ -247,9 +280,9 @@ class Training:
         trainer = self.config.trainer
         windows = validation_windows(self.tokens.val, self.config.data.seq_len, trainer.eval_tokens)
         if not (isinstance(subnet, PackedSubnetwork) and subnet.small == self.grown):
-            subnet = PackedSubnetwork(self.model, Subnetwork(self.grown), self.dtype, self.shards)
+            subnet = self.pack(self.model, Subnetwork(self.grown), self.dtype)
         with self.compiler.eager():
-            return validation_loss(self.model, windows, trainer.batch_size, self.dtype, self.world, subnet)
+            return validation_loss(subnet, windows, trainer.batch_size, self.world)
 
     def _say(self, message: str) -> None:
         if self.world.is_main:
@@ -262,25 +295,36 @@ class Training:
             return
         self._settle()
         facts = {"config": as_plain(self.config), **{name: getattr(self, name) for name in _CARRIED}}
-        optimizer = self.optimizer if contents == "full" else None
-
-        def write(read: ReadTensor) -> None:
-            path = checkpoints.save(self.step, self.model, optimizer, facts, read)
+        weights = self.world.gathered(self.weights())
+        moments = self.world.gathered(self.moments()) if contents == "full" else None
+        error = None
+        # Rank 0 may write for longer than a collective may take.
+        with self.world.peers.wait_for_main(f"checkpoint {self.step}"):
+            try:
+                if self.world.is_main:
+                    self._say(f"checkpoint written: {checkpoints.save(self.step, weights, moments, facts)}")
+            except OSError as raised:
+                error = raised
+        if not self.world.any(error is not None):
             self.saved_step = self.step
-            self._say(f"checkpoint written: {path}")
+            return
+        before = "there is none before it" if self.saved_step is None else f"step {self.saved_step}'s stays"
+        reason = error and (error.strerror or error)
+        message = f"the checkpoint of step {self.step} could not be written ({reason}); {before}"
+        if is_last:
+            raise RunFailed(message) from error
+        if not self.told_of_unwritten:
+            self._say(f"{message}; training goes on")
+        self.told_of_unwritten = True
 
-        try:
-            # Rank 0 may write for longer than a collective may take.
-            with self.world.peers.wait_for_main(f"checkpoint {self.step}"):
-                self.shards.collect({**dict(self.model.named_parameters()), **self.optimizer.state()}, write)
-        except OSError as error:
-            before = "there is none before it" if self.saved_step is None else f"step {self.saved_step}'s stays"
-            message = f"the checkpoint of step {self.step} could not be written ({error.strerror or error}); {before}"
-            if is_last:
-                raise RunFailed(message) from error
-            if not self.told_of_unwritten:
-                self._say(f"{message}; training goes on")
-            self.told_of_unwritten = True
+
+def pack_on(world: World) -> Pack:
+    """How a subnetwork is packed: into one small model, or into one that the ranks share."""
+    if world.mesh is None:
+        return PackedSubnetwork
+    from est_cli.training.sharded import ShardedSubnetwork  # half a second, which one process never needs
+
+    return partial(ShardedSubnetwork, world=world)
 
 
 _CARRIED = ("train_s", "val_loss", "val_step", "skipped_steps")

@@ -23,7 +23,6 @@ from est_cli.kernels.dispatch import kernels_for
 from est_cli.model.transformer import Transformer
 from est_cli.subnet.plan import Plan, stage_subnetwork
 from est_cli.training.checkpoint import MODEL, write_json
-from est_cli.training.shards import ReadTensor
 from est_cli.training.subnetwork import DTYPES, MaskedSubnetwork, PackedSubnetwork
 from est_cli.training.tensor_file import read_tensors, write_tensors
 from est_cli.training.watch import Launched
@@ -46,19 +45,15 @@ class NonFinite(RunFailed):
 def keep(
     parent: Path,
     failed: NonFinite,
-    model: Transformer,
+    weights: Mapping[str, Tensor],
     windows: np.ndarray,
     config: TrainConfig,
-    read: ReadTensor | None = None,
 ) -> Path:
-    """Write the folder of a step; windows [n, T + 1], `read` as for a checkpoint.
-
-    Raises OSError where the disk does not take it.
-    """
+    """Write the folder of a step; windows [n, T + 1]. Raises OSError where the disk does not take it."""
     folder = parent / f"step-{failed.step:08d}"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    write_tensors(dict(model.named_parameters()), folder / MODEL, read)
+    write_tensors(weights, folder / MODEL)
     write_tensors({"windows": torch.from_numpy(windows)}, folder / BATCH)
     content = {
         "step": failed.step,

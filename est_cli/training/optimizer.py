@@ -15,7 +15,6 @@ from est_cli.model.transformer import Transformer, layer_of, row_kind
 from est_cli.subnet.plan import sampled_rows, whole_plan
 from est_cli.subnet.schedule import boundary_step
 from est_cli.training.profile import phase
-from est_cli.training.shards import Shards, whole
 from est_cli.training.stacks import Stack, adjacent, rows_in, stack_master
 from est_cli.training.subnetwork import Update
 
@@ -65,19 +64,11 @@ class SampledAdamW:
     unsampled=freeze     only sampled rows, their moments and their step counts move
 
     Weight decay is for matrices and embeddings only. What has not joined the model stands still, and its parameters
-    have no moments. Of a sharded model every rank moves the parameters that it holds; the others, and their moments,
-    are meta tensors.
+    have no moments. Every operation is one of rows, so a rank moves the columns that it holds like a narrower model.
     """
 
-    def __init__(
-        self,
-        model: Transformer,
-        config: OptimizerConfig,
-        shards: Shards | None = None,
-        grown: ModelConfig | None = None,
-    ):
-        self.config, self.kernels, self.shards = config, model.kernels, shards or whole(model)
-        self.full = model.config
+    def __init__(self, model: Transformer, config: OptimizerConfig, grown: ModelConfig | None = None):
+        self.config, self.kernels, self.full = config, model.kernels, model.config
         self._stacks = stack_master(model)
         self._states: dict[int, _State] = {}
         self.parameters = {name: parameter.data for name, parameter in model.named_parameters()}
@@ -124,7 +115,7 @@ class SampledAdamW:
     @torch.no_grad()
     def norm(self, updates: list[Update]) -> Tensor:
         """The global norm of the gradients, a scalar tensor."""
-        return self.shards.norm({update.name: update.gradient for update in updates})
+        return torch.nn.utils.get_total_norm([update.gradient for update in updates])
 
     @phase("optimizer")
     @torch.no_grad()
@@ -176,7 +167,7 @@ class SampledAdamW:
         counted = slice(None) if moving is None else moving
         state.counts[counted] += 1
         self._counted.append((state.counts, counted))
-        if not self.shards.holds(next(iter(state.stack.places))) or (freeze and not own):
+        if freeze and not own:
             return []
         columns = state.stack.matrix.shape[1]
         gradients = adjacent([update.gradient.reshape(-1, columns) for update in own.values()])
@@ -198,7 +189,7 @@ class SampledAdamW:
         lr: float,
     ) -> Move:
         matrices = (stack.matrix[run] for stack in (state.stack, state.moments, state.squares))
-        index = None if rows is None else Rows(rows, upload(rows, self.shards.world.device))
+        index = None if rows is None else Rows(rows, upload(rows, state.stack.matrix.device))
         decay = self.config.weight_decay if state.decays else 0.0
         hyper = Hyperparameters(lr, *self.config.betas, self.config.eps, decay)
         ends = [min(place.stop, run.stop) - run.start for place in state.moments.places.values()]

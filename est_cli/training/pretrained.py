@@ -53,24 +53,28 @@ def check_pretrained(model: ModelConfig) -> None:
         raise UserError(*problems)
 
 
-def load_pretrained(model: Transformer) -> None:
-    """Fill the model's parameters from its model.init_from. Raises UserError where that does not fit."""
+def load_pretrained(model: Transformer, own: Callable[[Tensor], Tensor] = lambda whole: whole) -> None:
+    """Fill the model's parameters, of each what this process holds as its `own`, from its model.init_from.
+
+    Raises UserError where that does not fit.
+    """
     check_pretrained(model.config)
-    _fill(model, _read_state(model.config))
+    _fill(model, _read_state(model.config), own)
 
 
 @torch.no_grad()
-def _fill(model: Transformer, state: Mapping[str, Tensor]) -> None:
+def _fill(model: Transformer, state: Mapping[str, Tensor], own: Callable[[Tensor], Tensor]) -> None:
     for name, parameter in model.named_parameters():
         found = state[name]
         if name in ("embedding", "head") and len(found) < len(parameter):
             found = torch.cat([found, found.float().mean(0, keepdim=True).expand(len(parameter) - len(found), -1)])
+        found = own(found)
         if found.shape != parameter.shape:
             raise UserError(
                 f"model.init_from={model.config.init_from}: {name} has shape {tuple(found.shape)}, "
                 f"and its config.json says {tuple(parameter.shape)}"
             )
-        parameter.copy_(found)  # nothing happens where another rank holds it: a meta tensor takes no values
+        parameter.copy_(found)
 
 
 def _differing(model: ModelConfig, found: ModelConfig) -> list[str]:

@@ -7,7 +7,7 @@ the model stay where users look for them, as views.
 L layers, R rows of a layer, C columns: what one head, one neuron, or one vector owns
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from est_cli.config import ModelConfig
-from est_cli.model.transformer import layer_of, row_kind, set_parameter
+from est_cli.model.transformer import layer_of, row_kind
 from est_cli.subnet.plan import n_rows
 
 
@@ -31,33 +31,27 @@ class Stack:
         places = {name: place for name, place in self.places.items() if place.stop <= rows}
         return Stack(torch.zeros_like(self.matrix[:rows]), places)
 
-    def views(self, shapes: Mapping[str, torch.Size]) -> dict[str, Tensor]:
-        """Its parameters in these shapes."""
-        return {name: self.matrix[place].view(shapes[name]) for name, place in self.places.items()}
+    def views(self, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Its parameters, in the shapes of these."""
+        return {name: self.matrix[place].view(like[name].shape) for name, place in self.places.items()}
 
 
 def stack_master(model: nn.Module) -> list[Stack]:
-    """The stacks of a model's parameters, which are moved into them where they do not lie so yet.
+    """The stacks of a model's parameters, which are moved into them unless they lie there already.
 
-    A parameter that another rank holds has no place beside others: in a sharded model each is a stack of its own.
+    A rank that holds some columns of every matrix has the stacks of a narrower model.
     """
     parameters = {name: parameter.data for name, parameter in model.named_parameters()}
-    is_sharded = any(parameter.is_meta for parameter in parameters.values())
-    return [_as_stack(model, parameters, places) for places in _places(parameters, model.config, is_sharded)]
+    return [_as_stack(model, parameters, places) for places in _places(parameters, model.config)]
 
 
-def new_stacks(
-    module: nn.Module, names: Iterable[str], model: ModelConfig, apart: bool, dtype: torch.dtype, device: torch.device
-) -> list[Stack]:
-    """Memory for the named parameters of `module`, which is of the shape `model`; `apart` as in a sharded master."""
-    parameters = dict(module.named_parameters())
+def new_stacks(like: Mapping[str, Tensor], model: ModelConfig, device: torch.device) -> list[Stack]:
+    """Memory for parameters of these shapes and types, which are of a model of the shape `model`."""
     stacks = []
-    for places in _places({name: parameters[name] for name in names}, model, apart):
-        columns = _columns(next(iter(places)), parameters, model)
-        stack = Stack(torch.empty(_end(places), columns, dtype=dtype, device=device), places)
-        for name, view in stack.views(_shapes(parameters)).items():
-            set_parameter(module, name, view)
-        stacks.append(stack)
+    for places in _places(like, model):
+        first = next(iter(places))
+        size = (_end(places), _columns(first, like, model))
+        stacks.append(Stack(torch.empty(size, dtype=like[first].dtype, device=device), places))
     return stacks
 
 
@@ -83,25 +77,21 @@ def _as_stack(model: nn.Module, parameters: Mapping[str, Tensor], places: Mappin
     if len(merged) == 1:
         return Stack(merged[0], places)
     stack = Stack(torch.cat(pieces), places)
-    for name, view in stack.views(_shapes(parameters)).items():
+    for name, view in stack.views(parameters).items():
         model.get_parameter(name).data = view
     return stack
 
 
-def _places(parameters: Mapping[str, Tensor], model: ModelConfig, apart: bool) -> list[dict[str, slice]]:
-    """Of every stack: its parameters, and their rows. Weight decay, and so the number of dimensions, is one for all."""
+def _places(parameters: Mapping[str, Tensor], model: ModelConfig) -> list[dict[str, slice]]:
+    """The rows of every parameter, for each stack. Weight decay, and so the number of dimensions, is one for all."""
     stacks: dict[tuple, dict[str, slice]] = {}
     for name, parameter in parameters.items():
-        alone = apart or layer_of(name) is None
-        key = (name,) if alone else (parameter.dim(), row_kind(name) is None, _columns(name, parameters, model))
+        of_block = (parameter.dim(), row_kind(name) is None, _columns(name, parameters, model))
+        key = (name,) if layer_of(name) is None else of_block
         places = stacks.setdefault(key, {})
         start = _end(places)
         places[name] = slice(start, start + _rows(name, model))
     return list(stacks.values())
-
-
-def _shapes(parameters: Mapping[str, Tensor]) -> dict[str, torch.Size]:
-    return {name: parameter.shape for name, parameter in parameters.items()}
 
 
 def _rows(name: str, model: ModelConfig) -> int:

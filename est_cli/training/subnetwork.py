@@ -3,11 +3,11 @@
 Sizes depend on the stage and indices on the step, so a stage allocates its slots once and every step only
 fills them. In fp32, tensors that are not sampled share storage with the master, and with every count full the
 subnetwork is the master itself. In bf16 every slot is a bf16 copy, and a hook adds each slot's gradient to an
-fp32 accumulator. Of a sharded master every slot is a copy, which comes from the rank that holds the parameter.
+fp32 accumulator. est_cli/training/sharded.py does the same on several ranks.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
@@ -18,7 +18,6 @@ from est_cli.kernels.upload import upload
 from est_cli.model.transformer import BlockMask, Transformer, layer_of, row_kind, set_parameter
 from est_cli.subnet.plan import Plan, Subnetwork, n_rows, sampled_rows, whole_plan
 from est_cli.training.profile import phase
-from est_cli.training.shards import Shards, whole
 from est_cli.training.stacks import Stack, as_rows, new_stacks, rows_in, stack_master
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -31,6 +30,8 @@ class Update:
     name: str
     rows: np.ndarray | None
     gradient: Tensor
+    is_sharded: bool = False
+    """The gradient is this rank's columns, averaged over all ranks by the backward pass."""
 
 
 class Accumulators:
@@ -45,13 +46,13 @@ class Accumulators:
         self._started: set[str] = set()
 
     def restart(self) -> None:
-        """The next gradient of every slot begins its sum anew."""
+        """The next gradient of every slot begins a new sum."""
         self._started.clear()
 
     def watch(self, stack: Stack, slots: Mapping[str, nn.Parameter]) -> None:
         """Add every gradient of the stack's slots as soon as the backward pass has made it, and drop it."""
-        shapes = {name: slots[name].shape for name in stack.places}
-        make = partial(_new_sums, stack.matrix.shape, stack.matrix.device, stack.places, shapes)
+        like = {name: torch.empty_like(slots[name], device="meta") for name in stack.places}
+        make = partial(_new_sums, stack.matrix.shape, stack.matrix.device, stack.places, like)
         for name in stack.places:
             slots[name].register_post_accumulate_grad_hook(partial(self._add, name, make))
 
@@ -67,37 +68,39 @@ class Accumulators:
         slot.grad = None
 
 
-def _new_sums(size: torch.Size, device: torch.device, places: Mapping[str, slice], shapes) -> dict[str, Tensor]:
-    return Stack(torch.empty(size, dtype=torch.float32, device=device), places).views(shapes)
+def _new_sums(
+    size: torch.Size, device: torch.device, places: Mapping[str, slice], like: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    return Stack(torch.empty(size, dtype=torch.float32, device=device), places).views(like)
 
 
 class PackedSubnetwork:
     """Pack, dense small model, unpack."""
 
-    def __init__(self, master: Transformer, shape: Subnetwork, dtype: torch.dtype, shards: Shards | None = None):
+    def __init__(self, master: Transformer, shape: Subnetwork, dtype: torch.dtype):
         self._masters = {name: stack for stack in stack_master(master) for name in stack.places}
         self.master = dict(master.named_parameters())
-        self.shards = shards or whole(master)
-        self.device = self.shards.world.device
+        first = next(iter(self.master.values()))
+        self.device, self.dtype, self.master_dtype = first.device, dtype, first.dtype
         self.shape, self.full, self.small, self.kernels = shape, master.config, shape.model, master.kernels
-        self.casts = dtype != next(iter(self.master.values())).dtype
-        self.copies = self.casts or self.shards.is_sharded
+        self.casts = dtype != self.master_dtype
         self.scale_dtype = torch.promote_types(dtype, torch.float32)
-        self.is_master = self.small == self.full and not self.copies
+        self.is_master = self._is_master()
         self._slots: list[Stack] = []
+        self._shared: list[str] = []
         if self.is_master:
             self.module = master
         else:
             self.module = Transformer(shape, "meta", dtype, master.recompute, master.kernels)
-            self._allocate(dtype)
+            self._allocate()
         self.parameters = dict(self.module.named_parameters())
         self._sampled = {name: (row_kind(name), layer_of(name)) for name in self.parameters if self._is_sampled(name)}
         self.rows: dict[str, np.ndarray] = {}
-        """Of every packed parameter that is sampled by rows: those of the master's that it holds."""
+        """Rows of the master's parameter that each packed parameter holds, if it is sampled by rows."""
         self.names: dict[str, str] = {name: name for name in self.parameters}
         self.accumulators = Accumulators()
-        if self.casts:
-            for stack in self._slots:
+        for stack in self._slots:
+            if stack.matrix.dtype != self.master_dtype:
                 self.accumulators.watch(stack, {name: self.parameters[name] for name in stack.places})
 
     @phase("pack")
@@ -111,22 +114,21 @@ class PackedSubnetwork:
         if self.small.n_layers != self.full.n_layers:
             self.names = {name: _in_master(name, plan) for name in self.parameters}
         self.rows = self._rows_of(plan)
-        if not self.copies:
-            self._share()
+        self._share()
         if self.shape.is_scaled:
             self.scales.copy_(upload(plan.scales, self.device))
-        held = [slots for slots in self._slots if self.shards.holds(self.names[next(iter(slots.places))])]
         self.kernels.gather_rows(
-            [self._masters[self.names[next(iter(slots.places))]].matrix for slots in held],
-            self._indices(held),
-            [slots.matrix for slots in held],
+            [self._masters[self.names[next(iter(slots.places))]].matrix for slots in self._slots],
+            self._indices(self._slots),
+            [slots.matrix for slots in self._slots],
         )
-        copied = [name for slots in self._slots for name in slots.places]
-        self.shards.spread({self.names[name]: self.parameters[name].data for name in copied})
 
     def load_whole(self) -> None:
         """As `load`, where the subnetwork is all that has joined: there is nothing to choose."""
         self.load(whole_plan(self.small))
+
+    def reduce_next(self, reduces: bool) -> None:
+        """Whether the next backward pass averages gradients over the ranks: that of the last micro-batch does."""
 
     @phase("forward")
     def loss(self, inputs: Tensor, targets: Tensor) -> Tensor:
@@ -135,33 +137,54 @@ class PackedSubnetwork:
 
     def updates(self) -> list[Update]:
         """The accumulated gradients, in the master's parameter order."""
-        return [Update(self.names[name], self.rows.get(name), self._gradient(name)) for name in self.parameters]
+        return [self._update(name, parameter) for name, parameter in self.parameters.items()]
 
-    def _gradient(self, name: str) -> Tensor:
-        return self.accumulators.sums[name] if self.casts else self.parameters[name].grad
+    def _update(self, name: str, parameter: nn.Parameter) -> Update:
+        gradient = self.accumulators.sums.get(name, parameter.grad)
+        return Update(self.names[name], self.rows.get(name), gradient)
+
+    def _is_master(self) -> bool:
+        """Whether the subnetwork needs no memory: it is the full model, in its own type."""
+        return self.small == self.full and not self.casts
 
     def _is_sampled(self, name: str) -> bool:
         kind = row_kind(name)
         return kind is not None and n_rows(kind, self.small) != n_rows(kind, self.full)
 
-    def _allocate(self, dtype: torch.dtype) -> None:
+    def _is_copied(self, name: str, parameter: Tensor) -> bool:
+        """Whether a packed parameter has a slot of its own; else it shares the master's storage."""
+        return self.casts or self._is_sampled(name)
+
+    def _held(self, parameter: Tensor) -> Tensor:
+        """A meta tensor of the shape and type in which a packed parameter is held here."""
+        return parameter
+
+    def _allocate(self) -> None:
         """Give every parameter a slot of its own, or the master's storage where it can share."""
-        names = [name for name, _ in self.module.named_parameters()]
-        own = [name for name in names if self.copies or self._is_sampled(name)]
-        self._slots = new_stacks(self.module, own, self.small, self.shards.is_sharded, dtype, self.device)
-        for name in set(names) - set(own):
-            set_parameter(self.module, name, self.master[name].data)
+        held = {name: self._held(parameter.data) for name, parameter in self.module.named_parameters()}
+        copied = {name: like for name, like in held.items() if self._is_copied(name, like)}
+        self._slots = new_stacks(copied, self.small, self.device)
+        self._shared = [name for name in held if name not in copied]
+        tensors = {name: self.master[name].data for name in self._shared}
+        for stack in self._slots:
+            tensors |= stack.views(held)
+        self._place(tensors)
         if self.shape.is_scaled:
             self.scales = torch.ones(self.small.n_layers, 2, dtype=self.scale_dtype, device=self.device)
             for block, own in zip(self.module.blocks, self.scales, strict=True):
                 block.scales = own
 
+    def _place(self, tensors: Mapping[str, Tensor]) -> None:
+        """Make these the parameters of the module."""
+        for name, tensor in tensors.items():
+            set_parameter(self.module, name, tensor)
+
     def _share(self) -> None:
-        """Point the tensors that are not sampled by rows at the master's storage."""
-        for name, parameter in self.parameters.items():
+        """Point the tensors that are not copied at the master's storage: the plan chooses the layers."""
+        for name in self._shared:
             source = self.master[self.names[name]]
-            if name not in self.rows and parameter.data_ptr() != source.data_ptr():
-                parameter.data = source.data
+            if self.parameters[name].data_ptr() != source.data_ptr():
+                self.parameters[name].data = source.data
 
     def _rows_of(self, plan: Plan) -> dict[str, np.ndarray]:
         """Sampled rows of every packed parameter."""
@@ -187,11 +210,14 @@ class PackedSubnetwork:
         return rows_in(place, self.rows.get(name))
 
 
+Pack = Callable[[Transformer, Subnetwork, torch.dtype], PackedSubnetwork]
+
+
 class MaskedSubnetwork:
     """The full model with literal 0/1 masks: what masking alone costs. Same plans, same updates."""
 
-    def __init__(self, master: Transformer, shape: Subnetwork, dtype: torch.dtype, shards: Shards | None = None):
-        self.full = PackedSubnetwork(master, Subnetwork(master.config), dtype, shards)
+    def __init__(self, master: Transformer, shape: Subnetwork, dtype: torch.dtype, pack: Pack = PackedSubnetwork):
+        self.full = pack(master, Subnetwork(master.config), dtype)
         self.shape, self.config = shape, master.config
         self.masks: list[BlockMask] = []
 
@@ -204,6 +230,9 @@ class MaskedSubnetwork:
         self.full.load_whole()
         self.plan = plan
         self.masks = [self._mask(layer) for layer in range(self.config.n_layers)]
+
+    def reduce_next(self, reduces: bool) -> None:
+        self.full.reduce_next(reduces)
 
     @phase("forward")
     def loss(self, inputs: Tensor, targets: Tensor) -> Tensor:
@@ -219,15 +248,16 @@ class MaskedSubnetwork:
             if kind is not None and n_rows(kind, self.config) != n_rows(kind, self.shape.model):
                 host = sampled_rows(kind, self.config, self.plan, positions[layer])
                 index = torch.from_numpy(host).to(update.gradient.device)
-                update = Update(update.name, host, as_rows(update.name, update.gradient, self.config)[index])
+                gradient = as_rows(update.name, update.gradient, self.config)[index]
+                update = replace(update, rows=host, gradient=gradient)
             updates.append(update)
         return updates
 
     def _mask(self, layer: int) -> BlockMask:
-        config, parameter = self.config, next(iter(self.full.parameters.values()))
-        heads = torch.zeros(config.n_heads, device=parameter.device, dtype=parameter.dtype)
-        neurons = torch.zeros(config.d_ff, device=parameter.device, dtype=parameter.dtype)
-        scales = torch.zeros(2, device=parameter.device, dtype=self.full.scale_dtype)
+        config, device = self.config, self.full.device
+        heads = torch.zeros(config.n_heads, device=device, dtype=self.full.dtype)
+        neurons = torch.zeros(config.d_ff, device=device, dtype=self.full.dtype)
+        scales = torch.zeros(2, device=device, dtype=self.full.scale_dtype)
         kept = np.flatnonzero(self.plan.layers == layer)
         if len(kept):
             units = np.array([self.shape.head_scale, self.shape.mlp_scale])

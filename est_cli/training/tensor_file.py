@@ -6,7 +6,7 @@ eight bytes, the header as JSON, padded to a multiple of eight, and the tensors 
 """
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -17,11 +17,8 @@ from torch import Tensor
 _TYPES = {torch.int64: "I64", torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16"}
 
 
-def write_tensors(tensors: Mapping[str, Tensor], path: Path, read: Callable[[str], Tensor] | None = None) -> None:
-    """Write the tensors in their order, the widest types first; `read` gives what is in those that are meta tensors.
-
-    Raises OSError where the disk does not take them.
-    """
+def write_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Write the tensors in their order, the widest types first. Raises OSError where the disk does not take them."""
     header, end = {}, 0
     for name, tensor in tensors.items():
         assert end % tensor.element_size() == 0, "a reader expects tensors at multiples of their element"
@@ -31,8 +28,7 @@ def write_tensors(tensors: Mapping[str, Tensor], path: Path, read: Callable[[str
     encoded += b" " * (-len(encoded) % 8)
     with path.open("wb") as file:
         file.write(len(encoded).to_bytes(8, "little") + encoded)
-        for name, tensor in tensors.items():
-            tensor = tensor if read is None else read(name)
+        for tensor in tensors.values():
             file.write(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
 
 
@@ -42,7 +38,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def fill(targets: Mapping[str, Tensor], path: Path) -> None:
-    """Read the targets from a file, less those that are meta tensors; raises ValueError where it has others."""
+    """Read the targets from a file, of a DTensor the columns held here; raises ValueError where it has others."""
     with safe_open(path, "pt") as file:
         if targets.keys() != set(file.keys()):
             raise ValueError(f"checkpoint and model differ in {sorted(targets.keys() ^ set(file.keys()))[:5]}")
@@ -50,5 +46,9 @@ def fill(targets: Mapping[str, Tensor], path: Path) -> None:
             shape = tuple(file.get_slice(name).get_shape())
             if target.shape != shape:
                 raise ValueError(f"{name} has shape {shape}, expected {tuple(target.shape)}")
-            if not target.is_meta:
-                target.copy_(file.get_tensor(name))
+            value = file.get_tensor(name)
+            if hasattr(target, "to_local"):
+                target, mesh = target.to_local(), target.device_mesh
+                if target.dim() == 2:
+                    value = value.split(target.shape[1], dim=1)[mesh.get_local_rank(mesh.ndim - 1)]
+            target.copy_(value)

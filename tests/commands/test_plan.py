@@ -28,13 +28,43 @@ def test_json_has_the_contracts_keys(tmp_path):
 
 @pytest.mark.parametrize(("size", "fits"), [("80GiB", False), ("300GB", True)])
 def test_whether_a_run_fits_into_a_gpu(size, fits, tmp_path):
-    model = ("model=llama_7b", "trainer=ddp", "trainer.devices=8", f"device_memory={size}")
+    model = ("model=llama_7b", "trainer=ddp", "trainer.devices=64", f"device_memory={size}")
     plan = run("est-plan", *model, "format=json", cwd=tmp_path).json
     assert plan["fits"] is fits
-    assert [stage["sent_bytes_per_step"] for stage in plan["stages"]][-1] == 8 * plan["params"] * 7 // 8
+    sent = [stage["sent_bytes_per_step"] for stage in plan["stages"]]
+    assert sent[-1] == pytest.approx(8 * plan["params"] * 63 / 64, rel=1e-3)
     said = " ".join(run("est-plan", *model, cwd=tmp_path).out.split())
     assert ("fits, " in said) is fits
-    assert ("trainer.batch_size=1 trainer.recompute=block trainer.shard=true: " in said) is not fits
+    assert ("trainer.batch_size=1 trainer.recompute=block trainer=fsdp: " in said) is not fits
+    assert all(name in said for name in (" ddp ", " fsdp ", " hsdp, 8 a machine "))
+
+
+def test_fsdp_makes_room(tmp_path):
+    """trainer.shard=true is another word for it, and says so once."""
+    model = ("model=llama_7b", "trainer.devices=64", "trainer.batch_size=1", "trainer.recompute=block",
+             "device_memory=80GiB")  # fmt: skip
+    fsdp = run("est-plan", *model, "trainer=fsdp", "format=json", cwd=tmp_path).json
+    assert fsdp["fits"] is True
+    assert run("est-plan", *model, "trainer=ddp", "format=json", cwd=tmp_path).json["fits"] is False
+    sharded = run("est-plan", *model, "trainer=ddp", "trainer.shard=true", cwd=tmp_path)
+    assert sharded.out.count("trainer.shard=true now means trainer=fsdp") == 1
+    assert "fits, " in sharded.out
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (("trainer=fsdp", "trainer.devices=5"), "divide model.d_model=128: 1, 2, 4, 8, 16, 32, 64, 128"),
+        (("trainer=hsdp", "trainer.devices=12", "trainer.shard_size=3"), "trainer.shard_size=3: trainer=hsdp gives"),
+        (("trainer=hsdp", "trainer.devices=4", "trainer.shard_size=8"), "must divide the 4 devices"),
+        (("trainer=ddp", "trainer.shard_size=2"), "trainer.shard_size=2: needs trainer=hsdp"),
+        (("trainer.shard=true",), "trainer.shard=true: needs trainer=fsdp in its place"),
+    ],
+)
+def test_devices_that_cannot_share_a_model_are_refused(overrides, message, tmp_path):
+    failed = run("est-plan", *overrides, cwd=tmp_path)
+    assert failed.code == 2
+    assert message in failed.err
 
 
 def test_a_size_without_a_unit_is_bad_input(tmp_path):

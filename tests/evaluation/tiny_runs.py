@@ -40,5 +40,5 @@ def write_run(folder: Path, model: Transformer, text: str = "some words to read\
         tokenizer=TokenizerConfig(kind="byte"),
     )
     (folder / "config.yaml").write_text(yaml.safe_dump(as_plain(config)))
-    Checkpoints(folder / "checkpoints").save(15, model, None, {"val_loss": 5.0})
+    Checkpoints(folder / "checkpoints").save(15, dict(model.named_parameters()), None, {"val_loss": 5.0})
     return folder

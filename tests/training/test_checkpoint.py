@@ -39,10 +39,15 @@ def trained(seed: int = 0) -> tuple[Transformer, SampledAdamW]:
     return model, optimizer
 
 
+def state(seed: int = 0) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    model, optimizer = trained(seed)
+    return snapshot(model), optimizer.state()
+
+
 def saved(folder: Path, *steps: int, keep: int = 10) -> Checkpoints:
     checkpoints = Checkpoints(folder, keep)
     for step in steps:
-        checkpoints.save(step, *trained(step), FACTS)
+        checkpoints.save(step, *state(step), FACTS)
     return checkpoints
 
 
@@ -56,25 +61,25 @@ def names(folder: Path) -> list[str]:
 
 def test_weights_moments_and_counts_come_back_bit_for_bit(tmp_path):
     model, optimizer = trained()
-    Checkpoints(tmp_path).save(7, model, optimizer, FACTS)
+    Checkpoints(tmp_path).save(7, snapshot(model), optimizer.state(), FACTS)
     found = Checkpoints(tmp_path).newest(silent)
     other_model, other_optimizer = trained(seed=1)
     found.load_model(other_model)
-    found.load_optimizer(other_optimizer)
+    found.load_moments(other_optimizer.state())
     assert (found.step, found.can_resume, found.state["val_loss"]) == (7, True, 2.5)
-    expected, state = snapshot(model), optimizer.state()
-    assert len({count.item() for name, counts in state.items() if "counts" in name for count in counts}) > 2
+    expected, moments = snapshot(model), optimizer.state()
+    assert len({count.item() for name, counts in moments.items() if "counts" in name for count in counts}) > 2
     assert all(torch.equal(tensor, expected[name]) for name, tensor in snapshot(other_model).items())
-    assert all(torch.equal(tensor, state[name]) for name, tensor in other_optimizer.state().items())
+    assert all(torch.equal(tensor, moments[name]) for name, tensor in other_optimizer.state().items())
 
 
 def test_a_restored_optimizer_takes_the_same_next_step(tmp_path):
     model, optimizer = trained()
-    Checkpoints(tmp_path).save(3, model, optimizer, FACTS)
+    Checkpoints(tmp_path).save(3, snapshot(model), optimizer.state(), FACTS)
     other_model, other_optimizer = trained(seed=1)
     found = Checkpoints(tmp_path).newest(silent)
     found.load_model(other_model)
-    found.load_optimizer(other_optimizer)
+    found.load_moments(other_optimizer.state())
     for m, o in ((model, optimizer), (other_model, other_optimizer)):
         subnet = PackedSubnetwork(m, subnetwork(LLAMA, train_config().sampling, Rates()), torch.float32)
         subnet.load(sample(0, 3, Stage(2, 3, 4, Rates()), LLAMA, train_config().sampling))
@@ -85,8 +90,7 @@ def test_a_restored_optimizer_takes_the_same_next_step(tmp_path):
 
 
 def test_weights_alone_cannot_resume(tmp_path):
-    model, _ = trained()
-    folder = Checkpoints(tmp_path).save(7, model, None, FACTS)
+    folder = Checkpoints(tmp_path).save(7, state()[0], None, FACTS)
     assert names(folder) == ["checksums.json", "model.safetensors", "state.json"]
     assert not Checkpoints(tmp_path).newest(silent).can_resume
 
@@ -111,9 +115,9 @@ def test_only_the_newest_stay(tmp_path):
 def test_the_best_stays_too_where_that_is_asked_for(tmp_path):
     checkpoints = Checkpoints(tmp_path, keep=1, keep_best=True)
     for step, loss in ((10, 3.0), (20, 1.0), (30, 2.0), (40, math.nan)):
-        checkpoints.save(step, *trained(step), {"val_loss": loss, "val_step": step})
+        checkpoints.save(step, *state(step), {"val_loss": loss, "val_step": step})
     # The loss of another step says nothing of this one.
-    checkpoints.save(50, *trained(50), {"val_loss": 0.5, "val_step": 45})
+    checkpoints.save(50, *state(50), {"val_loss": 0.5, "val_step": 45})
     assert names(tmp_path) == ["step-00000020", "step-00000050"]
     assert checkpoints.newest(silent).step == 50
 
@@ -121,7 +125,7 @@ def test_the_best_stays_too_where_that_is_asked_for(tmp_path):
 def test_those_at_lasting_steps_stay(tmp_path):
     checkpoints = Checkpoints(tmp_path, keep=1, lasting=frozenset({10, 30}))
     for step in (10, 20, 30, 40, 50):
-        checkpoints.save(step, *trained(step), FACTS)
+        checkpoints.save(step, *state(step), FACTS)
     assert names(tmp_path) == ["step-00000010", "step-00000030", "step-00000050"]
 
 
@@ -147,7 +151,7 @@ def test_a_process_that_dies_while_it_removes_a_checkpoint_leaves_no_half_of_one
     assert names(tmp_path) == ["step-00000020", "step-00000030"]
 
 
-def full_disk(tensors, path, read):
+def full_disk(tensors, path):
     path.write_bytes(b"the first bytes")
     raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -164,7 +168,7 @@ def test_a_full_disk_leaves_the_checkpoints_of_before_and_no_half_of_one(tmp_pat
 def test_weights_alone_are_passed_over_by_a_run_that_has_steps_to_go(tmp_path):
     """A run with trainer.save_final=weights was killed before its summary, and is started again with more steps."""
     checkpoints, said = saved(tmp_path, 10), []
-    checkpoints.save(15, trained()[0], None, FACTS)
+    checkpoints.save(15, state()[0], None, FACTS)
     assert checkpoints.to_resume(15, silent).step == 15
     assert checkpoints.to_resume(20, said.append).step == 10
     assert len(said) == 1 and "step-00000015: holds weights alone" in said[0]
@@ -175,10 +179,10 @@ def test_weights_alone_are_passed_over_by_a_run_that_has_steps_to_go(tmp_path):
 
 def test_a_checkpoint_says_which_code_wrote_it(tmp_path):
     code = {"commit": "0123abc", "dirty": False}
-    Checkpoints(tmp_path, code=code).save(7, *trained(), {**FACTS, "config": {"seed": 3}})
-    state = Checkpoints(tmp_path).newest(silent).state
-    assert (state["code"], state["config"]) == (code, {"seed": 3})
-    assert set(state["versions"]) == {"est_cli", "torch", "numpy"}
+    Checkpoints(tmp_path, code=code).save(7, *state(), {**FACTS, "config": {"seed": 3}})
+    found = Checkpoints(tmp_path).newest(silent).state
+    assert (found["code"], found["config"]) == (code, {"seed": 3})
+    assert set(found["versions"]) == {"est_cli", "torch", "numpy"}
 
 
 def truncate(folder: Path, name: str) -> None:

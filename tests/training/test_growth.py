@@ -18,6 +18,7 @@ from est_cli.subnet.growth import Growth, growth_into, model_after
 from est_cli.subnet.plan import Subnetwork, grown_model, stage_subnetwork, whole_plan
 from est_cli.subnet.sampler import sample
 from est_cli.subnet.schedule import Rates, StageSpec, layer_drop, raptr, stacking, stage_at
+from est_cli.training import loop
 from est_cli.training.checkpoint import Checkpoints
 from est_cli.training.distributed import World
 from est_cli.training.growth import grow
@@ -298,16 +299,21 @@ def test_a_run_that_dies_in_the_middle_of_a_growth_goes_on_to_the_same_bits(tmp_
     whole, _ = start(config)
     whole.run(Checkpoints(tmp_path / "whole"), stopping=lambda: False)
     first, _ = start(config)
-    copy, calls = type(first.shards).copy_, []
+    copy, calls = Tensor.copy_, []
 
-    def dies(self, *names):
-        calls.append(names)
+    def dies(self, source):
+        calls.append(source)
         if len(calls) == 20:
             raise KeyboardInterrupt
-        copy(self, *names)
+        return copy(self, source)
+
+    def grow_and_die(*arguments):
+        with monkeypatch.context() as patched:
+            patched.setattr(Tensor, "copy_", dies)
+            grow(*arguments)
 
     with monkeypatch.context() as patched:
-        patched.setattr(type(first.shards), "copy_", dies)
+        patched.setattr(loop, "grow", grow_and_die)
         with pytest.raises(KeyboardInterrupt):
             first.run(Checkpoints(tmp_path / "parts"), stopping=lambda: False)
     second, _ = start(config)

@@ -1,187 +1,162 @@
-"""Two ranks train as one, with whole parameters on each or shared between them; one start of two processes."""
+"""Two and four ranks train as one process, whether they replicate the masters or share them: two starts for all."""
 
 import json
 import os
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
 from tiny import LLAMA, RandomTokens, Recorder, snapshot
+from torch import Tensor
 
 from est_cli.commands.launcher import launch
 from est_cli.config import TrainConfig
 from est_cli.model.transformer import Transformer
-from est_cli.subnet.memory import count_parameters
-from est_cli.subnet.plan import subnetwork
+from est_cli.subnet.memory import Ranks, count_parameters, sent_bytes
+from est_cli.subnet.plan import stage_subnetwork
 from est_cli.subnet.schedule import stage_at
 from est_cli.training.checkpoint import Checkpoints
 from est_cli.training.distributed import World
 from est_cli.training.loop import Training
-from est_cli.training.shards import Shards
-from tests.training.two_ranks import CASES, GROWING, STREAMED, SmallTokens, stream_store
+from tests.training.many_ranks import CASES, CHAIN, RUNS, STREAMED, SmallTokens, mesh_name, on, stream_store
 
 CPU = World(torch.device("cpu"))
-PACKED = [name for name in CASES if "masked" not in name]
+MESHES = [(name, ranks, shards) for ranks, runs in RUNS.items() for name, shards in runs]
+PACKED = [mesh for mesh in MESHES if "masked" not in mesh[0]]
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory, monkeypatch_module) -> Path:
-    folder = tmp_path_factory.mktemp("two-ranks")
+def folder(tmp_path_factory) -> Path:
+    """Two ranks, then one process on the run that they have stopped, then four."""
+    folder, root = tmp_path_factory.mktemp("ranks"), Path(__file__).parents[2]
     rows = [f"row {i} " * (3 + i % 7) for i in range(60)]
     (folder / "stream.jsonl").write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
-    monkeypatch_module.setenv("OMP_NUM_THREADS", "1")
-    root = Path(__file__).parents[2]
-    monkeypatch_module.setenv("PYTHONPATH", f"{root}{os.pathsep}{root / 'tests'}")
-    assert launch(2, ["-m", "tests.training.two_ranks", str(folder)]) == 0
+    environment = {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{root}{os.pathsep}{root / 'tests'}"}
+    assert launch(2, ["-m", "tests.training.many_ranks", str(folder)], environment) == 0
+    alone("llama", folder / "chain", CHAIN[1])
+    assert launch(4, ["-m", "tests.training.many_ranks", str(folder)], environment) == 0
     return folder
 
 
-@pytest.fixture(scope="module")
-def monkeypatch_module():
-    with pytest.MonkeyPatch.context() as context:
-        yield context
+def alone(name: str, folder: Path, stop_after: int = 99) -> tuple[Training, list[dict]]:
+    """The same run in this process, from the start or from where it stopped."""
+    return train_alone(on(CASES[name], 1), RandomTokens(CASES[name].model.vocab_size), folder, stop_after)
 
 
-def seen(folder: Path, name: str, rank: int = 0) -> dict:
-    return json.loads((folder / f"{name}-{rank}.json").read_text())
-
-
-def alone(config: TrainConfig, tokens, folder: Path) -> tuple[Training, list[dict]]:
-    """The same run in this process: the same global batch in more micro-batches."""
-    trainer = replace(config.trainer, strategy="single", devices=1, grad_accum=2 * config.trainer.grad_accum)
-    recorder = Recorder()
-    training = Training(replace(config, trainer=trainer), tokens, CPU, [recorder])
-    training.run(Checkpoints(folder), lambda: False)
+def train_alone(config: TrainConfig, tokens, folder: Path, stop_after: int = 99) -> tuple[Training, list[dict]]:
+    config = replace(config, trainer=replace(config.trainer, strategy="single"))
+    recorder, checkpoints = Recorder(), Checkpoints(folder)
+    training = Training(config, tokens, CPU, [recorder])
+    if (found := checkpoints.newest(pytest.fail)) is not None:
+        training.restore(found)
+    training.run(checkpoints, lambda: training.step >= stop_after)
     return training, recorder.records
 
 
-def assert_close(ours: list[dict], theirs: list[dict], tolerance: float) -> None:
+@pytest.fixture(scope="module")
+def expected(tmp_path_factory):
+    @cache
+    def run(name: str) -> tuple[dict[str, Tensor], list[dict]]:
+        training, records = alone(name, tmp_path_factory.mktemp(name))
+        return snapshot(training.model), records
+
+    return run
+
+
+def seen(folder: Path, run: str, rank: int = 0) -> dict:
+    return json.loads((folder / f"{run}-{rank}.json").read_text())
+
+
+def run_name(name: str, ranks: int, shards: int) -> str:
+    return f"{name}-{mesh_name(ranks, shards)}"
+
+
+def weights(folder: Path, run: str, model) -> dict[str, Tensor]:
+    found = Transformer(model)
+    Checkpoints(folder / run).newest(pytest.fail).load_model(found)
+    return snapshot(found)
+
+
+def assert_same_curve(ours: list[dict], theirs: list[dict], tolerance: float = 1e-5) -> None:
+    """To the rounding of another order of sums."""
     assert [r["step"] for r in ours] == [r["step"] for r in theirs]
     for key in ("train/loss", "train/grad_norm", "val/loss"):
         for a, b in zip(ours, theirs, strict=True):
             assert a[key] == pytest.approx(b[key], abs=tolerance), f"{key} of step {a['step']}"
 
 
-def without_speed(records: list[dict]) -> list[dict]:
-    return [{key: value for key, value in r.items() if not key.startswith("perf/")} for r in records]
+def assert_same_weights(ours: dict[str, Tensor], theirs: dict[str, Tensor], tolerance: float = 1e-5) -> None:
+    for name, weight in theirs.items():
+        torch.testing.assert_close(ours[name], weight, rtol=0, atol=tolerance)
 
 
-def files(folder: Path, name: str) -> dict[str, bytes]:
-    newest = Checkpoints(folder / name).newest(pytest.fail).folder
-    return {path.name: path.read_bytes() for path in newest.glob("*.safetensors")}
+@pytest.mark.parametrize("mesh", MESHES, ids=lambda mesh: run_name(*mesh))
+def test_ranks_train_as_one_process_with_the_same_global_batch(folder, expected, mesh):
+    """ddp, fsdp and hsdp; sampled and growing; fp32 and bf16; every loss, every norm, and the weights of the end."""
+    config, run = CASES[mesh[0]], run_name(*mesh)
+    trained, records = expected(mesh[0])
+    assert len(records) == config.trainer.max_steps
+    tolerance = 1e-5 if config.trainer.precision == "fp32" else 1e-3  # a rounding can flip the last bit of a bf16
+    assert_same_curve(seen(folder, run)["records"], records, tolerance)
+    assert_same_weights(weights(folder, run, config.model), trained, tolerance)
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_both_ranks_follow_the_same_plans_to_the_same_weights(folder, name):
-    ours, theirs = (seen(folder, name, rank) for rank in (0, 1))
-    assert ours["plans"] == theirs["plans"]
-    assert len(set(ours["plans"])) == 8, "two, five, and the full model"
-    assert ours["weights"] == theirs["weights"]
-    assert len(ours["weights"]) == len(list(Transformer(CASES[name].model, "meta").parameters()))
+@pytest.mark.parametrize("mesh", MESHES, ids=lambda mesh: run_name(*mesh))
+def test_all_ranks_follow_the_same_plans_and_rank_0_tells(folder, mesh):
+    _, ranks, shards = mesh
+    found = [seen(folder, run_name(*mesh), rank) for rank in range(ranks)]
+    assert all(rank["plans"] == found[0]["plans"] for rank in found)
+    assert len(set(found[0]["plans"])) > 5, "they differ from step to step"
+    assert [bool(rank["records"]) for rank in found] == [True] + [False] * (ranks - 1)
+    replicas = [json.dumps(found[rank]["weights"]) for rank in range(ranks)]
+    assert replicas == replicas[:shards] * (ranks // shards), "replicas hold the same bits"
+    assert len(set(replicas)) == shards
 
 
-def test_only_rank_0_tells(folder):
-    assert len(seen(folder, PACKED[0], 0)["records"]) == 15
-    assert seen(folder, PACKED[0], 1)["records"] == []
+@pytest.mark.parametrize("mesh", MESHES, ids=lambda mesh: run_name(*mesh))
+def test_a_rank_holds_its_share_of_masters_and_moments(folder, mesh):
+    name, ranks, shards = mesh
+    whole = 12 * count_parameters(CASES[name].model).total
+    vectors = 12 * sum(p.numel() for p in Transformer(CASES[name].model, "meta").parameters() if p.dim() == 1)
+    for rank in range(ranks):
+        assert seen(folder, run_name(*mesh), rank)["held_bytes"] == (whole - vectors) // shards + vectors
+    if CASES[name].model == LLAMA and shards == 2:
+        assert seen(folder, run_name(*mesh))["held_bytes"] <= 0.55 * whole
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_two_ranks_train_as_one_with_the_same_global_batch(folder, tmp_path, name):
-    config = CASES[name]
-    training, records = alone(config, RandomTokens(config.model.vocab_size), tmp_path)
-    tolerance = 1e-5 if config.trainer.precision == "fp32" else 1e-3
-    assert_close(seen(folder, name)["records"], records, tolerance)
-    model = Transformer(config.model)
-    Checkpoints(folder / name).newest(pytest.fail).load_model(model)
-    for parameter, weight in snapshot(training.model).items():
-        torch.testing.assert_close(snapshot(model)[parameter], weight, rtol=0, atol=tolerance)
+@pytest.mark.parametrize("mesh", PACKED, ids=lambda mesh: run_name(*mesh))
+def test_what_travels_is_the_small_model_and_one_message(folder, mesh):
+    """est-plan's sent_bytes, from what was handed to PyTorch's collectives in every step without an evaluation."""
+    name, ranks, shards = mesh
+    config, run, replicas = on(CASES[name], ranks), run_name(*mesh), ranks // shards
+    bf16 = config.trainer.precision == "bf16"
+    for step in (0, 8, config.trainer.max_steps - 4):  # none of them evaluates
+        handed = seen(folder, run)["bytes"][step]
+        small = stage_subnetwork(config.model, config.sampling, stage_at(config.stages, step)).model
+        message, whole = handed["all_reduce"][-1], sum(handed["all_reduce"][:-1])
+        vectors = sum(p.numel() for p in Transformer(small, "meta").parameters() if p.dim() == 1)
+        assert message == 8 * (vectors + 3), "loss, norm, the flag that asks for a stop, and the vectors' gradients"
+        sent = 2 * message * (ranks - 1) / ranks + 2 * whole * (replicas - 1) / replicas
+        for kind in ("all_gather", "reduce_scatter"):
+            sent += sum(handed.get(kind, [])) * (shards - 1) / shards
+        assert sent_bytes(small, Ranks(ranks, shards), bf16, config.trainer.grad_accum) == pytest.approx(sent, rel=0.1)
+        assert (whole == 0) is (replicas == 1)
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_only_sampled_gradients_travel(folder, name):
-    """In fp32, once a step: the small model's parameters and the loss; the flag that asks for a stop comes beside."""
-    config = CASES[name]
-    for step, sent in enumerate(seen(folder, name)["bytes"]):
-        stage = stage_at(config.stages, step)
-        small = count_parameters(subnetwork(config.model, config.sampling, stage.rates).model).total
-        evaluation = 8 if (step + 1) % 4 == 0 or step == 14 else 0
-        assert sent == {"all_reduce": 4 * (small + 1) + 4 + evaluation}, f"step {step}"
-    full = count_parameters(config.model).total
-    first = seen(folder, name)["bytes"][0]["all_reduce"]
-    assert first < 0.6 * 4 * full
+def test_a_run_goes_on_with_other_ranks_as_if_never_stopped(folder, expected):
+    """Two ranks that share, one process, four that replicate, four that share; a growth lies between."""
+    trained, records = expected("llama")
+    assert_same_curve(seen(folder, "chain")["records"], records[CHAIN[2] :])
+    assert_same_weights(weights(folder, "chain", LLAMA), trained)
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_a_sharded_run_has_the_bits_of_one_that_is_not(folder, name):
-    """Weights, moments, step counts, in files that either can go on from; and everything that is logged."""
-    assert files(folder, f"{name}-sharded") == files(folder, name)
-    ours, theirs = (seen(folder, case)["records"] for case in (f"{name}-sharded", name))
-    assert without_speed(ours) == without_speed(theirs)
-
-
-def test_a_sharded_run_that_goes_on_has_the_bits_of_an_uninterrupted_one(folder):
-    assert [r["step"] for r in seen(folder, "resumed")["records"]] == list(range(6, 15))
-    assert files(folder, "resumed") == files(folder, PACKED[0])
-
-
-@pytest.mark.parametrize("name", CASES)
-def test_every_master_and_its_moments_are_on_one_rank_of_a_sharded_run(folder, name):
-    config = CASES[name]
-    held = [seen(folder, f"{name}-sharded", rank) for rank in (0, 1)]
-    assert not held[0]["weights"].keys() & held[1]["weights"].keys()
-    assert {**held[0]["weights"], **held[1]["weights"]} == seen(folder, name)["weights"]
-    whole = 12 * count_parameters(config.model).total
-    assert seen(folder, name)["held_bytes"] == whole == sum(rank["held_bytes"] for rank in held)
-    assert max(rank["held_bytes"] for rank in held) < 0.55 * whole
-
-
-@pytest.mark.parametrize("name", PACKED)
-def test_a_sharded_run_sends_no_more_than_slots_gradients_and_norms(folder, name):
-    config = CASES[name]
-    slot_bytes = 4 if config.trainer.precision == "fp32" else 2
-    for step, sent in enumerate(seen(folder, f"{name}-sharded")["bytes"][:3]):
-        shape = subnetwork(config.model, config.sampling, stage_at(config.stages, step).rates)
-        small = count_parameters(shape.model).total
-        n_tensors = len(list(Transformer(shape, "meta").parameters()))
-        assert sent == {
-            "broadcast": slot_bytes * small,
-            "reduce": 4 * small,
-            "all_reduce": 4 * (n_tensors + 2),
-        }, f"step {step}"
-
-
-def test_no_rank_holds_more_than_its_share_and_one_large_matrix():
-    """TinyLlama's sizes, whose tables are 6% of the model each."""
-    tinyllama = replace(LLAMA, n_layers=22, n_heads=32, n_kv_heads=4, d_model=2048, d_ff=5632, vocab_size=32000)
-    model = Transformer(replace(tinyllama, head_dim=64), "meta")
-    sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
-    for ranks in (2, 3, 8):
-        holders = Shards.of(model, World(CPU.device, 0, ranks), True).holders
-        held = [sum(size for name, size in sizes.items() if holders[name] == rank) for rank in range(ranks)]
-        assert sum(held) == sum(sizes.values())
-        assert max(held) < 1.01 * sum(held) / ranks
+@pytest.mark.parametrize("mesh", MESHES, ids=lambda mesh: run_name(*mesh))
+def test_the_memory_of_a_stage_ends_with_it(folder, mesh):
+    assert seen(folder, run_name(*mesh))["alive"] == 0
 
 
 def test_a_stream_gives_two_ranks_the_samples_of_one(folder, tmp_path):
-    _, records = alone(STREAMED, SmallTokens(stream_store(folder)), tmp_path)
-    assert_close(seen(folder, "streamed")["records"], records, 1e-5)
-
-
-def test_two_ranks_grow_as_one(folder, tmp_path):
-    training, records = alone(GROWING, RandomTokens(LLAMA.vocab_size), tmp_path)
-    assert_close(seen(folder, "growing")["records"], records, 1e-5)
-    assert seen(folder, "growing", 0)["weights"] == seen(folder, "growing", 1)["weights"]
-    model = Transformer(LLAMA)
-    Checkpoints(folder / "growing").newest(pytest.fail).load_model(model)
-    for parameter, weight in snapshot(training.model).items():
-        torch.testing.assert_close(snapshot(model)[parameter], weight, rtol=0, atol=1e-5)
-
-
-def test_a_sharded_run_that_stops_before_its_growth_grows_to_the_same_bits(folder):
-    assert files(folder, "growing-sharded") == files(folder, "growing")
-
-
-def test_one_process_has_nobody_to_share_with():
-    model = Transformer(LLAMA, "meta")
-    assert not Shards.of(model, CPU, True).is_sharded
+    _, records = train_alone(on(STREAMED, 1), SmallTokens(stream_store(folder)), tmp_path)
+    assert_same_curve(seen(folder, "streamed")["records"], records)

@@ -11,7 +11,7 @@ from tiny import FAMILIES, GPT2, LLAMA, random_batch, random_master, snapshot
 
 from est_cli.config import SamplingConfig
 from est_cli.model.transformer import Transformer
-from est_cli.subnet.plan import Plan, subnetwork
+from est_cli.subnet.plan import Plan, Subnetwork, subnetwork
 from est_cli.subnet.sampler import sample
 from est_cli.subnet.schedule import Rates, Stage
 from est_cli.training.distributed import World
@@ -191,7 +191,8 @@ def test_validation_is_the_full_model_without_a_rescale(dtype):
     subnet.loss(*random_batch(GPT2)).backward()
     inputs, targets = random_batch(GPT2, batch=5)
     windows = torch.cat([inputs, targets[:, -1:]], dim=1)
-    found = validation_loss(master, windows.numpy(), 2, dtype, World(torch.device("cpu")))
+    whole = PackedSubnetwork(master, Subnetwork(GPT2), dtype)
+    found = validation_loss(whole, windows.numpy(), 2, World(torch.device("cpu")))
     with torch.no_grad():
         logits = master.logits(windows[:, :-1])
         expected = torch.nn.functional.cross_entropy(logits.mT, windows[:, 1:])

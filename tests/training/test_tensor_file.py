@@ -3,7 +3,7 @@
 import torch
 from safetensors.torch import load_file, save_file
 
-from est_cli.training.tensor_file import fill, write_tensors
+from est_cli.training.tensor_file import write_tensors
 
 TENSORS = {
     "counts": torch.arange(3),
@@ -21,20 +21,3 @@ def test_the_library_reads_every_type_and_shape_bit_for_bit(tmp_path):
     write_tensors(TENSORS, tmp_path / "ours")
     save_file({name: t.contiguous() for name, t in TENSORS.items()}, tmp_path / "theirs")
     assert bits(load_file(tmp_path / "ours")) == bits(load_file(tmp_path / "theirs")) == bits(TENSORS)
-
-
-def test_a_tensor_that_is_held_elsewhere_is_read_when_its_turn_comes_and_never_filled(tmp_path):
-    shapes = {name: t if name == "counts" else t.to("meta") for name, t in TENSORS.items()}
-    asked = []
-
-    def read(name):
-        asked.append(name)
-        return TENSORS[name]
-
-    write_tensors(shapes, tmp_path / "ours", read)
-    assert asked == list(TENSORS)
-    assert bits(load_file(tmp_path / "ours")) == bits(TENSORS)
-    shapes["counts"] = torch.zeros(3, dtype=torch.int64)
-    fill(shapes, tmp_path / "ours")
-    assert shapes["counts"].tolist() == [0, 1, 2]
-    assert shapes["weight"].is_meta
