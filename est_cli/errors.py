@@ -1,7 +1,13 @@
-"""The exceptions that the outermost entry point knows, and the nearest match that messages offer."""
+"""What a command tells people: exit codes, the exceptions behind them, and the nearest match that messages offer."""
 
+import sys
 from collections.abc import Iterable
 from difflib import get_close_matches
+
+DONE, FAILED, BAD_INPUT, STOPPED, INTERRUPTED = 0, 1, 2, 75, 130
+"""Exit codes. STOPPED: a checkpoint was written, and the same command continues."""
+PROBLEM = "error: "
+"""What a line of a message about bad input begins with."""
 
 
 class UserError(ValueError):
@@ -30,3 +36,13 @@ def nearest(word: str, allowed: Iterable[str]) -> str:
     """`; did you mean 'x'?` for the entry of `allowed` closest to `word`, or an empty string."""
     matches = get_close_matches(word, list(allowed), n=1, cutoff=0.5)
     return f"; did you mean '{matches[0]}'?" if matches else ""
+
+
+def problems_text(error: UserError) -> str:
+    """One line per problem."""
+    return "\n".join(f"{PROBLEM}{problem}" for problem in error.problems)
+
+
+def say(message: str) -> None:
+    """Report progress on standard error; standard output has only what was asked for."""
+    print(message, file=sys.stderr, flush=True)

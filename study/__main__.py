@@ -5,8 +5,8 @@ import json
 import shutil
 from pathlib import Path
 
-from est_cli.commands import entry
-from est_cli.errors import UserError
+from est_cli.commands.entry import exit_with
+from est_cli.errors import DONE, FAILED, STOPPED, UserError, say
 from study import training
 from study.grid import Run, grid, matching
 from study.records import ROOT, Records
@@ -19,7 +19,7 @@ def main() -> int:
     records = Records(folder / "records")
     if arguments.headline:
         print(json.dumps(headline_json(records)))
-        return entry.DONE
+        return DONE
     if not document.exists():
         folder.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(ROOT / "docs" / "study.md", document)
@@ -30,11 +30,11 @@ def main() -> int:
         elif not arguments.tables:
             failed = _train(matching(arguments.runs), records, arguments.workers)
     except KeyboardInterrupt:
-        entry.say("stopped; the same command goes on")
-        return entry.STOPPED
+        say("stopped; the same command goes on")
+        return STOPPED
     finally:
         _rebuild(document, records)
-    return entry.FAILED if failed else entry.DONE
+    return FAILED if failed else DONE
 
 
 def _train(runs: list[Run], records: Records, workers: int) -> list[Run]:
@@ -45,7 +45,7 @@ def _train(runs: list[Run], records: Records, workers: int) -> list[Run]:
         records.check(run, training.config_of(run))
     missing = [run for run in runs if run not in records]
     minutes = sum(map(training.minutes, missing))
-    entry.say(f"{len(runs) - len(missing)} of {len(runs)} runs are done; about {minutes:.0f} core-minutes to go")
+    say(f"{len(runs) - len(missing)} of {len(runs)} runs are done; about {minutes:.0f} core-minutes to go")
     if not missing:
         return []
     corpus = training.corpus_of(training.config_of(missing[0]), records)
@@ -84,4 +84,4 @@ def _arguments() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    entry.exit_with(main)
+    exit_with(main)

@@ -13,12 +13,12 @@ from typing import Any
 
 import numpy as np
 
-from est_cli.commands.composition import conf_dir
-from est_cli.commands.config_changes import HARMLESS, changes
-from est_cli.commands.run_directory import ENVIRONMENT
+from est_cli.composition.composer import conf_dir
 from est_cli.config import TrainConfig, as_plain, read_train_config
 from est_cli.errors import UserError
 from est_cli.reports.records import RunRecord, load_runs
+from est_cli.runs.changes import HARMLESS, changes
+from est_cli.runs.directory import ENVIRONMENT
 from study.grid import Run
 
 ROOT = conf_dir().parent

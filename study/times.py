@@ -8,8 +8,8 @@ import torch
 
 from est_cli.benchmark.case import case_of
 from est_cli.benchmark.measure import measure
-from est_cli.commands.provenance import machine
 from est_cli.config import TrainConfig
+from est_cli.runs.provenance import machine
 from study import training
 from study.grid import FULL, SIZES, runs_with
 

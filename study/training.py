@@ -13,12 +13,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
-from est_cli.commands import entry
-from est_cli.commands.run_directory import RunDirectory
-from est_cli.commands.train import read_config
+from est_cli.composition.composer import compose
 from est_cli.config import TrainConfig
 from est_cli.data.tokens import prepare
-from est_cli.errors import UserError
+from est_cli.errors import DONE, UserError, say
+from est_cli.experiments.arms import read_config
+from est_cli.runs.directory import RunDirectory
 from est_cli.subnet.flops import config_ledger
 from study.grid import Arm, Run, run_of
 from study.records import ROOT, Records
@@ -34,7 +34,7 @@ _POLL_S = 1.0
 def config_of(run: Run) -> TrainConfig:
     """What est-train makes of the run's overrides. Raises UserError."""
     arguments = Namespace(overrides=[BASE, *run.overrides], config_name=None, config_dir=None)
-    return read_config(*entry.compose("train", arguments))[0]
+    return read_config(*compose("train", arguments))[0]
 
 
 @functools.cache
@@ -54,7 +54,7 @@ def corpus_of(config: TrainConfig, records: Records) -> str:
 
     Raises UserError where it is another one than the records'.
     """
-    store = prepare(config.data, config.tokenizer, config.model.vocab_size, entry.say, sys.stderr.isatty())
+    store = prepare(config.data, config.tokenizer, config.model.vocab_size, say, sys.stderr.isatty())
     if records.corpus not in (None, store.fingerprint):
         raise UserError(
             f"{records.folder}: its runs were trained on another text: the packages installed there differ; "
@@ -78,14 +78,14 @@ def train(runs: list[Run], records: Records, corpus: str, workers: int) -> list[
                 time.sleep(_POLL_S)
                 for run in [run for run, process in going.items() if process.poll() is not None]:
                     code = going.pop(run).returncode
-                    if code == entry.DONE:
+                    if code == DONE:
                         records.add(run, RUNS / run.name, corpus)
-                        entry.say(
+                        say(
                             f"{run.name}: done, validation loss {records.contents[run.name]['summary']['val_loss']:.4f}"
                         )
                     else:
                         failed.append(run)
-                        entry.say(f"{run.name}: exit code {code}, see {_log(run)}")
+                        say(f"{run.name}: exit code {code}, see {_log(run)}")
         except KeyboardInterrupt:
             for process in going.values():
                 process.send_signal(signal.SIGTERM)
@@ -100,7 +100,7 @@ def _start(run: Run, lock: IO[str]) -> subprocess.Popen:
     folder = RUNS / run.name
     if RunDirectory(folder).is_finished:
         return subprocess.Popen([sys.executable, "-c", ""])
-    entry.say(f"{run.name}: {'goes on' if (folder / 'config.yaml').exists() else 'starts'}")
+    say(f"{run.name}: {'goes on' if (folder / 'config.yaml').exists() else 'starts'}")
     command = [sys.executable, "-m", "est_cli", BASE, *run.overrides, f"hydra.run.dir={folder}"]
     with _log(run).open("a") as log:
         return subprocess.Popen(

@@ -199,7 +199,7 @@ def _in_a_line_of_metrics(trap: _Trap) -> None:
 
 
 def _before_the_summary(trap: _Trap) -> None:
-    from est_cli.commands.run_directory import RunDirectory
+    from est_cli.runs.directory import RunDirectory
 
     _before(RunDirectory, "write_summary", trap)
 

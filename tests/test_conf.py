@@ -5,8 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from est_cli.commands.composition import conf_dir
-from est_cli.commands.entry import compose
+from est_cli.composition.composer import compose, conf_dir
 from est_cli.config import auto, read_train_config
 
 GROUPS = ("model", "data", "tokenizer", "scheduler", "sampling", "optimizer", "trainer", "logger", "checkpoint")

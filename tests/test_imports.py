@@ -1,4 +1,4 @@
-"""Imports point one way: the order of DESIGN section 4, read from the source without running it."""
+"""Imports point one way, in the order of docs/architecture.md, and stand at the top: read from the source."""
 
 import ast
 import subprocess
@@ -10,16 +10,23 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parents[1] / "est_cli"
 TIERS = [
-    {"errors", "units", "schema", "plugins", "config", "subnet"},
+    {"errors", "units", "lazy", "schema", "plugins", "config", "subnet"},
     {"model", "kernels", "data"},
     {"training"},
     {"evaluation", "benchmark", "tracking", "reports"},
+    {"composition"},
+    {"runs"},
+    {"experiments"},
     {"commands", "__main__"},
 ]
 TIER = {name: number for number, tier in enumerate(TIERS) for name in tier}
 WITHOUT_TORCH = {*TIERS[0], "data", "reports"}
-CONFIGURATION = {"hydra", "omegaconf"}
-"""Only commands compose; everything below has plain dataclasses."""
+COMPOSING = {"composition", "runs", "experiments", "commands", "__main__"}
+"""Only these know Hydra; everything below has plain dataclasses."""
+HYDRA_INTERNALS = "est_cli.composition.hydra_internals"
+ON_TOP = {"composition", "runs", "experiments", "commands", "evaluation", "reports", "tracking"}
+LATE = {"transformers", "lm_eval", "tensorboard", "datasets", "pyarrow", "huggingface_hub", "tokenizers", "zstandard"}
+"""Libraries that a function may import: optional ones, and those that only some kinds of data need."""
 
 
 def module_name(path: Path) -> str:
@@ -31,7 +38,7 @@ MODULES = {module_name(path): path for path in sorted(PACKAGE.rglob("*.py"))}
 
 
 def statements(node: ast.AST) -> Iterator[ast.AST]:
-    """Every node, but what only a type checker imports; late imports inside functions included."""
+    """Every node, but what only a type checker imports."""
     for child in ast.iter_child_nodes(node):
         if isinstance(child, ast.If) and ast.unparse(child.test).endswith("TYPE_CHECKING"):
             continue
@@ -39,17 +46,23 @@ def statements(node: ast.AST) -> Iterator[ast.AST]:
         yield from statements(child)
 
 
+def names_of(node: ast.AST) -> set[str]:
+    """Dotted names that a statement imports: a.b of `from a import b` where that is a module of ours, else a."""
+    if isinstance(node, ast.Import):
+        return {alias.name for alias in node.names}
+    if isinstance(node, ast.ImportFrom):
+        assert node.level == 0, ast.unparse(node)
+        names = [f"{node.module}.{alias.name}" for alias in node.names]
+        return {name if name in MODULES else node.module for name in names}
+    return set()
+
+
 def imported(name: str) -> set[str]:
-    """Dotted names that a module imports; of `from a import b` a.b where that is a module of ours, else a."""
-    found: set[str] = set()
-    for node in statements(ast.parse(MODULES[name].read_text())):
-        if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{name} imports relatively"
-            names = [f"{node.module}.{alias.name}" for alias in node.names]
-            found |= {name if name in MODULES else node.module for name in names}
-    return found
+    """What a module imports, on first use too: `training.loop` after `from est_cli import training`."""
+    nodes = list(statements(ast.parse(MODULES[name].read_text())))
+    found = set().union(*map(names_of, nodes))
+    used = {f"est_cli.{ast.unparse(node)}" for node in nodes if isinstance(node, ast.Attribute)}
+    return found | {module for module in used if module in MODULES and module.rpartition(".")[0] in found}
 
 
 def part(name: str) -> str:
@@ -86,6 +99,23 @@ def test_no_module_imports_itself_by_a_detour():
         visit(name, ())
 
 
+def functions(tree: ast.AST) -> Iterator[ast.AST]:
+    yield from (node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef))
+
+
+@pytest.mark.parametrize("name", [name for name in MODULES if part(name) in ON_TOP and "bench" not in name])
+def test_imports_stand_at_the_top(name):
+    """est_cli/lazy.py decides what is loaded late, and nothing else does."""
+    for function in functions(ast.parse(MODULES[name].read_text())):
+        late = set().union(*map(names_of, ast.walk(function)))
+        assert {other.split(".")[0] for other in late} <= LATE, f"{name}.{function.name} imports {late}"
+
+
+def test_hydras_private_modules_are_in_one_place():
+    users = {name for name in MODULES if any(other.startswith("hydra._internal") for other in imported(name))}
+    assert users == {HYDRA_INTERNALS}
+
+
 def test_the_observers_of_the_loop_come_as_arguments():
     """Parts of one tier keep to themselves, so that each can be read, and installed, without the others."""
     for name in MODULES:
@@ -100,9 +130,9 @@ def test_planning_data_and_reports_need_no_torch(name):
 
 
 @pytest.mark.parametrize("name", MODULES)
-def test_only_commands_compose_and_only_tracking_knows_wandb(name):
-    if part(name) not in {"commands", "__main__"}:
-        assert not libraries(name) & CONFIGURATION
+def test_only_what_composes_knows_hydra_and_only_tracking_knows_wandb(name):
+    if part(name) not in COMPOSING:
+        assert not libraries(name) & {"hydra", "omegaconf"}
     if part(name) != "tracking":
         assert "wandb" not in libraries(name)
 
@@ -133,3 +163,25 @@ def test_what_is_imported_stays_small(modules, absent):
     command = [sys.executable, "-c", program]
     output = subprocess.run(command, capture_output=True, text=True, check=True, cwd=PACKAGE.parent).stdout
     assert output.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    ("command", "arguments"),
+    [
+        ("train", ["--help"]),
+        ("train", ["--cfg", "job"]),
+        ("plan", []),
+        ("report", ["format=nothing"]),
+        ("evaluate", ["tokens=none"]),
+    ],
+    ids=["train --help", "train --cfg job", "plan", "a mistake for report", "a mistake for evaluate"],
+)
+def test_what_is_answered_without_training_needs_no_torch(command, arguments):
+    heavy = ("torch", "matplotlib", "datasets", "wandb")
+    program = (
+        f"import atexit, sys; sys.argv = ['est-{command}', *{arguments}]\n"
+        f"atexit.register(lambda: print([name for name in {heavy} if name in sys.modules]))\n"
+        f"from est_cli.commands.{command} import main; main()"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=PACKAGE.parent)
+    assert done.stdout.splitlines()[-1] == "[]", done.stderr

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from est_cli.commands.provenance import environment
+from est_cli.runs.provenance import environment
 from tests.test_imports import MODULES
 
 FORBIDDEN_CALLS = {"eval", "exec", "compile", "__import__"}

@@ -1,1 +1,1 @@
-"""One small file a command: compose, validate, call."""
+"""One file per command; `entry` has what they share: flags, composition, help, exit codes."""

@@ -1,57 +1,35 @@
-"""The outermost entry point of every command: flags, composition, exit codes."""
+"""What every command shares: flags, composition, help, exit codes.
+
+A command's `main` reads the flags and either answers what they ask (--help, --cfg, --info) or composes the config and
+calls the command. Whatever happens, the process ends with the contract's exit code and one message.
+"""
 
 import argparse
 import contextlib
-import functools
 import io
 import os
+import re
 import sys
-import time
 import traceback
 from collections.abc import Callable, Iterator
+from pathlib import Path
+from string import Template
 from typing import Any, NoReturn
 
 import hydra
-from hydra._internal.utils import get_args_parser
 from omegaconf import DictConfig, OmegaConf
 
 import est_cli
-from est_cli.commands.composition import Composer, conf_dir, plain
-from est_cli.commands.help import help_text
-from est_cli.commands.typed_text import as_typed
-from est_cli.errors import RunFailed, UserError
+from est_cli.composition import hydra_internals
+from est_cli.composition.composer import Composer, compose, conf_dir, plain
+from est_cli.composition.typed_text import as_typed
+from est_cli.errors import BAD_INPUT, DONE, FAILED, INTERRUPTED, PROBLEM, RunFailed, UserError, problems_text
 
-DONE, FAILED, BAD_INPUT, STOPPED, INTERRUPTED = 0, 1, 2, 75, 130
-PROBLEM = "error: "
-"""What a line of a message about bad input begins with."""
-
-
-@functools.cache
-def run_id() -> str:
-    """The job's id where a scheduler gives one, so that a requeued job finds its run; else a fresh one."""
-    environment = os.environ
-    if job := environment.get("SLURM_ARRAY_JOB_ID"):
-        return f"{job}_{environment.get('SLURM_ARRAY_TASK_ID', '0')}"
-    if job := environment.get("SLURM_JOB_ID"):
-        return job
-    if (job := environment.get("TORCHELASTIC_RUN_ID", "none")) != "none":
-        return job
-    return f"{time.strftime('%Y%m%d-%H%M%S')}-{os.urandom(2).hex()}"
-
-
-def wandb_setting(variable: str, default: str | None) -> str | None:
-    """What W&B's own environment variable asks for; what is given on the command line comes before it."""
-    value = os.environ.get(variable) or default
-    if variable != "WANDB_MODE":
-        return value
-    value = {"dryrun": "offline", "run": "online"}.get(value, value)
-    if value not in ("offline", "online", "disabled"):
-        raise UserError(f"WANDB_MODE={value}: must be offline, online or disabled; logger.mode=... comes before it")
-    return value
-
-
-OmegaConf.register_new_resolver("est.run_id", run_id, replace=True)
-OmegaConf.register_new_resolver("est.wandb", wandb_setting, replace=True)
+AddFlags = Callable[[argparse.ArgumentParser], None]
+"""Adds the flags that only one command has."""
+_KEY = re.compile(r"(?P<indent> *)(?P<key>\w+):")
+_COMMENTED = re.compile(r"(?P<key>\w+):.*?\s# (?P<comment>.+)")
+_COMMENT_COLUMN = 34
 
 
 class _Lossy(io.TextIOWrapper):
@@ -85,31 +63,25 @@ def open_standard_streams() -> None:
         sys.stderr = sys.__stderr__ = _Lossy(buffer, encoding, "backslashreplace", line_buffering=True)
 
 
-def read_arguments(trains: bool = False) -> argparse.Namespace:
-    """Hydra's flags and the overrides of the command line; with `trains` also --rerun and --cooldown.
+def read_arguments(add_flags: AddFlags | None = None) -> argparse.Namespace:
+    """Hydra's flags and the overrides of the command line.
 
-    Also lets a config name a person's own functions by a dotted path: an installed command, unlike python -m, does
-    not look for modules in the current directory. It comes last, so that no file there can take a library's place.
+    Also puts the current directory on the path, so that a config can name a person's own functions there, as with
+    python -m. Appended last, so local files cannot shadow installed packages.
     """
     if not {"", os.getcwd()} & set(sys.path):
         sys.path.append(os.getcwd())
     open_standard_streams()
     # Figures only go to files. A notebook's own backend need not exist here.
     os.environ["MPLBACKEND"] = "agg"
-    parser = get_args_parser()
+    parser = hydra_internals.hydra_flags()
     versions = f"est-cli {est_cli.__version__} (Hydra {hydra.__version__})"
     next(action for action in parser._actions if action.dest == "version").version = versions
-    if trains:
-        add_own_flags(parser)
+    if add_flags is not None:
+        add_flags(parser)
     arguments = parser.parse_intermixed_args()
     arguments.overrides = as_typed(arguments.overrides, arguments.multirun)
     return arguments
-
-
-def add_own_flags(parser: argparse.ArgumentParser) -> None:
-    """The flags that Hydra does not know: which recorded config is the primary one."""
-    parser.add_argument("--rerun", metavar="DIR")
-    parser.add_argument("--cooldown", metavar="CHECKPOINT")
 
 
 def read_only(config_name: str, call: Callable[[dict[str, Any]], int | None]) -> NoReturn:
@@ -122,13 +94,6 @@ def read_only(config_name: str, call: Callable[[dict[str, Any]], int | None]) ->
     if needs_hydra(arguments):
         hand_to_hydra(config_name, arguments, task)
     exit_with(lambda: call(compose(config_name, arguments)[0]))
-
-
-def compose(config_name: str, arguments: Any) -> tuple[dict[str, Any], DictConfig]:
-    """The plain config, and Hydra's own node. Raises UserError."""
-    with Composer(config_name, arguments) as composer:
-        config = composer.compose()
-        return plain(config), config.hydra
 
 
 def exit_with(call: Callable[[], int | None]) -> NoReturn:
@@ -159,19 +124,10 @@ def exit_with(call: Callable[[], int | None]) -> NoReturn:
     sys.exit(code)
 
 
-def say(message: str) -> None:
-    """Tell how it goes, on standard error: standard output is for what was asked for."""
-    print(message, file=sys.stderr, flush=True)
-
-
 def print_problems(error: UserError) -> None:
     """One message on standard error, a line a problem."""
     if error.problems:
         print(problems_text(error), file=sys.stderr)
-
-
-def problems_text(error: UserError) -> str:
-    return "\n".join(f"{PROBLEM}{problem}" for problem in error.problems)
 
 
 def needs_hydra(arguments: Any) -> bool:
@@ -235,3 +191,44 @@ def _passed_by_hydra(task: Callable[[DictConfig], Any]) -> Iterator[Callable[[Di
     yield guarded
     if errors:
         raise errors[0]
+
+
+def help_text(config_name: str, arguments: Any) -> str:
+    """What the command does, its config groups, and the composed config. Raises UserError for bad overrides."""
+    with Composer(config_name, arguments) as composer:
+        config = composer.compose()
+        groups = composer.hydra.format_config_groups(lambda name: not name.startswith("hydra"))
+    keys = OmegaConf.to_yaml(OmegaConf.masked_copy(config, [key for key in config if key != "hydra"]))
+    top_level = _comments([conf_dir() / f"{name}.yaml" for name in (config_name, "base")])
+    sections = {
+        group: _comments([conf_dir() / group / f"{option}.yaml", *sorted((conf_dir() / group).glob("*.yaml"))])
+        for group, option in config.hydra.runtime.choices.items()
+        if "/" not in group
+    }
+    template = Template(config.hydra.help.template)
+    return template.substitute(APP_CONFIG_GROUPS=groups, CONFIG=_annotated(keys, top_level, sections))
+
+
+def _annotated(yaml: str, top_level: dict[str, str], sections: dict[str, dict[str, str]]) -> str:
+    """The lines of a composed config, each with the comment of its key."""
+    lines, section = [], {}
+    for line in yaml.splitlines():
+        comment = None
+        if found := _KEY.match(line):
+            depth, key = len(found["indent"]) // 2, found["key"]
+            if depth == 0:
+                section, comment = sections.get(key, {}), top_level.get(key)
+            elif depth == 1:
+                comment = section.get(key)
+        lines.append(line if comment is None else f"{line:<{_COMMENT_COLUMN}}# {comment}")
+    return "\n".join(lines) + "\n"
+
+
+def _comments(paths: list[Path]) -> dict[str, str]:
+    """The comment behind each key; of several files the first that has one."""
+    comments: dict[str, str] = {}
+    for path in filter(Path.is_file, paths):
+        for line in path.read_text("utf-8").splitlines():
+            if found := _COMMENTED.match(line):
+                comments.setdefault(found["key"], found["comment"])
+    return comments

@@ -4,18 +4,16 @@ import dataclasses
 import json
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from est_cli.commands.entry import read_only, say
+from est_cli import evaluation
+from est_cli.commands.entry import read_only
 from est_cli.config import Count, DataConfig, Format, Natural, as_plain, read_train_config
-from est_cli.errors import UserError
+from est_cli.errors import UserError, say
 from est_cli.schema import read
-
-if TYPE_CHECKING:
-    from est_cli.evaluation.run import OpenRun
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,24 +56,19 @@ def run(plain: dict[str, Any]) -> None:
 
 
 def _evaluate(folder: str, request: Request) -> dict[str, Any]:
-    from est_cli.evaluation.run import open_run
-
-    opened = open_run(Path(folder), say)
+    opened = evaluation.run.open_run(Path(folder), say)
     facts = _tasks(opened, request) if request.tasks else _loss(opened, request)
     return {"step": opened.checkpoint.step - 1, **facts}
 
 
-def _loss(opened: "OpenRun", request: Request) -> dict[str, Any]:
-    from est_cli.evaluation.loss import evaluate
-    from est_cli.evaluation.run import run_store
-
+def _loss(opened: "evaluation.run.OpenRun", request: Request) -> dict[str, Any]:
     config, data = opened.config, request.data
     if data is not None:
         read_train_config(as_plain(dataclasses.replace(config, data=data)))
     seq_len = None if data is None or data.seq_len == "auto" else data.seq_len
-    store = run_store(opened, say, data)
+    store = evaluation.run.run_store(opened, say, data)
     n_tokens = request.tokens or config.trainer.eval_tokens
-    loss = evaluate(opened, store.val, store.val_bytes, n_tokens, seq_len)
+    loss = evaluation.loss.evaluate(opened, store.val, store.val_bytes, n_tokens, seq_len)
     return {
         "val_loss": loss.val_loss,
         "perplexity": loss.perplexity,
@@ -84,17 +77,15 @@ def _loss(opened: "OpenRun", request: Request) -> dict[str, Any]:
     }
 
 
-def _tasks(opened: "OpenRun", request: Request) -> dict[str, Any]:
-    from est_cli.evaluation.run import run_tokenizer
-
+def _tasks(opened: "evaluation.run.OpenRun", request: Request) -> dict[str, Any]:
     try:
-        from est_cli.evaluation.tasks import evaluate_tasks
+        evaluate_tasks = evaluation.tasks.evaluate_tasks
     except ImportError as error:
         raise UserError(f"tasks: needs lm-eval (pip install 'est-cli[tasks]'); {error}") from None
     tasks_dir = None if request.tasks_dir is None else Path(request.tasks_dir).expanduser().absolute()
     if tasks_dir is not None and not tasks_dir.is_dir():
         raise UserError(f"tasks_dir={request.tasks_dir}: must be a folder with task files")
-    tokenizer = run_tokenizer(opened, say)
+    tokenizer = evaluation.run.run_tokenizer(opened, say)
     return {"tasks": evaluate_tasks(opened, tokenizer, request.tasks, tasks_dir, request.limit, request.num_fewshot)}
 
 

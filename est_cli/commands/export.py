@@ -7,9 +7,10 @@ from typing import Any, Literal
 
 from rich.console import Console
 
-from est_cli.commands.entry import read_only, say
+from est_cli import evaluation, model
+from est_cli.commands.entry import read_only
 from est_cli.config import Format, Natural
-from est_cli.errors import UserError
+from est_cli.errors import UserError, say
 from est_cli.schema import read
 from est_cli.subnet.schedule import Rate, Rates
 
@@ -36,26 +37,17 @@ def run(plain: dict[str, Any]) -> None:
         problems.append(f"plan_step={plan_step}: goes without {' and '.join(rates)}, which name another subnetwork")
     if problems:
         raise UserError(*problems)
-    from est_cli.evaluation.export import check_free, export
-    from est_cli.evaluation.run import open_run, run_tokenizer
-    from est_cli.evaluation.standalone import packed, sampled_at, sampled_with, standalone
-    from est_cli.model.huggingface import family_of
-
     destination = Path(out).expanduser().absolute()
-    check_free(destination)
-    opened = open_run(Path(folder), say)
-    model = reference = opened.model.cpu()
+    evaluation.export.check_free(destination)
+    opened = evaluation.run.open_run(Path(folder), say)
+    exported = reference = opened.model.cpu()
     if plan_step is not None or rates:
-        config = opened.config
-        if rates:
-            subnet = sampled_with(replace(config, model=model.config), Rates(**rates))
-        else:
-            subnet = sampled_at(config, plan_step, opened.checkpoint.step)
-        family_of(subnet.shape.model)
-        reference = packed(model, subnet)
-        model = standalone(reference, subnet)
-    tokenizer = run_tokenizer(opened, say)
-    difference = export(model, reference, tokenizer, destination)
+        subnet = _subnetwork(opened, plan_step, rates)
+        model.huggingface.family_of(subnet.shape.model)
+        reference = evaluation.standalone.packed(exported, subnet)
+        exported = evaluation.standalone.standalone(reference, subnet)
+    tokenizer = evaluation.run.run_tokenizer(opened, say)
+    difference = evaluation.export.export(exported, reference, tokenizer, destination)
     if difference is None:
         say("transformers is not installed: the folder was written, and not checked (pip install transformers)")
     if kind == "json":
@@ -65,3 +57,11 @@ def run(plain: dict[str, Any]) -> None:
     console.print(f"out: {destination}", soft_wrap=True, highlight=False, markup=False)
     if difference is not None:
         console.print(f"checked: loads with transformers; logits differ from ours by at most {difference:.1e}")
+
+
+def _subnetwork(opened: "evaluation.run.OpenRun", plan_step: int | None, rates: dict[str, float]) -> Any:
+    """The subnetwork of a step, or one sampled with the rates."""
+    if rates:
+        config = replace(opened.config, model=opened.model.config)
+        return evaluation.standalone.sampled_with(config, Rates(**rates))
+    return evaluation.standalone.sampled_at(opened.config, plan_step, opened.checkpoint.step)

@@ -6,9 +6,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from est_cli.commands.entry import read_only, say
+from est_cli import evaluation
+from est_cli.commands.entry import read_only
 from est_cli.config import Count, Format, Natural, NotNegative
-from est_cli.errors import UserError
+from est_cli.errors import UserError, say
 from est_cli.schema import read
 
 
@@ -40,11 +41,10 @@ def run(plain: dict[str, Any]) -> None:
         problems.append("run: is missing; must be a run directory")
     if problems:
         raise UserError(*problems)
-    from est_cli.evaluation.generation import Decoding, generate_text
-    from est_cli.evaluation.run import open_run, run_tokenizer
-
-    opened = open_run(Path(folder), say)
-    pieces = generate_text(opened.model, run_tokenizer(opened, say), prompt, Decoding(**decoding))
+    opened = evaluation.run.open_run(Path(folder), say)
+    tokenizer = evaluation.run.run_tokenizer(opened, say)
+    decoding = evaluation.generation.Decoding(**decoding)
+    pieces = evaluation.generation.generate_text(opened.model, tokenizer, prompt, decoding)
     if kind == "json":
         texts, counts = zip(*pieces, strict=True) if (pieces := list(pieces)) else ((), ())
         print(json.dumps({"prompt": prompt, "text": "".join(texts), "tokens": sum(counts)}))

@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from rich.console import Console
 
+from est_cli import reports
 from est_cli.commands.entry import read_only
 from est_cli.errors import UserError
 from est_cli.schema import read
@@ -27,20 +28,14 @@ def run(plain: dict[str, Any]) -> None:
         problems.append("runs: is missing; must be a run or sweep folder, or a list of them")
     if problems:
         raise UserError(*problems)
-    from est_cli.reports.records import load_runs
-
     folders = [Path(folder).expanduser() for folder in ([runs] if isinstance(runs, str) else runs)]
-    records = load_runs(folders)
+    records = reports.records.load_runs(folders)
     if kind == "terminal":
-        from est_cli.reports.terminal import terminal_report
-
-        terminal_report(records, Console())
+        reports.terminal.terminal_report(records, Console())
         return
-    from est_cli.reports.report import write_report
-
     destination = Path(out).expanduser() if out else _default_out(folders)
     try:
-        files = write_report(records, destination)
+        files = reports.report.write_report(records, destination)
     except OSError as error:
         raise UserError(f"out={destination}: cannot be written ({error.strerror})") from error
     if kind == "json":

@@ -18,5 +18,9 @@ A file imports only those above it.
 
 from collections.abc import Callable
 
+from est_cli.lazy import on_demand
+
 Say = Callable[[str], None]
 """Takes one line that the user should read."""
+
+__getattr__ = on_demand(__name__)

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from est_cli import reports
 from est_cli.errors import UserError, nearest
 from est_cli.reports.comparison import Arm, Comparison, stage_times
 from est_cli.reports.coverage import coverage
@@ -55,10 +56,8 @@ def try_report(folders: Sequence[Path], out: Path, formats: Sequence[str] = FORM
 
 def write_compute_and_time(runs: Sequence[RunRecord], path: Path) -> Path:
     """Writes one PNG: loss against whole-model FLOPs, and against time."""
-    from est_cli.reports import figures, style
-
     with _drawing():
-        style.save_png(figures.compute_and_time(Comparison.of(runs)), path)
+        reports.style.save_png(reports.figures.compute_and_time(Comparison.of(runs)), path)
     return path
 
 
@@ -76,28 +75,23 @@ def _check(out: Path, formats: Sequence[str]) -> None:
 
 
 def _draw(comparison: Comparison, out: Path, files: dict[str, Path]) -> None:
-    from est_cli.reports import figures, style
-    from est_cli.reports.page import page
-
     ranked = [run for arm in comparison.arms for run in arm.runs]
     samples = (run for run in ranked if not all(stage.is_full for stage in run.stages))
     found = coverage(next(samples, ranked[0]))
-    drawings = figures.drawings(comparison, found)
+    drawings = reports.figures.drawings(comparison, found)
     if "html" in files:
-        files["html"].write_text(page(comparison, drawings, found), encoding="utf-8", errors="replace")
+        files["html"].write_text(reports.page.page(comparison, drawings, found), encoding="utf-8", errors="replace")
     if "png" in files:
         (out / "figures").mkdir(exist_ok=True)
         for drawing in drawings:
-            style.save_png(drawing.figure, out / "figures" / f"{drawing.name}.png")
-        style.save_png(figures.overview(comparison), files["png"])
+            reports.style.save_png(drawing.figure, out / "figures" / f"{drawing.name}.png")
+        reports.style.save_png(reports.figures.overview(comparison), files["png"])
 
 
 @contextmanager
 def _drawing() -> Iterator[None]:
     """The report's style; without warnings about letters that the font lacks, which the page shows correctly."""
-    from est_cli.reports.style import report_style
-
-    with warnings.catch_warnings(), report_style():
+    with warnings.catch_warnings(), reports.style.report_style():
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")
         yield
 

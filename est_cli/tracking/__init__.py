@@ -1,1 +1,5 @@
 """What a run tells people and machines: metrics.jsonl, Weights & Biases, the terminal, the summary."""
+
+from est_cli.lazy import on_demand
+
+__getattr__ = on_demand(__name__)

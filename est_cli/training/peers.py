@@ -112,7 +112,7 @@ def launched_ranks() -> int:
 
 
 def meet() -> Peers:
-    """The processes that torchrun, or `est_cli.commands.launcher`, started; only this one without either.
+    """The processes that torchrun, or `est_cli.runs.launcher`, started; only this one without either.
 
     Raises UserError where the environment describes no job.
     """

@@ -10,7 +10,7 @@ from est_cli.benchmark.__main__ import main as benchmark_main
 from est_cli.benchmark.arguments import PRESETS, parser, to_arguments, to_case
 from est_cli.benchmark.case import Case, case_of
 from est_cli.benchmark.stepper import Stepper
-from est_cli.commands.entry import compose
+from est_cli.composition.composer import compose
 from est_cli.config import OptimizerConfig, SamplingConfig, read_train_config
 from est_cli.subnet.schedule import StageSpec
 

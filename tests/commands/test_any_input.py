@@ -10,7 +10,7 @@ import pytest
 from hypothesis import HealthCheck, Phase, example, given, settings
 from hypothesis import strategies as st
 
-from est_cli.commands.entry import compose
+from est_cli.composition.composer import compose
 from est_cli.config import TrainConfig, as_plain, auto, read_train_config
 from est_cli.errors import UserError
 from est_cli.subnet.flops import config_ledger

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from est_cli.commands.arms import with_arm
-from est_cli.commands.entry import compose
-from est_cli.commands.sweep_result import SweepResult
-from est_cli.commands.verdict import Verdict
+from est_cli.composition.composer import compose
 from est_cli.config import TrainConfig, as_plain, auto, read_train_config
 from est_cli.errors import UserError
+from est_cli.experiments.arms import with_arm
+from est_cli.experiments.result import SweepResult
+from est_cli.experiments.verdict import Verdict
 from est_cli.reports.records import RunRecord
 from est_cli.subnet.flops import config_ledger
 from tests.commands.cli import TINY, run, write_corpus

@@ -11,16 +11,14 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from est_cli.commands import comparison
-from est_cli.commands.arms import spent, with_arm
-from est_cli.commands.comparison import ComparisonJobs, side_by_side
-from est_cli.commands.composition import Composer
-from est_cli.commands.entry import compose
-from est_cli.commands.sweep import comparison_jobs
-from est_cli.commands.train import read_config
-from est_cli.commands.verdict import Verdict
+from est_cli.composition.composer import Composer, compose
 from est_cli.config import TrainConfig, auto, read_train_config
 from est_cli.errors import UserError
+from est_cli.experiments import comparison
+from est_cli.experiments.arms import spent, with_arm
+from est_cli.experiments.comparison import ComparisonJobs, side_by_side
+from est_cli.experiments.sweep import comparison_jobs
+from est_cli.experiments.verdict import Verdict
 from est_cli.plugins import is_installed
 from est_cli.reports.records import RunRecord
 from est_cli.subnet.flops import config_ledger
@@ -35,7 +33,7 @@ def jobs_of(*overrides: str, config_dir: str | None = None) -> ComparisonJobs | 
         overrides=["experiment=compare", *CPU, *overrides], config_name=None, config_dir=config_dir
     )
     with Composer("train", arguments) as composer:
-        return comparison_jobs(composer, composer.compose_sweep(), read_config)
+        return comparison_jobs(composer, composer.compose_sweep())
 
 
 def configs_of(*overrides: str, **options: str) -> dict[str, TrainConfig]:

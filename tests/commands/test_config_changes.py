@@ -6,10 +6,10 @@ import pytest
 import torch
 from tiny import LLAMA, RandomTokens, Recorder, snapshot, train_config
 
-from est_cli.commands.run_directory import RunDirectory, continue_command
-from est_cli.commands.typed_text import as_typed
+from est_cli.composition.typed_text import as_typed
 from est_cli.config import LoggerConfig, OptimizerConfig, as_plain, read_train_config
 from est_cli.errors import UserError
+from est_cli.runs.directory import RunDirectory, continue_command
 from est_cli.subnet.schedule import StageSpec
 from est_cli.training.checkpoint import Checkpoints
 from est_cli.training.distributed import World

@@ -11,11 +11,12 @@ import torch
 import yaml
 from tiny import LLAMA, RandomTokens, Recorder, train_config
 
-from est_cli.commands.cooldown import Trunk, cooldown_config, take_trunk
-from est_cli.commands.entry import compose
-from est_cli.commands.run_directory import RunDirectory
+from est_cli.commands.train import primary_config
+from est_cli.composition.composer import compose
 from est_cli.config import OptimizerConfig, TrainConfig, as_plain, read_train_config
 from est_cli.errors import UserError
+from est_cli.runs.cooldown import Trunk, cooldown_config, take_trunk
+from est_cli.runs.directory import RunDirectory
 from est_cli.subnet.schedule import StageSpec
 from est_cli.tracking.metrics import to_line
 from est_cli.training.checkpoint import Checkpoints
@@ -195,7 +196,7 @@ def settled(checkpoint: Path, *overrides: str) -> TrainConfig:
     arguments = argparse.Namespace(
         overrides=list(overrides), config_name=None, config_dir=None, cooldown=str(checkpoint)
     )
-    composed, _ = compose("train", arguments)
+    composed, _ = compose(primary_config(arguments), arguments)
     trunk = take_trunk(composed)
     config = read_train_config(composed)
     trunk.check(config)

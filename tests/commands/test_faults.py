@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from est_cli.commands.run_directory import RunDirectory
-from est_cli.commands.stopping import STOP_SIGNALS, StopRequest, quit_until_training_begins
-from est_cli.commands.sweep_result import JobResult
 from est_cli.errors import RunFailed
+from est_cli.experiments.result import JobResult
+from est_cli.runs.directory import RunDirectory
+from est_cli.runs.stopping import STOP_SIGNALS, StopRequest, quit_until_training_begins
 from tests.commands.cli import TINY, clean_environment, metrics, run, without_speed, write_corpus
 from tests.commands.test_train import start, wait_for_steps
 

@@ -4,7 +4,7 @@ import argparse
 
 import pytest
 
-from est_cli.commands.help import help_text
+from est_cli.commands.entry import help_text
 from est_cli.errors import UserError
 
 COMMANDS = ("train", "plan", "prepare", "eval", "generate", "export", "report", "bench")

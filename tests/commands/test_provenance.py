@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from est_cli.commands.provenance import environment, git_state, write_environment
+from est_cli.runs.provenance import environment, git_state, write_environment
 from tests.commands.cli import TINY, run, write_corpus
 
 ROOT = Path(__file__).parents[2]

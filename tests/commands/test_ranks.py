@@ -14,9 +14,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from est_cli.commands import launcher
 from est_cli.config import TrainerConfig
 from est_cli.errors import UserError
+from est_cli.runs import launcher
 from est_cli.training.device import available_device
 from tests.commands.cli import TINY, Finished, clean_environment, metrics, write_corpus
 

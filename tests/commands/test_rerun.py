@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from est_cli.commands.entry import compose
+from est_cli.commands.train import primary_config
+from est_cli.composition.composer import compose
 from est_cli.config import TrainConfig, as_plain, auto, read_train_config
 from est_cli.errors import UserError
 from tests.commands.cli import TINY, metrics, run, without_speed, write_corpus
@@ -16,7 +17,7 @@ SHORT = ("trainer.max_steps=12", "trainer.eval_every=4", "trainer.checkpoint_eve
 
 def composed(*overrides: str, rerun: Path | None = None) -> TrainConfig:
     arguments = argparse.Namespace(overrides=list(overrides), config_name=None, config_dir=None, rerun=rerun)
-    return auto.choose(read_train_config(compose("train", arguments)[0]), auto.Device("cpu"))[0]
+    return auto.choose(read_train_config(compose(primary_config(arguments), arguments)[0]), auto.Device("cpu"))[0]
 
 
 def recorded(folder: Path, *overrides: str) -> TrainConfig:

@@ -6,21 +6,22 @@ import sys
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
-from est_cli.commands import entry, sweep
-from est_cli.commands.composition import Composer
-from est_cli.commands.typed_text import as_typed
+from est_cli.commands import entry, train
+from est_cli.composition.composer import Composer, compose
+from est_cli.composition.typed_text import as_typed
 from est_cli.config import read_train_config
 from est_cli.errors import UserError
+from est_cli.experiments import sweep
 from tests.commands.cli import TINY, run, write_corpus
 
 
 def typed(monkeypatch, *arguments: str) -> argparse.Namespace:
     monkeypatch.setattr(sys, "argv", ["est-train", *arguments])
-    return entry.read_arguments(trains=True)
+    return entry.read_arguments(train._add_flags)
 
 
 def config(monkeypatch, *arguments: str):
-    return read_train_config(entry.compose("train", typed(monkeypatch, *arguments))[0])
+    return read_train_config(compose(train.primary_config(given := typed(monkeypatch, *arguments)), given)[0])
 
 
 @pytest.mark.parametrize("name", ["47_113", "471_13", "1234e56", "77", "007", "null", "true", "0x1f", "1e3", "nan"])

@@ -9,12 +9,12 @@ import sys
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from est_cli.commands.run_directory import write_whole
+import torch
 
-if TYPE_CHECKING:
-    from est_cli.commands.cooldown import Trunk
+from est_cli.runs.cooldown import Trunk
+from est_cli.runs.directory import write_whole
 
 PACKAGES = (
     "est-cli", "torch", "triton", "numpy", "hydra-core", "omegaconf", "safetensors", "sentencepiece", "tokenizers",
@@ -23,7 +23,7 @@ PACKAGES = (
 """What can change a run's numbers or files."""
 
 
-def write_environment(path: Path, overrides: list[str], trunk: "Trunk | None" = None) -> None:
+def write_environment(path: Path, overrides: list[str], trunk: Trunk | None = None) -> None:
     """Record this start of a run. A run that continues keeps the records of its earlier starts, oldest first."""
     record = environment(overrides)
     if trunk is not None:
@@ -66,8 +66,6 @@ def git_state(folder: Path) -> dict[str, Any] | None:
 
 
 def machine() -> dict[str, Any]:
-    import torch
-
     gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
     return {
         "host": platform.node(),

@@ -13,7 +13,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from est_cli.commands.arms import DENSE, FULL, FULL_SAME_FLOPS
+from est_cli.experiments.arms import DENSE, FULL, FULL_SAME_FLOPS
 from est_cli.reports.comparison import Frontier, short_key
 from est_cli.reports.records import RunRecord
 from est_cli.tracking.summary import narrow_table

@@ -8,7 +8,6 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
@@ -17,19 +16,16 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 
-from est_cli.commands import entry
-from est_cli.commands.arms import DENSE, EST, FULL_SAME_FLOPS, SMALL, spent
-from est_cli.commands.composition import Composer, plain
-from est_cli.commands.sweep_result import JobResult
+from est_cli.composition.composer import Composer, plain
 from est_cli.config import TrainConfig
-from est_cli.errors import UserError, nearest
+from est_cli.errors import UserError, nearest, say
+from est_cli.experiments.arms import DENSE, EST, FULL_SAME_FLOPS, SMALL, read_config, spent
+from est_cli.experiments.result import JobResult
 from est_cli.plugins import is_installed
 from est_cli.subnet.flops import config_ledger
 from est_cli.tracking.summary import narrow_table
 from est_cli.units import format_count, format_flops, format_percent
 
-ReadConfig = Callable[[dict[str, Any], DictConfig], tuple[TrainConfig, list[str]]]
-"""The typed config of a composed one and Hydra's own node."""
 Launch = Callable[[Sequence[Sequence[str]]], Sequence[Path] | None]
 """Runs jobs, each of them a list of overrides; their folders in the same order, or None if a signal ended them."""
 
@@ -70,7 +66,6 @@ class ComparisonJobs:
         master: DictConfig,
         given: Sequence[Override],
         params: Sequence[str],
-        read_config: ReadConfig,
     ) -> "ComparisonJobs":
         """`given` are the overrides of the command line, `params` what the config itself sweeps.
 
@@ -172,7 +167,7 @@ class ComparisonJobs:
             ]
             best, setting = min(tried, key=lambda pair: pair[0].val_loss)
             if any(result.status not in ("done", "failed") for result, _ in tried) or best.status != "done":
-                entry.say(f"{name}: later seeds wait, because its first seed is not through")
+                say(f"{name}: later seeds wait, because its first seed is not through")
             else:
                 yield name, setting
 
@@ -189,7 +184,7 @@ def side_by_side(jobs: ComparisonJobs, master: DictConfig, launcher_given: bool)
     if launcher_given or not is_basic or not jobs.on_cpu or cores < AT_A_TIME:
         return ()
     if not is_installed("hydra_plugins.hydra_joblib_launcher"):
-        entry.say("one run after another; with `pip install 'est-cli[joblib]'` two run at a time")
+        say("one run after another; with `pip install 'est-cli[joblib]'` two run at a time")
         return ()
     return SIDE_BY_SIDE
 

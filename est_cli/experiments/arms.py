@@ -1,8 +1,12 @@
 """The arms of a comparison, `+arm=NAME`: one config, trained in ways that differ in nothing but how they spend."""
 
 from dataclasses import replace
+from typing import Any
 
-from est_cli.config import TrainConfig
+from omegaconf import DictConfig
+
+from est_cli import runs
+from est_cli.config import TrainConfig, read_train_config
 from est_cli.errors import UserError, nearest
 from est_cli.subnet.flops import config_ledger, training_flops
 from est_cli.subnet.schedule import StageSpec, boundary_step
@@ -10,6 +14,15 @@ from est_cli.subnet.schedule import StageSpec, boundary_step
 EST, FULL, FULL_SAME_FLOPS, SMALL = "est", "full", "full_same_flops", "small"
 DENSE = (FULL, FULL_SAME_FLOPS, SMALL)
 """Arms that train one model from the first step to the last; every other arm evolves."""
+
+
+def read_config(composed: dict[str, Any], hydra_node: DictConfig) -> tuple[TrainConfig, list[str]]:
+    """The config with numbers that suit this machine's device, and what was chosen. Raises UserError."""
+    arm, flops = composed.pop("arm", None), composed.pop("arm_flops", None)
+    config, notes = runs.preparation.for_this_machine(read_train_config(composed))
+    if arm is None:
+        return config, notes
+    return with_arm(config, arm, flops, hydra_node.runtime.choices.get("scheduler")), notes
 
 
 def with_arm(config: TrainConfig, arm: str, flops: int | None = None, scheduler: str | None = None) -> TrainConfig:

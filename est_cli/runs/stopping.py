@@ -1,5 +1,6 @@
 """Signals that ask a run to stop: the step in progress ends, a checkpoint is written, the exit code is 75."""
 
+import functools
 import os
 import signal
 from collections.abc import Callable, Sequence
@@ -47,3 +48,9 @@ class StopRequest:
         if self.requested and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.requested = True
+
+
+@functools.cache
+def stop_request() -> StopRequest:
+    """The process has one: a signal that comes between two jobs of a sweep stops the next."""
+    return StopRequest()

@@ -15,9 +15,9 @@ from typing import Any
 import filelock
 import yaml
 
-from est_cli.commands.config_changes import changes
 from est_cli.config import TrainConfig, as_plain, read_train_config
 from est_cli.errors import UserError
+from est_cli.runs.changes import changes
 
 CONFIG, METRICS, SUMMARY, ERROR = "config.yaml", "metrics.jsonl", "summary.json", "error.txt"
 ENVIRONMENT = "environment.json"

@@ -11,9 +11,11 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from est_cli.commands import entry
-from est_cli.commands.run_directory import CONFIG, ERROR, METRICS, RunDirectory
-from est_cli.commands.verdict import Verdict
+from est_cli import reports
+from est_cli.errors import BAD_INPUT, DONE, FAILED, PROBLEM, STOPPED
+from est_cli.experiments.verdict import Verdict
+from est_cli.reports.records import load_runs
+from est_cli.runs.directory import CONFIG, ERROR, METRICS, RunDirectory
 from est_cli.tracking.display import console_for
 from est_cli.units import format_clock, format_loss, format_percent
 
@@ -36,7 +38,7 @@ class JobResult:
 
     @property
     def bad_input(self) -> bool:
-        return self.error is not None and self.error.startswith(entry.PROBLEM)
+        return self.error is not None and self.error.startswith(PROBLEM)
 
     @property
     def val_loss(self) -> float:
@@ -66,24 +68,20 @@ class SweepResult:
         """2 where every failure was bad input, 1 where one was not; without a failure 75 where a job is not done."""
         failed = [job for job in self.jobs if job.error is not None]
         if not failed:
-            return entry.DONE if all(job.status == "done" for job in self.jobs) else entry.STOPPED
-        return entry.BAD_INPUT if all(job.bad_input for job in failed) else entry.FAILED
+            return DONE if all(job.status == "done" for job in self.jobs) else STOPPED
+        return BAD_INPUT if all(job.bad_input for job in failed) else FAILED
 
     @cached_property
     def report(self) -> Path | str | None:
         """The page of all jobs; in words why there is none; None where no job has taken a step."""
-        from est_cli.reports.report import try_report
-
         if not any((self.directory / job.name / METRICS).exists() for job in self.jobs):
             return None
-        files = try_report([self.directory], self.directory / "report")
+        files = reports.report.try_report([self.directory], self.directory / "report")
         return files if isinstance(files, str) else files["html"]
 
     @cached_property
     def verdict(self) -> Verdict | None:
         """On the arms of a comparison; None where the jobs also differ in what the arms must share."""
-        from est_cli.reports.records import load_runs
-
         done = [self.directory / job.name for job in self.jobs if job.status == "done"]
         if not done or "arm" not in self.swept or self._not_shared:
             return None
@@ -96,9 +94,7 @@ class SweepResult:
         """Loss against FLOPs and against time, of the runs that the verdict is on; None without a verdict or report."""
         if self.verdict is None or not isinstance(self.report, Path):
             return None
-        from est_cli.reports.report import write_compute_and_time
-
-        return write_compute_and_time(self.verdict.runs, self.report.with_name("comparison.png"))
+        return reports.report.write_compute_and_time(self.verdict.runs, self.report.with_name("comparison.png"))
 
     @property
     def _tuned(self) -> list[str]:

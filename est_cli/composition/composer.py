@@ -2,33 +2,26 @@
 
 import argparse
 import contextlib
+import functools
 import os
 import re
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import yaml
-from hydra import version
-from hydra._internal.callbacks import Callbacks
-from hydra._internal.config_search_path_impl import ConfigSearchPathImpl
-from hydra._internal.hydra import Hydra
-from hydra._internal.utils import create_automatic_config_search_path
 from hydra.core.config_loader import ConfigLoader
-from hydra.core.config_search_path import SearchPathQuery
-from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.types import Override, Transformer
-from hydra.core.plugins import Plugins
 from hydra.errors import HydraException
 from hydra.plugins.launcher import Launcher
-from hydra.types import HydraContext, RunMode
+from hydra.types import RunMode
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from est_cli.commands.cooldown import cooldown_config
-from est_cli.commands.rerun import recorded_config
-from est_cli.commands.typed_text import parse, quoted
+from est_cli.composition import hydra_internals
+from est_cli.composition.typed_text import parse, quoted
 from est_cli.config import check_value
 from est_cli.errors import UserError, nearest
 
@@ -44,6 +37,34 @@ def conf_dir() -> Path:
     return inside if inside.is_dir() else package.parent / "conf"
 
 
+@functools.cache
+def run_id() -> str:
+    """The job's id where a scheduler gives one, so that a requeued job finds its run; else a fresh one."""
+    environment = os.environ
+    if job := environment.get("SLURM_ARRAY_JOB_ID"):
+        return f"{job}_{environment.get('SLURM_ARRAY_TASK_ID', '0')}"
+    if job := environment.get("SLURM_JOB_ID"):
+        return job
+    if (job := environment.get("TORCHELASTIC_RUN_ID", "none")) != "none":
+        return job
+    return f"{time.strftime('%Y%m%d-%H%M%S')}-{os.urandom(2).hex()}"
+
+
+def wandb_setting(variable: str, default: str | None) -> str | None:
+    """What W&B's own environment variable asks for; what is given on the command line comes before it."""
+    value = os.environ.get(variable) or default
+    if variable != "WANDB_MODE":
+        return value
+    value = {"dryrun": "offline", "run": "online"}.get(value, value)
+    if value not in ("offline", "online", "disabled"):
+        raise UserError(f"WANDB_MODE={value}: must be offline, online or disabled; logger.mode=... comes before it")
+    return value
+
+
+OmegaConf.register_new_resolver("est.run_id", run_id, replace=True)
+OmegaConf.register_new_resolver("est.wandb", wandb_setting, replace=True)
+
+
 def _check_flags(arguments: argparse.Namespace) -> None:
     """Raises UserError for flags of Hydra's that would reach nothing."""
     problems = []
@@ -53,24 +74,15 @@ def _check_flags(arguments: argparse.Namespace) -> None:
         )
     if getattr(arguments, "experimental_rerun", None) is not None:
         problems.append("--experimental-rerun: is not read; est-train --rerun RUN trains a recorded config again")
-    if arguments.config_name is not None:
-        problems += [
-            f"--config-name={arguments.config_name}: goes without --{flag}, whose run is the config; leave one out"
-            for flag in ("rerun", "cooldown")
-            if getattr(arguments, flag, None) is not None
-        ]
     if problems:
         raise UserError(*problems)
 
 
-def config_of_flags(arguments: argparse.Namespace) -> str | None:
-    """The name of the primary config that --rerun or --cooldown makes; None without either. Raises UserError."""
-    rerun, cooldown = getattr(arguments, "rerun", None), getattr(arguments, "cooldown", None)
-    if rerun is not None and cooldown is not None:
-        raise UserError("--rerun, --cooldown: only one of them at a time")
-    if rerun is not None:
-        return recorded_config(rerun, arguments.overrides)
-    return None if cooldown is None else cooldown_config(cooldown, arguments.overrides)
+def compose(config_name: str, arguments: argparse.Namespace) -> tuple[dict[str, Any], DictConfig]:
+    """The plain config, and Hydra's own node. Raises UserError."""
+    with Composer(config_name, arguments) as composer:
+        config = composer.compose()
+        return plain(config), config.hydra
 
 
 class Composer:
@@ -78,20 +90,19 @@ class Composer:
 
     def __init__(self, config_name: str, arguments: argparse.Namespace):
         _check_flags(arguments)
-        self.config_name = config_of_flags(arguments) or arguments.config_name or config_name
+        self.config_name = arguments.config_name or config_name
         self.arguments = arguments
 
     def __enter__(self) -> "Composer":
-        GlobalHydra.instance().clear()
-        # As hydra.main is called with: without it Hydra behaves as its version 1.0.
-        version.setbase("1.3")
-        Plugins.instance()
-        self.hydra = Hydra.create_main_hydra2("est", self._search_path())
+        own = self.arguments.config_dir
+        if own is not None and not os.path.isdir(own):
+            raise UserError(f"--config-dir={own}: is not a folder")
+        self.hydra = hydra_internals.open_hydra(str(conf_dir()), own)
         self.loader = self.hydra.config_loader
         return self
 
     def __exit__(self, *exception: object) -> None:
-        GlobalHydra.instance().clear()
+        hydra_internals.close_hydra()
 
     def compose(self) -> DictConfig:
         """The composed config, `hydra` node included. Raises UserError naming every bad override."""
@@ -144,22 +155,11 @@ class Composer:
         return self._compose([*overrides, "hydra.mode=RUN"])
 
     def launcher(self, overrides: list[str], task: Callable[[DictConfig], Any]) -> Launcher:
-        """What runs the jobs of a sweep, for a list of jobs that no sweeper could make."""
-        config = self.hydra.compose_config(self.config_name, overrides, run_mode=RunMode.MULTIRUN)
-        context = HydraContext(config_loader=self.loader, callbacks=Callbacks(config))
-        return Plugins.instance().instantiate_launcher(hydra_context=context, task_function=task, config=config)
+        """What runs a list of jobs."""
+        return hydra_internals.launcher(self.hydra, self.config_name, overrides, task)
 
     def _compose(self, overrides: list[str], mode: RunMode = RunMode.RUN) -> DictConfig:
         return self.hydra.compose_config(self.config_name, overrides, run_mode=mode, with_log_configuration=False)
-
-    def _search_path(self) -> ConfigSearchPathImpl:
-        search_path = create_automatic_config_search_path(None, None, str(conf_dir()))
-        own = self.arguments.config_dir
-        if own is not None:
-            if not os.path.isdir(own):
-                raise UserError(f"--config-dir={own}: is not a folder")
-            search_path.prepend("command-line", f"file://{os.path.abspath(own)}", SearchPathQuery(provider="schema"))
-        return search_path
 
     def _problems(self, overrides: list[str], sweeps: bool = True) -> Iterator[str]:
         """One line for each override that cannot be what was meant; a sweep's only where there are several jobs."""

@@ -11,8 +11,7 @@ import shlex
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -24,66 +23,41 @@ from hydra.plugins.launcher import Launcher
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
-from est_cli.commands import entry
-from est_cli.commands.comparison import (
-    UNNAMED_KEYS,
-    ComparisonJobs,
-    Launch,
-    ReadConfig,
-    side_by_side,
-    swept_arms,
-)
-from est_cli.commands.composition import Composer
-from est_cli.commands.run_directory import RunDirectory, make_folder, program
-from est_cli.commands.stopping import STOP_SIGNALS
-from est_cli.commands.typed_text import quoted
-from est_cli.errors import RunFailed, UserError
+from est_cli.composition.composer import Composer
+from est_cli.composition.typed_text import quoted
+from est_cli.errors import DONE, STOPPED, RunFailed, UserError, problems_text, say
+from est_cli.experiments.comparison import UNNAMED_KEYS, ComparisonJobs, Launch, side_by_side, swept_arms
+from est_cli.experiments.job import Call, run_job
+from est_cli.experiments.result import SweepResult
 from est_cli.plugins import require_package
+from est_cli.runs.directory import RunDirectory, make_folder, program
+from est_cli.runs.stopping import STOP_SIGNALS
 
-
-@dataclass(frozen=True)
-class Call:
-    """How the sweep was called; a launcher sends it with every job to the process that runs the job."""
-
-    arguments: tuple[str, ...]
-    """sys.argv"""
-    command: str
-    """What continues the sweep."""
-    process: int
-
-    @property
-    def is_elsewhere(self) -> bool:
-        """Whether this process runs a job for the sweep's own."""
-        return os.getpid() != self.process
-
-
-Job = Callable[[DictConfig, RunDirectory, Call], float]
-"""Trains the composed config in the folder and returns the validation loss.
-
-A function of a module, so that a launcher can send it to another process. Raises SystemExit when asked to stop.
-"""
-
+_COMPOSING_FLAGS = ("config_dir", "config_name", "rerun", "cooldown")
+"""Flags that decide what is composed."""
 _LONGEST_NAME = 100
 _PLAIN_VALUE = re.compile(r"[A-Za-z0-9.]+|[A-Za-z0-9._]+|[A-Za-z0-9.-]+")
 """Values that a name shows as they are; `_` and `-` together could be read as the next key."""
 
 
-def is_sweep(arguments: Any) -> bool:
+def is_sweep(config_name: str, arguments: Any) -> bool:
     """Whether -m, or a config with hydra.mode=MULTIRUN, asks for a sweep."""
     if arguments.multirun:
         return True
-    with Composer("train", arguments) as composer:
+    with Composer(config_name, arguments) as composer:
         return composer.is_sweep()
 
 
-def run(arguments: Any, job: Job, read_config: ReadConfig) -> int:
+def run(config_name: str, arguments: Any) -> int:
     """Run the sweep's jobs, then show all of them; returns the exit code. Raises UserError before any job has begun."""
-    call = Call(tuple(sys.argv), shlex.join([*program(), *sys.argv[1:]]), os.getpid())
+    given = {flag: getattr(arguments, flag) for flag in _COMPOSING_FLAGS}
+    flags = tuple(f"--{flag.replace('_', '-')}={value}" for flag, value in given.items() if value is not None)
+    call = Call(tuple(sys.argv), flags, shlex.join([*program(), *sys.argv[1:]]), os.getpid())
     stopped: int | None = None
-    with Composer("train", arguments) as composer:
+    with Composer(config_name, arguments) as composer:
         master = composer.compose_sweep()
         _check_installed(master)
-        comparison = comparison_jobs(composer, master, read_config)
+        comparison = comparison_jobs(composer, master)
         directory = Path(master.hydra.sweep.dir).absolute()
         # The jobs compose their own configs, whose overrides are other ones: the folder is settled here.
         fixed = [key for key, override in _overrides(master).items() if not override.is_sweep_override()]
@@ -97,7 +71,7 @@ def run(arguments: Any, job: Job, read_config: ReadConfig) -> int:
                 master = composer.compose_master(overrides)
             comparison.show_cost(Console(stderr=True))
         overrides.append(f"hydra.job.config.override_dirname.exclude_keys=[{','.join(map(quoted, fixed))}]")
-        task = functools.partial(_guarded, job, call)
+        task = functools.partial(_guarded, call)
         make_folder(directory, "hydra.sweep.dir")
         try:
             with _signals_for_workers(master) as received:
@@ -105,20 +79,18 @@ def run(arguments: Any, job: Job, read_config: ReadConfig) -> int:
                     composer.hydra.multirun(composer.config_name, task, overrides)
                 else:
                     comparison.run(_launch(composer.launcher(overrides, task), received))
-            stopped = entry.STOPPED if received else None
+            stopped = STOPPED if received else None
         except SystemExit as error:
-            stopped = int(error.code or entry.DONE)
-    from est_cli.commands.sweep_result import SweepResult
-
+            stopped = int(error.code or DONE)
     result = SweepResult.of(directory, _swept_keys(master), at_a_time=_at_a_time(master))
     result.show(master.format)
     code = result.exit_code if stopped is None else stopped
-    if stopped is not None or code == entry.STOPPED:
-        entry.say(f"continue with: {call.command}")
+    if stopped is not None or code == STOPPED:
+        say(f"continue with: {call.command}")
     return code
 
 
-def comparison_jobs(composer: Composer, master: DictConfig, read_config: ReadConfig) -> ComparisonJobs | None:
+def comparison_jobs(composer: Composer, master: DictConfig) -> ComparisonJobs | None:
     """The jobs of `arms=[…]`; None where the sweep is another one. Raises UserError."""
     given = _overrides(master)
     if not swept_arms(master, list(given)):
@@ -126,7 +98,7 @@ def comparison_jobs(composer: Composer, master: DictConfig, read_config: ReadCon
     if (sweeper := master.hydra.runtime.choices["hydra/sweeper"]) != "basic":
         raise UserError(f"hydra/sweeper={sweeper}: must be basic beside arms, which have a grid: optimizer.lr=A,B,C")
     params = [f"{key}={value}" for key, value in _params(master).items()]
-    return ComparisonJobs.of(composer, master, list(given.values()), params, read_config)
+    return ComparisonJobs.of(composer, master, list(given.values()), params)
 
 
 def _launch(launcher: Launcher, received: list[int]) -> Launch:
@@ -185,25 +157,25 @@ def _signals_for_workers(master: DictConfig) -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-def _guarded(job: Job, call: Call, composed: DictConfig) -> float | None:
+def _guarded(call: Call, composed: DictConfig) -> float | None:
     """One job, whose failure is told at once and left in its folder, while the others go on.
 
     None is a failure: Optuna's sweeper takes a NaN neither as a loss nor as one.
     """
     directory = RunDirectory(Path(HydraConfig.get().runtime.output_dir))
     try:
-        return job(composed, directory, call)
+        return run_job(composed, directory, call)
     except SystemExit:
         if not call.is_elsewhere:
             raise
         return None  # its folder tells that it was stopped, and the sweep's own process why
     except UserError as error:
-        text = entry.problems_text(error)
+        text = problems_text(error)
     except RunFailed as error:
         text = f"failed: {error}"
     except Exception:
         text = traceback.format_exc()
-    entry.say(f"{directory.path.name} failed\n{text}")
+    say(f"{directory.path.name} failed\n{text}")
     with contextlib.suppress(OSError):
         directory.write_error(text + "\n")
     return None

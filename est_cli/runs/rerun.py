@@ -10,9 +10,9 @@ from hydra.core.config_store import ConfigStore
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
 
-from est_cli.commands.run_directory import CONFIG
-from est_cli.commands.typed_text import parse
+from est_cli.composition.typed_text import parse
 from est_cli.errors import UserError
+from est_cli.runs.directory import CONFIG
 
 _OF_THE_CALL = ("run_id", "format")
 """Keys that say how a run was called, not what it computes."""

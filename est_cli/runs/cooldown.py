@@ -9,18 +9,21 @@ import hashlib
 import json
 import os
 import re
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from est_cli.commands.config_changes import BATCH, HARMLESS, MAX_STEPS, changes
-from est_cli.commands.rerun import store_config, typed_keys, without_call
-from est_cli.commands.run_directory import METRICS, RunDirectory
+from est_cli import training
 from est_cli.config import OptimizerConfig, TrainConfig, as_plain, read_train_config
 from est_cli.errors import UserError, nearest
+from est_cli.runs.changes import BATCH, HARMLESS, MAX_STEPS, changes
+from est_cli.runs.directory import METRICS, RunDirectory
+from est_cli.runs.rerun import store_config, typed_keys, without_call
 from est_cli.schema import read
 from est_cli.subnet.schedule import boundary_step
+from est_cli.tracking.metrics import truncate
 
 KEY = "--cooldown"
 """The flag, and the composed config's key for the checkpoint: no override can be written with this name."""
@@ -46,16 +49,15 @@ class Trunk:
 
         Raises UserError where there is no checkpoint, or one that no cooldown can begin with.
         """
-        from est_cli.training.checkpoint import OPTIMIZER, Checkpoint, damage
-
+        damage = training.checkpoint.damage
         typed = Path(path).expanduser()
         folder = Path(os.path.abspath(typed.parent if typed.is_file() else typed))
         if not _STEP.fullmatch(folder.name) or not folder.is_dir():
             raise UserError(f"{KEY}={path}: must be a checkpoint, a folder RUN/checkpoints/step-…{_nearest(typed)}")
-        state = Checkpoint.at(folder).state
+        state = training.checkpoint.Checkpoint.at(folder).state
         if not isinstance(state.get("config"), dict) or not isinstance(state.get("step"), int):
             raise UserError(f"{KEY}={path}: this checkpoint is damaged: {damage(folder) or 'it names no config'}")
-        if not (folder / OPTIMIZER).exists():
+        if not (folder / training.checkpoint.OPTIMIZER).exists():
             problem = damage(folder)
             raise UserError(
                 f"{KEY}={path}: this checkpoint is damaged: {problem}"
@@ -131,9 +133,7 @@ class Trunk:
 
     def verify(self) -> None:
         """Raises UserError where the checkpoint is damaged, or the trunk's metrics are not beside it."""
-        from est_cli.training.checkpoint import damage
-
-        if problem := damage(self.folder):
+        if problem := training.checkpoint.damage(self.folder):
             raise UserError(f"{KEY}={self.folder}: this checkpoint is damaged: {problem}")
         if not (self.run_dir / METRICS).is_file():
             raise UserError(
@@ -146,17 +146,12 @@ class Trunk:
 
         A process that dies here leaves a folder in which this is done again. Raises OSError.
         """
-        import shutil
-
-        from est_cli.tracking.metrics import truncate
-        from est_cli.training.checkpoint import Checkpoints
-
         directory.write_config(config)
         copied = directory.path / f".{METRICS}"
         shutil.copyfile(self.run_dir / METRICS, copied)
         truncate(copied, self.step)
         copied.rename(directory.path / METRICS)
-        Checkpoints(directory.checkpoints).adopt(self.folder)
+        training.checkpoint.Checkpoints(directory.checkpoints).adopt(self.folder)
 
     def note(self, config: TrainConfig) -> str:
         """One line for people: what the run consists of."""

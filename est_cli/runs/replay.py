@@ -4,43 +4,33 @@ import argparse
 import dataclasses
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
 
 from est_cli import schema
-from est_cli.commands import entry
+from est_cli.composition.composer import compose
 from est_cli.config import Format, TrainConfig, read_train_config
 from est_cli.errors import UserError
+from est_cli.training.device import available_device
+from est_cli.training.nonfinite import STEP, Kept, Replay, read, replay
 
-if TYPE_CHECKING:
-    from est_cli.training.nonfinite import Kept, Replay
-
-KEY = "replay="
 ALLOWED = ("format", "kernels", "trainer.device", "trainer.precision")
 """What may be asked for beside it: the rest is the run's own."""
 _NAMES_SHOWN = 8
 
 
-def take_folder(arguments: argparse.Namespace) -> str | None:
-    """The value of replay=…, as it was typed, taken out of the overrides; None where there is none."""
-    values = [text.removeprefix(KEY) for text in arguments.overrides if text.startswith(KEY)]
-    arguments.overrides = [text for text in arguments.overrides if not text.startswith(KEY)]
-    return values[-1] if values else None
-
-
-def run(value: str, arguments: argparse.Namespace) -> None:
+def run(value: str, config_name: str, arguments: argparse.Namespace) -> None:
     """Replay and print. Raises UserError for a folder of something else, and for overrides that have no meaning."""
     keys = [text.partition("=")[0] for text in arguments.overrides]
     strange = [key for key in keys if key not in ALLOWED] + ["-m"] * arguments.multirun
     if strange:
-        raise UserError(f"{KEY}{value}: goes with {', '.join(ALLOWED)} alone, and not with {', '.join(strange)}")
-    composed, _ = entry.compose("train", arguments)
+        raise UserError(f"replay={value}: goes with {', '.join(ALLOWED)} alone, and not with {', '.join(strange)}")
+    composed, _ = compose(config_name, arguments)
     problems: list[str] = []
     form = schema.read(Format, composed["format"], "format", problems)
     if problems:
         raise UserError(*problems)
-    from est_cli.training.device import available_device
-    from est_cli.training.nonfinite import read, replay
-
     folder = Path(value).expanduser()
     folder = folder.parent if folder.is_file() else folder
     try:
@@ -50,25 +40,19 @@ def run(value: str, arguments: argparse.Namespace) -> None:
         if isinstance(error, UserError):
             raise
         raise UserError(
-            f"{KEY}{value}: must be a folder that a run has left below nonfinite/ ({type(error).__name__}: {error})"
+            f"replay={value}: must be a folder that a run has left below nonfinite/ ({type(error).__name__}: {error})"
         ) from error
     device = available_device(config.trainer, config.kernels).kind
-    import torch
-
     _print(kept, config, replay(kept, config, torch.device(device)), folder, device, form)
 
 
 def _config(folder: Path, given: dict[str, dict[str, Any]]) -> TrainConfig:
     """The run's config, with what was asked for in its place."""
-    from est_cli.training.nonfinite import STEP
-
     plain = json.loads((folder / STEP).read_text())["config"]
     for key, composed in given.items():
         section, _, name = key.rpartition(".")
         source, target = (composed[section], plain[section]) if section else (composed, plain)
         target[name] = source[name]
-    import torch
-
     if plain["trainer"]["device"] == "cuda" and "trainer.device" not in given and not torch.cuda.is_available():
         plain["trainer"]["device"] = "cpu"
     if plain["trainer"]["precision"] == "auto":
@@ -77,7 +61,7 @@ def _config(folder: Path, given: dict[str, dict[str, Any]]) -> TrainConfig:
     return read_train_config(plain)
 
 
-def _print(kept: "Kept", config: TrainConfig, seen: "Replay", folder: Path, device: str, format: str) -> None:
+def _print(kept: Kept, config: TrainConfig, seen: Replay, folder: Path, device: str, format: str) -> None:
     facts = {"step": kept.step, "stage": kept.stage, **dataclasses.asdict(seen)}
     if format == "json":
         print(json.dumps(facts))

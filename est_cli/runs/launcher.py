@@ -13,9 +13,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 
+import torch.distributed as dist
+from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, start_processes
+
 import est_cli
-from est_cli.commands import entry
-from est_cli.commands.stopping import STOP_SIGNALS
+from est_cli.errors import BAD_INPUT, DONE, FAILED, INTERRUPTED, STOPPED, say
+from est_cli.runs.stopping import STOP_SIGNALS
 
 _POLL_S = 0.1
 
@@ -25,9 +28,6 @@ def launch(count: int, command: Sequence[str], environment: Mapping[str, str] | 
 
     If one rank fails, the others are stopped. A signal that asks for a stop is passed on.
     """
-    import torch.distributed as dist
-    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, start_processes
-
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     for module in ("api", "subprocess_handler"):
         logging.getLogger(f"torch.distributed.elastic.multiprocessing.{module}").setLevel(logging.CRITICAL)
@@ -69,18 +69,18 @@ def launch(count: int, command: Sequence[str], environment: Mapping[str, str] | 
             if handler is not None and handler != signal.getsignal(number):
                 signal.signal(number, handler)
     if failures and (cause := next(iter(failures.values()))).exitcode < 0:
-        entry.say(f"rank {cause.local_rank} was ended by {signal.Signals(-cause.exitcode).name}")
-    return _exit_code([failures[rank].exitcode if rank in failures else entry.DONE for rank in range(count)])
+        say(f"rank {cause.local_rank} was ended by {signal.Signals(-cause.exitcode).name}")
+    return _exit_code([failures[rank].exitcode if rank in failures else DONE for rank in range(count)])
 
 
 def _exit_code(codes: Sequence[int]) -> int:
     """The run's: what ended it, not what became of the ranks that were ended because of it."""
-    for code in (entry.BAD_INPUT, entry.INTERRUPTED):
+    for code in (BAD_INPUT, INTERRUPTED):
         if code in codes:
             return code
-    if entry.STOPPED in codes:
+    if STOPPED in codes:
         # Ranks that stop do so together, and SIGTERM may meet the last of them while Python shuts down.
         codes = [code for code in codes if code != -signal.SIGTERM]
-    if set(codes) <= {entry.DONE, entry.STOPPED}:
+    if set(codes) <= {DONE, STOPPED}:
         return max(codes)
-    return entry.FAILED
+    return FAILED

@@ -1,0 +1,14 @@
+"""Many runs: a sweep, and the comparison of ways to train.
+
+arms          one config, trained in several ways
+comparison    which jobs compare the arms fairly, and in which order they run
+sweep         runs jobs, one folder each
+job           one job of a sweep
+result        what became of a sweep
+saving        what an arm saves at equal loss
+verdict       what the runs of a comparison say
+"""
+
+from est_cli.lazy import on_demand
+
+__getattr__ = on_demand(__name__)
