@@ -1,8 +1,14 @@
 """est-data: prepare a corpus ahead of a run, and show what it holds."""
 
+import json
 import sys
 from dataclasses import replace
 from typing import Any
+
+from rich.console import Console
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
 
 from est_cli import data
 from est_cli.commands.entry import read_only
@@ -30,3 +36,63 @@ def run(plain: dict[str, Any]) -> None:
     corpus = replace(config.data, train_tokens=None)  # how much of it a run trains on is no matter of the corpus
     store = data.tokens.prepare(corpus, config.tokenizer, config.model.vocab_size, say, sys.stderr.isatty())
     facts = data.tokens.inspect(store, samples)
+    if config.format == "json":
+        print(json.dumps(facts))
+    else:
+        _print(facts, Console())
+
+
+def _print(facts: dict[str, Any], console: Console) -> None:
+    table = Table(
+        title=f"{facts['tokenizer']['vocab_size']:,} ids ({facts['tokenizer']['kind']})", title_justify="left"
+    )
+    table.add_column("split")
+    for column in ("documents", "tokens", "bytes", "bytes/token", "unigram entropy"):
+        table.add_column(column, justify="right")
+    for name, split in facts["splits"].items():
+        table.add_row(
+            name,
+            f"{split['documents']:,}",
+            f"{split['tokens']:,}",
+            f"{split['bytes']:,}",
+            f"{split['bytes_per_token']:.3f}",
+            f"{split['unigram_entropy_nats']:.3f} nats",
+        )
+    console.print(table)
+    if facts["mixture"]:
+        console.print(_mixture_table(facts["mixture"]))
+    if facts["packages"]:
+        console.print(_package_table(facts["packages"]))
+        left_out = ", ".join(f"{count:,} {reason}" for reason, count in facts["source"]["left_out"].items())
+        console.print(f"files left out: {left_out or 'none'}", highlight=False)
+    for sample in facts["samples"]:
+        console.print(Panel(Text(sample)))
+    tokenizing = facts["tokenizing"]
+    processes = f"{tokenizing['processes']} process{'es' if tokenizing['processes'] > 1 else ''}"
+    console.print(f"tokenized at {tokenizing['mb_per_s']:.1f} MB/s by {processes}", highlight=False)
+    console.print(f"folder: {facts['folder']}", soft_wrap=True, highlight=False)
+
+
+def _package_table(packages: dict[str, dict[str, int]]) -> Table:
+    """How many packages each split has, and which are the largest."""
+    table = Table(title="packages", title_justify="left")
+    table.add_column("split")
+    table.add_column("packages", justify="right")
+    table.add_column("the largest, MB")
+    for name, sizes in packages.items():
+        largest = ", ".join(f"{package} {n_bytes / 1e6:.1f}" for package, n_bytes in list(sizes.items())[:4])
+        table.add_row(name, f"{len(sizes):,}", Text(largest))
+    return table
+
+
+def _mixture_table(mixture: list[dict[str, Any]]) -> Table:
+    """What each source of a mixture was to get of the tokens, and got."""
+    table = Table(title="mixture", title_justify="left")
+    table.add_column("source")
+    for column in ("weight", "train", "used", "val", "used"):
+        table.add_column(column, justify="right")
+    for source in mixture:
+        splits = (source["splits"][name] for name in ("train", "val"))
+        cells = [cell for split in splits for cell in (f"{split['share']:.2%}", f"{split['passes']:.2f} times")]
+        table.add_row(Text(str(source["path"])), f"{source['weight']:.2%}", *cells)
+    return table

@@ -1,1 +1,162 @@
 """Two and four ranks train as one process, whether they replicate the masters or share them: two starts for all."""
+
+import json
+import os
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import LLAMA, RandomTokens, Recorder, snapshot
+from torch import Tensor
+
+from est_cli.config import TrainConfig
+from est_cli.model.transformer import Transformer
+from est_cli.runs.launcher import launch
+from est_cli.subnet.memory import Ranks, count_parameters, sent_bytes
+from est_cli.subnet.plan import stage_subnetwork
+from est_cli.subnet.schedule import stage_at
+from est_cli.training.checkpoint import Checkpoints
+from est_cli.training.distributed import World
+from est_cli.training.loop import Training
+from tests.training.many_ranks import CASES, CHAIN, RUNS, STREAMED, SmallTokens, mesh_name, on, stream_store
+
+CPU = World(torch.device("cpu"))
+MESHES = [(name, ranks, shards) for ranks, runs in RUNS.items() for name, shards in runs]
+PACKED = [mesh for mesh in MESHES if "masked" not in mesh[0]]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """Two ranks, then one process on the run that they have stopped, then four."""
+    folder, root = tmp_path_factory.mktemp("ranks"), Path(__file__).parents[2]
+    rows = [f"row {i} " * (3 + i % 7) for i in range(60)]
+    (folder / "stream.jsonl").write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
+    environment = {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{root}{os.pathsep}{root / 'tests'}"}
+    assert launch(2, ["-m", "tests.training.many_ranks", str(folder)], environment) == 0
+    alone("llama", folder / "chain", CHAIN[1])
+    assert launch(4, ["-m", "tests.training.many_ranks", str(folder)], environment) == 0
+    return folder
+
+
+def alone(name: str, folder: Path, stop_after: int = 99) -> tuple[Training, list[dict]]:
+    """The same run in this process, from the start or from where it stopped."""
+    return train_alone(on(CASES[name], 1), RandomTokens(CASES[name].model.vocab_size), folder, stop_after)
+
+
+def train_alone(config: TrainConfig, tokens, folder: Path, stop_after: int = 99) -> tuple[Training, list[dict]]:
+    config = replace(config, trainer=replace(config.trainer, strategy="single"))
+    recorder, checkpoints = Recorder(), Checkpoints(folder)
+    training = Training(config, tokens, CPU, [recorder])
+    if (found := checkpoints.newest(pytest.fail)) is not None:
+        training.restore(found)
+    training.run(checkpoints, lambda: training.step >= stop_after)
+    return training, recorder.records
+
+
+@pytest.fixture(scope="module")
+def expected(tmp_path_factory):
+    @cache
+    def run(name: str) -> tuple[dict[str, Tensor], list[dict]]:
+        training, records = alone(name, tmp_path_factory.mktemp(name))
+        return snapshot(training.model), records
+
+    return run
+
+
+def seen(folder: Path, run: str, rank: int = 0) -> dict:
+    return json.loads((folder / f"{run}-{rank}.json").read_text())
+
+
+def run_name(name: str, ranks: int, shards: int) -> str:
+    return f"{name}-{mesh_name(ranks, shards)}"
+
+
+def weights(folder: Path, run: str, model) -> dict[str, Tensor]:
+    found = Transformer(model)
+    Checkpoints(folder / run).newest(pytest.fail).load_model(found)
+    return snapshot(found)
+
+
+def assert_same_curve(ours: list[dict], theirs: list[dict], tolerance: float = 1e-5) -> None:
+    """To the rounding of another order of sums."""
+    assert [r["step"] for r in ours] == [r["step"] for r in theirs]
+    for key in ("train/loss", "train/grad_norm", "val/loss"):
+        for a, b in zip(ours, theirs, strict=True):
+            assert a[key] == pytest.approx(b[key], abs=tolerance), f"{key} of step {a['step']}"
+
+
+def assert_same_weights(ours: dict[str, Tensor], theirs: dict[str, Tensor], tolerance: float = 1e-5) -> None:
+    for name, weight in theirs.items():
+        torch.testing.assert_close(ours[name], weight, rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("mesh", MESHES, ids=lambda mesh: run_name(*mesh))
+def test_ranks_train_as_one_process_with_the_same_global_batch(folder, expected, mesh):
+    """ddp, fsdp and hsdp; sampled and growing; fp32 and bf16; every loss, every norm, and the weights of the end."""
+    config, run = CASES[mesh[0]], run_name(*mesh)
+    trained, records = expected(mesh[0])
+    assert len(records) == config.trainer.max_steps
+    tolerance = 1e-5 if config.trainer.precision == "fp32" else 1e-3  # a rounding can flip the last bit of a bf16
+    assert_same_curve(seen(folder, run)["records"], records, tolerance)
+    assert_same_weights(weights(folder, run, config.model), trained, tolerance)
+
+
+@pytest.mark.parametrize("mesh", MESHES, ids=lambda mesh: run_name(*mesh))
+def test_all_ranks_follow_the_same_plans_and_rank_0_tells(folder, mesh):
+    _, ranks, shards = mesh
+    found = [seen(folder, run_name(*mesh), rank) for rank in range(ranks)]
+    assert all(rank["plans"] == found[0]["plans"] for rank in found)
+    assert len(set(found[0]["plans"])) > 5, "they differ from step to step"
+    assert [bool(rank["records"]) for rank in found] == [True] + [False] * (ranks - 1)
+    replicas = [json.dumps(found[rank]["weights"]) for rank in range(ranks)]
+    assert replicas == replicas[:shards] * (ranks // shards), "replicas hold the same bits"
+    assert len(set(replicas)) == shards
+
+
+@pytest.mark.parametrize("mesh", MESHES, ids=lambda mesh: run_name(*mesh))
+def test_a_rank_holds_its_share_of_masters_and_moments(folder, mesh):
+    name, ranks, shards = mesh
+    whole = 12 * count_parameters(CASES[name].model).total
+    vectors = 12 * sum(p.numel() for p in Transformer(CASES[name].model, "meta").parameters() if p.dim() == 1)
+    for rank in range(ranks):
+        assert seen(folder, run_name(*mesh), rank)["held_bytes"] == (whole - vectors) // shards + vectors
+    if CASES[name].model == LLAMA and shards == 2:
+        assert seen(folder, run_name(*mesh))["held_bytes"] <= 0.55 * whole
+
+
+@pytest.mark.parametrize("mesh", PACKED, ids=lambda mesh: run_name(*mesh))
+def test_what_travels_is_the_small_model_and_one_message(folder, mesh):
+    """est-plan's sent_bytes, from what was handed to PyTorch's collectives in every step without an evaluation."""
+    name, ranks, shards = mesh
+    config, run, replicas = on(CASES[name], ranks), run_name(*mesh), ranks // shards
+    bf16 = config.trainer.precision == "bf16"
+    for step in (0, 8, config.trainer.max_steps - 4):  # none of them evaluates
+        handed = seen(folder, run)["bytes"][step]
+        small = stage_subnetwork(config.model, config.sampling, stage_at(config.stages, step)).model
+        message, whole = handed["all_reduce"][-1], sum(handed["all_reduce"][:-1])
+        vectors = sum(p.numel() for p in Transformer(small, "meta").parameters() if p.dim() == 1)
+        assert message == 8 * (vectors + 3), "loss, norm, the flag that asks for a stop, and the vectors' gradients"
+        sent = 2 * message * (ranks - 1) / ranks + 2 * whole * (replicas - 1) / replicas
+        for kind in ("all_gather", "reduce_scatter"):
+            sent += sum(handed.get(kind, [])) * (shards - 1) / shards
+        assert sent_bytes(small, Ranks(ranks, shards), bf16, config.trainer.grad_accum) == pytest.approx(sent, rel=0.1)
+        assert (whole == 0) is (replicas == 1)
+
+
+def test_a_run_goes_on_with_other_ranks_as_if_never_stopped(folder, expected):
+    """Two ranks that share, one process, four that replicate, four that share; a growth lies between."""
+    trained, records = expected("llama")
+    assert_same_curve(seen(folder, "chain")["records"], records[CHAIN[2] :])
+    assert_same_weights(weights(folder, "chain", LLAMA), trained)
+
+
+@pytest.mark.parametrize("mesh", MESHES, ids=lambda mesh: run_name(*mesh))
+def test_the_memory_of_a_stage_ends_with_it(folder, mesh):
+    assert seen(folder, run_name(*mesh))["alive"] == 0
+
+
+def test_a_stream_gives_two_ranks_the_samples_of_one(folder, tmp_path):
+    _, records = train_alone(on(STREAMED, 1), SmallTokens(stream_store(folder)), tmp_path)
+    assert_same_curve(seen(folder, "streamed")["records"], records)
