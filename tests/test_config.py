@@ -49,22 +49,27 @@ def test_a_config_survives_yaml():
     assert type(again.optimizer.decay_steps) is int
 
 
-def test_null_head_dim_is_the_models_width_over_its_heads():
-    assert read_train_config(plain_config({"model.head_dim": None})).model.head_dim == LLAMA.d_model // LLAMA.n_heads
-    assert read_train_config(plain_config({"model.head_dim": 8})).model.head_dim == 8
-
-
-def test_a_step_counts_sequences_of_all_devices_and_micro_batches():
-    sizes = {"trainer.batch_size": 3, "trainer.grad_accum": 5, "trainer.devices": 2, "trainer.strategy": "ddp"}
-    config = read_train_config(plain_config(sizes))
-    assert config.sequences_per_step == 30
-    assert config.tokens_per_step == 30 * config.data.seq_len
-
-
-def test_auto_stays_auto_until_sizes_are_chosen():
-    changes = {f"trainer.{key}": "auto" for key in ("max_steps", "batch_size", "grad_accum", "eval_every", "device")}
-    config = read_train_config(plain_config({**changes, "data.seq_len": "auto"}))
-    assert config.trainer.max_steps == config.trainer.batch_size == config.data.seq_len == "auto"
+@pytest.mark.parametrize(
+    ("changes", "value", "expected"),
+    [
+        ({"model.head_dim": None}, lambda config: config.model.head_dim, LLAMA.d_model // LLAMA.n_heads),
+        ({"model.head_dim": 8}, lambda config: config.model.head_dim, 8),
+        (
+            {"trainer.batch_size": 3, "trainer.grad_accum": 5, "trainer.devices": 2, "trainer.strategy": "ddp"},
+            lambda config: (config.sequences_per_step, config.tokens_per_step),
+            (30, 30 * 8),
+        ),
+        ({"trainer.max_steps": "auto", "data.seq_len": "auto"}, lambda config: config.data.seq_len, "auto"),
+        ({"name": 47113, "run_id": 7}, lambda config: (config.name, config.run_id), ("47113", "7")),
+        (  # a decay that begins where warmup ends, down to nothing
+            {"optimizer.decay": "wsd", "optimizer.warmup": 3, "optimizer.decay_steps": 12, "optimizer.min_lr_ratio": 0},
+            lambda config: config.optimizer.min_lr_ratio,
+            0,
+        ),
+    ],
+)
+def test_what_is_read(changes, value, expected):
+    assert value(read_train_config(plain_config(changes))) == expected
 
 
 EVERYTHING_WRONG = {
@@ -156,16 +161,46 @@ def test_boundaries_out_of_order_are_collected_too(other):
         ({"samplng": {}}, "samplng: there is no such key; did you mean 'sampling'?"),
         ({"model": 3}, "model=3: must be a mapping with n_layers, "),
         ({"scheduler": None}, "scheduler: must be a mapping with stages"),
+        (
+            {"scheduler": {"stages": "rmp"}},
+            "scheduler.stages=rmp: must be one of ramp, raptr, layer_drop, stacking, or the dotted path of a function",
+        ),
+        (
+            {"scheduler": {"stages": "no_such_module.schedule"}},
+            "schedule: cannot be imported",
+        ),
+        ({"scheduler": {"stages": f"{__name__}.halves"}}, "missing a required argument: 'count'"),
+        ({"scheduler": {"stages": f"{__name__}.halves", "cuont": 3}}, "missing a required argument: 'count'"),
+        ({"scheduler": {"stages": f"{__name__}.fails"}}, f"scheduler.stages={__name__}.fails: no stages today"),
+        ({"scheduler": {"stages": "ramp", "n_stages": 0}}, "scheduler.n_stages=0: must be an integer of at least 1"),
+        ({"scheduler": {"stages": []}}, "scheduler.stages=[]: must name at least one stage"),
+        ({"scheduler": {"stages": None}}, "scheduler.stages=null: must be a list"),
+        (
+            {"scheduler": {"stages": [{"end": 0, "mlp": 0.5}, {}]}},
+            "[0].end=0: must be an integer of at least 1",
+        ),
+        (
+            {"scheduler": {"stages": [{"end": 5, "mpl": 0.5}, {}]}},
+            "scheduler.stages[0].mpl: there is no such key; did you mean 'mlp'?",
+        ),
+        (
+            {"scheduler": {"stages": [{"end": 5, "mlp": 2.0}, {}]}},
+            "scheduler.stages[0].mlp=2.0: must be",
+        ),
+        ({"scheduler": {"stages": [{"end": 15, "mlp": 0.5}, {}]}}, "the smallest trainer.max_steps that works is 16"),
+        (
+            {"scheduler": {"stage1_end": 12, "stage2_end": 10, "stages": [{"end": 12, "mlp": 0.5}, {"end": 10}, {}]}},
+            "scheduler.stage2_end=10 is step 10, but scheduler.stage1_end=12 is step 12",
+        ),
+        (
+            {"logger.kind": "wandbb"},
+            "csv, none, or the dotted path of a class; did you mean 'wandb'?",
+        ),
     ],
 )
 def test_one_problem_is_one_message(changes, problem):
     (found,) = problems_of({"model.head_dim": None, **changes} if "model" not in changes else changes)
     assert problem in found
-
-
-def test_a_decay_that_begins_where_warmup_ends_and_one_to_nothing_are_fine():
-    changes = {"optimizer.decay": "wsd", "optimizer.warmup": 3, "optimizer.decay_steps": 12}
-    assert read_train_config(plain_config({**changes, "optimizer.min_lr_ratio": 0.0})).optimizer.min_lr_ratio == 0
 
 
 def test_a_config_from_before_wsd_reads_as_it_trained():
@@ -217,41 +252,3 @@ def fails(rates: Rates) -> list[StageSpec]:
 def test_a_persons_own_schedule_is_called_by_its_dotted_path():
     config = read_stages({"stages": f"{__name__}.halves", "count": 3})
     assert config.scheduler.stages == (StageSpec(1 / 3, heads=0.5), StageSpec(2 / 3, heads=0.5), StageSpec())
-
-
-@pytest.mark.parametrize(
-    ("scheduler", "problem"),
-    [
-        (
-            {"stages": "rmp"},
-            "scheduler.stages=rmp: must be one of ramp, raptr, layer_drop, stacking, or the dotted path of a function",
-        ),
-        ({"stages": "no_such_module.schedule"}, "scheduler.stages=no_such_module.schedule: cannot be imported"),
-        ({"stages": f"{__name__}.halves"}, "missing a required argument: 'count'"),
-        ({"stages": f"{__name__}.halves", "cuont": 3}, "missing a required argument: 'count'"),
-        ({"stages": f"{__name__}.fails"}, f"scheduler.stages={__name__}.fails: no stages today"),
-        ({"stages": "ramp", "n_stages": 0}, "scheduler.n_stages=0: must be an integer of at least 1"),
-        ({"stages": []}, "scheduler.stages=[]: must name at least one stage"),
-        ({"stages": None}, "scheduler.stages=null: must be a list"),
-        ({"stages": [{"end": 0, "mlp": 0.5}, {}]}, "scheduler.stages[0].end=0: must be an integer of at least 1, a nu"),
-        (
-            {"stages": [{"end": 5, "mpl": 0.5}, {}]},
-            "scheduler.stages[0].mpl: there is no such key; did you mean 'mlp'?",
-        ),
-        ({"stages": [{"end": 5, "mlp": 2.0}, {}]}, "scheduler.stages[0].mlp=2.0: must be a number in (0, 1]"),
-        ({"stages": [{"end": 15, "mlp": 0.5}, {}]}, "the smallest trainer.max_steps that works is 16"),
-    ],
-)
-def test_a_schedule_that_cannot_work_is_explained(scheduler, problem):
-    with pytest.raises(UserError) as error:
-        read_stages(scheduler)
-    assert len(error.value.problems) == 1
-    assert problem in str(error.value)
-
-
-def test_boundaries_are_named_by_the_keys_that_people_set():
-    stages = [{"end": 12, "mlp": 0.5}, {"end": 10, "mlp": 0.5}, {}]
-    with pytest.raises(
-        UserError, match=r"scheduler\.stage2_end=10 is step 10, but scheduler\.stage1_end=12 is step 12"
-    ):
-        read_stages({"stage1_end": 12, "stage2_end": 10, "stages": stages})

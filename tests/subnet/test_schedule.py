@@ -4,11 +4,13 @@ import itertools
 
 import pytest
 
+from est_cli.errors import UserError
 from est_cli.subnet.schedule import (
     Rates,
     StageSpec,
     boundary_step,
     build_stages,
+    layer_sources,
     ramp,
     smallest_max_steps,
     stage_at,
@@ -128,3 +130,27 @@ def test_a_ramp_rises_in_equal_stages_to_the_full_model(n_stages):
 def test_a_ramp_needs_a_whole_number_of_stages(n_stages):
     with pytest.raises(ValueError, match=r"scheduler\.n_stages="):
         ramp(HALF, n_stages)
+
+
+def too_few(old, new):
+    return list(range(old))
+
+
+def from_above(old, new):
+    return [old - 1] * new
+
+
+def past_the_end(old, new):
+    return list(range(new))
+
+
+def halves(old, new):
+    return [layer / 2 for layer in range(new)]
+
+
+@pytest.mark.parametrize("growth", [too_few, from_above, past_the_end, halves])
+def test_a_persons_own_growth_that_returns_something_else_is_refused(growth):
+    with pytest.raises(
+        UserError, match=r"must return 4 sources to grow from 2 layers to 4, each None or a layer below 2"
+    ):
+        layer_sources(f"{__name__}.{growth.__name__}", 2, 4)
