@@ -1,12 +1,13 @@
 """A run of 30 steps in three stages that never trained: what a tracker is told of it."""
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import tiny
 
 from est_cli.config import LoggerConfig, as_plain
 from est_cli.subnet.schedule import Rates, Stage
-from est_cli.tracking.tracker import Record, RunInfo
+from est_cli.tracking.tracker import Record, RunInfo, Tracker
 
 STAGES = (Stage(1, 0, 4, Rates(0.5, 0.5, 0.5)), Stage(2, 4, 14, Rates(0.5, 0.5)), Stage(3, 14, 30, Rates()))
 FLOPS = (3e12, 5e12, 9e12)
@@ -45,3 +46,12 @@ def record(step: int, val_loss: float | None = None, loss: float | None = None) 
         "perf/tokens_per_s": TOKENS_PER_STEP / STEP_S[stage],
         "perf/mfu": None,
     }
+
+
+def follow(trackers: Iterable[Tracker], run: RunInfo, records: Iterable[Record]) -> None:
+    """Tells the trackers of a run, but not of its end."""
+    for tracker in trackers:
+        tracker.start(run)
+    for each in records:
+        for tracker in trackers:
+            tracker.log(each)

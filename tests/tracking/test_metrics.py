@@ -5,14 +5,12 @@ import math
 import pytest
 
 from est_cli.tracking.metrics import MetricsFile, iterate_metrics, to_line, truncate
-from tracking.simulated import record, run_info
+from tracking.simulated import follow, record, run_info
 
 
 def write(tmp_path, steps, first_step=0, say=print):
     metrics = MetricsFile(say)
-    metrics.start(run_info(tmp_path, first_step))
-    for step in steps:
-        metrics.log(record(step))
+    follow([metrics], run_info(tmp_path, first_step), map(record, steps))
     return metrics
 
 

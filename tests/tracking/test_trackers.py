@@ -14,7 +14,7 @@ import pytest
 from est_cli.errors import UserError
 from est_cli.tracking.metrics import MetricsFile, iterate_metrics
 from est_cli.tracking.trackers import CSV_NAME, TENSORBOARD_FOLDER, CsvTracker, TensorBoardTracker, trackers_for
-from tracking.simulated import record, run_info
+from tracking.simulated import follow, record, run_info
 
 
 @pytest.mark.parametrize(
@@ -41,11 +41,9 @@ def track(kind, run_dir: Path, steps, first_step=0, ends=True) -> list[str]:
     """Runs the tracker behind metrics.jsonl; returns the messages for people."""
     messages: list[str] = []
     trackers = [MetricsFile(messages.append), kind(messages.append)]
-    for tracker in trackers:
-        tracker.start(run_info(run_dir, first_step))
-    for step in steps:
-        for tracker in trackers:
-            tracker.log(record(step, val_loss=3.5 if step % 4 == 3 else None, loss=math.nan if step == 2 else None))
+    losses = {2: math.nan}
+    records = (record(step, val_loss=3.5 if step % 4 == 3 else None, loss=losses.get(step)) for step in steps)
+    follow(trackers, run_info(run_dir, first_step), records)
     for tracker in trackers if ends else ():
         tracker.finish("done", None)
     return messages

@@ -13,7 +13,7 @@ import pytest
 from est_cli.errors import UserError
 from est_cli.tracking.metrics import MetricsFile
 from est_cli.tracking.wandb_tracker import WandbTracker
-from tracking.simulated import record, run_info
+from tracking.simulated import follow, record, run_info
 from tracking.wandb_file import read_wandb_file, values
 
 FAKE = Path(__file__).parent / "fake_wandb"
@@ -34,11 +34,7 @@ def track(run, steps, status="done", summary=SUMMARY, finish_timeout_s=30.0):
     """Runs the two trackers over `steps`; returns the messages for people."""
     messages = []
     trackers = [MetricsFile(messages.append), WandbTracker(messages.append, finish_timeout_s)]
-    for tracker in trackers:
-        tracker.start(run)
-    for step in steps:
-        for tracker in trackers:
-            tracker.log(record(step))
+    follow(trackers, run, map(record, steps))
     for tracker in trackers:
         tracker.finish(status, summary)
     return messages
@@ -116,14 +112,10 @@ def test_wandb_is_told_how_the_run_ended(tmp_path, calls, status, exit_code):
 KILLED_TRAINING = """
 import os, signal, time
 from pathlib import Path
-from tracking.simulated import record, run_info
+from tracking.simulated import follow, record, run_info
 from est_cli.tracking.metrics import MetricsFile
 from est_cli.tracking.wandb_tracker import WandbTracker
-trackers = [MetricsFile(print), WandbTracker(print)]
-for tracker in trackers:
-    tracker.start(run_info(Path(os.environ["RUN_DIR"])))
-for step in range(3):
-    trackers[0].log(record(step))
+follow([MetricsFile(print), WandbTracker(print)], run_info(Path(os.environ["RUN_DIR"])), map(record, range(3)))
 os.kill(os.getpid(), signal.SIGKILL)
 """
 
@@ -140,8 +132,7 @@ def test_a_killed_training_is_a_crash_in_wandb_with_every_step(tmp_path, calls):
 def test_no_process_is_left_behind_by_a_killed_training_and_a_wandb_that_hangs(tmp_path, calls, monkeypatch):
     monkeypatch.setenv("FAKE_WANDB", "hangs")
     tracker = WandbTracker(print, finish_timeout_s=0.5)
-    MetricsFile(print).start(run_info(tmp_path))
-    tracker.start(run_info(tmp_path))
+    follow([MetricsFile(print), tracker], run_info(tmp_path), [])
     tracker._process.stdin.close()
     assert tracker._process.wait(10) == 1
 
@@ -164,11 +155,8 @@ def wait_for(happened, seconds=10):
 def test_what_happens_to_wandb_is_said_once_and_does_not_reach_the_training(tmp_path, calls, monkeypatch, fault, said):
     monkeypatch.setenv("FAKE_WANDB", fault)
     messages = []
-    metrics, tracker = MetricsFile(messages.append), WandbTracker(messages.append, 2.0 if fault == "hangs" else 30.0)
-    metrics.start(run_info(tmp_path))
-    tracker.start(run_info(tmp_path))
-    for step in range(6):
-        metrics.log(record(step))
+    tracker = WandbTracker(messages.append, finish_timeout_s=2.0 if fault == "hangs" else 30.0)
+    follow([MetricsFile(messages.append), tracker], run_info(tmp_path), map(record, range(6)))
     if fault in ("killed service", "dies"):
         wait_for(lambda: messages)
     started = time.monotonic()
