@@ -16,16 +16,20 @@ SIZES = {
 SHORT = 100
 """Optimizer steps of warmup in conf/experiment/study/base.yaml, with which the screens ran."""
 WARMUP = {SMALL: 400, LARGE: 600}
-"""Optimizer steps of warmup at the size's own length that the headline has; shorter and longer runs scale them."""
+"""Optimizer steps of warmup at the size's own length that the headline has. Shorter and longer runs scale them, except
+the shorter full model, which is better with SHORT."""
 LEARNING_RATES = ("1e-3", "2e-3", "4e-3", "8e-3", "16e-3")
 SEEDS = (0, 1, 2, 3, 4)
 FULL, WINNER, LATEST = "full", "doubling", "stack-2-4-latest"
 """LATEST spends least of what was screened, and is tried where there is more text."""
-LARGE_SCREENS = ("doubling-0.5-0.75", "doubling-0.6-0.8", "doubling-for-0.8")
+EARLY = "doubling-0.25-0.5-for-0.75"
+"""Grows earlier and trains for fewer steps: about as many FLOPs as WINNER."""
+LARGE_SCREENS = ("doubling-0.6-0.8", "doubling-0.4-0.7-for-0.8")
 TUNED = (
     (FULL, SMALL, "4e-3", 400),
     (FULL, SMALL, "4e-3", 800),
     (FULL, SMALL, "8e-3", 400),
+    (f"{FULL}-0.5", SMALL, "4e-3", 400),
     (WINNER, SMALL, "8e-3", 400),
     (WINNER, SMALL, "8e-3", 800),
     (WINNER, SMALL, "4e-3", 400),
@@ -62,16 +66,16 @@ class Arm:
     length: float = 1.0
     """Steps, as a share of the size's."""
     large_lr: str = ""
-    """The best at LARGE, where it is another one."""
+    """The best at LARGE with SHORT warmup, if it is another one."""
 
     @property
     def is_full(self) -> bool:
         """Whether it trains the full model throughout, for as long as the others or for less."""
         return self.name.startswith(FULL)
 
-    def lr_at(self, size: str) -> str:
-        """The best of the learning rates that were tried at the size."""
-        return self.large_lr if size == LARGE and self.large_lr else self.lr
+    def lr_at(self, size: str, warmup: int = SHORT) -> str:
+        """The best of the learning rates that were tried at the size with this warmup."""
+        return self.large_lr if size == LARGE and warmup == SHORT and self.large_lr else self.lr
 
 
 def _full(length: float = 1.0) -> Arm:
@@ -104,7 +108,7 @@ def _stacks(name: str, depths: tuple[int, ...], ends: tuple[float, ...]) -> Arm:
 def _doubling(ends: tuple[float, float], length: float = 1.0) -> Arm:
     """A quarter of the layers, then half, then all."""
     at = "-".join(f"{end:g}" for end in ends)
-    name = f"{WINNER}-{at}" if length == 1 else f"{WINNER}-for-{length:g}"
+    name = f"{WINNER}-{at}" if length == 1 else f"{WINNER}-{at}-for-{length:g}"
     says = f"a quarter of the layers until {ends[0]:g}, half until {ends[1]:g}"
     steps = f", {length:g} of the steps" if length != 1 else ""
     grow_at = f"scheduler.grow_at=[{ends[0]:g},{ends[1]:g}]"
@@ -138,14 +142,13 @@ ARMS = {
         _stacks("stack-2-4-later", (2, 4), (0.5, 0.8)),
         _stacks("stack-2-4-latest", (2, 4), (0.6, 0.85)),
         _stacks("stack-1-2-4", (1, 2, 4), (0.15, 0.45, 0.75)),
-        _stacks("stack-2-4-6", (2, 4, 6), (0.4, 0.6, 0.8)),
-        _doubling((0.5, 0.75)),
         _doubling((0.6, 0.8)),
         _doubling((0.4, 0.7), 0.8),
+        _doubling((0.25, 0.5), 0.75),
+        _doubling((0.25, 0.5), 0.6),
         _schedule("raptr", "RAPTR", "scheduler=raptr"),
         _schedule("layer_drop", "layer dropping by depth", "scheduler=layer_drop"),
         _schedule("est", "EST, the paper's schedule", "scheduler=three_stage"),
-        _schedule("est-0.75", "EST, rates 0.75", "scheduler=three_quarters"),
     )
 }
 
@@ -189,22 +192,24 @@ def run_of(
     warmup: int = SHORT,
 ) -> Run:
     """`length` is in the size's own steps, 10 tokens a parameter."""
-    lr, steps = lr or arm.lr_at(size), round(SIZES[size][2] * length * arm.length)
+    lr, steps = lr or arm.lr_at(size, warmup), round(SIZES[size][2] * length * arm.length)
     tags = [*([f"x{length:g}"] if length != 1 else []), *([f"w{warmup}"] if warmup != SHORT else [])]
     return Run("-".join([size, arm.name, lr, *tags, f"seed{seed}"]), group, arm, size, lr, steps, seed, warmup)
 
 
 def grid() -> list[Run]:
     """All runs, the most telling first."""
-    headline = [FULL, WINNER, *(f"{FULL}-{length:g}" for length in SHORTER)]
+    shorter = [f"{FULL}-{length:g}" for length in SHORTER]
 
     def seeds(size: str, *numbers: int) -> list[Run]:
-        return [run_of("headline", ARMS[name], size, seed=n, warmup=WARMUP[size]) for n in numbers for name in headline]
+        names = (FULL, WINNER, EARLY) if size == SMALL else (FULL, WINNER)
+        arms = [(ARMS[name], WARMUP[size]) for name in names] + [(ARMS[name], SHORT) for name in shorter]
+        return [run_of("headline", arm, size, seed=seed, warmup=warmup) for seed in numbers for arm, warmup in arms]
 
     def short(size: str, *numbers: int) -> list[Run]:
-        return [run_of("short", ARMS[name], size, seed=n) for n in numbers for name in headline]
+        return [run_of("short", ARMS[name], size, seed=seed) for seed in numbers for name in (FULL, WINNER)]
 
-    # Around the best one: the full model wants a lower rate than what grows.
+    # Rates around the best one: the full model wants a lower rate than what grows.
     rates = [run_of("lr", ARMS[FULL], lr=lr) for lr in LEARNING_RATES[1:4]]
     rates += [run_of("lr", ARMS[name], lr=lr) for name in (WINNER, "stack-2-at-0.5") for lr in LEARNING_RATES[2:]]
     rates.append(run_of("lr", ARMS["stack-1-at-0.5"], lr="8e-3"))
@@ -213,10 +218,10 @@ def grid() -> list[Run]:
     rates += [run_of("lr", ARMS[WINNER], LARGE, lr=lr) for lr in LEARNING_RATES[2:4]]
     warmups = [run_of("lr", ARMS[name], size, lr, warmup=warmup) for name, size, lr, warmup in TUNED]
     first, second, *later = SEEDS
+    start = [*seeds(SMALL, first), *seeds(LARGE, first)]
     return [
-        *seeds(SMALL, first),
-        *(run for run in warmups if run.lr != run.arm.lr_at(run.size) or run.warmup != WARMUP[run.size]),
-        *seeds(LARGE, first),
+        *start,
+        *(run for run in warmups if run.name not in {headline.name for headline in start}),
         *seeds(SMALL, second, *later),
         *seeds(LARGE, second, *later),
         *(run_of("baseline", arm, warmup=WARMUP[SMALL]) for arm in ARMS.values() if is_baseline(arm)),
@@ -224,6 +229,7 @@ def grid() -> list[Run]:
         *(run for run in rates if run.lr != run.arm.lr_at(run.size)),
         *(run_of("screen", arm) for name, arm in ARMS.items() if not arm.is_full and WINNER not in name),
         *(run_of("screen", arm, LARGE) for name, arm in ARMS.items() if name in LARGE_SCREENS),
+        run_of("screen", ARMS["doubling-0.25-0.5-for-0.6"], LARGE, warmup=WARMUP[LARGE]),
         # The full model at its ordinary length is the full model for half of the steps here.
         *(run_of("length", ARMS[name], length=2.0) for name in (FULL, WINNER, LATEST)),
         run_of("length-lr", ARMS[FULL], lr="2e-3", length=2.0),

@@ -61,7 +61,11 @@ def result_of(records: Records, runs: list[Run]) -> Result:
     """Of `runs`, which are the seeds of one arm at one size and number of steps."""
     first, arm, size = runs[0], runs[0].arm, runs[0].size
     factor = first.steps / round(SIZES[size][2] * arm.length)
-    same_tokens = {"steps": round(SIZES[size][2] * factor), "lr": ARMS[FULL].lr_at(size), "warmup": first.warmup}
+    same_tokens = {
+        "steps": round(SIZES[size][2] * factor),
+        "lr": ARMS[FULL].lr_at(size, first.warmup),
+        "warmup": first.warmup,
+    }
     frontiers = {seed: frontier_of(records, size, seed, factor, first.warmup) for seed in SEEDS}
     return compare(
         _by_seed(records, runs),
@@ -83,10 +87,10 @@ def at_first_seed(arm: Arm, size: str, warmup: int = SHORT) -> list[Run]:
     return [run for run in runs if run.group not in ("length", "length-lr")]
 
 
-def screened(records: Records, size: str) -> list[tuple[Run, Result]]:
+def screened(records: Records, size: str, warmup: int = SHORT) -> list[tuple[Run, Result]]:
     """Every schedule at one seed and the best of its learning rates; what saves most at equal loss comes first."""
     schedules = [arm for arm in ARMS.values() if not arm.is_full]
-    done = [[run for run in at_first_seed(arm, size) if run in records] for arm in schedules]
+    done = [[run for run in at_first_seed(arm, size, warmup) if run in records] for arm in schedules]
     best = [min(runs, key=lambda run: records.of([run])[0].outcome["val_loss"]) for runs in done if runs]
 
     def rank(entry: tuple[Run, Result]) -> list[float]:
@@ -99,8 +103,9 @@ def screened(records: Records, size: str) -> list[tuple[Run, Result]]:
 def frontier_of(records: Records, size: str, seed: int, factor: float = 1.0, warmup: int = SHORT) -> Frontier:
     """The full model of one seed for `factor` times the lengths of the headline; empty if one of them is missing."""
     groups = ("headline", "short", "length")
-    full = [run for group in groups for run in runs_with(group=group, size=size, seed=seed, warmup=warmup)]
-    by_steps = {run.steps: run for run in full if run.arm.is_full and run in records}
+    full = [run for group in groups for run in runs_with(group=group, size=size, seed=seed) if run.arm.is_full]
+    fitting = [run for run in full if run.warmup == warmup or run.arm.length < 1]
+    by_steps = {run.steps: run for run in fitting if run in records}
     asked = [round(SIZES[size][2] * factor * length) for length in (1.0, *SHORTER)]
     done = records.of([by_steps[steps] for steps in asked if steps in by_steps])
     return Frontier.of(done if len(done) == len(asked) else [])

@@ -9,7 +9,7 @@ from est_cli.reports.comparison import Frontier
 from est_cli.reports.records import RunRecord
 from est_cli.units import format_count, format_percent
 from study import training
-from study.grid import ARMS, FULL, GROUPS, LEARNING_RATES, SEEDS, SHORT, SIZES, SMALL, WINNER, runs_with
+from study.grid import ARMS, FULL, GROUPS, LEARNING_RATES, SEEDS, SHORT, SIZES, SMALL, WARMUP, WINNER, runs_with
 from study.records import ROOT, Records
 from study.results import (
     Result,
@@ -75,8 +75,8 @@ def headline_says(records: Records) -> str:
 
 
 def learning_rates(records: Records) -> str:
-    """Loss at one seed of every arm that was tried at several rates; which best rates are not settled."""
-    rows, edges, once = [], [], []
+    """Loss at one seed of every arm that was tried at several rates, and which best rates are at an edge."""
+    rows, edges = [], []
     warmups = {size: sorted({run.warmup for run in runs_with(size=size)}) for size in SIZES}
     for size, arm, warmup in ((s, arm, w) for s in SIZES for arm in ARMS.values() for w in warmups[s]):
         asked = {run.lr: run for run in at_first_seed(arm, size, warmup)}
@@ -86,13 +86,10 @@ def learning_rates(records: Records) -> str:
             shown = dict.fromkeys(asked, MISSING) | {lr: f"{loss:.4f}" for lr, loss in losses.items()}
             shown |= {best: f"**{shown[best]}**"} if losses else {}
             rows.append((size, arm.says, warmup, *(shown.get(lr, "") for lr in LEARNING_RATES)))
-        if len(losses) == 1 and warmup == SHORT:
-            once.append(f"{arm.says} ({size}, {float(best):g})")
-        elif len(losses) > 1 and best in (min(losses, key=float), max(losses, key=float)):
+        if len(losses) > 1 and best in (min(losses, key=float), max(losses, key=float)):
             edges.append(f"{arm.says} ({size}, warmup {warmup}, {float(best):g})")
     table = _table(("size", "schedule", "warmup", *(f"{float(lr):g}" for lr in LEARNING_RATES)), rows)
-    said = f"Best at an edge of the rates that were tried: {_listed(edges)}. Run at one rate only: {_listed(once)}."
-    return f"{table}\n\n{said}"
+    return f"{table}\n\nBest at an edge of the rates that were tried: {_listed(edges)}."
 
 
 def losses_by_rate(records: Records, arm: str, size: str = SMALL, warmup: int = SHORT) -> dict[str, float]:
@@ -117,15 +114,15 @@ def baseline(records: Records) -> str:
 def screens(records: Records) -> str:
     """Every schedule at one seed, what saves most at equal loss first."""
     rows, missing = [], []
-    for size in dict.fromkeys(run.size for run in runs_with(group="screen")):
-        found = screened(records, size)
+    for size, warmup in ((each, warmup) for each in SIZES for warmup in (SHORT, WARMUP[each])):
+        found = screened(records, size, warmup)
         for run, result in found:
-            cells = (f"{float(run.lr):g}", _number(result.share, "{:.3f}"), *_against(result)[:-1])
+            cells = (warmup, f"{float(run.lr):g}", _number(result.share, "{:.3f}"), *_against(result)[:-1])
             rows.append((size, run.arm.says, *cells))
         done = {run.arm for run, _ in found}
-        asked = [arm for arm in ARMS.values() if not arm.is_full and at_first_seed(arm, size) and arm not in done]
-        missing += [f"{arm.says} ({size})" for arm in asked]
-    table = _table(("size", "schedule", "lr", "FLOPs", *_AGAINST[:-1]), rows)
+        asked = [arm for arm in ARMS.values() if not arm.is_full and at_first_seed(arm, size, warmup)]
+        missing += [f"{arm.says} ({size})" for arm in asked if arm not in done]
+    table = _table(("size", "schedule", "warmup", "lr", "FLOPs", *_AGAINST[:-1]), rows)
     return f"{table}\n\nNot yet run: {'; '.join(missing)}." if missing else table
 
 
