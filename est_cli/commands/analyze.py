@@ -14,7 +14,7 @@ from est_cli.commands.entry import read_only
 from est_cli.commands.evaluate import short_names
 from est_cli.config import Format
 from est_cli.errors import UserError, say
-from est_cli.evaluation.measures import Measures
+from est_cli.evaluation import Measures
 from est_cli.runs.directory import CONFIG, METRICS
 from est_cli.schema import read
 
@@ -85,7 +85,7 @@ def _check_writable(out: Path) -> None:
 def _analyze(folders: Sequence[Path], measures: Measures) -> list[dict[str, Any]]:
     """All runs, each with the rates of all, so that full training stands beside EST."""
     configs = [evaluation.run.read_run_config(folder) for folder in folders]
-    rates = evaluation.spread.partial_rates([stage for config in configs for stage in config.stages])
+    rates = evaluation.loss.partial_rates([stage for config in configs for stage in config.stages])
     found = []
     for name, folder in zip(short_names(list(map(str, folders))), folders, strict=True):
         opened = evaluation.run.open_run(folder, say)

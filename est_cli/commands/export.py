@@ -44,8 +44,8 @@ def run(plain: dict[str, Any]) -> None:
     if plan_step is not None or rates:
         subnet = _subnetwork(opened, plan_step, rates)
         model.huggingface.family_of(subnet.shape.model)
-        reference = evaluation.standalone.packed(exported, subnet)
-        exported = evaluation.standalone.standalone(reference, subnet)
+        reference = evaluation.run.packed(exported, subnet)
+        exported = evaluation.run.standalone(reference, subnet)
     tokenizer = evaluation.run.run_tokenizer(opened, say)
     difference = evaluation.export.export(exported, reference, tokenizer, destination)
     if difference is None:
@@ -63,5 +63,5 @@ def _subnetwork(opened: "evaluation.run.OpenRun", plan_step: int | None, rates: 
     """The subnetwork of a step, or one sampled with the rates."""
     if rates:
         config = replace(opened.config, model=opened.model.config)
-        return evaluation.standalone.sampled_with(config, Rates(**rates))
-    return evaluation.standalone.sampled_at(opened.config, plan_step, opened.checkpoint.step)
+        return evaluation.run.sampled_with(config, Rates(**rates))
+    return evaluation.run.sampled_at(opened.config, plan_step, opened.checkpoint.step)

@@ -1,14 +1,21 @@
-"""Loss, perplexity and bits per byte of the full model on a validation split."""
+"""Loss, perplexity and bits per byte of the full model, and the losses of sampled subnetworks."""
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 import numpy as np
+import torch
 
+from est_cli.config import SamplingConfig
 from est_cli.data.batches import validation_windows
 from est_cli.errors import UserError
 from est_cli.evaluation.run import OpenRun
-from est_cli.subnet.plan import Subnetwork
+from est_cli.model.transformer import Transformer
+from est_cli.subnet.plan import Subnetwork, subnetwork
+from est_cli.subnet.sampler import sample
+from est_cli.subnet.schedule import Rates, Stage
 from est_cli.training.distributed import World
 from est_cli.training.subnetwork import DTYPES, PackedSubnetwork
 from est_cli.training.validation import validation_loss
@@ -17,10 +24,10 @@ from est_cli.training.validation import validation_loss
 @dataclass(frozen=True)
 class Loss:
     val_loss: float
-    """Nats a token."""
+    """Nats per token."""
     tokens: int
     bytes: int
-    """UTF-8 bytes that the predicted tokens stand for."""
+    """UTF-8 bytes of the predicted tokens."""
 
     @property
     def perplexity(self) -> float:
@@ -34,10 +41,10 @@ class Loss:
 def evaluate(
     run: OpenRun, tokens: np.ndarray, token_bytes: np.ndarray, n_tokens: int, seq_len: int | None = None
 ) -> Loss:
-    """As the run itself evaluates: its batch size and precision, and its sequence length where none is given.
+    """Evaluates as the run itself does: with its batch size and precision, and its sequence length by default.
 
     tokens [n] of the validation split; token_bytes [V]; n_tokens is how many of them to predict. Raises UserError
-    where there are too few.
+    if there are too few.
     """
     config = run.config
     seq_len = seq_len or config.data.seq_len
@@ -56,3 +63,64 @@ def evaluate(
     loss = validation_loss(whole, windows, config.trainer.batch_size, world)
     targets = windows[:, 1:]
     return Loss(loss, targets.size, round(token_bytes[targets].sum()))
+
+
+QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Losses of subnetworks with the same rates, one for each plan."""
+
+    rates: Rates
+    losses: tuple[float, ...]
+
+    def facts(self) -> dict[str, Any]:
+        """Plain numbers; `std` is the sample standard deviation, 0 for a single plan."""
+        return {
+            "rates": asdict(self.rates),
+            "mean": float(np.mean(self.losses)),
+            "std": float(np.std(self.losses, ddof=1)) if len(self.losses) > 1 else 0.0,
+            "quantiles": {f"{q:g}": float(np.quantile(self.losses, q)) for q in QUANTILES},
+            "losses": list(self.losses),
+        }
+
+
+@torch.no_grad()
+def mean_loss(module: Transformer, windows: np.ndarray, batch_size: int) -> float:
+    """Mean cross-entropy in nats of a model on `windows` [n, T + 1]."""
+    device = next(module.parameters()).device
+    total = torch.zeros((), dtype=torch.float64, device=device)
+    for start in range(0, len(windows), batch_size):
+        batch = torch.from_numpy(windows[start : start + batch_size]).to(device)
+        total += module(batch[:, :-1], batch[:, 1:]).double() * len(batch)
+    return total.item() / len(windows)
+
+
+def spread(
+    model: Transformer,
+    sampling: SamplingConfig,
+    rates: Rates,
+    windows: np.ndarray,
+    batch_size: int,
+    plans: int,
+    seed: int,
+) -> Spread:
+    """Losses of `plans` subnetworks as training runs them, rescale included.
+
+    Plan n uses the same random numbers for all rates, so that losses of two rates can be compared in pairs.
+    """
+    sampling = replace(sampling, resample_every=1)
+    stage = Stage(1, 0, plans, rates)
+    dtype = next(model.parameters()).dtype
+    packed = PackedSubnetwork(model, subnetwork(model.config, sampling, rates), dtype)
+    losses = []
+    for step in range(plans):
+        packed.load(sample(seed, step, stage, model.config, sampling))
+        losses.append(mean_loss(packed.module, windows, batch_size))
+    return Spread(rates, tuple(losses))
+
+
+def partial_rates(stages: Sequence[Stage]) -> list[Rates]:
+    """The rates of the stages that sample, each once, in order."""
+    return list(dict.fromkeys(stage.rates for stage in stages if stage.rates != Rates()))

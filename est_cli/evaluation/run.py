@@ -1,4 +1,4 @@
-"""A run directory opened for reading: its config, its data and the model of its newest checkpoint."""
+"""A run directory opened for reading: its config, its data, the model of its newest checkpoint, and its subnetworks."""
 
 import sys
 from collections.abc import Callable
@@ -13,11 +13,13 @@ from est_cli.data.run_data import RunData, Text
 from est_cli.data.tokenizers import Tokenizer
 from est_cli.data.tokens import TokenStore, prepare, stored
 from est_cli.errors import UserError, nearest
-from est_cli.evaluation.standalone import Sampled, packed
-from est_cli.model.transformer import Transformer
-from est_cli.subnet.growth import model_after
-from est_cli.subnet.plan import Subnetwork, whole_plan
+from est_cli.model.transformer import Transformer, layer_of
+from est_cli.subnet.growth import growth_into, model_after
+from est_cli.subnet.plan import Plan, Subnetwork, stage_subnetwork, whole_plan
+from est_cli.subnet.sampler import sample
+from est_cli.subnet.schedule import Rates, Stage, stage_at
 from est_cli.training.checkpoint import Checkpoint, Checkpoints
+from est_cli.training.subnetwork import PackedSubnetwork
 
 
 @dataclass(frozen=True)
@@ -26,11 +28,11 @@ class OpenRun:
     config: TrainConfig
     checkpoint: Checkpoint
     model: Transformer
-    """On its device: the full model, or the part of it that has joined by the checkpoint."""
+    """On its device: the full model, or the part of it that had joined at the checkpoint."""
 
 
 def read_run_config(folder: Path) -> TrainConfig:
-    """The config of a run directory. Raises UserError where `folder` is none."""
+    """The config of a run directory. Raises UserError if `folder` is not one."""
     path = folder / "config.yaml"
     if not path.exists():
         parent = folder.parent
@@ -46,7 +48,7 @@ def read_run_config(folder: Path) -> TrainConfig:
 
 
 def open_run(folder: Path, warn: Callable[[str], None]) -> OpenRun:
-    """Load the newest sound checkpoint. Raises UserError where there is none."""
+    """Loads the newest sound checkpoint. Raises UserError if there is none."""
     config = read_run_config(folder)
     checkpoint = Checkpoints(folder / "checkpoints").newest(warn)
     if checkpoint is None:
@@ -58,7 +60,7 @@ def open_run(folder: Path, warn: Callable[[str], None]) -> OpenRun:
 
 
 def load_model(config: TrainConfig, checkpoint: Checkpoint) -> Transformer:
-    """The model of a checkpoint on its device; of a run that grows, what has joined by then."""
+    """The model of a checkpoint on its device; if the run grows, the part that had joined by then."""
     device = torch.device("cuda" if torch.cuda.is_available() and config.trainer.device == "cuda" else "cpu")
     model = Transformer(config.model)
     checkpoint.load_model(model)
@@ -68,28 +70,88 @@ def load_model(config: TrainConfig, checkpoint: Checkpoint) -> Transformer:
 
 def run_tokenizer(run: OpenRun, say: Callable[[str], None]) -> Tokenizer:
     """The tokenizer that the run was trained with: its own copy, else that of its token files."""
-    kept = _data_of(run)
-    return kept.tokenizer or _prepared(run.config, run.config.data, kept, say).tokenizer
+    return _data_of(run).tokenizer or run_store(run, say, run.config.data).tokenizer
 
 
 def run_store(run: OpenRun, say: Callable[[str], None], data: DataConfig | None = None) -> TokenStore:
-    """The token files that the run trained on, else what its config names by now, or those of other `data`.
+    """The token files that the run trained on, else those of the text that its config names now, or of other `data`.
 
     They are made with the run's own tokenizer.
     """
-    kept = _data_of(run)
-    if data is not None:
-        return _prepared(run.config, data, kept, say)
-    return stored(run.config.data, kept) or _prepared(run.config, run.config.data, kept, say)
+    config, kept = run.config, _data_of(run)
+    if data is None and (store := stored(config.data, kept)):
+        return store
+
+    def tell(text: Text) -> None:
+        if data is None or data is config.data:
+            kept.tell(text, say)
+
+    vocab_size, show_progress = config.model.vocab_size, sys.stderr.isatty()
+    return prepare(data or config.data, config.tokenizer, vocab_size, say, show_progress, kept, tell)
 
 
 def _data_of(run: OpenRun) -> RunData:
     return RunData(run.folder, run.config.tokenizer.kind)
 
 
-def _prepared(config: TrainConfig, data: DataConfig, kept: RunData, say: Callable[[str], None]) -> TokenStore:
-    def tell(text: Text) -> None:
-        if data is config.data:
-            kept.tell(text, say)
+@dataclass(frozen=True)
+class Sampled:
+    """The shape and the plan of one subnetwork."""
 
-    return prepare(data, config.tokenizer, config.model.vocab_size, say, sys.stderr.isatty(), kept, tell)
+    shape: Subnetwork
+    plan: Plan
+
+
+def sampled_at(config: TrainConfig, step: int, steps_done: int | None = None) -> Sampled:
+    """The subnetwork that the run trained in optimizer step `step`.
+
+    Raises UserError if the run has no such step, or if the weights after `steps_done` steps do not hold the
+    subnetwork, because the model grew in between.
+    """
+    if not 0 <= step < config.trainer.max_steps:
+        raise UserError(f"plan_step={step}: must be an integer in [0, {config.trainer.max_steps - 1}]")
+    stage = stage_at(config.stages, step)
+    if steps_done is not None and stage.first_step >= steps_done and (growth := growth_into(config, stage)):
+        raise UserError(
+            f"plan_step={step}: the newest checkpoint, of {steps_done} steps, is from before step {stage.first_step}, "
+            f"where the model {growth}; name an earlier step"
+        )
+    return _sample(config, step, stage)
+
+
+def sampled_with(config: TrainConfig, rates: Rates) -> Sampled:
+    """A subnetwork with the given rates, drawn with the run's seed, granularity and strategy."""
+    return _sample(config, 0, Stage(1, 0, 1, rates))
+
+
+def _sample(config: TrainConfig, step: int, stage: Stage) -> Sampled:
+    plan = sample(config.seed, step, stage, config.model, config.sampling)
+    return Sampled(stage_subnetwork(config.model, config.sampling, stage), plan)
+
+
+def packed(model: Transformer, subnet: Sampled) -> Transformer:
+    """The subnetwork as training runs it: its rescales are settings of its blocks."""
+    pack = PackedSubnetwork(model, subnet.shape, next(model.parameters()).dtype)
+    pack.load(subnet.plan)
+    return pack.module
+
+
+@torch.no_grad()
+def standalone(module: Transformer, subnet: Sampled) -> Transformer:
+    """An ordinary model, without rescales, whose logits equal those of the packed `module`.
+
+    A branch's scale multiplies its output projection; the layer's part of the scale also multiplies the bias.
+    """
+    shape, scales = subnet.shape, subnet.plan.scales
+    dtype = next(module.parameters()).dtype
+    model = Transformer(shape.model, dtype=dtype)
+    branches = {"attention.out": (0, shape.head_scale), "mlp.down": (1, shape.mlp_scale)}
+    sources = dict(module.named_parameters())
+    for name, parameter in model.named_parameters():
+        branch, _, leaf = name.split(".", 2)[-1].rpartition(".")
+        factor = 1.0
+        if branch in branches:
+            column, unit = branches[branch]
+            factor = float(scales[layer_of(name), column]) / (1.0 if leaf == "weight" else unit)
+        parameter.copy_(sources[name] * factor)
+    return model

@@ -1,9 +1,7 @@
 """Small corpora and tokenizers that the tests of est_cli.data share."""
 
-import io
-
 import pytest
-import sentencepiece
+import tiny_corpora
 from tiny_corpora import prose
 
 from est_cli.config import DataConfig, TokenizerConfig
@@ -34,21 +32,7 @@ def trained(corpus_folder):
 
 @pytest.fixture(scope="session")
 def llama_model():
-    """Bytes of a SentencePiece model with Llama's settings: dummy prefix, bos and eos, byte fallback."""
-    model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(prose(200).split("\n")),
-        model_writer=model,
-        model_type="bpe",
-        vocab_size=400,
-        byte_fallback=True,
-        normalization_rule_name="identity",
-        remove_extra_whitespaces=False,
-        allow_whitespace_only_pieces=True,
-        split_digits=True,
-        minloglevel=2,
-    )
-    return model.getvalue()
+    return tiny_corpora.llama_model()
 
 
 @pytest.fixture

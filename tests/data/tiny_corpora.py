@@ -1,30 +1,13 @@
-"""Corpora that fit in a line."""
+"""Corpora that fit in a line, and SentencePiece models of them."""
 
 import hashlib
+import io
+import re
 
 import numpy as np
+import sentencepiece
 
-WORDS = [
-    "def",
-    "return",
-    "self",
-    "the",
-    "value",
-    "of",
-    "a",
-    "list",
-    "is",
-    "not",
-    "None",
-    "and",
-    "in",
-    "for",
-    "while",
-    "class",
-    "import",
-    "raise",
-    "error",
-]
+WORDS = re.findall(r"\w+", "def return self the value of a list is not None and in for while class import raise error")
 
 
 def prose(n_lines: int, seed: int = 0) -> str:
@@ -51,3 +34,26 @@ class Documents:
     def read(self, document, start, end):
         assert 0 <= start <= end <= self.sizes[document]
         return self.documents[document][start:end]
+
+
+def sentencepiece_model(n_lines: int, **settings) -> bytes:
+    """A model trained on prose."""
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(prose(n_lines).split("\n")), model_writer=model, minloglevel=2, **settings
+    )
+    return model.getvalue()
+
+
+def llama_model() -> bytes:
+    """A model with Llama's settings: dummy prefix, bos and eos, byte fallback."""
+    return sentencepiece_model(
+        200,
+        model_type="bpe",
+        vocab_size=400,
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        allow_whitespace_only_pieces=True,
+        split_digits=True,
+    )

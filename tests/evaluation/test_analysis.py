@@ -7,15 +7,17 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from tiny import FULL, THREE_STAGES
+from tiny import FULL, THREE_STAGES, train_config
 
 from est_cli.commands.analyze import run as analyze
 from est_cli.config import SchedulerConfig, as_plain, read_train_config
 from est_cli.data.batches import validation_windows
 from est_cli.data.tokens import prepare
 from est_cli.errors import UserError
+from est_cli.evaluation.analysis import transitions
+from est_cli.evaluation.loss import mean_loss
 from est_cli.evaluation.run import open_run, run_store
-from est_cli.evaluation.spread import mean_loss
+from est_cli.subnet.schedule import stage_at
 from est_cli.tracking.metrics import to_line
 from est_cli.training.checkpoint import Checkpoints
 from est_cli.training.distributed import World
@@ -153,3 +155,53 @@ def test_bad_values_are_told_together():
     with pytest.raises(UserError) as error:
         analyze({"run": "r", "out": None, "format": "text", **SMALL, "plans": 0, "norms": [0.0], "checkpoints": "al"})
     assert [problem.split("=")[0] for problem in error.value.problems] == ["plans", "checkpoints", "norms[0]"]
+
+
+STAGES = train_config().stages
+"""Of 2, 5 and 8 steps."""
+
+
+def record(step: int, loss: float | None, val: float | None = None) -> dict:
+    return {"step": step, "stage": stage_at(STAGES, step).number, "train/loss": loss, "val/loss": val}
+
+
+RECORDS = [record(step, 100.0 - step, val=50.0 - step if step % 4 == 3 else None) for step in range(15)]
+
+
+@pytest.mark.parametrize(
+    ("records", "window", "transition", "before", "after"),
+    [
+        pytest.param(RECORDS, 2, 1, 100 - 5.5, 100 - 7.5, id="the nearest steps"),
+        pytest.param(RECORDS[::3], 2, 1, 100 - 4.5, 100 - 10.5, id="the window counts logged steps"),
+        pytest.param(RECORDS, 100, 0, 100 - 0.5, 100 - 4, id="never of a third stage"),
+    ],
+)
+def test_a_transitions_sides_are_steps_of_its_stages(records, window, transition, before, after):
+    found = transitions(STAGES, records, window)[transition]["train_loss"]
+    assert (found["before"], found["after"]) == (before, after)
+    if window == 2 and records is RECORDS:
+        assert found["standard_error"] == pytest.approx((0.5 / 2 + 0.5 / 2) ** 0.5)
+
+
+@pytest.mark.parametrize(
+    ("records", "expected"),
+    [
+        pytest.param(RECORDS, [None, [(4, 47.0), (8, 43.0)]], id="the last before and the first within"),
+        pytest.param(
+            [*RECORDS[:6], record(6, 1.0, val=9.0), *RECORDS[7:]],
+            [None, [(7, 9.0), (8, 43.0)]],
+            id="one at the boundary is before it",
+        ),
+        pytest.param(RECORDS[:4], [None, None], id="not that far"),
+        pytest.param([], [None, None], id="nothing logged"),
+    ],
+)
+def test_the_full_models_loss_is_the_last_before_and_the_first_within(records, expected):
+    found = [transition["val_loss"] for transition in transitions(STAGES, records, 3)]
+    assert [own and [(entry["updates"], entry["loss"]) for entry in own] for own in found] == expected
+
+
+def test_one_stage_has_no_transition_and_a_side_that_was_not_logged_has_no_loss():
+    assert transitions(STAGES[:1], RECORDS, 3) == []
+    assert transitions(STAGES, RECORDS[:4], 3)[1]["train_loss"] is None
+    assert [found["train_loss"] for found in transitions(STAGES, [], 3)] == [None, None]

@@ -12,7 +12,7 @@ from est_cli.config import SamplingConfig
 from est_cli.data.tokenizers import ByteTokenizer, HFTokenizer
 from est_cli.errors import UserError
 from est_cli.evaluation.export import export
-from est_cli.evaluation.standalone import packed, sampled_at, sampled_with, standalone
+from est_cli.evaluation.run import packed, sampled_at, sampled_with, standalone
 from est_cli.subnet.schedule import Rates
 from evaluation.tiny_runs import byte_model, model_of
 

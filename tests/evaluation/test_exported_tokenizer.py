@@ -1,23 +1,24 @@
 """A tokenizer.json of ours gives the ids of ours, for any text, and decodes without loss."""
 
-import io
-
 import pytest
-import sentencepiece
+from data.tiny_corpora import llama_model, prose, sentencepiece_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_corpora import prose
 
-from est_cli.data.tokenizer_json import SAMPLES, convert
-from est_cli.data.tokenizers import ByteTokenizer, SentencePieceTokenizer
+from est_cli.config import TokenizerConfig
+from est_cli.data.tokenizers import ByteTokenizer, SentencePieceTokenizer, SentencePieceTraining
 from est_cli.errors import UserError
+from est_cli.evaluation.export import SAMPLES, convert
 
 TEXTS = st.text(alphabet=st.one_of(st.sampled_from(" \n\t\u2581aeinort<>/s0é"), st.characters(codec="utf-8")))
 
 
 @pytest.fixture(scope="module")
-def pairs(trained, llama):
-    return [(tokenizer, convert(tokenizer)[0]) for tokenizer in (trained, llama, ByteTokenizer())]
+def pairs():
+    training = SentencePieceTraining(TokenizerConfig("sentencepiece", vocab_size=400), 512)
+    trained = training.train([prose(40, seed) for seed in range(40)], lambda _: None)
+    given = (trained, SentencePieceTokenizer(llama_model()), ByteTokenizer())
+    return [(tokenizer, convert(tokenizer)[0]) for tokenizer in given]
 
 
 @settings(max_examples=150, deadline=None)
@@ -35,26 +36,20 @@ def test_long_and_awkward_texts_have_equal_ids(pairs, text):
         assert theirs.encode(text, add_special_tokens=False).ids == ours.encode(text)
 
 
-def test_the_end_of_text_keeps_its_id(pairs, trained, llama):
-    for tokenizer in (trained, llama, ByteTokenizer()):
+def test_the_end_of_text_keeps_its_id(pairs):
+    for tokenizer, _ in pairs:
         converted, end = convert(tokenizer)
         assert converted.token_to_id(end) == tokenizer.eot
         assert converted.get_vocab_size() == tokenizer.vocab_size
 
 
 def test_a_model_that_changes_its_text_is_refused():
-    model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(prose(100).split("\n")), model_writer=model, model_type="bpe", vocab_size=100,
-        byte_fallback=False, minloglevel=2)  # fmt: skip
+    model = sentencepiece_model(100, model_type="bpe", vocab_size=100, byte_fallback=False)
     with pytest.raises(UserError, match=r"cannot be written as a tokenizer.json: the ids of "):
-        convert(SentencePieceTokenizer(model.getvalue()))
+        convert(SentencePieceTokenizer(model))
 
 
 def test_a_unigram_model_is_refused():
-    model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(prose(100).split("\n")), model_writer=model, model_type="unigram", vocab_size=45,
-        minloglevel=2)  # fmt: skip
+    model = sentencepiece_model(100, model_type="unigram", vocab_size=45)
     with pytest.raises(UserError, match="not a BPE model"):
-        convert(SentencePieceTokenizer(model.getvalue()))
+        convert(SentencePieceTokenizer(model))

@@ -9,7 +9,7 @@ from reference import loss as reference_loss
 from tiny import FAMILIES, FULL, LLAMA, THREE_STAGES, random_master, snapshot, train_config
 
 from est_cli.config import SamplingConfig
-from est_cli.evaluation.spread import Spread, mean_loss, partial_rates, spread
+from est_cli.evaluation.loss import Spread, mean_loss, partial_rates, spread
 from est_cli.subnet.sampler import sample
 from est_cli.subnet.schedule import Rates, Stage
 
@@ -64,10 +64,11 @@ def test_plans_of_two_rates_share_what_both_keep():
 
 
 def test_the_numbers_of_a_spread_are_numpys():
-    found = Spread(STAGE_1, (1.0, 2.0, 3.0, 4.0))
-    assert (found.mean, found.std) == (2.5, pytest.approx(np.std([1, 2, 3, 4], ddof=1)))
-    assert found.quantiles["0.5"] == 2.5
-    assert found.quantiles["0.05"] == pytest.approx(1.15)
+    found = Spread(STAGE_1, (1.0, 2.0, 3.0, 4.0)).facts()
+    assert (found["mean"], found["std"]) == (2.5, pytest.approx(np.std([1, 2, 3, 4], ddof=1)))
+    assert found["quantiles"]["0.5"] == 2.5
+    assert found["quantiles"]["0.05"] == pytest.approx(1.15)
+    assert Spread(STAGE_1, (1.0,)).facts()["std"] == 0.0
 
 
 def test_only_rates_that_sample_are_measured_each_once():
