@@ -1,9 +1,9 @@
 """AdamW (Loshchilov and Hutter, 2019) on sampled rows, one pass over what moves.
 
 Clip scale, decay, moments and the scatter of the sampled rows happen chunk by chunk. On a CPU a chunk fits in the
-cache; on a GPU it is as large as the memory for its gradients allows. Gradients of a sampled matrix's full size never
-exist beyond a chunk. Where rows have taken as many steps, PyTorch's own fused kernel moves all parts of a chunk in one
-call, so that the bits are those of torch.optim.AdamW(fused=True).
+cache; on a GPU the memory for its gradients limits it. The full-size gradient of a sampled matrix only ever exists for
+one chunk. PyTorch's fused kernel moves rows that have taken equally many steps, all parts of a chunk in one call,
+with the bits of torch.optim.AdamW(fused=True).
 
 A matrix [R, C] holds the rows of one parameter, or of several one after the other; `rows` are the sampled ones,
 ascending.
@@ -23,11 +23,13 @@ from est_cli.kernels.upload import upload
 CPU_CHUNK_ELEMENTS = 1 << 19
 CUDA_CHUNK_ELEMENTS = 1 << 28
 LANES = 16
-"""Elements of a vector register: the fused kernel rounds what is left over of a tensor otherwise."""
+"""Elements of a vector register. The fused kernel rounds a tensor's last, incomplete register differently."""
 
 
 @dataclass(frozen=True)
 class Hyperparameters:
+    """The names are those of torch._fused_adamw_."""
+
     lr: float
     beta1: float
     beta2: float
@@ -47,10 +49,10 @@ class Rows:
 class Move:
     """One matrix's part in an optimizer step.
 
-    parameter, moment, square [R, C]; gradients: matrices [r, C] one after the other, for `rows`, or for all rows where
-    that is None; none at all for no gradient. counts is the number of the step, from 1: an int, and then every row
-    takes it, with gradient 0 where there is none; or one for each row of the gradients, and then only those rows move.
-    `ends` are the rows at which the parameters in the matrix end.
+    parameter, moment, square [R, C]; gradients: matrices [r, C] one after the other, for `rows` (None: all rows); empty
+    if there is no gradient. counts is the number of the step, from 1. If it is an int, every row takes that step, with
+    gradient 0 if it has none; if it is an array, one for each row of the gradients, only those rows move.
+    `ends`: the rows at which the parameters in the matrix end.
     """
 
     parameter: Tensor
@@ -92,9 +94,9 @@ class Part:
 
 @torch.no_grad()
 def adamw_step(moves: Sequence[Move], clip: Tensor | None, refused: Tensor | None = None) -> None:
-    """Each matrix takes its step; clip is the scale of the gradients, a scalar tensor.
+    """Move each matrix; clip, a scalar tensor, scales the gradients.
 
-    `refused`, a scalar float tensor: where it is 1 nothing moves. The device decides it; the host does not wait.
+    If `refused`, a scalar float tensor, is 1, nothing moves. The device decides that; the host does not wait.
     """
     together = [_flat(move) for move in moves if isinstance(move.counts, int)]
     together.sort(key=_how)
@@ -116,7 +118,7 @@ def _how(move: Move) -> tuple:
 
 
 def _flat(move: Move) -> Move:
-    """Where all rows have a gradient, or none, elements are rows: a chunk may end in the middle of a long row."""
+    """If all rows have a gradient, or none has, elements become rows: a chunk may end in the middle of a long row."""
     if move.rows is not None:
         return move
     width = move.parameter.shape[1]
@@ -148,7 +150,7 @@ def _chunks(moves: Sequence[Move]) -> Iterator[list[Part]]:
 
 
 def _pieces(move: Move, height: int) -> Iterator[int]:
-    """Rows at a time: at most `height`. A piece ends where a parameter does, if no vector register ends there."""
+    """Rows at a time: at most `height`. If some parameter ends within a vector register, each ends a piece."""
     n, columns = move.parameter.shape
     ends = move.ends if any(end * columns % LANES for end in move.ends) else [n]
     start = 0
@@ -161,36 +163,17 @@ def _pieces(move: Move, height: int) -> Iterator[int]:
 def _step_chunk(
     chunk: Sequence[Part], clip: Tensor | None, refused: Tensor | None, taken: Tensor, scratch: Tensor
 ) -> None:
-    gradients = _gradients(chunk, clip, scratch)
-    pieces = [
-        [piece for part, tensor in zip(chunk, tensors, strict=True) for piece in tensor.split(part.sizes)]
-        for tensors in (
-            *zip(*([t[part.start : part.stop] for t in part.move.tensors] for part in chunk), strict=True),
-            gradients,
-        )
-    ]
-    parameters, moments, squares, gradients = pieces
-    hyper = chunk[0].move.hyper
-    torch._fused_adamw_(
-        parameters,
-        gradients,
-        moments,
-        squares,
-        [],
-        [taken] * len(parameters),
-        lr=hyper.lr,
-        beta1=hyper.beta1,
-        beta2=hyper.beta2,
-        weight_decay=hyper.weight_decay,
-        eps=hyper.eps,
-        amsgrad=False,
-        maximize=False,
-        found_inf=refused,
+    tensors = zip(*([t[part.start : part.stop] for t in part.move.tensors] for part in chunk), strict=True)
+    parameters, moments, squares, gradients = (
+        [piece for part, tensor in zip(chunk, column, strict=True) for piece in tensor.split(part.sizes)]
+        for column in (*tensors, _gradients(chunk, clip, scratch))
     )
+    counts, options = [taken] * len(parameters), {"amsgrad": False, "maximize": False, "found_inf": refused}
+    torch._fused_adamw_(parameters, gradients, moments, squares, [], counts, **options, **vars(chunk[0].move.hyper))
 
 
 def _gradients(chunk: Sequence[Part], clip: Tensor | None, scratch: Tensor) -> list[Tensor]:
-    """The clipped gradient of every part, 0 where a row was not sampled; in `scratch` where it is not given so."""
+    """The clipped gradient of every part, 0 in rows that were not sampled; in `scratch` unless one is used as it is."""
     if len(chunk) == 1 and chunk[0].move.gradients and chunk[0].move.rows is None:
         found = chunk[0].move.gradient(chunk[0].start, chunk[0].stop)
         return [found if clip is None else torch.mul(found, clip, out=scratch[: len(found)][:, None])]
@@ -219,7 +202,7 @@ def _gradients(chunk: Sequence[Part], clip: Tensor | None, scratch: Tensor) -> l
 
 
 def _matching(out: Tensor, part: Part) -> Iterator[tuple[Tensor, Tensor]]:
-    """Where the gradients of a part go, and they."""
+    """Pairs: a slice of `out`, and the gradient that belongs there."""
     end = 0
     for gradient in part.move.gradients:
         start, end = end, end + len(gradient)
@@ -229,7 +212,7 @@ def _matching(out: Tensor, part: Part) -> Iterator[tuple[Tensor, Tensor]]:
 
 
 def _step_sampled_rows(move: Move, clip: Tensor | None, refused: Tensor | None) -> None:
-    """Only the sampled rows move: each takes the step that its own count says."""
+    """Move only the sampled rows, each by its own count."""
     hyper, counts = move.hyper, move.counts
     first, second = (
         upload(c, move.parameter.device).to(move.parameter.dtype)[:, None] for c in corrections(hyper, counts)

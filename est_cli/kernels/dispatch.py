@@ -13,7 +13,7 @@ from est_cli.kernels.adamw import Move
 
 
 class Kernels(NamedTuple):
-    """The memory-bound operations of a step, all in one version. They keep no state."""
+    """One version of the three memory-bound operations of a step. They keep no state."""
 
     gather_rows: Callable[[Sequence[Tensor], Sequence[Tensor | None], Sequence[Tensor]], None]
     adamw_step: Callable[[Sequence[Move], Tensor | None], None]
@@ -24,29 +24,28 @@ TORCH = Kernels(pack.gather_rows, adamw.adamw_step, linear_cross_entropy.linear_
 
 
 def kernels_for(choice: str, device: torch.device | str) -> Kernels:
-    """The version for kernels=`choice`: Triton's where it is asked for, PyTorch's otherwise.
+    """The version for kernels=`choice`: Triton's if asked for, otherwise PyTorch's.
 
-    `auto` stays with PyTorch's until Triton's have been measured on a GPU. kernels=masked differs in the model
-    alone. Raises UserError where kernels=triton cannot be had.
+    `auto` stays with PyTorch's until Triton's have been measured on a GPU. kernels=masked differs only in the model.
+    Raises UserError if kernels=triton is asked for and cannot run.
     """
     check_kernels(choice, device)
     return triton_kernels() if choice == "triton" else TORCH
 
 
 def check_kernels(choice: str, device: torch.device | str) -> None:
-    """Raises UserError where kernels=triton cannot be had."""
+    """Raises UserError if kernels=triton cannot run on this device."""
     if choice == "triton" and not has_triton(device):
         missing = "a GPU" if torch.device(device).type != "cuda" else "the package triton, which is not installed"
         raise UserError(f"kernels=triton: needs {missing}; allowed here: auto, torch, masked")
 
 
 def has_triton(device: torch.device | str) -> bool:
-    """Whether Triton's version runs on this device."""
     return torch.device(device).type == "cuda" and find_spec("triton") is not None
 
 
 def triton_kernels() -> Kernels:
-    """Triton's version. It is imported here, so that a run on a CPU never imports it."""
-    from est_cli.kernels import triton_adamw, triton_linear_cross_entropy, triton_pack
+    """Triton's version, imported here so that a run on a CPU never imports triton."""
+    from est_cli.kernels import triton_kernels as triton
 
-    return Kernels(triton_pack.gather_rows, triton_adamw.adamw_step, triton_linear_cross_entropy.linear_cross_entropy)
+    return Kernels(triton.gather_rows, triton.adamw_step, triton.linear_cross_entropy)

@@ -1,7 +1,7 @@
-"""The LM head and its loss in one, chunked over tokens, so that the logits never exist as a whole.
+"""The LM head and its loss in one operation over chunks of tokens: the full logits never exist.
 
-The forward pass computes both gradients on the way (they need the same softmax), 6·D·V FLOPs a token as the
-ordinary forward and backward do. A chunk's logits are overwritten by their gradient.
+The forward pass also computes both gradients, which need the same softmax: 6·D·V FLOPs a token, as an ordinary forward
+and backward pass. A chunk's logits are overwritten by their gradient.
 
 N tokens, D d_model, V vocabulary
 """
@@ -15,12 +15,12 @@ CPU_CHUNK_ELEMENTS = 32 << 20
 CUDA_CHUNK_ELEMENTS = 256 << 20
 """Logits at a time."""
 ROW_MULTIPLE = 64
-"""Matrix products are slower where a chunk is no multiple of their tiles."""
+"""Matrix products are slower if a chunk is no multiple of their tiles."""
 CPU_BLOCK_ELEMENTS = 2 << 20
-"""Elements that several passes find in the cache."""
+"""Elements that stay in the cache over several passes."""
 
 _HAS_OUT_DTYPE = "dtype_out" in torch.ops.aten.addmm.overloads()
-"""Whether a product of low-precision matrices can be added to a float32 one (torch 2.8, CUDA alone)."""
+"""Whether a product of low-precision matrices can be added to a float32 one (torch 2.8, CUDA only)."""
 
 SoftmaxGradient = Callable[[Tensor, Tensor], Tensor]
 """(logits [n, V], targets [n]) → losses [n]; the logits become softmax − onehot, the gradient of their sum."""
@@ -35,7 +35,7 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Ten
 
 
 def chunked_loss(hidden: Tensor, weight: Tensor, targets: Tensor, softmax_gradient_: SoftmaxGradient) -> Tensor:
-    """`linear_cross_entropy` with the given work on the logits of a chunk."""
+    """`linear_cross_entropy` with another SoftmaxGradient."""
     if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
         return _ChunkedLoss.apply(hidden, weight, targets, softmax_gradient_)
     losses = [softmax_gradient_(logits, targets[chunk]) for chunk, logits in _logits(hidden, weight)]
@@ -78,7 +78,7 @@ class _SumOfProducts:
         self.product: Tensor | None = None
 
     def add(self, left: Tensor, right: Tensor) -> None:
-        """total = beta · total + left · right; beta is 0 the first time, when `total` holds nothing yet."""
+        """total = beta · total + left · right; beta is 0 the first time."""
         if left.dtype == self.total.dtype:
             torch.addmm(self.total, left, right, beta=self.beta, out=self.total)
         elif left.is_cuda and _HAS_OUT_DTYPE:
@@ -89,7 +89,7 @@ class _SumOfProducts:
         self.beta = 1
 
     def _add_in_blocks(self, product: Tensor) -> None:
-        """Adding two types at once takes a slow path on CPUs; casting a block in the cache first does not."""
+        """Adding tensors of two types is slow on a CPU, so each block is cast in the cache first."""
         cast = torch.empty_like(self.total[: _block_height(self.total)])
         for total, part in _blocks(self.total, product):
             part = cast[: len(part)].copy_(part)

@@ -7,11 +7,16 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from est_cli.kernels.triton_adamw import _adamw_tile
-from est_cli.kernels.triton_linear_cross_entropy import BLOCK, _softmax_gradient_row
-from est_cli.kernels.triton_linear_cross_entropy import THREADS as ROW_THREADS
-from est_cli.kernels.triton_pack import _gather_tile
-from est_cli.kernels.triton_tiles import THREADS, TILE, WIDTH
+from est_cli.kernels.triton_kernels import (
+    BLOCK,
+    ROW_THREADS,
+    THREADS,
+    TILE,
+    WIDTH,
+    _adamw_tile,
+    _gather_tile,
+    _softmax_gradient_row,
+)  # fmt: skip
 
 TILES = {"JOBS": 256, "GROUPS": TILE // WIDTH, "WIDTH": WIDTH}
 SCALARS = dict.fromkeys(("new_moment", "beta2", "new_square", "eps"), "fp32")

@@ -16,7 +16,7 @@ pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="triton is n
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here: the tests run on it")
 def test_the_interpreter_agrees_with_pytorch():
     files = [str(path) for path in sorted(FOLDER.glob("test_triton_*.py"))]
-    assert len(files) == 4
+    assert len(files) == 1
     run = subprocess.run(
         [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-p", "no:xdist", *files],
         env={**os.environ, "TRITON_INTERPRET": "1"},
