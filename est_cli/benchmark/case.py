@@ -1,33 +1,42 @@
 """What is measured: one optimizer step of every stage of a schedule, on random tokens."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from est_cli.config import ModelConfig, OptimizerConfig, SamplingConfig, TrainConfig
+from est_cli.config import Count, ModelConfig, OptimizerConfig, SamplingConfig, TrainConfig
 from est_cli.subnet.flops import Flops, training_flops
 from est_cli.subnet.plan import stage_subnetwork
 from est_cli.subnet.schedule import StageSpec
 
-Clock = dict[str, float]
-"""Seconds of each phase of a step."""
+THREE_STAGES = (StageSpec(None, 0.5, 0.5, 0.5), StageSpec(None, 0.5, 0.5), StageSpec())
 
-PHASES = ("sample", "pack", "forward", "backward", "update")
+_GPT2 = ("layernorm", "learned", "gelu", True, True)
+_LLAMA = ("rmsnorm", "rope", "swiglu", False, False)
+PRESETS = {
+    "nano": ModelConfig(4, 4, 2, 128, 384, 4096, 256, *_LLAMA).with_head_dim(),
+    "gpt2": ModelConfig(12, 12, 12, 768, 3072, 50304, 1024, *_GPT2).with_head_dim(),
+    "gpt2_medium": ModelConfig(24, 16, 16, 1024, 4096, 50304, 1024, *_GPT2).with_head_dim(),
+    "tinyllama": ModelConfig(22, 32, 4, 2048, 5632, 32000, 2048, *_LLAMA).with_head_dim(),
+}
+"""The architectures of conf/model, for machines that cannot read YAML; a test holds them equal."""
 
 
 @dataclass(frozen=True)
 class Case:
+    """The defaults are those of python -m est_cli.benchmark."""
+
     model: ModelConfig
-    sampling: SamplingConfig
-    optimizer: OptimizerConfig
-    stages: tuple[StageSpec, ...]
-    """Without their ends; the last one is the full model, which the others are compared with."""
-    batch_size: int
-    seq_len: int
-    grad_accum: int = 1
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    stages: tuple[StageSpec, ...] = THREE_STAGES
+    """Without their ends. The last is the full model, which the others are compared with."""
+    batch_size: Count = 4
+    seq_len: Count = 256
+    grad_accum: Count = 1
     precision: Literal["fp32", "bf16"] = "fp32"
     device: Literal["cpu", "cuda"] = "cpu"
     kernels: str = "auto"
@@ -49,32 +58,25 @@ class Case:
 
     def batch(self) -> tuple[Tensor, Tensor]:
         """Random inputs and targets [B, T] of one micro-batch."""
-        windows = np.random.Generator(np.random.Philox(self.seed)).integers(
-            self.model.vocab_size, size=(self.batch_size, self.seq_len + 1)
-        )
-        tokens = torch.from_numpy(windows).to(self.device)
+        random, shape = np.random.Generator(np.random.Philox(self.seed)), (self.batch_size, self.seq_len + 1)
+        tokens = torch.from_numpy(random.integers(self.model.vocab_size, size=shape)).to(self.device)
         return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
 
 
 def case_of(config: TrainConfig) -> Case:
-    """The stages of a training config, in order; the full model is added where the last one does not train it."""
+    """The stages of a training config in order; the full model is added if the last one does not train it."""
     stages = [replace(spec, end=None) for spec in config.scheduler.stages]
     if stages[-1] != StageSpec():
         stages.append(StageSpec())
-    trainer = config.trainer
+    trainer, same = config.trainer, ("batch_size", "grad_accum", "precision", "device", "compile", "peak_flops")
     return Case(
         config.model,
         config.sampling,
         config.optimizer,
         tuple(stages),
-        trainer.batch_size,
-        config.data.seq_len,
-        trainer.grad_accum,
-        trainer.precision,
-        trainer.device,
-        config.kernels,
-        trainer.recompute == "block",
-        trainer.compile,
-        trainer.peak_flops,
-        config.seed,
+        seq_len=config.data.seq_len,
+        kernels=config.kernels,
+        recompute=trainer.recompute == "block",
+        seed=config.seed,
+        **{key: getattr(trainer, key) for key in same},
     )

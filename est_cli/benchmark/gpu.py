@@ -1,9 +1,9 @@
-"""python -m est_cli.benchmark.gpu: all that a GPU has to show, in under 20 minutes, with torch, numpy and triton alone.
+"""python -m est_cli.benchmark.gpu: all that a GPU has to show, in under 20 minutes; needs only torch, numpy and triton.
 
-Triton's kernels against float64, the operations alone against the roofs of the machine, steps of GPT-2 and TinyLlama
-(eager, compiled, with Triton; against transformers where it is installed), and a trace. Every row is measured in a
-process of its own and written at once: `rows.jsonl` and `results.md`, a table to paste. The same command continues;
-rows of another machine or of other code are measured again.
+Triton's kernels against float64, the operations against the roofs of the machine, steps of GPT-2 and TinyLlama (eager,
+compiled, with Triton; against transformers if it is installed), and a trace. Every row is measured in its own process
+and written at once to `rows.jsonl` and `results.md`, a table to paste. The same command continues; rows of another
+machine or of other code are measured again. `--device cpu` does the same on a CPU.
 """
 
 import argparse
@@ -22,26 +22,24 @@ from typing import Any
 
 import torch
 
-from est_cli.benchmark.arguments import PRESETS, THREE_STAGES
-from est_cli.benchmark.case import Case
-from est_cli.benchmark.kernel_checks import all_checks
+from est_cli.benchmark.case import PRESETS, THREE_STAGES, Case
+from est_cli.benchmark.kernel_cases import all_checks
 from est_cli.benchmark.kernels import OPERATIONS, measure_roofs, timings, works
-from est_cli.benchmark.measure import measure
-from est_cli.benchmark.stepper import Stepper
-from est_cli.config import ModelConfig, OptimizerConfig, SamplingConfig
+from est_cli.benchmark.measure import Stepper, measure
+from est_cli.config import ModelConfig
 from est_cli.kernels.dispatch import has_triton, triton_kernels
-from est_cli.subnet.schedule import Stage, StageSpec
+from est_cli.subnet.schedule import Stage
 from est_cli.training.profile import Profile
 from est_cli.training.subnetwork import DTYPES
 from est_cli.units import format_bytes, format_interval, format_percent
 
-STAGES = tuple(StageSpec(**stage) for stage in THREE_STAGES)
 BATCHES = {"gpt2": (16, 1024), "tinyllama": (8, 2048)}
 """Sequences and their length: 16k tokens a step."""
 SETUPS = {"eager": ("torch", False), "compiled": ("torch", True), "triton": ("triton", False)}
 """Kernels, and whether the blocks are compiled."""
 ROW_SECONDS, SHORTEST_ROW = 420, 20
-"""The longest that a row may take, and the time that must be left for one to begin."""
+"""The longest that a row may take, and the time that must be left to begin one."""
+_TINY = {"n_layers": 2, "n_heads": 4, "d_model": 32, "head_dim": 8, "d_ff": 64, "vocab_size": 128, "max_seq_len": 16}
 
 
 @dataclass(frozen=True)
@@ -59,39 +57,26 @@ class Machine:
 
     @property
     def name(self) -> str:
-        """Rows of different names do not belong into one table."""
+        """Rows of different names do not belong in one table."""
         name = torch.cuda.get_device_name() if self.device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
         return f"{name}, torch {torch.__version__}, {self.rounds} rounds{', tiny sizes' if self.tiny else ''}"
 
     @property
     def tokens(self) -> int:
-        return 64 if self.tiny else 16384
+        """Of one loss."""
+        return 64 if self.tiny else 1024 if self.device == "cpu" else 16384
 
     def model(self, name: str) -> ModelConfig:
-        model = ModelConfig(**PRESETS[name])
-        if not self.tiny:
-            return model
-        heads = 4 * model.n_kv_heads // model.n_heads or 1
-        return replace(
-            model,
-            n_layers=2,
-            n_heads=4,
-            n_kv_heads=heads,
-            d_model=32,
-            head_dim=8,
-            d_ff=64,
-            vocab_size=128,
-            max_seq_len=16,
-        )
+        model = PRESETS[name]
+        return replace(model, n_kv_heads=4 * model.n_kv_heads // model.n_heads or 1, **_TINY) if self.tiny else model
 
     def case(self, model: str, kernels: str = "torch", compiled: bool = False) -> Case:
         batch, length = (2, 16) if self.tiny else BATCHES[model]
-        shape, precision = self.model(model), "bf16"
-        case = Case(shape, SamplingConfig(), OptimizerConfig(), STAGES, batch, length, precision=precision)
-        return replace(case, device=self.device, kernels=kernels, compile=compiled)
+        options = {"precision": "bf16", "device": self.device, "kernels": kernels, "compile": compiled}
+        return Case(self.model(model), batch_size=batch, seq_len=length, **options)
 
     def lacks(self, *needs: str) -> str | None:
-        """Why a row that needs this cannot be measured here."""
+        """Why a row with these needs cannot be measured here."""
         if "triton" not in needs or has_triton(self.device):
             return None
         interpreted = find_spec("triton") is not None and os.environ.get("TRITON_INTERPRET") == "1"
@@ -108,7 +93,7 @@ class Row:
 
 
 def rows() -> Iterator[Row]:
-    """All of them, what is judged by first."""
+    """All of them, the most important first."""
     yield Row("roofs", roofs)
     for operation in OPERATIONS:
         yield Row(f"check {operation}", partial(check, operation), ("triton", "interpreter"))
@@ -124,14 +109,14 @@ def rows() -> Iterator[Row]:
 
 def roofs(here: Machine) -> dict[str, float]:
     """Bytes a second of a copy, FLOPs a second of a product."""
-    return measure_roofs(here.torch_device, list(DTYPES))
+    return measure_roofs(here.torch_device)
 
 
 def check(operation: str, here: Machine) -> dict[str, Any]:
     """Triton's version of an operation at every shape."""
     interpreted = here.device == "cpu"  # which knows no bf16
     dtypes = [torch.float32, torch.float16 if interpreted else torch.bfloat16]
-    found = list(all_checks(triton_kernels(), here.torch_device, dtypes)[operation])
+    found = list(all_checks(operation, triton_kernels(), here.torch_device, dtypes))
     failed = [vars(one) for one in found if not one.passed]
     return {"checks": len(found), "failed": failed, "interpreted": interpreted}
 
@@ -139,23 +124,22 @@ def check(operation: str, here: Machine) -> dict[str, Any]:
 def operations(operation: str, model: str, here: Machine) -> list[dict[str, Any]]:
     """The versions of one operation, against the roofs."""
     device = here.torch_device
-    found = works(operation, model, here.model(model), here.tokens, roofs(here), device)
+    found = works(operation, model, here.model(model), here.tokens, measure_roofs(device), device)
     return [{"work": work.name, **timing} for work in found for timing in timings(work, device, here.rounds)]
 
 
 def steps(model: str, kernels: str, compiled: bool, here: Machine) -> dict[str, Any]:
-    """Every stage of a step, and the peer's full step. Memory is measured once, in the plain setup."""
+    """Every stage of a step, and the peer's full step; memory only in the plain setup."""
     against = "transformers" if find_spec("transformers") else None
-    return measure(
-        here.case(model, kernels, compiled), here.rounds, 2, against, memory=(kernels, compiled) == SETUPS["eager"]
-    )
+    is_plain = (kernels, compiled) == SETUPS["eager"]
+    return measure(here.case(model, kernels, compiled), here.rounds, against=against, memory=is_plain)
 
 
 def trace(model: str, here: Machine) -> list[str]:
     """One step of each stage after two that warm up."""
     stepper, told = Stepper(here.case(model)), []
     profile = Profile(here.folder / f"trace-{model}", here.torch_device, (2, 1), told.append)
-    for index, spec in enumerate(STAGES):
+    for index, spec in enumerate(THREE_STAGES):
         with profile.stage(Stage(index + 1, 0, 3, spec.rates, spec.grown), 0) as advance:
             for _ in range(3):
                 stepper.step(index)
@@ -164,7 +148,7 @@ def trace(model: str, here: Machine) -> list[str]:
 
 
 def in_own_process(row: Row, here: Machine, seconds: float) -> dict[str, Any]:
-    """The row's result; or its error, so that the others go on."""
+    """The row's result, or its error: the other rows go on."""
     command = [sys.executable, "-m", "est_cli.benchmark.gpu", "--row", row.name, "--device", here.device]
     command += ["--rounds", str(here.rounds), "--folder", str(here.folder), *(["--tiny"] if here.tiny else [])]
     try:
@@ -183,7 +167,7 @@ def run(
     say: Callable[[str], None],
     measured: Callable[[Row, Machine, float], dict[str, Any]] = in_own_process,
 ) -> bool:
-    """Measure the rows that `here.folder` lacks, while there is time; whether all are there and none failed."""
+    """Measure the rows that `here.folder` lacks while there is time; return whether all are there and none failed."""
     here.folder.mkdir(parents=True, exist_ok=True)
     path, deadline = here.folder / "rows.jsonl", time.monotonic() + 60 * minutes
     same = {"machine": here.name, "code": code_hash()}
@@ -198,27 +182,23 @@ def run(
         began, reason = time.monotonic(), here.lacks(*row.needs)
         outcome = {"skipped": reason} if reason else measured(row, here, min(left, ROW_SECONDS))
         written[row.name] = {"row": row.name, **same, "seconds": round(time.monotonic() - began, 1), **outcome}
+        is_cut_off = path.exists() and path.read_bytes()[-1:] not in (b"", b"\n")
         with path.open("a") as file:
-            file.write("\n" * _is_cut_off(path) + json.dumps(written[row.name]) + "\n")
+            file.write("\n" * is_cut_off + json.dumps(written[row.name]) + "\n")
         (here.folder / "results.md").write_text(as_markdown(here.name, list(written.values())))
         say(f"{number} of {len(asked)} {row.name}: {outcome.get('error') or outcome.get('skipped') or 'done'}")
     return all("error" not in written.get(row.name, {"error": ""}) for row in asked)
 
 
 def code_hash() -> str:
-    """Of all that is measured: the numbers of other code are not these."""
+    """Tells the numbers of different versions of the code apart."""
     folder = Path(__file__).parents[1]
     parts = [path.read_bytes() for path in sorted(folder.rglob("*.py"))]
     return hashlib.sha256(b"\0".join(parts)).hexdigest()[:12]
 
 
-def _is_cut_off(path: Path) -> bool:
-    """Whether the machine was taken away in the middle of a line."""
-    return path.exists() and path.stat().st_size > 0 and not path.read_bytes().endswith(b"\n")
-
-
 def read_rows(path: Path) -> Iterator[dict[str, Any]]:
-    """What has been written; a last line that was cut off is left out."""
+    """What has been written, without a line that was cut off when the machine was taken away."""
     for line in path.read_text().splitlines() if path.exists() else []:
         try:
             yield json.loads(line)

@@ -1,9 +1,9 @@
-"""Inputs of the three operations, and the plain way to compute the same: what tests and benchmark share.
+"""The three operations: their inputs, the plain way to compute the same, and how far a version is from float64.
 
 R rows, r sampled rows, C columns, N tokens, D d_model, V vocabulary
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from est_cli.config import ModelConfig, SamplingConfig
 from est_cli.kernels.adamw import Hyperparameters, Move, Rows
+from est_cli.kernels.dispatch import TORCH, Kernels
 from est_cli.model.transformer import Transformer, layer_of, row_kind
 from est_cli.subnet.plan import n_rows, subnetwork
 from est_cli.subnet.schedule import Rates
@@ -34,6 +35,33 @@ class Matrix:
         return self.columns * (self.rows if self.sampled is None else self.sampled)
 
 
+ODD = [Matrix(7, 5, 3), Matrix(4, 1, 2), Matrix(9, 300, 4), Matrix(1, 37), Matrix(6, 7, 0), Matrix(3, 3)]
+"""No multiples of a tile or of 16, one column, one row, a layer that is skipped."""
+ALIGNED = [Matrix(6, 48, 2), Matrix(11, 16, 5), Matrix(3, 4096, 2), Matrix(5, 32), Matrix(5, 32, 0)]
+SETS = {"odd": ODD, "aligned": ALIGNED, "mixed": ODD + ALIGNED}
+HEADS = [(5, 7, 11), (37, 13, 101), (3, 8, 64), (2, 5, 8192), (3, 4, 2 * 8192 + 123)]
+"""N, D, V: less than a block of Triton's kernel, exactly one, and more."""
+
+
+def model_matrices(model: ModelConfig, rates: Rates) -> list[Matrix]:
+    """All parameters of a model, as a step at these rates trains them."""
+    small, matrices = subnetwork(model, SamplingConfig(), rates).model, []
+    for name, parameter in Transformer(model, device="meta").named_parameters():
+        kind, layer = row_kind(name), layer_of(name)
+        rows = 1 if kind is None else n_rows(kind, model)
+        sampled = None if kind is None or n_rows(kind, small) == rows else n_rows(kind, small)
+        is_skipped = layer is not None and layer >= small.n_layers
+        matrices.append(Matrix(rows, parameter.numel() // rows, 0 if is_skipped else sampled))
+    return matrices
+
+
+def _sampled_rows(matrices: Sequence[Matrix], device: torch.device) -> Iterator[Rows | None]:
+    random = np.random.default_rng(0)
+    for matrix in matrices:
+        host = np.sort(random.permutation(matrix.rows)[: matrix.sampled]) if matrix.sampled else None
+        yield None if host is None else Rows(host, torch.from_numpy(host).to(device))
+
+
 @dataclass(frozen=True)
 class PackCase:
     sources: list[Tensor]
@@ -41,27 +69,12 @@ class PackCase:
     slots: list[Tensor]
 
 
-def model_matrices(model: ModelConfig, rates: Rates) -> list[Matrix]:
-    """All parameters of a model, as a step at these rates trains them."""
-    small = subnetwork(model, SamplingConfig(), rates).model
-    matrices = []
-    for name, parameter in Transformer(model, device="meta").named_parameters():
-        kind, layer = row_kind(name), layer_of(name)
-        rows = 1 if kind is None else n_rows(kind, model)
-        sampled = None if kind is None or n_rows(kind, small) == rows else n_rows(kind, small)
-        if layer is not None and layer >= small.n_layers:
-            sampled = 0
-        matrices.append(Matrix(rows, parameter.numel() // rows, sampled))
-    return matrices
-
-
 def pack_case(matrices: Sequence[Matrix], dtype: torch.dtype, device: torch.device) -> PackCase:
     """float32 masters and slots of `dtype`. Skipped layers are not packed; in fp32 only sampled rows are."""
     packed = [m for m in matrices if m.sampled != 0 and (m.sampled is not None or dtype != torch.float32)]
-    rows = _sampled_rows(packed, device)
     return PackCase(
         [torch.randn(m.rows, m.columns, device=device) for m in packed],
-        [None if r is None else r.device for r in rows],
+        [None if rows is None else rows.device for rows in _sampled_rows(packed, device)],
         [torch.full((m.trained // m.columns, m.columns), torch.nan, dtype=dtype, device=device) for m in packed],
     )
 
@@ -77,8 +90,7 @@ def adamw_case(matrices: Sequence[Matrix], freeze: bool, device: torch.device) -
     for matrix, rows in zip(matrices, _sampled_rows(matrices, device), strict=True):
         if freeze and matrix.sampled == 0:
             continue
-        shape = (matrix.rows, matrix.columns)
-        trained = (matrix.trained // matrix.columns, matrix.columns)
+        shape, trained = (matrix.rows, matrix.columns), (matrix.trained // matrix.columns, matrix.columns)
         moves.append(
             Move(
                 parameter=torch.randn(shape, device=device),
@@ -94,11 +106,12 @@ def adamw_case(matrices: Sequence[Matrix], freeze: bool, device: torch.device) -
 
 
 def copied(moves: Sequence[Move], dtype: torch.dtype) -> list[Move]:
-    """The same moves on tensors of their own: a float64 copy of the inputs shows a version's error."""
+    """The same moves on copies of their tensors."""
+    names = ("parameter", "moment", "square")
     return [
         replace(
             move,
-            **{name: getattr(move, name).to(dtype, copy=True) for name in ("parameter", "moment", "square")},
+            **{name: getattr(move, name).to(dtype, copy=True) for name in names},
             gradients=[gradient.to(dtype, copy=True) for gradient in move.gradients],
         )
         for move in moves
@@ -120,17 +133,80 @@ def plain_loss(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     return F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), targets)
 
 
-def loss_and_gradients(function, hidden: Tensor, weight: Tensor, targets: Tensor) -> list[Tensor]:
+def loss_and_gradients(function, hidden: Tensor, weight: Tensor, targets: Tensor, scale: float = 1.0) -> list[Tensor]:
     loss = function(hidden, weight, targets)
-    return [loss.detach(), *torch.autograd.grad(loss, [hidden, weight])]
+    return [loss.detach(), *torch.autograd.grad(loss * scale, [hidden, weight])]
 
 
-def _sampled_rows(matrices: Sequence[Matrix], device: torch.device) -> list[Rows | None]:
-    random, found = np.random.default_rng(0), []
-    for matrix in matrices:
-        if not matrix.sampled:
-            found.append(None)
-            continue
-        host = np.sort(random.permutation(matrix.rows)[: matrix.sampled])
-        found.append(Rows(host, torch.from_numpy(host).to(device)))
-    return found
+@dataclass(frozen=True)
+class Check:
+    """An error, and the largest that is allowed."""
+
+    name: str
+    error: float
+    allowed: float
+
+    @property
+    def passed(self) -> bool:
+        return self.error <= self.allowed  # also False for NaN
+
+
+def check_pack(
+    kernels: Kernels, matrices: Sequence[Matrix], dtype: torch.dtype, device: torch.device
+) -> Iterator[Check]:
+    """Slots are exact copies of the rows, rounded as torch rounds."""
+    case = pack_case(matrices, dtype, device)
+    expected = [torch.empty_like(slot) for slot in case.slots]
+    plain_pack(replace(case, slots=expected))
+    kernels.gather_rows(case.sources, case.rows, case.slots)
+    wrong = sum((found != right).sum().item() for found, right in zip(case.slots, expected, strict=True))
+    yield Check("elements that differ", wrong, 0)
+
+
+def check_adamw(
+    kernels: Kernels, matrices: Sequence[Matrix], freeze: bool, clip: float | None, device: torch.device
+) -> Iterator[Check]:
+    """Three steps: at most twice as far from float64's as torch's float32 version."""
+    moves = adamw_case(matrices, freeze, device)
+
+    def three_steps(step: Callable[..., None], dtype: torch.dtype) -> list[Move]:
+        made, scale = copied(moves, dtype), None if clip is None else torch.tensor(clip, device=device).to(dtype)
+        for later in range(3):
+            step([replace(move, counts=move.counts + later) for move in made], scale)
+        return made
+
+    found, usual = three_steps(kernels.adamw_step, torch.float32), three_steps(TORCH.adamw_step, torch.float32)
+    exact = three_steps(TORCH.adamw_step, torch.float64)
+    for name in ("parameter", "moment", "square"):
+        ours, theirs, truth = (torch.cat([getattr(m, name).flatten() for m in made]) for made in (found, usual, exact))
+        yield Check(name, (ours - truth).abs().max().item(), 2 * (theirs - truth).abs().max().item())
+
+
+def check_loss(kernels: Kernels, shape: tuple[int, int, int], dtype: torch.dtype, device) -> Iterator[Check]:
+    """The loss and both gradients: at most twice as far from float64's as the plain path's."""
+    inputs = head_case(*shape, dtype, device)
+    ours, theirs = loss_and_gradients(kernels.linear_cross_entropy, *inputs), loss_and_gradients(plain_loss, *inputs)
+    truth = loss_and_gradients(plain_loss, *(t.detach().double().requires_grad_() for t in inputs[:2]), inputs[2])
+    for name, a, b, c in zip(("loss", "hidden", "weight"), ours, theirs, truth, strict=True):
+        error, plain_error = ((t.double() - c).norm().item() for t in (a, b))
+        yield Check(name, error, 2 * plain_error + 1e-6 * c.norm().item())
+
+
+def all_checks(
+    operation: str, kernels: Kernels, device: torch.device, dtypes: Sequence[torch.dtype]
+) -> Iterator[Check]:
+    """Every check of pack, adamw or loss, at every shape."""
+    if operation == "pack":
+        found = {f"{name} {t}": check_pack(kernels, SETS[name], t, device) for name in SETS for t in dtypes}
+    elif operation == "adamw":
+        found = {
+            f"{name} {'freeze' if freeze else 'zero_grad'} {clip=}": check_adamw(kernels, ms, freeze, clip, device)
+            for name, ms in SETS.items()
+            for freeze in (False, True)
+            for clip in (None, 0.37)
+        }
+    else:
+        found = {f"{shape} {t}": check_loss(kernels, shape, t, device) for shape in HEADS for t in dtypes}
+    for what, checks in found.items():
+        for check in checks:
+            yield replace(check, name=f"{what}: {check.name}")

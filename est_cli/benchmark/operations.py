@@ -1,8 +1,8 @@
 """How many operations a step asks of PyTorch: what a GPU's host must launch, counted on any machine.
 
-An operation is one call of PyTorch's dispatcher, forward and backward, that is no view. Their number depends on layers
-and stages, not on widths, so the model is counted at small ones: a CPU at full width cuts the pack and the optimizer
-into pieces that fit its cache, which are left out here.
+An operation is one call of PyTorch's dispatcher, forward or backward, that is not a view. The number depends on layers
+and stages, not on widths. So the model is counted at small widths: at full width a CPU cuts pack and optimizer into
+pieces that fit its cache, which do not count.
 """
 
 from dataclasses import replace
@@ -11,15 +11,15 @@ from typing import Any
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from est_cli.benchmark.case import Case
-from est_cli.benchmark.stepper import Stepper
+from est_cli.benchmark.measure import Stepper
 
 _HEAD_DIM, _BLOCKS, _VOCABULARY, _TOKENS = 2, 8, 64, 8
 _COPIES_NOTHING = {"aten::_unsafe_view", "aten::_reshape_alias"}
-"""Views that the dispatcher does not call so."""
+"""Views that the dispatcher does not mark as such."""
 
 
 class Operations(TorchDispatchMode):
-    """The names of the operations that are called under it, in order."""
+    """`names` are the operations called under it, in order."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -39,22 +39,17 @@ def count_operations(case: Case) -> dict[str, Any]:
         for index in range(len(case.stages)):
             stepper.step(index)  # what only the first step of a stage allocates
             found = {phase: int(count) for phase, count in stepper.step(index).items()}
-            both = found["forward"] + found["backward"]
-            stages.append(
-                {"stage": index + 1, "pack": found["pack"], "forward_backward": both, "update": found["update"]}
-            )
+            found["forward_backward"] = found["forward"] + found["backward"]
+            stages.append({"stage": index + 1, **{key: found[key] for key in ("pack", "forward_backward", "update")}})
     return {"stages": stages}
 
 
 def narrow(case: Case) -> Case:
     """The same layers, heads and stages in small widths."""
-    model, block = case.model, case.sampling.mlp_block
-    small = replace(
-        model,
-        d_model=_HEAD_DIM * model.n_heads,
-        head_dim=_HEAD_DIM,
-        d_ff=_BLOCKS * block,
-        vocab_size=_VOCABULARY,
-        max_seq_len=_TOKENS,
-    )
+    widths = {
+        "d_model": _HEAD_DIM * case.model.n_heads,
+        "head_dim": _HEAD_DIM,
+        "d_ff": _BLOCKS * case.sampling.mlp_block,
+    }
+    small = replace(case.model, **widths, vocab_size=_VOCABULARY, max_seq_len=_TOKENS)
     return replace(case, model=small, batch_size=1, seq_len=_TOKENS)

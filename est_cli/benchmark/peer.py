@@ -1,16 +1,18 @@
 """The peer: the same architecture in another library's own code, trained in its fastest honest setting.
 
-SDPA attention, no cache, fused AdamW, the same tokens, threads and optimizer, compiled if ours is. In bf16, the better
-of autocast over fp32 weights and of bf16 weights with fp32 masters is the one that counts. transformers is imported
-where it is installed; nanoGPT and litgpt may be folders that a person names. Nothing of theirs is kept here.
+SDPA attention, no cache, fused AdamW, the same tokens, threads and optimizer, compiled if ours is. In bf16 the faster
+of two settings counts: autocast over fp32 weights, or bf16 weights with fp32 masters. transformers must be installed;
+nanoGPT and litgpt may be folders that a person names. Nothing of theirs is kept here.
 """
 
 import contextlib
 import importlib
 import importlib.util
 import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -20,7 +22,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from est_cli.benchmark.case import Case
-from est_cli.benchmark.stepper import device_time
 from est_cli.config import ModelConfig
 from est_cli.errors import UserError
 from est_cli.model.transformer import Transformer
@@ -39,7 +40,7 @@ class PeerCode:
 
 
 def find_peer(against: str, path: str | None, case: Case) -> PeerCode:
-    """The code of `against`, which has been seen to build the case's model. Raises UserError where it cannot."""
+    """The code of `against`, once it has built the case's model. Raises UserError if it cannot."""
     with contextlib.redirect_stdout(sys.stderr):  # nanoGPT prints, and ours may be JSON
         code = PEERS[against](path and Path(path).expanduser(), case.model)
         if case.recompute and against != "transformers":
@@ -69,10 +70,8 @@ def _transformers(path: Path | None, model: ModelConfig) -> PeerCode:
             n_layer=model.n_layers,
             n_head=model.n_heads,
             n_inner=model.d_ff,
-            resid_pdrop=0.0,
-            embd_pdrop=0.0,
-            attn_pdrop=0.0,
             layer_norm_epsilon=model.norm_eps,
+            **dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0),
             **shared,
         )
     else:
@@ -109,16 +108,11 @@ def _nanogpt(path: Path | None, model: ModelConfig) -> PeerCode:
         module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
     _check_holds(module, path, "GPT", "GPTConfig")
-    for key, value, needed in (
-        ("position", model.position, "learned"),
-        ("tie_embeddings", model.tie_embeddings, True),
-        ("d_ff", model.d_ff, 4 * model.d_model),
-        ("head_dim", model.head_dim, model.d_model // model.n_heads),
-    ):
-        if value != needed:
-            raise UserError(
-                f"against=nanogpt: nanoGPT is a GPT-2, model.{key}={value} must be {needed}; try model=gpt2"
-            )
+    needed = {"position": "learned", "tie_embeddings": True, "d_ff": 4 * model.d_model}
+    for key, value in {**needed, "head_dim": model.d_model // model.n_heads}.items():
+        if getattr(model, key) != value:
+            found = f"model.{key}={getattr(model, key)}"
+            raise UserError(f"against=nanogpt: nanoGPT is a GPT-2, {found} must be {value}; try model=gpt2")
 
     def build() -> nn.Module:
         return module.GPT(
@@ -138,6 +132,7 @@ def _nanogpt(path: Path | None, model: ModelConfig) -> PeerCode:
 
 def _litgpt(path: Path | None, model: ModelConfig) -> PeerCode:
     """litgpt's GPT, which is a Llama of any size; installed, or the folder that holds the package, or the package."""
+    before = list(sys.path)
     if path is not None:
         package = path if path.name == "litgpt" and (path / "model.py").is_file() else path / "litgpt"
         if not (package / "model.py").is_file():
@@ -146,16 +141,12 @@ def _litgpt(path: Path | None, model: ModelConfig) -> PeerCode:
                 "the package litgpt (its checkout, or site-packages)"
             )
         sys.path.insert(0, str(package.parent.resolve()))
+    hint = "" if path else " (pip install litgpt, or against_path=)"
     try:
-        with _told(
-            f"against=litgpt: litgpt cannot be imported{'' if path else ' (pip install litgpt, or against_path=)'}"
-        ):
-            from importlib.metadata import PackageNotFoundError, version
-
+        with _told(f"against=litgpt: litgpt cannot be imported{hint}"):
             module = importlib.import_module("litgpt.model")
     finally:
-        if path is not None:
-            sys.path.pop(0)
+        sys.path[:] = before
     _check_holds(module, path, "GPT", "Config")
     if model.position != "rope":
         raise UserError(
@@ -198,16 +189,12 @@ def _litgpt(path: Path | None, model: ModelConfig) -> PeerCode:
     return PeerCode(name, build, loss)
 
 
-PEERS: dict[str, Callable[[Path | None, ModelConfig], PeerCode]] = {
-    "transformers": _transformers,
-    "nanogpt": _nanogpt,
-    "litgpt": _litgpt,
-}
+PEERS = {"transformers": _transformers, "nanogpt": _nanogpt, "litgpt": _litgpt}
 
 
 @contextlib.contextmanager
 def _told(problem: str) -> Iterator[None]:
-    """What another's code raises is told as a problem of the input that named it."""
+    """An error in another's code becomes a problem with the input that named it."""
     try:
         yield
     except Exception as error:
@@ -228,6 +215,13 @@ def _size(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
+def device_time(device: str) -> float:
+    """Seconds on the clock, once the device has done what it was asked."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
 class Peer:
     """Optimizer steps of the full model in the code of others; `setting` is one of SETTINGS[precision]."""
 
@@ -244,15 +238,13 @@ class Peer:
             self.masters = [p.detach().clone().requires_grad_() for p in model.parameters()]
             model = model.to(torch.bfloat16)
         self.model = model
-        trained = self.masters or list(model.parameters())
-        optimizer = case.optimizer
+        self.trained = trained = self.masters or list(model.parameters())
+        optimizer, self.batch = case.optimizer, case.batch()
         groups: list[dict[str, Any]] = [
             {"params": [p for p in trained if p.dim() >= 2], "weight_decay": optimizer.weight_decay},
             {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0},
         ]
         self.optimizer = torch.optim.AdamW(groups, optimizer.lr, optimizer.betas, optimizer.eps, fused=True)
-        self.trained = trained
-        self.batch = case.batch()
 
     def step(self) -> float:
         """One optimizer step; its seconds."""
@@ -278,13 +270,11 @@ class Peer:
 
 
 def fastest(case: Case, code: PeerCode, warmup: int) -> Peer:
-    """The peer in the faster of its settings, judged on `warmup` steps after one that is not counted."""
-    best: tuple[float, str] | None = None
+    """The peer in its faster setting, judged on `warmup` steps after one that is not counted."""
+    seconds = {}
     for setting in SETTINGS[case.precision]:
         peer = Peer(case, code, setting)
         peer.step()
-        seconds = min(peer.step() for _ in range(max(2, warmup)))
+        seconds[setting] = min(peer.step() for _ in range(max(2, warmup)))
         del peer
-        if best is None or seconds < best[0]:
-            best = (seconds, setting)
-    return Peer(case, code, best[1])
+    return Peer(case, code, min(seconds, key=seconds.get))

@@ -1,6 +1,7 @@
 """est-bench: what a step of every stage costs in time and memory, against its FLOPs."""
 
 import json
+from collections.abc import Iterable
 from typing import Any, Literal
 
 from rich.console import Console
@@ -13,6 +14,15 @@ from est_cli.errors import UserError
 from est_cli.schema import read
 from est_cli.units import format_bytes, format_flops, format_interval, format_percent, format_step_time
 
+_OPTIONS = {
+    "rounds": Count,
+    "warmup": Natural,
+    "against": Literal["transformers", "nanogpt", "litgpt"] | None,
+    "against_path": str | None,
+    "memory": bool,
+}
+"""What `measure` takes."""
+
 
 def main() -> None:
     read_only("bench", run)
@@ -21,13 +31,9 @@ def main() -> None:
 def run(plain: dict[str, Any]) -> None:
     """Measure the composed config and print a table or JSON; raises UserError for bad input."""
     problems: list[str] = []
-    rounds = read(Count, plain.pop("rounds"), "rounds", problems)
-    warmup = read(Natural, plain.pop("warmup"), "warmup", problems)
-    against = read(Literal["transformers", "nanogpt", "litgpt"] | None, plain.pop("against"), "against", problems)
-    path = read(str | None, plain.pop("against_path"), "against_path", problems)
-    if path is not None and against is None and not problems:
-        problems.append(f"against_path={path}: needs against=nanogpt or against=litgpt")
-    memory = read(bool, plain.pop("memory"), "memory", problems)
+    options = {key: read(kind, plain.pop(key), key, problems) for key, kind in _OPTIONS.items()}
+    if options["against_path"] is not None and options["against"] is None and not problems:
+        problems.append(f"against_path={options['against_path']}: needs against=nanogpt or against=litgpt")
     try:
         config = read_train_config(plain)
     except UserError as error:
@@ -48,15 +54,8 @@ def run(plain: dict[str, Any]) -> None:
         console.print(note, style="dim")
     with Progress(console=console, transient=True) as bar:
         task = bar.add_task("interleaved rounds", total=None)
-        result = measure(
-            case_of(config),
-            rounds,
-            warmup,
-            against,
-            path,
-            memory,
-            progress=lambda done, total: bar.update(task, completed=done, total=total),
-        )
+        advance = lambda done, total: bar.update(task, completed=done, total=total)  # noqa: E731
+        result = measure(case_of(config), **options, progress=advance)
     if config.format == "json":
         print(json.dumps(result))
     else:
@@ -64,12 +63,13 @@ def run(plain: dict[str, Any]) -> None:
 
 
 def _print(result: dict[str, Any], console: Console) -> None:
-    table = Table(title="one optimizer step; medians over interleaved rounds [quartiles]", title_justify="left")
-    table.add_column("stage")
-    for column in ("time", "FLOPs", "time / full", "FLOPs / full", "efficiency", "peak memory", "MFU"):
-        table.add_column(column, justify="right")
+    steps = _table(
+        r"one optimizer step; medians over interleaved rounds \[quartiles]",
+        ("time", "FLOPs", "time / full", "FLOPs / full", "efficiency", "peak memory", "MFU"),
+    )
+    phases = _table("phases", result["stages"][0]["phases"])
     for stage in result["stages"]:
-        table.add_row(
+        steps.add_row(
             str(stage["stage"]),
             format_step_time(stage["step_s"]),
             format_flops(stage["flops"]),
@@ -79,17 +79,18 @@ def _print(result: dict[str, Any], console: Console) -> None:
             format_bytes(stage["peak_memory_bytes"]),
             format_percent(stage["mfu"]),
         )
-    console.print(table)
-    phases = Table(title="phases", title_justify="left")
-    phases.add_column("stage")
-    for name in result["stages"][0]["phases"]:
-        phases.add_column(name, justify="right")
-    for stage in result["stages"]:
-        phases.add_row(str(stage["stage"]), *(format_step_time(s) for s in stage["phases"].values()))
-    console.print(phases)
+        phases.add_row(str(stage["stage"]), *map(format_step_time, stage["phases"].values()))
+    console.print(steps, phases)
     if "against" in result:
         peer = result["against"]
         console.print(
             f"against {peer['name']} ({peer['setting']}): {format_step_time(peer['step_s'])}; ours takes "
             f"{format_interval(peer['time_ratio'], peer['time_ratio_quartiles'])} of its time"
         )
+
+
+def _table(title: str, columns: Iterable[str]) -> Table:
+    table = Table("stage", title=title, title_justify="left")
+    for column in columns:
+        table.add_column(column, justify="right")
+    return table

@@ -1,49 +1,58 @@
 """A case is what a run of the same config does, and a child process measures the same case."""
 
 import argparse
-from dataclasses import fields, replace
+import json
+from dataclasses import asdict, replace
 
 import pytest
 from tiny import GPT2, train_config
 
-from est_cli.benchmark.__main__ import main as benchmark_main
-from est_cli.benchmark.arguments import PRESETS, parser, to_arguments, to_case
-from est_cli.benchmark.case import Case, case_of
-from est_cli.benchmark.stepper import Stepper
+from est_cli.benchmark.__main__ import main, parser, to_case
+from est_cli.benchmark.case import PRESETS, THREE_STAGES, Case, case_of
+from est_cli.benchmark.measure import Stepper
 from est_cli.composition.composer import compose
 from est_cli.config import OptimizerConfig, SamplingConfig, read_train_config
 from est_cli.subnet.schedule import StageSpec
 
-PLAIN = Case(GPT2, SamplingConfig(), OptimizerConfig(), (StageSpec(None, 0.5, 0.5, 0.5), StageSpec()), 2, 8)
-SAME = {"model", "seed"}
+HALF_FIRST = (StageSpec(None, 0.5, 0.5, 0.5), StageSpec())
+PLAIN = Case(GPT2, stages=HALF_FIRST, batch_size=2, seq_len=8)
 UNUSUAL = Case(
     GPT2,
     SamplingConfig(mlp_block=4),
     OptimizerConfig(unsampled="freeze", betas=(0.8, 0.9), grad_clip=None),
     (StageSpec(None, 0.5, 0.5, 0.5, n_layers=2), StageSpec()),
-    batch_size=3,
-    seq_len=7,
-    grad_accum=2,
-    precision="bf16",
-    device="cuda",
-    kernels="torch",
-    recompute=True,
-    compile=True,
-    peak_flops=1e12,
+    *(3, 7, 2, "bf16", "cuda", "torch", True, True, 1e12),
 )
 
 
-def test_the_command_line_of_a_case_reads_back_as_the_case():
-    assert all(getattr(UNUSUAL, f.name) != getattr(PLAIN, f.name) for f in fields(Case) if f.name not in SAME)
-    assert to_case(parser().parse_args(to_arguments(UNUSUAL))) == UNUSUAL
-    assert to_case(parser().parse_args(to_arguments(PLAIN))) == PLAIN
+def case_from(*arguments: str) -> Case:
+    return to_case(parser().parse_args(arguments))
+
+
+@pytest.mark.parametrize("case", [PLAIN, UNUSUAL])
+def test_a_child_process_reads_the_same_case(case):
+    assert case_from("--case", json.dumps(asdict(case))) == case
+
+
+def test_flags_describe_a_case():
+    flags = ["--batch-size=3", "--seq-len=7", "--grad-accum=2", "--precision=bf16", "--device=cuda", "--kernels=torch"]
+    flags += ["--recompute", "--compile", "--peak-flops=1e12", '--sampling={"mlp_block": 4}']
+    flags += ['--optimizer={"unsampled": "freeze", "betas": [0.8, 0.9], "grad_clip": null}']
+    flags += [
+        '--rates=[{"heads": 0.5, "mlp": 0.5, "layers": 0.5, "n_layers": 2}, {}]',
+        "--model",
+        json.dumps(asdict(GPT2)),
+    ]
+    assert case_from(*flags) == UNUSUAL
+    assert case_from() == Case(PRESETS["gpt2"])
+    assert case_from().stages == THREE_STAGES
 
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_presets_are_the_models_of_conf(name):
     arguments = argparse.Namespace(overrides=[f"model={name}"], config_name=None, config_dir=None)
     model = read_train_config(compose("train", arguments)[0]).model
-    assert {key: getattr(model, key) for key in PRESETS[name]} == PRESETS[name]
+    assert replace(PRESETS[name], init=model.init) == model
 
 
 def test_a_case_takes_what_the_trainer_was_told():
@@ -79,7 +88,7 @@ def test_mistakes_on_the_plain_command_line_are_told(monkeypatch, capsys, argume
     monkeypatch.setattr("sys.argv", ["benchmark", *arguments])
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     with pytest.raises(SystemExit) as exit:
-        benchmark_main()
+        main()
     assert exit.value.code == 2
     assert problem in capsys.readouterr().err
 

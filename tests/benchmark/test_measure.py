@@ -5,17 +5,15 @@ import pytest
 from tiny import FAMILIES
 
 from est_cli.benchmark import measure as module
-from est_cli.benchmark.case import PHASES, Case
+from est_cli.benchmark.case import Case
 from est_cli.benchmark.goals import Row, row_of_peer, rows_of_stages
-from est_cli.benchmark.measure import measure
-from est_cli.config import OptimizerConfig, SamplingConfig
-from est_cli.subnet.schedule import StageSpec
+from est_cli.benchmark.measure import PHASES, measure
 
-STAGES = (StageSpec(None, 0.5, 0.5, 0.5), StageSpec(None, 0.5, 0.5), StageSpec())
+NAMES = {"gpt2": "transformers GPT2LMHeadModel", "llama": "transformers LlamaForCausalLM"}
 
 
 def case(family: str = "gpt2", **options) -> Case:
-    return Case(FAMILIES[family], SamplingConfig(), OptimizerConfig(), STAGES, 2, 8, **options)
+    return Case(FAMILIES[family], batch_size=2, seq_len=8, **options)
 
 
 class SlowingMachine:
@@ -46,32 +44,28 @@ def test_time_that_follows_flops_is_an_efficiency_of_one_on_a_machine_that_slows
 def test_every_stage_and_the_peer_are_timed(family, precision):
     pytest.importorskip("transformers")
     rounds = []
-    result = measure(
+    found = measure(
         case(family, precision=precision),
-        rounds=2,
-        warmup=1,
-        against="transformers",
+        2,
+        1,
+        "transformers",
         memory=False,
-        progress=lambda done, total: rounds.append((done, total)),
+        progress=lambda *done: rounds.append(done),
     )
-    assert [stage["stage"] for stage in result["stages"]] == [1, 2, 3]
-    assert all(set(stage["phases"]) == set(PHASES) and stage["step_s"] > 0 for stage in result["stages"])
-    assert (
-        result["against"]["name"]
-        == {
-            "gpt2": "transformers GPT2LMHeadModel",
-            "llama": "transformers LlamaForCausalLM",
-        }[family]
-    )
-    assert "eager" in result["against"]["setting"]
+    assert [stage["stage"] for stage in found["stages"]] == [1, 2, 3]
+    assert all(set(stage["phases"]) == set(PHASES) and stage["step_s"] > 0 for stage in found["stages"])
+    assert found["against"]["name"] == NAMES[family]
+    assert "eager" in found["against"]["setting"]
     assert rounds[-1] == (3, 3)
 
 
-def test_a_goal_is_met_on_its_own_side_of_the_number():
-    assert Row("efficiency", "", 1.0, "", 1.0, at_least=True).met
-    assert not Row("efficiency", "", 0.99, "", 1.0, at_least=True).met
-    assert Row("ratio", "", 1.0, "", 1.0).met
-    assert not Row("ratio", "", 1.01, "", 1.0).met
+@pytest.mark.parametrize(
+    ("value", "at_least", "met"), [(1.0, True, True), (0.99, True, False), (1.0, False, True), (1.01, False, False)]
+)
+def test_a_goal_is_met_on_its_own_side_of_the_number(value, at_least, met):
+    row = Row("ratio", "here", value, "", 1.0, at_least)
+    assert row.met is met
+    assert str(row).endswith(f"| {'≥' if at_least else '≤'} 1 | {'met' if met else 'not met'} |")
 
 
 def test_goals_read_the_measured_result():

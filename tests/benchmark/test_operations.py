@@ -6,8 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from est_cli.benchmark.__main__ import main as benchmark_main
-from est_cli.benchmark.arguments import parser, to_case
+from est_cli.benchmark.__main__ import main, parser, to_case
 from est_cli.benchmark.operations import Operations, count_operations
 
 
@@ -18,7 +17,7 @@ def case(*arguments: str):
 @pytest.mark.parametrize("model", ["gpt2", "tinyllama"])
 def test_the_command_prints_the_counts_of_every_stage(monkeypatch, capsys, model):
     monkeypatch.setattr("sys.argv", ["benchmark", "--count-operations", "--model", model, "--format", "json"])
-    benchmark_main()
+    main()
     stages = json.loads(capsys.readouterr().out)["stages"]
     assert [stage["stage"] for stage in stages] == [1, 2, 3]
     assert all(set(stage) == {"stage", "pack", "forward_backward", "update"} for stage in stages)
@@ -51,23 +50,23 @@ EXACT = {
 }
 
 
+def at_depths(measured) -> list[dict[str, list[int]]]:
+    """Counts of each phase by stage, of 4 and of 9 layers."""
+    found = []
+    for n_layers in (4, 9):
+        stages = count_operations(replace(measured, model=replace(measured.model, n_layers=n_layers)))["stages"]
+        found.append({phase: [stage[phase] for stage in stages] for phase in ("pack", "update")})
+    return found
+
+
 @pytest.mark.parametrize(("model", "precision"), EXACT)
-def test_pack_and_update_take_few_operations_whatever_the_depth(model, precision):
+def test_pack_and_update_take_few_operations_at_any_depth(model, precision):
     """At most 20 to pack, and at most 40 for norm, clip and AdamW."""
-    shallow = case("--model", model, "--precision", precision)
-    shallow = replace(shallow, model=replace(shallow.model, n_layers=4))
-    found = [
-        [[stage[phase] for stage in count_operations(measured)["stages"]] for phase in ("pack", "update")]
-        for measured in (shallow, replace(shallow, model=replace(shallow.model, n_layers=9)))
-    ]
-    assert found == [list(EXACT[model, precision])] * 2
+    pack, update = EXACT[model, precision]
+    assert at_depths(case("--model", model, "--precision", precision)) == [{"pack": pack, "update": update}] * 2
 
 
 @pytest.mark.parametrize("unsampled", ["zero_grad", "freeze"])
-def test_the_update_does_not_grow_with_the_layers_whatever_happens_to_rows_that_are_not_sampled(unsampled):
-    counts = []
-    for n_layers in (4, 9):
-        measured = case("--model", "gpt2", "--optimizer", json.dumps({"unsampled": unsampled}))
-        measured = replace(measured, model=replace(measured.model, n_layers=n_layers))
-        counts.append([stage["update"] for stage in count_operations(measured)["stages"]])
-    assert counts[0] == counts[1]
+def test_the_update_does_not_grow_with_the_layers_for_either_treatment_of_other_rows(unsampled):
+    shallow, deep = at_depths(case("--model", "gpt2", "--optimizer", json.dumps({"unsampled": unsampled})))
+    assert shallow["update"] == deep["update"]

@@ -11,7 +11,7 @@ from est_cli.benchmark import peer as module
 from est_cli.benchmark.case import Case
 from est_cli.benchmark.measure import measure
 from est_cli.benchmark.peer import Peer, find_peer
-from est_cli.config import OptimizerConfig, SamplingConfig
+from est_cli.config import OptimizerConfig
 from est_cli.errors import UserError
 from est_cli.model.transformer import Transformer
 from est_cli.subnet.schedule import StageSpec
@@ -51,7 +51,7 @@ class GPT(nn.Module):
 
 
 def case(model, **options) -> Case:
-    return Case(model, SamplingConfig(), OptimizerConfig(), (StageSpec(None, 0.5, 0.5), StageSpec()), 2, 8, **options)
+    return Case(model, stages=(StageSpec(None, 0.5, 0.5), StageSpec()), batch_size=2, seq_len=8, **options)
 
 
 @pytest.fixture
@@ -90,12 +90,7 @@ def test_a_peer_takes_the_steps_that_torchs_adamw_takes(nanogpt):
         ("nanogpt", {"model.py": "def ("}, SQUARE, "cannot be imported: SyntaxError"),
         ("nanogpt", {"model.py": NANOGPT}, LLAMA, "model.position=rope must be learned"),
         ("nanogpt", {"model.py": NANOGPT}, GPT2, "model.d_ff=16 must be 48"),
-        (
-            "nanogpt",
-            {"model.py": NANOGPT.replace("n_layers=config", "n_layers=1 + config")},
-            SQUARE,
-            "parameters where",
-        ),
+        ("nanogpt", {"model.py": NANOGPT.replace("n_layers=c", "n_layers=1 + c")}, SQUARE, "parameters where"),
         ("nanogpt", {"model.py": NANOGPT.replace("dropout == 0", "dropout")}, SQUARE, "cannot build this model"),
         ("litgpt", None, LLAMA, "there is no such file or folder"),
         ("litgpt", {"model.py": ""}, LLAMA, "holds no litgpt/model.py"),
@@ -122,20 +117,18 @@ def test_what_cannot_be_used_is_told(tmp_path, monkeypatch, against, contents, m
     assert module.sys.path == path
 
 
-def test_the_path_of_nanogpt_must_be_given():
-    with pytest.raises(UserError, match="against_path: is missing; against=nanogpt needs the folder"):
-        find_peer("nanogpt", None, case(SQUARE))
-
-
-def test_recomputation_that_a_peer_does_not_have_is_told(nanogpt):
-    with pytest.raises(UserError, match="against=nanogpt: has no recomputation"):
-        find_peer("nanogpt", str(nanogpt), case(SQUARE, recompute=True))
-
-
-def test_a_peer_that_is_not_installed_is_told(monkeypatch):
+@pytest.mark.parametrize(
+    ("against", "path", "options", "words"),
+    [
+        ("nanogpt", None, {}, "against_path: is missing; against=nanogpt needs the folder"),
+        ("nanogpt", "here", {"recompute": True}, "against=nanogpt: has no recomputation"),
+        ("transformers", None, {}, "against=transformers: cannot be imported"),
+    ],
+)
+def test_what_is_missing_is_told(monkeypatch, nanogpt, against, path, options, words):
     monkeypatch.setitem(module.sys.modules, "transformers", None)
-    with pytest.raises(UserError, match="against=transformers: cannot be imported"):
-        find_peer("transformers", None, case(LLAMA))
+    with pytest.raises(UserError, match=words):
+        find_peer(against, path and str(nanogpt), case(SQUARE, **options))
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -8,6 +8,8 @@ import pytest
 import torch
 from tiny import LLAMA, train_config
 
+from est_cli.benchmark.case import PRESETS
+from est_cli.benchmark.kernel_cases import adamw_case, head_case, loss_and_gradients, model_matrices, pack_case
 from est_cli.errors import UserError
 from est_cli.kernels.dispatch import TORCH, kernels_for
 from est_cli.model.transformer import Transformer
@@ -17,6 +19,7 @@ from est_cli.subnet.schedule import Rates, Stage
 from est_cli.training.device import available_device
 from est_cli.training.optimizer import SampledAdamW
 from est_cli.training.subnetwork import PackedSubnetwork
+from kernels.device import DEVICE, HAS_GPU
 
 
 @pytest.mark.parametrize("choice", ["auto", "torch", "masked"])
@@ -44,7 +47,7 @@ def test_triton_that_is_not_installed_is_named(monkeypatch):
 
 
 def test_a_run_on_a_cpu_never_imports_triton():
-    program = "import sys, est_cli.training.loop, est_cli.benchmark.kernels; sys.exit('triton' in sys.modules)"
+    program = "import sys, est_cli.training.loop, est_cli.benchmark.gpu; sys.exit('triton' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program]).returncode == 0
 
 
@@ -64,3 +67,22 @@ def test_subnetwork_and_optimizer_use_their_models_kernels():
     subnet.loss(tokens, tokens).backward()
     optimizer.step(subnet.updates(), 1e-3)
     assert calls == ["gather_rows", "linear_cross_entropy", "adamw_step"]
+
+
+@pytest.mark.skipif(not HAS_GPU, reason="no GPU")
+@pytest.mark.parametrize("version", ["torch", "triton"])
+def test_no_kernel_waits_for_the_gpu(version):
+    """Work that would wait raises under this debug mode."""
+    kernels, clip = kernels_for(version, DEVICE), torch.tensor(0.37, device=DEVICE)
+    gpt2 = replace(PRESETS["gpt2"], n_layers=2)
+    matrices = model_matrices(gpt2, Rates(0.5, 0.5, 0.5))
+    packing, moves = pack_case(matrices, torch.bfloat16, DEVICE), adamw_case(matrices, False, DEVICE)
+    head = head_case(256, gpt2.d_model, gpt2.vocab_size, torch.bfloat16, DEVICE)
+    for mode in ("default", "error"):  # the first turn compiles
+        torch.cuda.set_sync_debug_mode(mode)
+        try:
+            kernels.gather_rows(packing.sources, packing.rows, packing.slots)
+            kernels.adamw_step(moves, clip)
+            loss_and_gradients(kernels.linear_cross_entropy, *head)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")

@@ -7,16 +7,24 @@ import pytest
 import torch
 from tiny import FAMILIES, random_batch, random_master, snapshot
 
+from est_cli.benchmark.case import PRESETS
 from est_cli.benchmark.kernel_cases import (
+    ALIGNED,
+    HEADS,
+    ODD,
+    SETS,
     Matrix,
     PackCase,
     adamw_case,
+    check_adamw,
+    check_loss,
+    check_pack,
     copied,
     head_case,
     loss_and_gradients,
+    model_matrices,
     pack_case,
-)
-from est_cli.benchmark.kernel_checks import ALIGNED, HEADS, ODD, SETS, check_adamw, check_loss, check_pack
+)  # fmt: skip
 from est_cli.config import OptimizerConfig, SamplingConfig
 from est_cli.kernels import linear_cross_entropy as chunked
 from est_cli.kernels import triton_kernels as triton
@@ -30,6 +38,10 @@ from kernels.device import DEVICE, HAS_GPU
 
 DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if HAS_GPU else [])]
 TENSORS = ("parameter", "moment", "square")
+if HAS_GPU:  # the sizes of GPT-2 too
+    LAYERS = replace(PRESETS["gpt2"], n_layers=2)
+    HALF, FULL = (model_matrices(LAYERS, rates) for rates in (Rates(0.5, 0.5, 0.5), Rates()))
+    SETS, HEADS = SETS | {"gpt2 half": HALF, "gpt2": FULL}, [*HEADS, (999, LAYERS.d_model, LAYERS.vocab_size)]
 
 
 @pytest.mark.parametrize("matrices", SETS.values(), ids=SETS)
