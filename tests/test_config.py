@@ -192,6 +192,7 @@ def test_boundaries_out_of_order_are_collected_too(other):
             {"scheduler": {"stage1_end": 12, "stage2_end": 10, "stages": [{"end": 12, "mlp": 0.5}, {"end": 10}, {}]}},
             "scheduler.stage2_end=10 is step 10, but scheduler.stage1_end=12 is step 12",
         ),
+        ({"scheduler": {"stages": "stacking", "depths": 2.5}}, "scheduler.depths=2.5: must be"),
         (
             {"logger.kind": "wandbb"},
             "csv, none, or the dotted path of a class; did you mean 'wandb'?",
