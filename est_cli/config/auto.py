@@ -1,9 +1,10 @@
-"""Sizes that were left to us: `auto` values become numbers that suit the device, and each choice is said."""
+"""`auto` values become numbers that suit the device, and each choice worth knowing is told."""
 
 import dataclasses
 import math
 import shutil
 from pathlib import Path
+from typing import Any
 
 from est_cli.config.checks import AUTO_MAX_STEPS
 from est_cli.config.sections import ModelConfig, TrainConfig, TrainerConfig
@@ -33,7 +34,7 @@ GPUS_OF_A_MACHINE = 8
 
 @dataclasses.dataclass(frozen=True)
 class Device:
-    """Where a run takes place, as far as sizes depend on it."""
+    """The part of the machine that sizes depend on."""
 
     kind: str
     """cpu or cuda"""
@@ -59,9 +60,9 @@ def expected_device(config: TrainConfig) -> Device:
 
 
 def choose(config: TrainConfig, device: Device) -> tuple[TrainConfig, list[str]]:
-    """`config` with numbers in the place of every `auto`, and one line for each choice worth saying.
+    """`config` with a number for every `auto`, and one line for each choice worth telling.
 
-    Raises UserError where the devices cannot share the model.
+    Raises UserError if the devices cannot share the model.
     """
     notes = []
     if config.trainer.shard:
@@ -70,14 +71,11 @@ def choose(config: TrainConfig, device: Device) -> tuple[TrainConfig, list[str]]
         notes.append("trainer.shard=true now means trainer=fsdp, and goes away in the next release")
     model, data, trainer = config.model, config.data, config.trainer
     cpu = device.kind == "cpu"
-    chosen: dict[str, object] = {}
+    chosen: dict[str, dict[str, Any]] = {"data": {}, "trainer": {}}
 
-    def pick(section: str, key: str, value: object) -> object:
+    def pick(section: str, key: str, value: Any) -> Any:
         given = getattr(getattr(config, section), key)
-        if given != "auto":
-            return given
-        chosen[f"{section}.{key}"] = value
-        return value
+        return chosen[section].setdefault(key, value) if given == "auto" else given
 
     seq_len = pick("data", "seq_len", min(model.max_seq_len, CPU_SEQ_LEN) if cpu else model.max_seq_len)
     per_token = training_flops(model, seq_len, 1).total
@@ -96,18 +94,16 @@ def choose(config: TrainConfig, device: Device) -> tuple[TrainConfig, list[str]]
     pick("trainer", "save_final", fits)
     pick("trainer", "precision", "fp32" if cpu else "bf16")
     pick("trainer", "device", device.kind)
-    chosen["trainer.devices"] = processes
-    chosen["trainer.shard_size"] = _shard_size(model, trainer, processes, device.per_machine)
-
-    data = dataclasses.replace(data, **_section(chosen, "data"))
-    resolved = dataclasses.replace(config, trainer=_with(trainer, chosen), data=data)
-    pick("trainer", "compile", device.has_compiler and compiling_pays(resolved))
-    resolved = dataclasses.replace(resolved, trainer=_with(trainer, chosen))
+    shard_size = _shard_size(model, trainer, processes, device.per_machine)
+    trainer = dataclasses.replace(trainer, **chosen["trainer"], devices=processes, shard_size=shard_size)
+    resolved = dataclasses.replace(config, trainer=trainer, data=dataclasses.replace(data, **chosen["data"]))
+    compiles = pick("trainer", "compile", device.has_compiler and compiling_pays(resolved))
+    resolved = dataclasses.replace(resolved, trainer=dataclasses.replace(trainer, compile=compiles))
     return resolved, notes + _sentences(chosen, resolved, full)
 
 
 def on_devices(config: TrainConfig, strategy: str) -> TrainConfig:
-    """The resolved run with another strategy on its devices. Raises UserError where they cannot share the model."""
+    """The resolved run with another strategy on its devices. Raises UserError if they cannot share the model."""
     own, devices = config.trainer, config.trainer.devices
     trainer = dataclasses.replace(own, strategy=strategy, shard_size="auto")
     per_machine = own.shard_size if own.strategy == "hsdp" else math.gcd(devices, GPUS_OF_A_MACHINE)
@@ -116,7 +112,7 @@ def on_devices(config: TrainConfig, strategy: str) -> TrainConfig:
 
 
 def _shard_size(model: ModelConfig, trainer: TrainerConfig, devices: int, per_machine: int) -> int:
-    """Ranks that share master weights and moments. Raises UserError where they cannot have equally many columns."""
+    """Ranks that share master weights and moments. Raises UserError if they cannot have equally many columns."""
     width = model.d_model
     key, size = "trainer.devices", {"fsdp": devices, "hsdp": per_machine}.get(trainer.strategy, 1)
     if trainer.strategy == "hsdp":
@@ -145,20 +141,12 @@ def compiling_pays(config: TrainConfig) -> bool:
     return seconds * COMPILE_SAVES > COMPILE_S * len(sizes)
 
 
-def _with(trainer: TrainerConfig, chosen: dict[str, object]) -> TrainerConfig:
-    return dataclasses.replace(trainer, **_section(chosen, "trainer"))
-
-
-def _section(chosen: dict[str, object], name: str) -> dict[str, object]:
-    return {key.split(".")[1]: value for key, value in chosen.items() if key.startswith(f"{name}.")}
-
-
-def _sentences(chosen: dict[str, object], config: TrainConfig, full_bytes: int) -> list[str]:
-    said = ("data.seq_len", "trainer.batch_size", "trainer.max_steps", "trainer.eval_tokens", "trainer.precision",
-            "trainer.compile")  # fmt: skip
-    sizes = ", ".join(f"{key}={str(chosen[key]).lower()}" for key in said if key in chosen)
+def _sentences(chosen: dict[str, dict[str, Any]], config: TrainConfig, full_bytes: int) -> list[str]:
+    picked = {f"{section}.{key}": value for section, keys in chosen.items() for key, value in keys.items()}
+    said = ("seq_len", "batch_size", "max_steps", "eval_tokens", "precision", "compile")
+    sizes = ", ".join(f"{key}={str(value).lower()}" for key, value in picked.items() if key.partition(".")[2] in said)
     lines = [f"chosen for {config.trainer.device}: {sizes}"] if sizes else []
-    if "trainer.save_final" in chosen and config.trainer.save_final != "full":
+    if "save_final" in chosen["trainer"] and config.trainer.save_final != "full":
         lines.append(
             f"the final checkpoint would hold {full_bytes / 1e9:.1f} GB: trainer.save_final="
             f"{config.trainer.save_final} was chosen; trainer.save_final=full or weights writes it"
