@@ -141,7 +141,8 @@ def test_only_what_composes_knows_hydra_and_only_tracking_knows_wandb(name):
 def test_the_core_runs_with_torch_and_numpy_alone(name):
     """Below the commands a GPU machine needs no more; checkpoints are safetensors."""
     allowed = {"numpy", *({"torch"} if part(name) != "subnet" else ())}
-    allowed |= {"safetensors"} if name in {"est_cli.training.tensor_file", "est_cli.training.pretrained"} else set()
+    files = {f"est_cli.training.{name}" for name in ("checkpoint", "files", "nonfinite", "pretrained")}
+    allowed |= {"safetensors"} if name in files else set()
     allowed |= {"triton"} if part(name) == "kernels" else set()
     assert libraries(name) - set(sys.stdlib_module_names) <= allowed
 

@@ -1,33 +1,36 @@
 """Checkpoints: a folder a step, written whole or not at all, and checked before it is believed.
 
 step-00001000/
-  model.safetensors       the full model's weights, in parameter order
-  optimizer.safetensors   moments and step counts (absent where only weights were saved)
+  model.safetensors       the full model's weights
+  optimizer.safetensors   moments and step counts (absent if only weights were saved)
   state.json              step, config, versions, the commit of the code
   checksums.json          the SHA-256 of each file beside it
 
-Tensors only in the safetensors, JSON for the rest: loading runs no code.
+If the ranks of a run share the state, each writes its part of both: model-00001-of-00004.safetensors, and so on; see
+sharded_checkpoint.py. Either form loads into any number of ranks. Tensors are safetensors and the rest is JSON, so
+loading runs no code.
 """
 
-import hashlib
 import json
 import math
 import os
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors import safe_open
 from torch import Tensor
 
 import est_cli
 from est_cli.errors import UserError
 from est_cli.model.transformer import Transformer
-from est_cli.training.tensor_file import fill, write_tensors
+from est_cli.training.files import check_names, checksum, read_json, sync, write_json, write_tensors
 
 MODEL, OPTIMIZER, STATE = "model.safetensors", "optimizer.safetensors", "state.json"
 CHECKSUMS = "checksums.json"
@@ -53,19 +56,19 @@ class Checkpoint:
 
     @property
     def can_resume(self) -> bool:
-        return (self.folder / OPTIMIZER).exists()
+        return any(self.folder.glob("optimizer*.safetensors"))
 
     def load_model(self, model: Transformer) -> None:
         """Fill the parameters; raises ValueError where names or shapes differ."""
         self.load_weights({name: parameter.data for name, parameter in model.named_parameters()})
 
     def load_weights(self, weights: Mapping[str, Tensor]) -> None:
-        """Fill the tensors, of a DTensor what is held here; raises ValueError where names or shapes differ."""
-        fill(weights, self.folder / MODEL)
+        """Fill the tensors, or the parts of DTensors held here; raises ValueError if names or shapes differ."""
+        _fill(weights, self.folder, MODEL)
 
     def load_moments(self, moments: Mapping[str, Tensor]) -> None:
         """As `load_weights`, with the moments and step counts."""
-        fill(moments, self.folder / OPTIMIZER)
+        _fill(moments, self.folder, OPTIMIZER)
 
 
 @dataclass(frozen=True)
@@ -92,40 +95,67 @@ class Checkpoints:
         Raises OSError, and leaves what was there, where the disk does not take it.
         """
         self._remove_leftovers()
-        temporary = self.folder / f".writing-step-{step:08d}"
+        temporary = self._temporary(step)
         try:
             temporary.mkdir(parents=True)
-            self._write(temporary, step, weights, moments, facts)
+            self._write(temporary, weights, moments)
+            names = [path.name for path in temporary.iterdir()]
+            return self._complete(temporary, step, facts, {name: checksum(temporary / name) for name in names})
         except OSError:
             shutil.rmtree(temporary, ignore_errors=True)  # the room is needed
             raise
-        for folder in self._folders():
-            if _step_of(folder) >= step:
-                # Of a run that went on from an earlier, sound checkpoint: this one takes its place.
-                self._drop(folder)
-        final = self.folder / f"step-{step:08d}"
-        temporary.rename(final)
-        _sync(self.folder)
-        self._prune()
-        return final
 
-    def _write(
+    def begin_sharded(
         self,
-        temporary: Path,
         step: int,
         weights: Mapping[str, Tensor],
         moments: Mapping[str, Tensor] | None,
         facts: dict[str, Any],
-    ) -> None:
+        group: Any,
+    ) -> "Future[Path]":
+        """As `save`, of state that the ranks share as DTensors, while training goes on: they may change at once.
+
+        A collective: all ranks must call it, and the result is the same on all. `group` is a gloo process group that
+        nothing else uses until then. Raises what a collective raises if a rank is lost.
+        """
+        from est_cli.training import sharded_checkpoint  # more than a second, which one process never needs
+
+        temporary = self._temporary(step)
+        return sharded_checkpoint.begin(
+            temporary,
+            weights,
+            moments,
+            group,
+            prepare=self._remove_leftovers,
+            complete=lambda checksums: self._complete(temporary, step, facts, checksums),
+        )
+
+    def _temporary(self, step: int) -> Path:
+        return self.folder / f".writing-step-{step:08d}"
+
+    def _write(self, temporary: Path, weights: Mapping[str, Tensor], moments: Mapping[str, Tensor] | None) -> None:
         write_tensors(weights, temporary / MODEL)
         if moments is not None:
             write_tensors(moments, temporary / OPTIMIZER)
+
+    def _complete(self, temporary: Path, step: int, facts: dict[str, Any], checksums: dict[str, str]) -> Path:
+        """Add the JSON to the tensors in `temporary`, whose checksums are given, and give the folder its name."""
         versions = {"est_cli": est_cli.__version__, "torch": torch.__version__, "numpy": np.__version__}
         write_json(temporary / STATE, {"step": step, **facts, "versions": versions, "code": self.code})
-        write_json(temporary / CHECKSUMS, {path.name: _checksum(path) for path in sorted(temporary.iterdir())})
-        for path in temporary.iterdir():
-            _sync(path)
-        _sync(temporary)
+        checksums = {**checksums, STATE: checksum(temporary / STATE)}
+        write_json(temporary / CHECKSUMS, dict(sorted(checksums.items())))
+        for name in (*checksums, CHECKSUMS):
+            sync(temporary / name)
+        sync(temporary)
+        for folder in self._folders():
+            if _step_of(folder) >= step:
+                # Replaces a later checkpoint left behind when the run resumed from an earlier one.
+                self._drop(folder)
+        final = self.folder / f"step-{step:08d}"
+        temporary.rename(final)
+        sync(self.folder)
+        self._prune()
+        return final
 
     def adopt(self, checkpoint: Path) -> None:
         """Take in another run's checkpoint whole, or not at all: as hard links, or copies where there can be none.
@@ -140,10 +170,10 @@ class Checkpoints:
                 os.link(path, temporary / path.name)
             except OSError:
                 shutil.copyfile(path, temporary / path.name)
-                _sync(temporary / path.name)
-        _sync(temporary)
+                sync(temporary / path.name)
+        sync(temporary)
         temporary.rename(self.folder / checkpoint.name)
-        _sync(self.folder)
+        sync(self.folder)
 
     def newest(self, warn: Callable[[str], None]) -> Checkpoint | None:
         """The sound checkpoint of the highest step; damaged ones are named and passed over.
@@ -223,17 +253,19 @@ def _step_of(folder: Path) -> int:
 
 
 def _state(folder: Path) -> dict[str, Any]:
-    return _read_json(folder / STATE)
+    return read_json(folder / STATE)
 
 
 def damage(folder: Path) -> str | None:
     """What is wrong with a checkpoint, or None."""
-    checksums = _read_json(folder / CHECKSUMS)
-    if not {MODEL, STATE} <= checksums.keys():
+    checksums = read_json(folder / CHECKSUMS)
+    if STATE not in checksums or not any(name.startswith("model") for name in checksums):
         return f"{CHECKSUMS} is missing or unreadable"
+    with ThreadPoolExecutor() as pool:
+        found = {name: pool.submit(checksum, folder / name) for name in checksums}
     for name, expected in checksums.items():
         try:
-            if _checksum(folder / name) != expected:
+            if found[name].result() != expected:
                 return f"{name} does not match its checksum"
         except OSError as error:
             return f"{name}: {error.strerror}"
@@ -242,27 +274,14 @@ def damage(folder: Path) -> str | None:
     return None
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    """The object in a file, or an empty one where there is none."""
-    try:
-        content = json.loads(path.read_text())
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
+def _fill(targets: Mapping[str, Tensor], folder: Path, name: str) -> None:
+    """Read the targets from a checkpoint's model.safetensors or optimizer.safetensors, or from the parts of it."""
+    if not (folder / name).exists() or any(hasattr(target, "to_local") for target in targets.values()):
+        from est_cli.training import sharded_checkpoint
 
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=1) + "\n")
-
-
-def _checksum(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        sharded_checkpoint.fill(targets, folder, Path(name).stem)
+        return
+    with safe_open(folder / name, "pt") as file, torch.no_grad():
+        check_names({key: file.get_slice(key).get_shape() for key in file.keys()}, targets)  # noqa: SIM118
+        for key, target in targets.items():
+            target.copy_(file.get_tensor(key))

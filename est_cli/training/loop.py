@@ -33,6 +33,7 @@ from est_cli.training.optimizer import SampledAdamW, learning_rate
 from est_cli.training.pretrained import load_pretrained
 from est_cli.training.profile import NoProfile, Profile, phase
 from est_cli.training.record import Record, Records
+from est_cli.training.saving import Saving, State
 from est_cli.training.subnetwork import DTYPES, MaskedSubnetwork, Pack, PackedSubnetwork, Update
 from est_cli.training.validation import validation_loss
 from est_cli.training.watch import Launched, Watch
@@ -89,7 +90,7 @@ class Training:
         self.val_step: int | None = None
         self.skipped_steps = 0
         self.saved_step: int | None = None
-        self.told_of_unwritten = False
+        self.saving: Saving | None = None
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Go on after the last step of `checkpoint`."""
@@ -120,26 +121,28 @@ class Training:
         trainer, profile = self.config.trainer, profile or NoProfile()
         self.stopping = stopping
         reset_peak_memory(self.world.device)
-        stopped = False
-        while self.step < trainer.max_steps and not stopped:
-            stage = stage_at(self.stages, self.step)
-            if self.step == stage.first_step:
-                self._grow_into(stage)
-            subnet = self._build(stage)
-            with profile.stage(stage, self.step) as advance:
-                while self.step < stage.end and not stopped:
-                    self._train_step(stage, subnet)
-                    advance()
-                    stopped = self._is_asked_to_stop() and self.step < trainer.max_steps
-                    due = _due(self.step, trainer.checkpoint_every) or self.step in checkpoints.lasting
-                    if due and not stopped and self.step < trainer.max_steps:
-                        self._save(checkpoints, "full", is_last=False)
-                    if not stopped and self.step < trainer.max_steps:
-                        self._await_text(checkpoints)
-            del subnet
-            if self.world.mesh is not None:
-                gc.collect()  # FSDP's modules hold each other, and their slots
-        self._save(checkpoints, "full" if stopped else trainer.save_final, is_last=True)
+        stopped, self.saving = False, Saving(checkpoints, self.world, self._say, self.saved_step)
+        with self.saving:
+            while self.step < trainer.max_steps and not stopped:
+                stage = stage_at(self.stages, self.step)
+                if self.step == stage.first_step:
+                    self._grow_into(stage)
+                subnet = self._build(stage)
+                with profile.stage(stage, self.step) as advance:
+                    while self.step < stage.end and not stopped:
+                        self._train_step(stage, subnet)
+                        self.saving.hear()
+                        advance()
+                        stopped = self._is_asked_to_stop() and self.step < trainer.max_steps
+                        due = _due(self.step, trainer.checkpoint_every) or self.step in checkpoints.lasting
+                        if due and not stopped and self.step < trainer.max_steps:
+                            self._save("full", is_last=False)
+                        if not stopped and self.step < trainer.max_steps:
+                            self._await_text()
+                del subnet
+                if self.world.mesh is not None:
+                    gc.collect()  # FSDP's modules hold each other, and their slots
+            self._save("full" if stopped else trainer.save_final, is_last=True)
         status, memory = "stopped" if stopped else "done", peak_memory_bytes(self.world.device)
         return Outcome(status, self.step, self.train_s, memory, self.skipped_steps)
 
@@ -263,13 +266,13 @@ class Training:
         config, n = self.config, self.config.sequences_per_step
         return training_windows(self.tokens.train, config.data.seq_len, config.seed, self.step * n, n)
 
-    def _await_text(self, checkpoints: Checkpoints) -> None:
+    def _await_text(self) -> None:
         """A stream that cannot be read ends the run between two steps, with a checkpoint. All ranks agree on it."""
         if isinstance(self.tokens.train, np.ndarray):
             return
         error = reading_error(self.step_windows)
         if self.world.any(error is not None):
-            self._save(checkpoints, "full", is_last=True)
+            self._save("full", is_last=True)
             raise error or UserError()
 
     def validate(self, subnet: PackedSubnetwork | MaskedSubnetwork) -> float:
@@ -289,33 +292,18 @@ class Training:
             for observer in self.observers:
                 observer.say(message)
 
-    def _save(self, checkpoints: Checkpoints, contents: str, is_last: bool) -> None:
-        """Write a checkpoint. Where the disk does not take it, training goes on, but cannot end: RunFailed."""
-        if contents == "none" or self.saved_step == self.step:
-            return
-        self._settle()
-        facts = {"config": as_plain(self.config), **{name: getattr(self, name) for name in _CARRIED}}
-        weights = self.world.gathered(self.weights())
-        moments = self.world.gathered(self.moments()) if contents == "full" else None
-        error = None
-        # Rank 0 may write for longer than a collective may take.
-        with self.world.peers.wait_for_main(f"checkpoint {self.step}"):
-            try:
-                if self.world.is_main:
-                    self._say(f"checkpoint written: {checkpoints.save(self.step, weights, moments, facts)}")
-            except OSError as raised:
-                error = raised
-        if not self.world.any(error is not None):
-            self.saved_step = self.step
-            return
-        before = "there is none before it" if self.saved_step is None else f"step {self.saved_step}'s stays"
-        reason = error and (error.strerror or error)
-        message = f"the checkpoint of step {self.step} could not be written ({reason}); {before}"
-        if is_last:
-            raise RunFailed(message) from error
-        if not self.told_of_unwritten:
-            self._say(f"{message}; training goes on")
-        self.told_of_unwritten = True
+    def _save(self, contents: str, is_last: bool) -> None:
+        """Write a checkpoint of "full" state, of "weights", or of "none"; see Saving."""
+
+        def state() -> State:
+            self._settle()
+            facts = {"config": as_plain(self.config), **{name: getattr(self, name) for name in _CARRIED}}
+            return self.weights(), self.moments() if contents == "full" else None, facts
+
+        if contents == "none":
+            self.saving.hear(waits=True)
+        else:
+            self.saving.save(self.step, state, is_last)
 
 
 def pack_on(world: World) -> Pack:

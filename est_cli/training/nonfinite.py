@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from est_cli.config import TrainConfig, as_plain
@@ -22,9 +23,9 @@ from est_cli.errors import RunFailed
 from est_cli.kernels.dispatch import kernels_for
 from est_cli.model.transformer import Transformer
 from est_cli.subnet.plan import Plan, stage_subnetwork
-from est_cli.training.checkpoint import MODEL, write_json
+from est_cli.training.checkpoint import MODEL
+from est_cli.training.files import write_json, write_tensors
 from est_cli.training.subnetwork import DTYPES, MaskedSubnetwork, PackedSubnetwork
-from est_cli.training.tensor_file import read_tensors, write_tensors
 from est_cli.training.watch import Launched
 
 BATCH, STEP = "batch.safetensors", "step.json"
@@ -85,7 +86,7 @@ def read(folder: Path) -> Kept:
     # An empty list, of a skipped layer's units, has no type of its own.
     units = {name: np.array(content["plan"][name], np.int64) for name in ("layers", "heads", "kv_heads", "neurons")}
     plan = Plan(**units, scales=np.array(content["plan"]["scales"], float).reshape(-1, 2))
-    windows, weights = read_tensors(folder / BATCH)["windows"], read_tensors(folder / MODEL)
+    windows, weights = load_file(folder / BATCH)["windows"], load_file(folder / MODEL)
     return Kept(content["step"], content["stage"], plan, windows, weights)
 
 

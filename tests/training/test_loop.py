@@ -163,14 +163,14 @@ def test_a_disk_that_fills_up_costs_no_step_and_is_told_once(tmp_path, monkeypat
     """Checkpoints 4 to 12 find no room; the run goes on, and the last one is written again."""
     config = train_config(LLAMA, checkpoint_every=2, save_final="full")
     training, recorder = start(config)
-    write = Checkpoints._write
+    complete = Checkpoints._complete
 
     def sometimes_full(self, temporary, step, *rest):
         if 3 < step < 13:
             raise OSError(28, "No space left on device")
-        write(self, temporary, step, *rest)
+        return complete(self, temporary, step, *rest)
 
-    monkeypatch.setattr(Checkpoints, "_write", sometimes_full)
+    monkeypatch.setattr(Checkpoints, "_complete", sometimes_full)
     assert training.run(Checkpoints(tmp_path), stopping=lambda: False).status == "done"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000014", "step-00000015"]
     told = [message for message in recorder.messages if "No space left" in message]
@@ -183,14 +183,14 @@ def test_a_disk_that_fills_up_costs_no_step_and_is_told_once(tmp_path, monkeypat
 @pytest.mark.parametrize("ends", ["at its end", "when it is asked to stop"])
 def test_a_run_whose_last_checkpoint_finds_no_room_is_not_done(tmp_path, monkeypatch, ends):
     training, _ = start(train_config(LLAMA, checkpoint_every=6, save_final="full"))
-    write = Checkpoints._write
+    complete = Checkpoints._complete
 
     def full_later(self, temporary, step, *rest):
         if step > 6:
             raise OSError(28, "No space left on device")
-        write(self, temporary, step, *rest)
+        return complete(self, temporary, step, *rest)
 
-    monkeypatch.setattr(Checkpoints, "_write", full_later)
+    monkeypatch.setattr(Checkpoints, "_complete", full_later)
     with pytest.raises(RunFailed, match=r"No space left on device\); step 6's stays$"):
         training.run(Checkpoints(tmp_path), stopping=lambda: ends != "at its end" and training.step == 8)
     assert Checkpoints(tmp_path).newest(pytest.fail).step == 6

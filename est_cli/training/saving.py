@@ -1,0 +1,105 @@
+"""When the checkpoints of a run are written, and what is said of them.
+
+If the ranks share the state, it is written beside training, and training hears of it when it is done; it waits before
+it begins the next one, and before it ends. Otherwise rank 0 writes, and all ranks wait for it.
+"""
+
+import contextlib
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
+from datetime import timedelta
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor
+
+from est_cli.errors import PeerLost, RunFailed, UserError
+from est_cli.training.checkpoint import Checkpoints
+from est_cli.training.distributed import World
+
+State = tuple[Mapping[str, Tensor], Mapping[str, Tensor] | None, dict[str, Any]]
+"""Weights, moments and facts; see Checkpoints.save."""
+_AS_LONG_AS_IT_TAKES = timedelta(days=30)
+"""A slow disk must not end a run; a rank that dies is noticed at once."""
+
+
+class Saving:
+    """A run's checkpoints while it trains. As a context it waits at the end for what is still being written."""
+
+    def __init__(self, checkpoints: Checkpoints, world: World, say: Callable[[str], None], step: int | None):
+        self.checkpoints, self.world, self.say = checkpoints, world, say
+        self.step = step
+        """The step of the newest checkpoint."""
+        self._writing: tuple[int, Future[Path | None]] | None = None
+        self._told_of_unwritten = False
+
+    def save(self, step: int, state: Callable[[], State], is_last: bool) -> None:
+        """Write a checkpoint unless there is one of this step. A collective; the last one is written on return.
+
+        If the disk does not take it, training goes on, but cannot end: raises RunFailed.
+        """
+        self.hear(waits=True)
+        if self.step == step:
+            return
+        weights, moments, facts = state()
+        if self.world.shards > 1:
+            written = self.checkpoints.begin_sharded(step, weights, moments, facts, self._group)
+        else:
+            written = self._written_by_main(step, weights, moments, facts)
+        self._writing = step, written
+        self.hear(waits=is_last or self.world.shards == 1, is_last=is_last)
+
+    def hear(self, waits: bool = False, is_last: bool = False) -> None:
+        """Say how the checkpoint that is being written ended, if it has; `waits` for that."""
+        if self._writing is None or not (waits or self._writing[1].done()):
+            return
+        (step, written), self._writing = self._writing, None
+        try:
+            path = written.result()
+        except OSError as error:
+            self._unwritten(step, error, is_last)
+        else:
+            self.step = step
+            self.say(f"checkpoint written: {path}")
+
+    def _unwritten(self, step: int, error: OSError, is_last: bool) -> None:
+        before = "there is none before it" if self.step is None else f"step {self.step}'s stays"
+        message = f"the checkpoint of step {step} could not be written ({error.strerror or error}); {before}"
+        if is_last:
+            raise RunFailed(message) from error
+        if not self._told_of_unwritten:
+            self.say(f"{message}; training goes on")
+        self._told_of_unwritten = True
+
+    def _written_by_main(self, step: int, *state: Any) -> "Future[Path | None]":
+        weights, moments, facts = state
+        weights, moments = self.world.gathered(weights), moments and self.world.gathered(moments)
+        written: Future[Path | None] = Future()
+        path, raised = None, None
+        # Rank 0 may write for longer than a collective may take.
+        with self.world.peers.wait_for_main(f"checkpoint {step}"):
+            try:
+                path = self.checkpoints.save(step, weights, moments, facts) if self.world.is_main else None
+            except OSError as error:
+                raised = error
+        if self.world.any(raised is not None):
+            written.set_exception(raised or OSError("rank 0 could not write it"))
+        else:
+            written.set_result(path)
+        return written
+
+    @cached_property
+    def _group(self) -> dist.ProcessGroup:
+        """Collectives of two threads in one group could meet each other's: the thread that writes has its own."""
+        return dist.new_group(backend="gloo", timeout=_AS_LONG_AS_IT_TAKES)
+
+    def __enter__(self) -> "Saving":
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: Any) -> None:
+        """Wait for the last write if all ranks end in the same way; if one is lost, what it writes is lost too."""
+        if error is None or (isinstance(error, RunFailed | UserError) and not isinstance(error, PeerLost)):
+            with contextlib.suppress(RuntimeError):
+                self.hear(waits=True)
