@@ -26,7 +26,7 @@ CONFIG = (
 )  # fmt: skip
 ALONE = ("-m", "est_cli", *CONFIG, "trainer.batch_size=4")
 SHARED = ("-m", "est_cli", *CONFIG, "trainer=ddp", "trainer.device=cpu")
-TWO = (*SHARED, "trainer.devices=2")
+TWO = ("-m", "est_cli", *CONFIG, "trainer=fsdp", "trainer.device=cpu", "trainer.devices=2")
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", *SHARED)
 FAKE_WANDB = Path(__file__).parents[1] / "tracking" / "fake_wandb"
 
