@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from est_cli.config import read_train_config
+from est_cli.experiments.saving import AT_LEAST, AT_MOST, needed
 from est_cli.reports.comparison import Frontier
 from est_cli.reports.records import RunRecord
 from est_cli.subnet.memory import count_parameters
@@ -43,17 +44,17 @@ def compare(runs: Seeds, full: Seeds, frontiers: dict[int, Frontier], step_s: li
     same_flops = [losses[seed] - frontiers[seed].loss_at(flops) for seed in runs if seed in frontiers]
     frontier = Frontier.mean([frontiers[seed] for seed in runs if seed in frontiers])
     loss = _mean([losses[seed] for seed in runs if seed in frontiers])
-    at_least = bool(len(frontier.loss) and loss < frontier.loss[-1])
-    needed = frontier.flops[-1] if at_least else frontier.flops_at(loss)
+    least, bound = needed(frontier, loss)
+    least = math.nan if bound == AT_MOST else least
     return Result(
         runs,
         list(losses.values()),
         flops / full_flops,
         [losses[seed] - full[seed].outcome["val_loss"] for seed in runs if seed in full],
         [difference for difference in same_flops if math.isfinite(difference)],
-        1 - flops / needed,
-        at_least,
-        1 - _seconds(runs, step_s) / (_seconds(full, step_s[-1:]) * needed / full_flops),
+        1 - flops / least,
+        bound == AT_LEAST,
+        1 - _seconds(runs, step_s) / (_seconds(full, step_s[-1:]) * least / full_flops),
     )
 
 

@@ -103,7 +103,7 @@ def functions(tree: ast.AST) -> Iterator[ast.AST]:
     yield from (node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef))
 
 
-@pytest.mark.parametrize("name", [name for name in MODULES if part(name) in ON_TOP and "bench" not in name])
+@pytest.mark.parametrize("name", [name for name in MODULES if part(name) in ON_TOP])
 def test_imports_stand_at_the_top(name):
     """est_cli/lazy.py decides what is loaded late, and nothing else does."""
     for function in functions(ast.parse(MODULES[name].read_text())):

@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
+from est_cli import benchmark, training
 from est_cli.commands.entry import read_only
 from est_cli.config import Count, Natural, auto, read_train_config
 from est_cli.errors import UserError
@@ -40,22 +41,15 @@ def run(plain: dict[str, Any]) -> None:
         raise UserError(*problems, *error.problems) from None
     if problems:
         raise UserError(*problems)
-    import torch
-
-    from est_cli.benchmark.case import case_of
-    from est_cli.benchmark.measure import measure
-    from est_cli.training.device import available_device
-
-    config, notes = auto.choose(config, available_device(config.trainer, config.kernels))
-    if config.trainer.threads:
-        torch.set_num_threads(config.trainer.threads)
+    config, notes = auto.choose(config, training.device.available_device(config.trainer, config.kernels))
+    training.device.set_threads(config.trainer.threads)
     console = Console(stderr=True)
     for note in notes:
         console.print(note, style="dim")
     with Progress(console=console, transient=True) as bar:
         task = bar.add_task("interleaved rounds", total=None)
         advance = lambda done, total: bar.update(task, completed=done, total=total)  # noqa: E731
-        result = measure(case_of(config), **options, progress=advance)
+        result = benchmark.measure.measure(benchmark.case.case_of(config), **options, progress=advance)
     if config.format == "json":
         print(json.dumps(result))
     else:

@@ -1,7 +1,7 @@
-"""What a comparison says of its arms: loss, FLOPs and time, and what the full model needs for the same loss.
+"""What a comparison says about its arms: loss, FLOPs and time, and what each saves at equal loss.
 
-Where the runs also try settings of the optimizer, every arm stands there with the one that suits it best: a baseline
-at a learning rate that suits another arm proves nothing.
+If the runs also try settings of the optimizer, every arm appears at its own best setting: a baseline at a learning rate
+that suits another arm proves nothing.
 """
 
 import math
@@ -14,81 +14,13 @@ from rich.console import Console
 from rich.table import Table
 
 from est_cli.experiments.arms import DENSE, FULL, FULL_SAME_FLOPS
-from est_cli.reports.comparison import Frontier, short_key
+from est_cli.experiments.saving import COSTS, FullModel, Saving, seed_of
+from est_cli.reports.comparison import short_key
 from est_cli.reports.records import RunRecord
 from est_cli.tracking.summary import narrow_table
-from est_cli.units import format_clock, format_count, format_flops, format_loss, format_percent, format_setting
+from est_cli.units import format_clock, format_count, format_flops, format_loss, format_setting
 
 _AXES = ("step", "flops/total", "seconds")
-_COSTS = {"flops": "flops_total", "seconds": "train_s"}
-
-
-@dataclass(frozen=True)
-class Saving:
-    """1 less an arm's cost over what the full model needs for the same loss; NaN where that was not measured."""
-
-    share: float = math.nan
-    bound: str | None = None
-    """`at least` where the arm is as good as the longest full run, `at most` where it is worse than the shortest."""
-
-    def words(self, less: str, what: str) -> str:
-        if math.isnan(self.share):
-            return f"unknown {what}"
-        more = self.share < 0
-        # At least so much less, where it is negative, is at most so much more.
-        bound = {"at least": "at most", "at most": "at least"}[self.bound] if more and self.bound else self.bound
-        return " ".join(filter(None, (bound, format_percent(abs(self.share)), "more" if more else less, what)))
-
-
-@dataclass(frozen=True)
-class FullModel:
-    """What the full model reaches, by seed: its runs for all tokens, and with those for fewer steps its frontiers."""
-
-    runs: dict[int, RunRecord]
-    frontiers: dict[str, dict[int, Frontier]]
-    """By what is spent (flops, seconds) and seed; only seeds with as many points as the best known one."""
-    slack: float
-    """Half a step of the shortest run: by so much its FLOPs can miss those that it was to have."""
-
-    @classmethod
-    def of(cls, full: Sequence[RunRecord], same_flops: Sequence[RunRecord]) -> "FullModel":
-        by_seed = {_seed(run): [run] for run in full}
-        for run in same_flops:
-            by_seed.setdefault(_seed(run), []).append(run)
-        points = max(map(len, by_seed.values()), default=0)
-        frontiers = {
-            key: {seed: Frontier.of(runs, cost) for seed, runs in by_seed.items() if len(runs) == points}
-            for key, cost in _COSTS.items()
-        }
-        steps = min((run.outcome["steps"] for run in (*full, *same_flops)), default=math.inf)
-        return cls({_seed(run): run for run in full}, frontiers, max(0.001, 0.51 / max(1, steps)))
-
-    def loss(self, seed: int) -> float:
-        return self.runs[seed].outcome["val_loss"] if seed in self.runs else math.nan
-
-    def loss_at(self, seed: int, flops: float) -> float:
-        """For so many FLOPs, linear in their logarithm between its runs; NaN outside of them."""
-        frontier = self.frontiers["flops"].get(seed)
-        return math.nan if frontier is None else frontier.loss_at(flops, self.slack)
-
-    def saving(self, runs: Sequence[RunRecord], key: str) -> Saving:
-        """Of means over the seeds that both have."""
-        seeds = [_seed(run) for run in runs if _seed(run) in self.runs and _seed(run) in self.frontiers[key]]
-        if not seeds:
-            return Saving()
-        cost, loss = (
-            float(np.mean([run.outcome[name] for run in runs if _seed(run) in seeds]))
-            for name in (_COSTS[key], "val_loss")
-        )
-        if loss <= np.mean([self.loss(seed) for seed in seeds]):
-            whole = float(np.mean([self.runs[seed].outcome[_COSTS[key]] for seed in seeds]))
-            return Saving(1 - cost / whole, "at least")
-        frontier = Frontier.mean([self.frontiers[key][seed] for seed in seeds])
-        if len(frontier.loss) < 2 or (np.diff(frontier.loss) >= 0).any():
-            return Saving()
-        if loss > frontier.loss[0]:
-            return Saving(1 - cost / frontier.flops[0], "at most")
-        return Saving(1 - cost / frontier.flops_at(loss))
 
 
 @dataclass(frozen=True)
@@ -127,8 +59,9 @@ class ArmResult:
         def outcomes(key: str) -> np.ndarray:
             return np.array([run.outcome[key] for run in runs])
 
-        reached = [_first_reached(run, full.loss(_seed(run))) for run in runs]
+        reached = [_first_reached(run, full.loss(seed_of(run))) for run in runs]
         to_baseline = dict(zip(("steps", "flops", "seconds"), np.array(reached).T, strict=True))
+        same_flops = [full.loss_at(seed_of(run), run.outcome["flops_total"]) for run in runs]
         return cls(
             name=name,
             seeds=tuple(run.setting("seed") for run in runs),
@@ -137,9 +70,9 @@ class ArmResult:
             seconds=outcomes("train_s"),
             to_baseline=to_baseline,
             settings={key: runs[0].setting(key) for key in tuned},
-            to_full=outcomes("val_loss") - [full.loss(_seed(run)) for run in runs],
-            to_same_flops=outcomes("val_loss") - [full.loss_at(_seed(run), run.outcome["flops_total"]) for run in runs],
-            saved={key: full.saving(runs, key) for key in _COSTS},
+            to_full=outcomes("val_loss") - [full.loss(seed_of(run)) for run in runs],
+            to_same_flops=outcomes("val_loss") - same_flops,
+            saved={key: full.saving(runs, key) for key in COSTS},
             at_edge=tuple(key for key in tuned if _is_edge(runs[0].setting(key), [run.setting(key) for run in tried])),
         )
 
@@ -295,7 +228,7 @@ def _mean(values: np.ndarray, write: Any) -> str:
 def _best_setting(runs: Sequence[RunRecord], tuned: Sequence[str]) -> list[RunRecord]:
     """The runs of the setting with the lowest mean loss, by seed; of the settings that most seeds have finished."""
     settings: dict[str, list[RunRecord]] = {}
-    for run in sorted(runs, key=_seed):
+    for run in sorted(runs, key=seed_of):
         settings.setdefault(str([run.setting(key) for key in tuned]), []).append(run)
     seeds = max(map(len, settings.values()), default=0)
     finished = [group for group in settings.values() if len(group) == seeds]
@@ -316,7 +249,3 @@ def _mean_loss(runs: Sequence[RunRecord]) -> float:
 
 def _numbers(values: np.ndarray) -> list[float | None]:
     return [float(value) if math.isfinite(value) else None for value in values]
-
-
-def _seed(run: RunRecord) -> int:
-    return run.setting("seed")

@@ -8,8 +8,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from est_cli.config import as_plain
 from est_cli.data.run_data import keep as keep_data
 from est_cli.errors import DONE, STOPPED, PeerLost, RunFailed, UserError
@@ -23,7 +21,7 @@ from est_cli.tracking.metrics import iterate_metrics
 from est_cli.tracking.summary import stage_table, summarize
 from est_cli.tracking.tracker import RunInfo
 from est_cli.training.checkpoint import Checkpoint, Checkpoints
-from est_cli.training.device import keep_freed_memory, return_freed_memory
+from est_cli.training.device import keep_freed_memory, return_freed_memory, set_threads
 from est_cli.training.distributed import join, leave
 from est_cli.training.loop import Outcome, Training
 from est_cli.training.nonfinite import NonFinite, keep
@@ -45,8 +43,7 @@ def _execute(prepared: Prepared, peers: Peers) -> int:
     checkpoints = Checkpoints(folder, kept.keep, kept.keep_best, code, config.lasting_checkpoints)
     stopping, summary = stop_request(), {}
     keep_freed_memory() if peers.size == 1 else return_freed_memory()
-    if config.trainer.threads is not None:
-        torch.set_num_threads(config.trainer.threads)
+    set_threads(config.trainer.threads)
     with contextlib.ExitStack() as stack:
         lock = prepared.directory.locked(config) if peers.is_main else contextlib.nullcontext()
         peers.agree("lock", lambda: stack.enter_context(lock))

@@ -135,3 +135,9 @@ def peak_memory_bytes(device: torch.device) -> int:
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def set_threads(threads: int | None) -> None:
+    """CPU threads of this process; None leaves torch's own choice."""
+    if threads is not None:
+        torch.set_num_threads(threads)

@@ -1,7 +1,11 @@
-"""Runs the commands as people do: in a process of their own, in a folder of their own."""
+"""Runs the commands as people do, in a folder of their own: in a process of their own, or called in this one."""
 
+import contextlib
+import importlib
+import io
 import json
 import os
+import signal
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -48,6 +52,30 @@ def run(command: str, *arguments: str, cwd: Path, **environment: str) -> Finishe
         env=clean_environment(cwd, **environment),
     )  # fmt: skip
     return Finished(done.returncode, done.stdout, done.stderr)
+
+
+def call(command: str, *arguments: str, cwd: Path) -> Finished:
+    """The same in this process, which takes a tenth of the time; for what ends before anything trains."""
+    main = importlib.import_module(f"est_cli.commands.{MODULES[command]}").main
+    before = sys.argv, list(sys.path), dict(os.environ), {n: signal.getsignal(n) for n in signal.valid_signals()}
+    out, err = io.StringIO(), io.StringIO()
+    os.environ.clear()
+    os.environ.update(clean_environment(cwd))
+    sys.argv = [command, *arguments]
+    code = None
+    try:
+        with contextlib.chdir(cwd), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            main()
+    except SystemExit as end:
+        code = end.code
+    finally:
+        sys.argv, sys.path[:], environment, handlers = before
+        os.environ.clear()
+        os.environ.update(environment)
+        for number, handler in handlers.items():
+            if handler is not None and handler != signal.getsignal(number):
+                signal.signal(number, handler)
+    return Finished(code, out.getvalue(), err.getvalue())
 
 
 def clean_environment(cwd: Path, **environment: str) -> dict[str, str]:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.commands.cli import run
+from tests.commands.cli import call, run, write_corpus
 
 CASES = {
     "a misspelt option": (["model=tinylama"], ["model=tinylama", "did you mean 'tinyllama'"]),
@@ -28,7 +28,10 @@ CASES = {
     "a sequence too long": (["data.seq_len=9999"], ["data.seq_len=9999", "model.max_seq_len=256"]),
     "no path": (["data=text"], ["data.path: is missing"]),
     "a missing file": (["data=text", "data.path=nowhere/at/all"], ["data.path=nowhere/at/all"]),
-    "a text too small": (["trainer.batch_size=100000"], ["data.seq_len", "trainer.batch_size"]),
+    "a text too small": (
+        ["data=text", "data.path=corpus", "tokenizer=byte", "trainer.batch_size=100000"],
+        ["data.seq_len", "trainer.batch_size"],
+    ),
     "kernels for another device": (["kernels=triton", "trainer.device=cpu"], ["kernels=triton", "needs a GPU"]),
     "no GPU": (["trainer.device=cuda"], ["trainer.device=cuda"]),
     "a name that leaves the folder": (["name=../x"], ["name=../x"]),
@@ -52,10 +55,13 @@ CASES = {
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_it_is_named_and_nothing_is_left(case, tmp_path):
     arguments, words = CASES[case]
+    write_corpus(tmp_path / "corpus")
     (tmp_path / "experiment").mkdir()
     (tmp_path / "experiment" / "tab.yaml").write_text("# @package _global_\noptimizer:\n\tlr: 0.1\n")
     (tmp_path / "experiment" / "plain.yaml").write_text("optimizer:\n  lr: 0.1\n")
-    done = run("est-train", *arguments, "logger=none", cwd=tmp_path, CUDA_VISIBLE_DEVICES="")
+    # Only a process of its own can be sure not to see a GPU.
+    hidden = {"CUDA_VISIBLE_DEVICES": ""} if case == "no GPU" else {}
+    done = (run if hidden else call)("est-train", *arguments, "logger=none", cwd=tmp_path, **hidden)
     assert done.code == 2, done.err
     assert all(word in done.err for word in words), done.err
     assert "Traceback" not in done.err
@@ -63,7 +69,7 @@ def test_it_is_named_and_nothing_is_left(case, tmp_path):
 
 
 def test_all_mistakes_are_told_at_once(tmp_path):
-    done = run(
+    done = call(
         "est-train", "sampling.heads=2", "optimizer.lr=-1", "model.n_heads=3", "trainer.max_steps=0", cwd=tmp_path
     )
     assert done.code == 2
@@ -72,7 +78,7 @@ def test_all_mistakes_are_told_at_once(tmp_path):
 
 
 def test_misspelt_overrides_are_told_at_once(tmp_path):
-    done = run("est-train", "modle=gpt2", "trainer.max_step=5", "data=txt", cwd=tmp_path)
+    done = call("est-train", "modle=gpt2", "trainer.max_step=5", "data=txt", cwd=tmp_path)
     assert done.code == 2
     assert done.err.count("error:") == 3
 
@@ -84,7 +90,7 @@ def test_misspelt_overrides_are_told_at_once(tmp_path):
      ("est-export", "format=jsonn"), ("est-generate", "format=jsonn")],
 )  # fmt: skip
 def test_every_command_says_what_is_wrong(command, argument, tmp_path):
-    done = run(command, argument, cwd=tmp_path)
+    done = call(command, argument, cwd=tmp_path)
     assert done.code == 2, done.err
     assert argument.split("=")[0] in done.err
     assert "Traceback" not in done.err
@@ -93,16 +99,16 @@ def test_every_command_says_what_is_wrong(command, argument, tmp_path):
 
 @pytest.mark.parametrize("flags", [("--cfg", "job"), ("--info", "config")])
 def test_hydras_own_flags_change_nothing_about_mistakes(flags, tmp_path):
-    done = run("est-train", *flags, "trainer.max_step=5", cwd=tmp_path)
+    done = call("est-train", *flags, "trainer.max_step=5", cwd=tmp_path)
     assert done.code == 2
     assert done.err == "error: trainer.max_step: there is no such key; did you mean 'trainer.max_steps'?\n"
-    done = run("est-plan", "-m", "seed=0,1", "modle=gpt2", cwd=tmp_path)
+    done = call("est-plan", "-m", "seed=0,1", "modle=gpt2", cwd=tmp_path)
     assert done.code == 2
     assert "modle" in done.err and "Traceback" not in done.err
 
 
 def test_one_of_hydras_flags_at_a_time(tmp_path):
-    done = run("est-train", "-m", "--cfg", "job", cwd=tmp_path)
+    done = call("est-train", "-m", "--cfg", "job", cwd=tmp_path)
     assert (done.code, done.err) == (2, "error: --multirun --cfg: only one of them at a time\n")
 
 
@@ -110,7 +116,7 @@ def test_one_of_hydras_flags_at_a_time(tmp_path):
 def test_a_damaged_config_in_a_run_directory_is_told(content, tmp_path):
     (tmp_path / "damaged").mkdir()
     (tmp_path / "damaged" / "config.yaml").write_text(content)
-    done = run("est-eval", "run=damaged", cwd=tmp_path)
+    done = call("est-eval", "run=damaged", cwd=tmp_path)
     assert done.code == 2
     assert done.err.startswith("error: run=damaged: its config.yaml ")
     assert "Traceback" not in done.err
@@ -119,7 +125,7 @@ def test_a_damaged_config_in_a_run_directory_is_told(content, tmp_path):
 def test_runs_that_cannot_be_analyzed_are_told_before_anything_is_measured(tmp_path):
     (tmp_path / "begun").mkdir()
     (tmp_path / "begun" / "config.yaml").write_text("{}")
-    done = run("est-analyze", "run=[begun,./begun]", cwd=tmp_path)
+    done = call("est-analyze", "run=[begun,./begun]", cwd=tmp_path)
     assert done.code == 2
     assert "run=begun: has logged no step yet" in done.err
     assert "run=begun: is named twice" in done.err
@@ -128,7 +134,7 @@ def test_runs_that_cannot_be_analyzed_are_told_before_anything_is_measured(tmp_p
 def test_a_report_that_cannot_be_written_is_told(tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "metrics.jsonl").write_text('{"step": 0}\n')
-    done = run("est-report", "runs=run", "out=/proc/nowhere", cwd=tmp_path)
+    done = call("est-report", "runs=run", "out=/proc/nowhere", cwd=tmp_path)
     assert done.code == 2
     assert done.err.startswith("error: out=/proc/nowhere: cannot be written")
 
@@ -136,7 +142,7 @@ def test_a_report_that_cannot_be_written_is_told(tmp_path):
 def test_a_sweep_that_cannot_make_its_folder_is_told(tmp_path):
     (tmp_path / "taken").write_text("a file")
     for folder in ("/proc/nowhere", "taken"):
-        done = run("est-train", "-m", "seed=0,1", "logger=none", f"hydra.sweep.dir={folder}", cwd=tmp_path)
+        done = call("est-train", "-m", "seed=0,1", "logger=none", f"hydra.sweep.dir={folder}", cwd=tmp_path)
         assert (done.code, done.err.count("\n")) == (2, 1), done.err
         assert done.err.startswith(
             f"error: hydra.sweep.dir={folder if folder[0] == '/' else tmp_path / folder}: cannot be"
