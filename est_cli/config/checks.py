@@ -138,7 +138,9 @@ def _processes(trainer: TrainerConfig) -> Iterator[str]:
         yield f"trainer.devices={trainer.devices}: needs trainer=ddp, fsdp or hsdp (trainer.strategy=ddp)"
     if trainer.strategy == "single" and trainer.shard:
         yield "trainer.shard=true: needs trainer=fsdp in its place: one process has nobody to share with"
-    if trainer.strategy != "hsdp" and trainer.shard_size != "auto":
+    # A run directory's config has the size that followed from the strategy.
+    follows = trainer.devices if trainer.strategy == "fsdp" else 1
+    if trainer.strategy != "hsdp" and trainer.shard_size not in ("auto", follows):
         yield f"trainer.shard_size={trainer.shard_size}: needs trainer=hsdp (trainer.strategy=hsdp)"
 
 

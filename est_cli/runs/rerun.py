@@ -59,11 +59,13 @@ def typed_keys(overrides: list[str]) -> Iterator[str]:
 
 
 def without_call(config: dict) -> dict:
-    """Without what the call decides, and with a head width that follows from the other widths again, if it did."""
-    model = config["model"]
+    """Without what the call decides; a head width or a shard size that followed from other keys follows again."""
+    model, trainer = config["model"], config.get("trainer", {})
     if model.get("head_dim") == model.get("d_model", 0) // max(1, model.get("n_heads", 1)):
-        model = {**model, "head_dim": None}
-    return {key: value for key, value in {**config, "model": model}.items() if key not in _OF_THE_CALL}
+        config = {**config, "model": {**model, "head_dim": None}}
+    if "shard_size" in trainer and trainer.get("strategy") != "hsdp":
+        config = {**config, "trainer": {**trainer, "shard_size": "auto"}}
+    return {key: value for key, value in config.items() if key not in _OF_THE_CALL}
 
 
 def store_config(name: str, config: dict) -> None:

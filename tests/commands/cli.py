@@ -54,13 +54,13 @@ def run(command: str, *arguments: str, cwd: Path, **environment: str) -> Finishe
     return Finished(done.returncode, done.stdout, done.stderr)
 
 
-def call(command: str, *arguments: str, cwd: Path) -> Finished:
+def call(command: str, *arguments: str, cwd: Path, **environment: str) -> Finished:
     """The same in this process, which takes a tenth of the time; for what ends before anything trains."""
     main = importlib.import_module(f"est_cli.commands.{MODULES[command]}").main
     before = sys.argv, list(sys.path), dict(os.environ), {n: signal.getsignal(n) for n in signal.valid_signals()}
     out, err = io.StringIO(), io.StringIO()
     os.environ.clear()
-    os.environ.update(clean_environment(cwd))
+    os.environ.update(clean_environment(cwd, **environment))
     sys.argv = [command, *arguments]
     code = None
     try:
@@ -69,9 +69,9 @@ def call(command: str, *arguments: str, cwd: Path) -> Finished:
     except SystemExit as end:
         code = end.code
     finally:
-        sys.argv, sys.path[:], environment, handlers = before
+        sys.argv, sys.path[:], kept, handlers = before
         os.environ.clear()
-        os.environ.update(environment)
+        os.environ.update(kept)
         for number, handler in handlers.items():
             if handler is not None and handler != signal.getsignal(number):
                 signal.signal(number, handler)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.commands.cli import TINY, metrics, run, without_speed, write_corpus
+from tests.commands.cli import TINY, call, metrics, run, without_speed, write_corpus
 from tests.kills import RUN, Kill
 from tests.kills import run as run_killed
 
@@ -46,12 +46,12 @@ def test_half_of_the_layers_train_until_the_growth(grown):
 
 
 def test_est_plan_counts_what_the_run_spends(place, grown):
-    plan = run("est-plan", *TINY, "data=text", "data.path=corpus", *STACKING, "format=json", cwd=place).json
+    plan = call("est-plan", *TINY, "data=text", "data.path=corpus", *STACKING, "format=json", cwd=place).json
     assert plan["stages"][0]["grown"] == {"n_layers": 2, "n_heads": 4, "d_ff": 24}
     spent = [record["flops/step"] for record in metrics(grown)]
     assert [stage["flops_per_step"] for stage in plan["stages"]] == [spent[0], spent[-1]]
     assert plan["saved"] == pytest.approx(json.loads((grown / "summary.json").read_text())["flops_saved"])
-    table = run("est-plan", *TINY, "data=text", "data.path=corpus", *STACKING, cwd=place, COLUMNS="100").out
+    table = call("est-plan", *TINY, "data=text", "data.path=corpus", *STACKING, cwd=place, COLUMNS="100").out
     assert "2 of 4" in table
 
 
@@ -79,18 +79,18 @@ def shallow(place) -> Path:
 
 def test_the_part_that_has_joined_is_evaluated_and_exported(place, shallow):
     pytest.importorskip("transformers", reason="transformers is not installed: pip install 'est-cli[export]'")
-    assert run("est-eval", f"run={shallow}", "format=json", cwd=place).json["val_loss"] == pytest.approx(
+    assert call("est-eval", f"run={shallow}", "format=json", cwd=place).json["val_loss"] == pytest.approx(
         metrics(shallow)[-1]["val/loss"], abs=1e-5
     )
-    found = run("est-export", f"run={shallow}", "to=hf", "out=shallow-hf", "format=json", cwd=place).json
+    found = call("est-export", f"run={shallow}", "to=hf", "out=shallow-hf", "format=json", cwd=place).json
     config = json.loads((Path(found["out"]) / "config.json").read_text())
     assert (config["num_hidden_layers"], found["max_logit_difference"] <= 1e-5) == (2, True)
-    assert run("est-generate", f"run={shallow}", "prompt=line", cwd=place).code == 0
+    assert call("est-generate", f"run={shallow}", "prompt=line", cwd=place).code == 0
 
 
 def test_a_subnetwork_of_a_step_before_the_growth_can_be_exported(place, grown):
     pytest.importorskip("transformers", reason="transformers is not installed: pip install 'est-cli[export]'")
-    found = run("est-export", f"run={grown}", "out=early", "plan_step=3", "format=json", cwd=place).json
+    found = call("est-export", f"run={grown}", "out=early", "plan_step=3", "format=json", cwd=place).json
     assert json.loads((Path(found["out"]) / "config.json").read_text())["num_hidden_layers"] == 2
 
 
@@ -99,17 +99,17 @@ def test_a_step_whose_layers_have_not_joined_yet_cannot_be_exported(place):
                     "trainer.save_final=none", "checkpoint.keep=5")  # fmt: skip
     folder = Path(stopped.json["run_dir"])
     shutil.rmtree(folder / "checkpoints" / "step-00000024", ignore_errors=True)
-    done = run("est-export", f"run={folder}", "out=late", "plan_step=22", cwd=place)
+    done = call("est-export", f"run={folder}", "out=late", "plan_step=22", cwd=place)
     assert done.code == 2
     assert "plan_step=22: the newest checkpoint, of 16 steps, is from before step 20, where the model grows" in done.err
 
 
 def test_a_growing_run_can_be_analysed_and_reported(place, grown):
-    found = run("est-analyze", f"run={grown}", "format=json", cwd=place)
+    found = call("est-analyze", f"run={grown}", "format=json", cwd=place)
     assert found.code == 0, found.err
-    report = run("est-report", f"runs=[{grown}]", "out=report", "format=json", cwd=place)
+    report = call("est-report", f"runs=[{grown}]", "out=report", "format=json", cwd=place)
     assert report.code == 0, report.err
-    terminal = run("est-report", f"runs=[{grown}]", "format=terminal", cwd=place, COLUMNS="100")
+    terminal = call("est-report", f"runs=[{grown}]", "format=terminal", cwd=place, COLUMNS="100")
     assert terminal.code == 0, terminal.err
 
 
@@ -148,7 +148,7 @@ def test_the_growth_is_told(place):
     ],
 )
 def test_bad_input_is_one_message(place, overrides, message):
-    done = run("est-plan", *TINY, *overrides, cwd=place)
+    done = call("est-plan", *TINY, *overrides, cwd=place)
     assert done.code == 2
     assert message in done.err
     assert "Traceback" not in done.err

@@ -6,20 +6,20 @@ import sys
 
 import pytest
 
-from tests.commands.cli import clean_environment, run
+from tests.commands.cli import call, clean_environment
 
 
 @pytest.mark.parametrize(
     ("experiment", "blocks", "whole"), [("gpt2_est", 0.26667, 0.1943), ("tinyllama_est", 0.25, 0.2366)]
 )
 def test_the_papers_savings_come_out(experiment, blocks, whole, tmp_path):
-    plan = run("est-plan", f"experiment={experiment}", "format=json", cwd=tmp_path).json
+    plan = call("est-plan", f"experiment={experiment}", "format=json", cwd=tmp_path).json
     assert plan["saved_blocks"] == pytest.approx(blocks, abs=1e-5)
     assert plan["saved"] == pytest.approx(whole, abs=1e-4)
 
 
 def test_json_has_the_contracts_keys(tmp_path):
-    plan = run("est-plan", "format=json", cwd=tmp_path).json
+    plan = call("est-plan", "format=json", cwd=tmp_path).json
     assert {"params", "steps", "saved", "saved_blocks", "memory_bytes", "stages"} <= plan.keys()
     for stage in plan["stages"]:
         assert {"stage", "first_step", "last_step", "rates", "flops_per_step", "saved"} <= stage.keys()
@@ -29,11 +29,11 @@ def test_json_has_the_contracts_keys(tmp_path):
 @pytest.mark.parametrize(("size", "fits"), [("80GiB", False), ("300GB", True)])
 def test_whether_a_run_fits_into_a_gpu(size, fits, tmp_path):
     model = ("model=llama_7b", "trainer=ddp", "trainer.devices=64", f"device_memory={size}")
-    plan = run("est-plan", *model, "format=json", cwd=tmp_path).json
+    plan = call("est-plan", *model, "format=json", cwd=tmp_path).json
     assert plan["fits"] is fits
     sent = [stage["sent_bytes_per_step"] for stage in plan["stages"]]
     assert sent[-1] == pytest.approx(8 * plan["params"] * 63 / 64, rel=1e-3)
-    said = " ".join(run("est-plan", *model, cwd=tmp_path).out.split())
+    said = " ".join(call("est-plan", *model, cwd=tmp_path).out.split())
     assert ("fits, " in said) is fits
     assert ("trainer.batch_size=1 trainer.recompute=block trainer=fsdp: " in said) is not fits
     assert all(name in said for name in (" ddp ", " fsdp ", " hsdp, 8 a machine "))
@@ -43,10 +43,10 @@ def test_fsdp_makes_room(tmp_path):
     """trainer.shard=true is another word for it, and says so once."""
     model = ("model=llama_7b", "trainer.devices=64", "trainer.batch_size=1", "trainer.recompute=block",
              "device_memory=80GiB")  # fmt: skip
-    fsdp = run("est-plan", *model, "trainer=fsdp", "format=json", cwd=tmp_path).json
+    fsdp = call("est-plan", *model, "trainer=fsdp", "format=json", cwd=tmp_path).json
     assert fsdp["fits"] is True
-    assert run("est-plan", *model, "trainer=ddp", "format=json", cwd=tmp_path).json["fits"] is False
-    sharded = run("est-plan", *model, "trainer=ddp", "trainer.shard=true", cwd=tmp_path)
+    assert call("est-plan", *model, "trainer=ddp", "format=json", cwd=tmp_path).json["fits"] is False
+    sharded = call("est-plan", *model, "trainer=ddp", "trainer.shard=true", cwd=tmp_path)
     assert sharded.out.count("trainer.shard=true now means trainer=fsdp") == 1
     assert "fits, " in sharded.out
 
@@ -62,21 +62,21 @@ def test_fsdp_makes_room(tmp_path):
     ],
 )
 def test_devices_that_cannot_share_a_model_are_refused(overrides, message, tmp_path):
-    failed = run("est-plan", *overrides, cwd=tmp_path)
+    failed = call("est-plan", *overrides, cwd=tmp_path)
     assert failed.code == 2
     assert message in failed.err
 
 
 def test_a_size_without_a_unit_is_bad_input(tmp_path):
-    failed = run("est-plan", "device_memory=80", "trainer.batch_size=0", cwd=tmp_path)
+    failed = call("est-plan", "device_memory=80", "trainer.batch_size=0", cwd=tmp_path)
     assert failed.code == 2
     assert "device_memory=80: must be a number and a unit, such as 80GiB or 80GB" in failed.err
     assert "trainer.batch_size=0" in failed.err
 
 
 def test_solved_boundaries_reach_the_target(tmp_path):
-    solved = run("est-plan", "target_saved_blocks=0.2", "trainer.max_steps=100000", "format=json", cwd=tmp_path).json
-    pasted = run("est-plan", *solved["overrides"], "trainer.max_steps=100000", "format=json", cwd=tmp_path).json
+    solved = call("est-plan", "target_saved_blocks=0.2", "trainer.max_steps=100000", "format=json", cwd=tmp_path).json
+    pasted = call("est-plan", *solved["overrides"], "trainer.max_steps=100000", "format=json", cwd=tmp_path).json
     assert pasted["saved_blocks"] == pytest.approx(0.2, abs=1e-4)
 
 
@@ -86,23 +86,23 @@ def test_solved_boundaries_reach_the_target(tmp_path):
 def test_solved_boundaries_of_other_schedules_can_be_pasted_too(tmp_path, schedule):
     """Their boundaries have no key of their own; the three-stage schedule's keys are there, and reach nothing."""
     steps = "trainer.max_steps=100000"
-    solved = run("est-plan", *schedule, "target_saved_blocks=0.1", steps, "format=json", cwd=tmp_path).json
+    solved = call("est-plan", *schedule, "target_saved_blocks=0.1", steps, "format=json", cwd=tmp_path).json
     [override] = solved["overrides"]
-    pasted = run("est-plan", *schedule, override, steps, "format=json", cwd=tmp_path).json
+    pasted = call("est-plan", *schedule, override, steps, "format=json", cwd=tmp_path).json
     assert pasted["saved_blocks"] == pytest.approx(0.1, abs=1e-4)
     assert pasted["saved_blocks"] == pytest.approx(solved["saved_blocks"])
-    printed = run("est-plan", *schedule, "target_saved_blocks=0.1", steps, cwd=tmp_path).out.splitlines()[0]
+    printed = call("est-plan", *schedule, "target_saved_blocks=0.1", steps, cwd=tmp_path).out.splitlines()[0]
     assert shlex.split(printed) == [override]
 
 
 def test_a_boundary_is_called_by_the_key_that_decides_it(tmp_path):
-    failed = run("est-plan", "scheduler.stages=[{end: 0.2, mlp: 0.5}, {}]", "trainer.max_steps=2", cwd=tmp_path)
+    failed = call("est-plan", "scheduler.stages=[{end: 0.2, mlp: 0.5}, {}]", "trainer.max_steps=2", cwd=tmp_path)
     assert failed.code == 2
     assert "scheduler.stages[0].end" in failed.err
 
 
 def test_requested_and_effective_rates_are_both_shown(tmp_path):
-    plan = run("est-plan", "sampling.heads=0.3", "format=json", cwd=tmp_path).json
+    plan = call("est-plan", "sampling.heads=0.3", "format=json", cwd=tmp_path).json
     assert plan["stages"][0]["rates"]["heads"] == 0.3
     assert plan["stages"][0]["effective_rates"]["heads"] == 0.5  # one of two key/value groups
 
@@ -117,5 +117,5 @@ def test_no_torch_is_imported(tmp_path):
 
 
 def test_it_leaves_nothing_behind(tmp_path):
-    assert run("est-plan", cwd=tmp_path).code == 0
+    assert call("est-plan", cwd=tmp_path).code == 0
     assert not list(tmp_path.iterdir())

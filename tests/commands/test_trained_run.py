@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from est_cli.commands.generate import take_prompt
-from tests.commands.cli import TINY, run, write_corpus
+from tests.commands.cli import TINY, call, run, write_corpus
 
 NEEDS_TRANSFORMERS = "transformers is not installed: pip install 'est-cli[export]'"
 
@@ -34,14 +34,14 @@ def trained(place) -> str:
 @pytest.fixture(scope="module")
 def exported(place, trained) -> Path:
     pytest.importorskip("transformers", reason=NEEDS_TRANSFORMERS)
-    found = run("est-export", f"run={trained}", "to=hf", "out=exported", "format=json", cwd=place).json
+    found = call("est-export", f"run={trained}", "to=hf", "out=exported", "format=json", cwd=place).json
     assert found.keys() == {"out", "max_logit_difference"}
     assert found["max_logit_difference"] <= 1e-5
     return Path(found["out"])
 
 
 def test_training_from_an_export_begins_where_the_run_ended(place, trained, exported):
-    first = run("est-eval", f"run={trained}", "format=json", cwd=place).json
+    first = call("est-eval", f"run={trained}", "format=json", cwd=place).json
     again = train(place, f"model.init_from={exported}", "optimizer.lr=1e-12", "trainer.max_steps=1").json
     assert again["val_loss"] == pytest.approx(first["val_loss"], abs=1e-6)
 
@@ -54,21 +54,21 @@ def test_an_export_of_other_sizes_is_refused_before_there_is_a_run_directory(pla
 
 
 def test_a_subnetwork_is_exported_by_rates_or_by_step(place, trained, exported):
-    found = run("est-export", f"run={trained}", "out=small", "mlp=0.5", "layers=0.5", "format=json", cwd=place).json
+    found = call("est-export", f"run={trained}", "out=small", "mlp=0.5", "layers=0.5", "format=json", cwd=place).json
     config = json.loads((Path(found["out"]) / "config.json").read_text())
     assert (config["num_hidden_layers"], config["intermediate_size"], found["max_logit_difference"] <= 1e-5) == (
         2,
         12,
         True,
     )
-    done = run("est-export", f"run={trained}", "out=other", "mlp=0.5", "plan_step=1", cwd=place)
+    done = call("est-export", f"run={trained}", "out=other", "mlp=0.5", "plan_step=1", cwd=place)
     assert (done.code, "plan_step=1: goes without mlp" in done.err) == (2, True)
 
 
 def test_nothing_is_exported_over_something(place, trained):
     (place / "full").mkdir()
     (place / "full" / "file").touch()
-    done = run("est-export", f"run={trained}", "out=full", cwd=place)
+    done = call("est-export", f"run={trained}", "out=full", cwd=place)
     assert (done.code, "must be a new or an empty folder" in done.err) == (2, True)
 
 
@@ -87,29 +87,29 @@ def test_a_prompt_in_hydras_quotes_is_left_to_hydra():
 
 def test_text_is_sampled(place, trained):
     arguments = (f"run={trained}", "prompt=def f(${x}): ", "max_tokens=5")
-    found = run("est-generate", *arguments, "format=json", cwd=place).json
+    found = call("est-generate", *arguments, "format=json", cwd=place).json
     assert found["prompt"] == "def f(${x}): "
     assert found["tokens"] <= 5
-    assert run("est-generate", *arguments, cwd=place).out == found["prompt"] + found["text"] + "\n"
+    assert call("est-generate", *arguments, cwd=place).out == found["prompt"] + found["text"] + "\n"
 
 
 def test_runs_are_evaluated_side_by_side(place, trained):
-    one = run("est-eval", f"run={trained}", "format=json", cwd=place).json
-    found = run("est-eval", f"run=[{trained},{trained}]", "format=json", cwd=place).json["runs"]
+    one = call("est-eval", f"run={trained}", "format=json", cwd=place).json
+    found = call("est-eval", f"run=[{trained},{trained}]", "format=json", cwd=place).json["runs"]
     assert found == [{"run": trained, **one}] * 2
-    assert run("est-eval", f"run=[{trained},{trained}]", cwd=place).out.count(Path(trained).name) == 2
+    assert call("est-eval", f"run=[{trained},{trained}]", cwd=place).out.count(Path(trained).name) == 2
 
 
 def test_a_run_is_evaluated_on_other_text_with_its_own_tokenizer(place, trained):
     write_corpus(place / "other")
     other = place / "other" / "more.txt"
     other.write_text("nothing like lines of numbers\n" * 50)
-    own = run("est-eval", f"run={trained}", "format=json", cwd=place).json
+    own = call("est-eval", f"run={trained}", "format=json", cwd=place).json
     overrides = ("data=text", f"data.path={other}", "data.val_fraction=0.5", "tokens=128")
-    found = run("est-eval", f"run={trained}", *overrides, "format=json", cwd=place).json
+    found = call("est-eval", f"run={trained}", *overrides, "format=json", cwd=place).json
     assert found["val_loss"] != own["val_loss"]
     assert found["tokens"] == 128
-    done = run("est-eval", f"run={trained}", "data=text", cwd=place)
+    done = call("est-eval", f"run={trained}", "data=text", cwd=place)
     assert (done.code, "data.path: is missing" in done.err) == (2, True)
 
 
@@ -117,7 +117,7 @@ def test_tasks_run_from_the_command_line(place, trained):
     pytest.importorskip("lm_eval", reason="lm-eval is not installed: pip install 'est-cli[tasks]'")
     tasks_dir = Path(__file__).parents[1] / "evaluation" / "tasks"
     arguments = (f"run={trained}", "tasks=[tiny_generation]", f"tasks_dir={tasks_dir}", "limit=2")
-    found = run("est-eval", *arguments, "format=json", cwd=place).json
+    found = call("est-eval", *arguments, "format=json", cwd=place).json
     assert found["step"] == 5
     assert found["tasks"]["tiny_generation"]["exact_match"] == 0
 
@@ -132,10 +132,10 @@ def test_a_run_is_read_without_its_corpus(place, exported):
     folder = done.json["run_dir"]
     shutil.rmtree(place / "gone")
     shutil.rmtree(place / "gone-cache")
-    assert run("est-generate", f"run={folder}", "max_tokens=3", "format=json", cwd=place).json["tokens"] <= 3
-    found = run("est-export", f"run={folder}", "out=from-sentencepiece", "format=json", cwd=place).json
+    assert call("est-generate", f"run={folder}", "max_tokens=3", "format=json", cwd=place).json["tokens"] <= 3
+    found = call("est-export", f"run={folder}", "out=from-sentencepiece", "format=json", cwd=place).json
     assert found["max_logit_difference"] <= 1e-5
-    other = run("est-eval", f"run={folder}", "data=text", f"data.path={place / 'corpus'}", "format=json", cwd=place)
+    other = call("est-eval", f"run={folder}", "data=text", f"data.path={place / 'corpus'}", "format=json", cwd=place)
     assert other.json["val_loss"] > 0
 
 
@@ -145,9 +145,9 @@ def test_a_run_is_continued_evaluated_and_cooled_down_with_its_own_text_and_toke
         write_corpus(place / "grows"), "hydra.run.dir=own", "optimizer.decay=none", "trainer.checkpoint_every=2",
     )  # fmt: skip
     assert run("est-train", *command, cwd=place).code == 0
-    before = run("est-eval", "run=own", "format=json", cwd=place).json
+    before = call("est-eval", "run=own", "format=json", cwd=place).json
     (place / "grows" / "more.txt").write_text("qxzjkv " * 3000)
-    assert run("est-eval", "run=own", "format=json", cwd=place).json == before
+    assert call("est-eval", "run=own", "format=json", cwd=place).json == before
     (place / "own" / "summary.json").unlink()
     shutil.rmtree(place / "own" / "checkpoints" / "step-00000004")
     pieces = (place / "own" / "tokenizer" / "tokenizer.model").read_bytes()
