@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 from tiny import train_config
 
-from est_cli.config import ModelConfig, auto
+from est_cli.config import ModelConfig, as_plain, auto, read_train_config
 from est_cli.subnet.schedule import StageSpec
 
 GPT2 = ModelConfig(12, 12, 12, 768, 3072, 50304, 1024, "layernorm", "learned", "gelu", True, True, head_dim=64)
@@ -36,3 +36,12 @@ def chosen(max_steps: int, kind: str = "cuda", devices: int = 1, stages=FULL, co
 )
 def test_blocks_are_compiled_where_a_long_run_on_a_gpu_saves_more_than_compiling_takes(expected, arguments):
     assert chosen(**arguments) is expected
+
+
+@pytest.mark.parametrize(("strategy", "devices"), [("single", 1), ("ddp", 4), ("fsdp", 4), ("hsdp", 4)])
+def test_the_config_in_a_run_directory_can_be_read_again(strategy, devices):
+    config = train_config(GPT2, stages=FULL, seq_len=1024, batch_size=16, max_steps=1000, device="cuda")
+    config = replace(config, trainer=replace(config.trainer, strategy=strategy, devices=devices, shard_size="auto"))
+    resolved, _ = auto.choose(config, auto.Device("cuda", devices, per_machine=2))
+    assert isinstance(resolved.trainer.shard_size, int)
+    assert read_train_config(as_plain(resolved)) == resolved
