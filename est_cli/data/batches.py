@@ -1,8 +1,8 @@
-"""Which tokens are in which sequence: windows of token files, and their seeded shuffle.
+"""Windows of token files, and their seeded shuffle.
 
-A window is seq_len + 1 tokens: seq_len inputs and, one further, seq_len targets. Windows follow one another by
-seq_len, so that every token but the first is a target once. Sample n of training is window
-permutation(epoch)[n % N], epoch = n // N: without replacement, epoch after epoch, a pure function of (seed, n).
+A window is seq_len + 1 tokens: seq_len inputs, and the seq_len targets shifted by one. Windows start every seq_len
+tokens, so every token but the first is a target once. Training sample n is window permutation(epoch)[n % N] with
+epoch = n // N: without replacement within an epoch, a pure function of (seed, n).
 """
 
 from collections.abc import Callable
@@ -20,7 +20,7 @@ def n_windows(tokens: np.ndarray, seq_len: int) -> int:
 
 
 class WindowSource(Protocol):
-    """Training tokens that choose their windows themselves."""
+    """Training tokens that select their windows themselves."""
 
     def windows(self, seq_len: int, seed: int, first: int, count: int) -> np.ndarray: ...
 
@@ -43,7 +43,7 @@ def training_windows(tokens: np.ndarray | WindowSource, seq_len: int, seed: int,
 
 
 def reading_error(read: Callable[[], object]) -> Exception | None:
-    """Why a text cannot be read, or None."""
+    """The error with which `read` fails, or None."""
     try:
         read()
     except (UserError, RunFailed) as error:
@@ -60,8 +60,8 @@ def validation_windows(tokens: np.ndarray, seq_len: int, n_tokens: int) -> np.nd
 def permute(indices: np.ndarray, n: int, seed: int, epochs: np.ndarray) -> np.ndarray:
     """Position of each index in the permutation of range(n) that belongs to (seed, epoch).
 
-    A balanced Feistel network permutes the next even power of two, and walks on along its cycle until it is back
-    below n (Black and Rogaway 2002, "Ciphers with arbitrary finite domains"): random access, no table.
+    A balanced Feistel network permutes the next even power of two; cycle walking repeats it until the result is below
+    n (Black and Rogaway 2002, "Ciphers with arbitrary finite domains"). Random access, no table.
     """
     half_bits = np.uint64(max(1, ((n - 1).bit_length() + 1) // 2))
     key = _mix(_mix(np.full(len(indices), seed, np.uint64)) ^ epochs.astype(np.uint64))
@@ -80,7 +80,7 @@ def _feistel(places: np.ndarray, half_bits: np.uint64, key: np.ndarray) -> np.nd
 
 
 def _mix(words: np.ndarray) -> np.ndarray:
-    """SplitMix64 (Steele, Lea, Flood 2014) on uint64, which wraps around."""
+    """SplitMix64 (Steele, Lea, Flood 2014) on uint64 with wrap-around."""
     words = words + np.uint64(0x9E3779B97F4A7C15)
     words = (words ^ (words >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     words = (words ^ (words >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)

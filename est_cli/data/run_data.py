@@ -1,11 +1,10 @@
-"""What a run keeps of its data: the tokenizer that gave its ids, and which text they came from.
+"""What a run keeps of its data: its tokenizer, and a record of the text that it trains on.
 
-A config names a place, and what lies there changes. A run's weights know only the ids of its own tokenizer, so a run
-continues, is evaluated and is exported with RUN/tokenizer, and data.json tells whether its text is still the same.
+A config only names a path, and the files there can change. The weights depend on the ids of the run's tokenizer, so a
+run is continued, evaluated and exported with RUN/tokenizer, and data.json tells whether its text is still the same.
 """
 
 import json
-import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -15,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from est_cli.config import DataConfig
 from est_cli.data import Say
-from est_cli.data.splits import Source
+from est_cli.data.corpora import Source, replacing
 from est_cli.data.tokenizers import Tokenizer, load_tokenizer
 from est_cli.errors import UserError
 
@@ -27,11 +26,11 @@ TOKENIZER, RECORD = "tokenizer", "data.json"
 
 @dataclass(frozen=True)
 class Text:
-    """The text that a data config stands for at the moment."""
+    """The text that a data config names now."""
 
     fingerprint: str
     documents: int | None
-    """None where the text is streamed, as for `bytes`."""
+    """None if the text is streamed; so is `bytes`."""
     bytes: int | None
     sources: list[dict[str, Any]]
 
@@ -47,7 +46,7 @@ class Text:
         )
 
     def difference(self, now: "Text") -> str:
-        """What a person can see of a change from this text to another."""
+        """What changed from this text to another, as far as a person can see it."""
         seen = [
             f"{old:,} {unit}, now {new:,}"
             for unit, old, new in (("documents", self.documents, now.documents), ("bytes", self.bytes, now.bytes))
@@ -60,7 +59,7 @@ class Text:
 
 @dataclass(frozen=True)
 class RunData:
-    """What the run in `folder` has kept."""
+    """What the run in `folder` keeps."""
 
     folder: Path
     kind: str
@@ -68,7 +67,7 @@ class RunData:
 
     @cached_property
     def record(self) -> dict[str, Any] | None:
-        """data.json; None in runs of versions that wrote none. Raises UserError where it is damaged."""
+        """data.json; None for runs of versions that did not write it. Raises UserError if it is damaged."""
         path = self.folder / RECORD
         if not path.exists():
             return None
@@ -86,7 +85,7 @@ class RunData:
 
     @cached_property
     def tokenizer(self) -> Tokenizer | None:
-        """None where an old run has kept none. Raises UserError where it is not the one that the run trained with."""
+        """None if an old run kept none. Raises UserError if it is not the one that the run trained with."""
         folder = self.folder / TOKENIZER
         if self.kind != "byte" and self.record is None and not folder.is_dir():
             return None
@@ -96,7 +95,7 @@ class RunData:
         return tokenizer
 
     def check(self, now: Text, data: DataConfig, say: Say) -> None:
-        """Raises UserError where the run began on another text than `now`, unless data.on_change accepts that."""
+        """Raises UserError if the run began on another text than `now`, unless data.on_change accepts that."""
         if self.text is None:
             say(f"data: {self.folder} has no {RECORD}: whether its text has changed since it began is not known")
         elif self.text.fingerprint != now.fingerprint:
@@ -109,7 +108,7 @@ class RunData:
             say(f"data: the text has changed since the run in {self.folder} began, which is accepted: {change}")
 
     def tell(self, now: Text, say: Say) -> None:
-        """Say that the run trained on another text than `now`."""
+        """Says if the run trained on another text than `now`."""
         if self.text is not None and self.text.fingerprint != now.fingerprint:
             say(
                 f"data: the text has changed since {self.folder} trained on it: {self.text.difference(now)}; this "
@@ -118,14 +117,14 @@ class RunData:
 
 
 def key_of(data: DataConfig) -> str:
-    """What was typed to name the text."""
+    """The override that names the text."""
     if data.sources:
         return "data.sources"
     return f"data={data.kind}" if data.path is None else f"data.path={data.path}"
 
 
 def keep(folder: Path, store: "TokenStore", begins: bool) -> None:
-    """Record in a run's folder what it trains on. Its tokenizer is written once, when the run begins."""
+    """Records in a run's folder what it trains on. Writes its tokenizer once, when the run begins."""
     place = folder / TOKENIZER
     if begins or not place.is_dir():
         partial = folder / f".{TOKENIZER}"
@@ -137,9 +136,8 @@ def keep(folder: Path, store: "TokenStore", begins: bool) -> None:
     record = {"text": asdict(store.text), "store": store.fingerprint, "tokenizer": store.tokenizer.definition}
     path = folder / RECORD
     earlier = [] if begins or not path.exists() else _earlier(json.loads(path.read_text("utf-8")), record)
-    temporary = path.with_name(f".{RECORD}")
-    temporary.write_text(json.dumps({**record, "earlier": earlier}, indent=1) + "\n", "utf-8")
-    os.replace(temporary, path)
+    with replacing(path) as partial:
+        partial.write_text(json.dumps({**record, "earlier": earlier}, indent=1) + "\n", "utf-8")
 
 
 def _earlier(before: dict[str, Any], record: dict[str, Any]) -> list[dict[str, Any]]:

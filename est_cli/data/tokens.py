@@ -1,7 +1,7 @@
-"""Token files: made once, cached by what decides their content, memory-mapped by whoever trains.
+"""Token stores: made once, kept in a cache under a fingerprint of their content, and memory-mapped for training.
 
 A store is a folder `<kind>-<fingerprint>` in the cache with `train.bin` and `val.bin` (raw little-endian ids, each
-document ended by the eot token), the tokenizer's own file and `manifest.json`. It appears by a rename when complete.
+document followed by the eot token), the tokenizer's file and `manifest.json`. A rename makes it visible when complete.
 """
 
 import contextlib
@@ -40,29 +40,22 @@ class TokenStore:
     """A prepared corpus."""
 
     def __init__(
-        self,
-        folder: Path,
-        sources: Sequence[Source] = (),
-        train_tokens: int | None = None,
-        text: Text | None = None,
+        self, folder: Path, sources: Sequence[Source] = (), train_tokens: int | None = None, text: Text | None = None
     ):
-        """`sources` go on with a stream; a store that was opened without them has what was read of it so far.
-        `train_tokens` leaves the first so many tokens of the training split. `text` is what the files were made from.
+        """`sources` continue a stream; without them a store only has what was read of it so far. `train_tokens` limits
+        the training split to its first tokens. `text` is what the files were made from.
 
-        Raises UserError where `folder` holds no complete store."""
-        manifest = _read_manifest(folder)
-        if manifest is None:
+        Raises UserError if `folder` holds no complete store."""
+        self.manifest = _read_manifest(folder)
+        if self.manifest is None:
             raise UserError(f"{folder}: holds no prepared corpus, or one that was cut short")
-        self.folder = folder
-        self._sources = sources
-        self._train_tokens = train_tokens
-        self.text = text
-        self.manifest = manifest
-        self.fingerprint: str = manifest["fingerprint"]
+        self.folder, self.text = folder, text
+        self._sources, self._train_tokens = sources, train_tokens
+        self.fingerprint: str = self.manifest["fingerprint"]
 
     @cached_property
     def train(self) -> np.ndarray | StreamedTokens:
-        """Tokens of the training split, memory-mapped [n] uint16 or uint32; of a stream, what waits for them."""
+        """Tokens of the training split, memory-mapped [n] uint16 or uint32; a stream's object waits for them."""
         if self.is_streamed:
             dtype = np.dtype(self.manifest["dtype"])
             return StreamedTokens(self.folder, dtype, lambda: ShardWriter(self.folder, self._sources, self.tokenizer))
@@ -79,14 +72,13 @@ class TokenStore:
 
     @cached_property
     def val_bytes(self) -> np.ndarray:
-        """float64 [vocab_size]: bytes of validation text that each token stands for.
+        """float64 [vocab_size]: bytes of validation text in each token.
 
-        A tokenizer that drops or folds text has fewer bytes in its tokens than the text had: each token then gets its
+        The tokens of a tokenizer that drops or folds text hold fewer bytes than the text: each token then gets its
         share of the bytes that were read.
         """
         token_bytes = self.tokenizer.token_bytes
-        parts = (self.val[start : start + _COUNTED_AT_ONCE] for start in range(0, len(self.val), _COUNTED_AT_ONCE))
-        told = sum(int(token_bytes[part].sum()) for part in parts)
+        told = int(token_bytes @ count_tokens(self.val, len(token_bytes)))
         counted = self.manifest["splits"]["val"]["bytes"]
         return token_bytes * (1.0 if told == 0 or self.manifest.get("mixture") else counted / told)
 
@@ -95,7 +87,7 @@ class TokenStore:
         return load_tokenizer(self.manifest["tokenizer"], self.folder)
 
     def check(self, seq_len: int, sequences_per_step: int) -> None:
-        """Raises UserError where a step would repeat a training sequence, or validation has not a single one."""
+        """Raises UserError if a step would repeat a training sequence, or validation does not have a single one."""
         val_tokens, problems = self.manifest["splits"]["val"]["tokens"], []
         train_tokens = math.inf if self.is_streamed else len(self.train)
         if (train_tokens - 1) // seq_len < sequences_per_step:
@@ -128,10 +120,10 @@ def prepare(
     run: RunData | None = None,
     check: Callable[[Text], None] = lambda text: None,
 ) -> TokenStore:
-    """The token files of `data` under `tokenizer`: from the cache, or made now. Safe in several processes at once.
+    """The token files of `data` under `tokenizer`: from the cache, or made now. Several processes can call it at once.
 
-    For a `run` that has begun they are made with its own tokenizer, wherever `tokenizer` points by now. `check` sees
-    the text before anything is made of it.
+    For a `run` that has begun, its own tokenizer makes them, whatever `tokenizer` names now. Calls `check` with the
+    text before anything is made of it.
 
     Raises UserError for text, tokenizers and caches that cannot be used.
     """
@@ -145,16 +137,22 @@ def prepare(
     cache = cache_folder(data)
     folder = _folder(data, fingerprint)
     if run is not None and tokenizer.kind == "sentencepiece" and tokenizer.path is None:
-        # The files that the run began with are named by the training of its tokenizer.
+        # The folder that the run began with is named after the training of its tokenizer.
         training = SentencePieceTraining(tokenizer, model_vocab_size)
         folder = _with_tokenizer(_folder(data, _fingerprint(sources, data, training.definition)), chosen) or folder
+
+    def write(partial: Path) -> dict:
+        if data.streaming:
+            return write_streamed_store(partial, sources, data, chosen, say)
+        return write_store(partial, sources, data, chosen, say, show_progress)
+
     if _read_manifest(folder) is None:
         try:
             cache.mkdir(parents=True, exist_ok=True)
             with _locked(folder, say):
-                # Another process may have been faster.
+                # Another process may have made it meanwhile.
                 if _read_manifest(folder) is None:
-                    _build(folder, fingerprint, sources, data, chosen, say, show_progress)
+                    _build(folder, fingerprint, write, say)
         except OSError as error:
             raise UserError(
                 f"data.cache_dir={cache}: cannot be written ({error.strerror or error}); "
@@ -170,7 +168,7 @@ def prepare(
 
 
 def stored(data: DataConfig, run: RunData) -> TokenStore | None:
-    """The token files that the run trained on, where the cache still has them."""
+    """The token files that the run trained on, if the cache still has them."""
     if run.record is None:
         return None
     folder = _with_tokenizer(_folder(data, run.record["store"]), run.tokenizer)
@@ -178,7 +176,7 @@ def stored(data: DataConfig, run: RunData) -> TokenStore | None:
 
 
 def _with_tokenizer(folder: Path, tokenizer: Tokenizer) -> Path | None:
-    """`folder`, if it is a store of this tokenizer: one trained by another version of a library has other pieces."""
+    """`folder`, if its tokenizer is this one: another version of a library can train other pieces."""
     manifest = _read_manifest(folder)
     same = manifest is not None and load_tokenizer(manifest["tokenizer"], folder).definition == tokenizer.definition
     return folder if same else None
@@ -203,7 +201,7 @@ def _both(first: Callable[[], _A], second: Callable[[], _B]) -> tuple[_A, _B]:
 
 @lru_cache
 def current_text(data: DataConfig) -> Text:
-    """The text that `data` names at the moment. Raises UserError where there is none."""
+    """The text that `data` names now. Raises UserError if there is none."""
     return _text_of(open_sources(data, lambda line: None), data)
 
 
@@ -231,16 +229,8 @@ def _locked(folder: Path, say: Say) -> Iterator[None]:
         lock.release()
 
 
-def _build(
-    folder: Path,
-    fingerprint: str,
-    sources: Sequence[Source],
-    data: DataConfig,
-    chosen: Tokenizer | SentencePieceTraining,
-    say: Say,
-    show_progress: bool,
-) -> None:
-    """Writes the store beside `folder` and renames it. The caller holds the lock."""
+def _build(folder: Path, fingerprint: str, write: Callable[[Path], dict], say: Say) -> None:
+    """Calls `write` with a new folder beside `folder`, adds the manifest and renames it. The caller holds the lock."""
     if folder.exists():
         say(f"data: the token files in {folder} were cut short; making them again")
         shutil.rmtree(folder)
@@ -250,11 +240,7 @@ def _build(
         if unfinished.is_file():
             unfinished.unlink()
     try:
-        if data.streaming:
-            manifest = write_streamed_store(partial, sources, data, chosen, say)
-        else:
-            manifest = write_store(partial, sources, data, chosen, say, show_progress)
-        manifest = {"format": _FORMAT, "fingerprint": fingerprint, **manifest}
+        manifest = {"format": _FORMAT, "fingerprint": fingerprint, **write(partial)}
         (partial / _MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", "utf-8")
         for path in (*partial.iterdir(), partial):
             _fsync(path)
@@ -270,7 +256,7 @@ def _build(
 
 
 def _read_manifest(folder: Path) -> dict | None:
-    """The manifest of a store whose files are as long as it says, or None."""
+    """The manifest of a store, or None if its files do not have the sizes that it says."""
     try:
         manifest = json.loads((folder / _MANIFEST).read_text("utf-8"))
         complete = all((folder / name).stat().st_size == size for name, size in manifest["files"].items())
@@ -290,12 +276,13 @@ def _fsync(path: Path) -> None:
 def inspect(store: TokenStore, n_samples: int = 3, sample_tokens: int = 64) -> dict:
     """Counts of each split, the entropy of its unigrams, bytes per token, and decoded samples of the training split.
 
-    `mixture` has an entry for each of several sources: its weight, the share of the tokens that it got, how often it
-    was used (`passes`). `packages` has the bytes of each package in each split, where there are packages. `tokenizing`
-    is how fast the store was made.
-    The unigram entropy is the loss of a model that knows how frequent each token is and nothing else.
+    `mixture` has an entry for each of several sources: its weight, its share of the tokens, and how often it was used
+    (`passes`). `packages` has the bytes of each package in each split, if there are packages. `tokenizing` is how fast
+    the store was made. The unigram entropy is the loss of a model that only knows how frequent each token is.
     """
     manifest = store.manifest
+    last = max(0, len(store.train) - sample_tokens)
+    starts = np.linspace(0, last, n_samples).astype(int)
     return {
         "folder": str(store.folder),
         "fingerprint": store.fingerprint,
@@ -306,7 +293,18 @@ def inspect(store: TokenStore, n_samples: int = 3, sample_tokens: int = 64) -> d
         "mixture": manifest["mixture"],
         "packages": manifest.get("packages", {}),
         "tokenizing": manifest["tokenizing"],
-        "samples": _samples(store, n_samples, sample_tokens),
+        "samples": [store.tokenizer.decode(store.train[start : start + sample_tokens].tolist()) for start in starts],
+    }
+
+
+def _describe(store: TokenStore, name: str) -> dict:
+    counts = store.manifest["splits"][name]
+    nats = unigram_entropy(getattr(store, name), store.manifest["vocab_size"])
+    return {
+        **counts,
+        "bytes_per_token": counts["bytes"] / counts["tokens"],
+        "unigram_entropy_nats": nats,
+        "unigram_entropy_bits": nats / np.log(2).item(),
     }
 
 
@@ -323,20 +321,3 @@ def count_tokens(tokens: np.ndarray, vocab_size: int) -> np.ndarray:
     for start in range(0, len(tokens), _COUNTED_AT_ONCE):
         counts += np.bincount(tokens[start : start + _COUNTED_AT_ONCE], minlength=vocab_size)
     return counts
-
-
-def _describe(store: TokenStore, name: str) -> dict:
-    counts = store.manifest["splits"][name]
-    nats = unigram_entropy(getattr(store, name), store.manifest["vocab_size"])
-    return {
-        **counts,
-        "bytes_per_token": counts["bytes"] / counts["tokens"],
-        "unigram_entropy_nats": nats,
-        "unigram_entropy_bits": nats / np.log(2).item(),
-    }
-
-
-def _samples(store: TokenStore, n_samples: int, sample_tokens: int) -> list[str]:
-    last = max(0, len(store.train) - sample_tokens)
-    starts = np.linspace(0, last, n_samples).astype(int)
-    return [store.tokenizer.decode(store.train[start : start + sample_tokens].tolist()) for start in starts]

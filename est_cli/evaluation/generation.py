@@ -21,7 +21,7 @@ class Decoding:
     temperature: float = 0.8
     """0 takes the most likely token."""
     top_k: int | None = 50
-    """Only the most likely so many; null keeps all."""
+    """Number of most likely tokens to choose from; null keeps all."""
     seed: int = 0
 
 
@@ -29,10 +29,10 @@ class Decoding:
 def generate_tokens(
     model: Transformer, prompt: Sequence[int], vocab_size: int, eot: int, decoding: Decoding
 ) -> Iterator[int]:
-    """Token ids after `prompt`, up to the end-of-text token, which is left out.
+    """Token ids after `prompt`, up to the end-of-text token (excluded).
 
-    Ids of `vocab_size` and above, which the tokenizer does not know, never appear. The model sees the last
-    max_seq_len tokens; an empty prompt starts a document.
+    Never yields ids of `vocab_size` and above, which the tokenizer does not have. The model sees the last max_seq_len
+    tokens; an empty prompt starts a document.
     """
     device = next(model.parameters()).device
     generator = torch.Generator().manual_seed(decoding.seed)
@@ -50,14 +50,14 @@ def generate_tokens(
 def generate_text(
     model: Transformer, tokenizer: Tokenizer, prompt: str, decoding: Decoding
 ) -> Iterator[tuple[str, int]]:
-    """Pieces of text that continue `prompt`, as soon as they are complete, each with its number of tokens."""
+    """Pieces of text that continue `prompt`, each as soon as it is complete, with its number of tokens."""
     ids = tokenizer.encode(prompt)
     said, pending = tokenizer.decode(ids), 0
     for token in generate_tokens(model, ids, tokenizer.vocab_size, tokenizer.eot, decoding):
         ids.append(token)
         pending += 1
         text = tokenizer.decode(ids)
-        # A character of several bytes can take several tokens.
+        # One character can consist of several tokens.
         if not text.endswith(_INCOMPLETE):
             yield text[len(said) :], pending
             said, pending = text, 0

@@ -15,9 +15,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from est_cli.model.transformer import Transformer
 
 _TOKENS_AT_ONCE = 2048
-"""Of a second backward pass, which keeps about three times what training keeps, and all attention scores."""
+"""In a second backward pass, which needs about three times the memory of training, and all attention scores."""
 _TOLERANCE = 1e-3
-"""Relative change of the eigenvalue from one iteration to the next at which it stands."""
+"""Relative change of the eigenvalue in one iteration below which it counts as settled."""
 
 Product = Callable[[Tensor], Tensor]
 """v [P] → H v [P]"""
@@ -27,28 +27,28 @@ Product = Callable[[Tensor], Tensor]
 class Eigenvalue:
     value: float
     residual: float
-    """‖H v − λ v‖ / |λ| of the unit vector v that it was found with: 0 for an exact eigenvector."""
+    """‖H v − λ v‖ / |λ| for its unit vector v: 0 for an exact eigenvector."""
     iterations: int
-    """Hessian-vector products that it took."""
+    """Hessian-vector products used."""
     settled: bool
-    """Whether the last iteration moved it by less than 0.1%."""
+    """Whether the last iteration changed it by less than 0.1%."""
 
 
 @dataclass(frozen=True)
 class Rise:
-    """What random noise of a given size does to the loss."""
+    """How random noise of a given size changes the loss."""
 
     relative_norm: float
-    """Of the noise, as a share of the weights' norm: of every tensor, and so of the whole."""
+    """Norm of the noise as a share of the weights' norm, in every tensor and therefore in total."""
     norm: float
     rises: tuple[float, ...]
-    """Loss with the noise minus loss without, one a draw."""
+    """Loss with the noise minus loss without it, one for each draw."""
 
 
 def hessian_product(model: Transformer, windows: np.ndarray) -> Product:
     """Products with the Hessian of the mean cross-entropy on `windows` [n, T + 1], by a second backward pass.
 
-    The plain head and the MATH attention stand in for the fused ones, which have no second derivative.
+    Uses the plain head and MATH attention, because the fused ones have no second derivative.
     """
     parameters = list(model.parameters())
     sizes, size = [p.numel() for p in parameters], max(1, _TOKENS_AT_ONCE // (windows.shape[1] - 1))
@@ -72,8 +72,8 @@ def hessian_product(model: Transformer, windows: np.ndarray) -> Product:
 def largest_eigenvalue(product: Product, start: Tensor, max_iterations: int) -> Eigenvalue:
     """The largest eigenvalue of a symmetric matrix by power iteration from `start` [P].
 
-    Power iteration finds the eigenvalue that is largest in size. Where that one is negative, a second round on the
-    matrix minus it, which has no negative eigenvalue, finds the largest.
+    Power iteration finds the eigenvalue of largest magnitude. If that is negative, a second round on the matrix minus
+    that value, which has no negative eigenvalues, finds the largest.
     """
     found = _power_iteration(product, start, max_iterations)
     if found.value >= 0:
@@ -83,7 +83,7 @@ def largest_eigenvalue(product: Product, start: Tensor, max_iterations: int) -> 
 
 
 def _power_iteration(product: Product, start: Tensor, max_iterations: int, shift: float = 0.0) -> Eigenvalue:
-    """On the matrix minus `shift`; the eigenvalue is the matrix's own."""
+    """Iterates on the matrix minus `shift`; returns an eigenvalue of the matrix itself."""
     image, values, settled = start, [], False
     while not settled and len(values) < max_iterations:
         vector = image / image.norm()
@@ -98,9 +98,9 @@ def _power_iteration(product: Product, start: Tensor, max_iterations: int, shift
 def loss_rises(
     model: Transformer, loss: Callable[[], float], relative_norms: Sequence[float], draws: int, seed: int
 ) -> list[Rise]:
-    """How much `loss()` of the model rises when Gaussian noise is added to its weights, which are put back after.
+    """How much `loss()` rises when Gaussian noise is added to the model's weights. Restores the weights afterwards.
 
-    Every tensor's noise has `relative_norm` times the tensor's norm. All norms share the directions of the draws.
+    The noise of each tensor has `relative_norm` times the tensor's norm. All norms use the same directions.
     """
     weights = [(p, p.detach().clone()) for p in model.parameters()]
     total = torch.stack([saved.norm() for _, saved in weights]).norm().item()
@@ -119,7 +119,7 @@ def loss_rises(
 
 
 def _directions(weights: list[tuple[Tensor, Tensor]], seed: int, draw: int) -> Iterator[Tensor]:
-    """Noise of norm 1 for each tensor, the same every time that it is asked for."""
+    """Noise of norm 1 for each tensor; the same for equal arguments."""
     generator = torch.Generator().manual_seed((seed << 20) + draw)
     for _, saved in weights:
         noise = torch.randn(saved.shape, generator=generator)

@@ -22,9 +22,9 @@ from est_cli.evaluation.run import OpenRun
 from est_cli.model.transformer import Transformer
 
 _MAX_GENERATED = 256
-"""lm-eval's own default where a task does not say."""
+"""lm-eval's own default if a task does not set it."""
 _BOOTSTRAPS = 1000
-"""For the standard errors of metrics that have no formula for it."""
+"""For standard errors of metrics without a formula."""
 
 
 def evaluate_tasks(
@@ -35,12 +35,12 @@ def evaluate_tasks(
     limit: int | None = None,
     num_fewshot: int | None = None,
 ) -> dict[str, dict[str, float]]:
-    """Metrics of each task, `metric` and `metric_stderr`, of the full model. Raises UserError.
+    """Metrics of the full model on each task, `metric` and `metric_stderr`. Raises UserError.
 
-    `tasks_dir` holds task files of one's own; `limit` is how many examples of each task to take.
+    `tasks_dir` holds the user's own task files; `limit` is the number of examples to take from each task.
     """
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    # Bootstraps of this size do not need processes, and forking is not safe beside torch's threads.
+    # Bootstraps of this size need no processes, and forking is not safe with torch's threads.
     os.environ.setdefault("DISABLE_MULTIPROC", "1")
     manager = _manager(tasks, tasks_dir)
     problems = [
@@ -70,7 +70,7 @@ def evaluate_tasks(
 
 
 def _manager(tasks: Sequence[str], tasks_dir: Path | None) -> TaskManager:
-    """The index of one's own tasks; with lm-eval's too, thousands of files to read, where a task is not among them."""
+    """The index of the user's tasks; only if a task is not among them also lm-eval's, which has thousands of files."""
     if tasks_dir is None:
         return TaskManager()
     own = TaskManager(include_path=str(tasks_dir), include_defaults=False)
@@ -78,13 +78,13 @@ def _manager(tasks: Sequence[str], tasks_dir: Path | None) -> TaskManager:
 
 
 def _numbers(metrics: dict[str, Any]) -> dict[str, float]:
-    """`acc,none` becomes acc; other filters than none stay in the name."""
+    """Renames `acc,none` to acc; filters other than none stay in the name."""
     numbers = {key: value for key, value in metrics.items() if isinstance(value, float) and "," in key}
     return {key.removesuffix(",none"): value for key, value in numbers.items()}
 
 
 class Adapter(TemplateLM):
-    """A model of ours as lm-eval asks for it."""
+    """A model of ours behind lm-eval's interface."""
 
     def __init__(self, model: Transformer, tokenizer: Tokenizer, batch_size: int):
         super().__init__()
@@ -109,7 +109,7 @@ class Adapter(TemplateLM):
         return self._score([(context, continuation) for _, context, continuation in requests])
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
-        """Log-probability of whole texts, in windows that each see as much as the model can."""
+        """Log-probability of whole texts, in windows as long as the model allows."""
         windows = [list(self._windows(self.tok_encode(request.args[0]))) for request in requests]
         scores = iter(self._score([window for own in windows for window in own]))
         return [sum(next(scores)[0] for _ in own) for own in windows]
@@ -123,7 +123,7 @@ class Adapter(TemplateLM):
 
     @torch.no_grad()
     def _score(self, pairs: list[tuple[list[int], list[int]]]) -> list[tuple[float, bool]]:
-        # Batches of like length waste the least padding; padding on the right is never seen.
+        # Texts of similar length need little padding; the model never attends to padding on the right.
         order = sorted(range(len(pairs)), key=lambda i: -len(pairs[i][0]) - len(pairs[i][1]))
         scores: list[tuple[float, bool]] = [(0.0, True)] * len(pairs)
         device = next(self.model.parameters()).device

@@ -1,6 +1,7 @@
-"""Token files: what is in them, when they are made again, and several processes at once."""
+"""Token files: what is in them, when they are made again, several processes at once, and what est-data shows."""
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from tiny_corpora import prose
 
 from est_cli.config import DataConfig, TokenizerConfig
 from est_cli.data.batches import training_windows
-from est_cli.data.tokens import TokenStore, cache_folder, prepare
+from est_cli.data.tokens import TokenStore, cache_folder, count_tokens, inspect, prepare, unigram_entropy
 from est_cli.errors import UserError
 
 BYTE = TokenizerConfig("byte")
@@ -298,3 +299,22 @@ def test_bytes_of_validation_are_those_of_the_text_where_the_tokenizer_drops_som
     for tokenizer in (BYTE, given):
         store = prepare_quietly(text_data(corpus_folder, val_fraction=0.1), tokenizer)
         assert store.val_bytes[store.val].sum() == pytest.approx(store.manifest["splits"]["val"]["bytes"])
+
+
+def test_unigram_entropy_is_that_of_the_frequencies(monkeypatch):
+    monkeypatch.setattr("est_cli.data.tokens._COUNTED_AT_ONCE", 3)
+    tokens = np.array([0, 0, 0, 0, 1, 1, 2, 3], dtype=np.uint16)
+    assert unigram_entropy(tokens, 10) == pytest.approx(1.75 * math.log(2))
+    assert count_tokens(tokens, 5).tolist() == [4, 2, 1, 1, 0]
+
+
+def test_an_inspection_is_plain_and_says_what_is_there(corpus_folder, text_data):
+    store = prepare(text_data(corpus_folder), TokenizerConfig("sentencepiece", vocab_size=400), 512, print, False)
+    report = json.loads(json.dumps(inspect(store, n_samples=2, sample_tokens=20)))
+    train = report["splits"]["train"]
+    assert (train["tokens"], report["tokenizer"]["vocab_size"]) == (len(store.train), 400)
+    assert train["bytes_per_token"] == pytest.approx(train["bytes"] / train["tokens"])
+    assert train["unigram_entropy_bits"] == pytest.approx(train["unigram_entropy_nats"] / math.log(2))
+    text = "".join(file.read_text() for file in sorted(corpus_folder.rglob("*.txt")))
+    assert len(report["samples"]) == 2
+    assert report["samples"][0] in text
