@@ -65,34 +65,26 @@ def chunk(request, monkeypatch):
     monkeypatch.setattr(kernel, "CPU_CHUNK_ELEMENTS", request.param)
 
 
+@pytest.mark.parametrize("which", ["sampled", "all or none"])
 @pytest.mark.parametrize("hyper", [HYPER, PLAIN], ids=["decayed", "not-decayed"])
 @pytest.mark.parametrize("clip", [None, CLIP], ids=["unclipped", "clipped"])
-def test_zero_grad_is_torch_adamw_with_explicit_zero_gradients_bit_for_bit(chunk, clip, hyper):
+def test_zero_grad_is_torch_adamw_with_explicit_zero_gradients_bit_for_bit(chunk, clip, hyper, which):
     state, expected = fresh(), fresh().parameter.clone().requires_grad_()
     optimizer = torch_adamw(expected, hyper)
     for step in range(1, 9):
         rows, gradient = sampled(step)
+        if which == "all or none":
+            whole = torch.randn(R, C, generator=torch.Generator().manual_seed(step))
+            rows, gradient = None, whole if step % 3 else None
         expected.grad = torch.zeros_like(expected)
-        expected.grad[rows.device] = gradient if clip is None else gradient * clip
+        if gradient is not None:
+            expected.grad[slice(None) if rows is None else rows.device] = gradient * (1 if clip is None else clip)
         optimizer.step()
         step_rows(state, gradient, rows, hyper, clip, step)
     moments = optimizer.state[expected]
     assert torch.equal(state.parameter, expected)
     assert torch.equal(state.moment, moments["exp_avg"])
     assert torch.equal(state.square, moments["exp_avg_sq"])
-
-
-@pytest.mark.parametrize("clip", [None, CLIP], ids=["unclipped", "clipped"])
-def test_a_tensor_that_is_sampled_whole_or_not_at_all_is_torch_adamw_bit_for_bit(chunk, clip):
-    state, expected = fresh(), fresh().parameter.clone().requires_grad_()
-    optimizer = torch_adamw(expected)
-    for step in range(1, 9):
-        gradient = torch.randn(R, C, generator=torch.Generator().manual_seed(step)) if step % 3 else None
-        expected.grad = torch.zeros_like(expected) if gradient is None else gradient * (1 if clip is None else clip)
-        optimizer.step()
-        step_rows(state, gradient, None, HYPER, clip, step)
-    assert torch.equal(state.parameter, expected)
-    assert torch.equal(state.moment, optimizer.state[expected]["exp_avg"])
 
 
 def test_zero_grad_moves_unsampled_rows_on_decay_and_momentum(chunk):
@@ -168,8 +160,5 @@ def test_nothing_of_the_full_tensors_size_is_allocated(monkeypatch, unsampled):
     rows, gradient = sampled(1, rows_total, columns)
     counts = np.arange(1, len(gradient) + 1)
     with Allocations([*state.tensors, gradient, rows.device]) as allocations:
-        if unsampled == "freeze":
-            step_rows(state, gradient, rows, HYPER, CLIP, counts)
-        else:
-            step_rows(state, gradient, rows, HYPER, CLIP, 1)
+        step_rows(state, gradient, rows, HYPER, CLIP, counts if unsampled == "freeze" else 1)
     assert 0 < allocations.largest <= chunk
