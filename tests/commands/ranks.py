@@ -2,7 +2,8 @@
 
 ACT is `WHAT:RANK`. Rank 0 or 1 raises, is killed, is lost with its launcher as a machine is, stops its launcher (the
 run itself where it is alone), or stops itself while checkpoints take SLOW_S seconds to write, and every rank leaves
-`ended-RANK` when it ends; or hangs. Ranks that torchrun has started again only sample.
+`ended-RANK` when it ends; or hangs; or is killed when it has written its part of the next checkpoint. Ranks that
+torchrun has started again only sample.
 """
 
 import atexit
@@ -37,6 +38,11 @@ def acting(draw: Draw, total: int, kept: int) -> np.ndarray:
             return random(draw, total, kept)
         if what == "stop-itself":
             os.kill(os.getpid(), signal.SIGTERM)
+            return random(draw, total, kept)
+        if what == "die-writing":
+            from est_cli.training import sharded_checkpoint
+
+            sharded_checkpoint.checksum = lambda path: os.kill(os.getpid(), signal.SIGKILL)
             return random(draw, total, kept)
         target = os.getppid() if "WORLD_SIZE" in os.environ and what != "SIGKILL" else os.getpid()
         os.kill(target, getattr(signal, what))

@@ -204,6 +204,19 @@ def test_a_machine_that_is_lost_costs_the_steps_since_the_last_checkpoint(place,
     assert_same_curve(place, "machines", whole)
 
 
+def test_a_rank_that_is_killed_while_it_writes_costs_the_steps_since_the_last_checkpoint(place, whole):
+    """Two ranks share the state; rank 1 dies while the checkpoint of step 6 is written, and one process goes on."""
+    done = start(place, *TWO, "run_id=writing", "trainer.checkpoint_every=2", act="die-writing:1")
+    assert done.code == 1
+    assert "another process of the run has ended" in done.err
+    checkpoints = run_dir(place, "writing") / "checkpoints"
+    found = sorted(path.name for path in checkpoints.iterdir())
+    assert found == [".writing-step-00000006", "step-00000002", "step-00000004"]
+    assert (checkpoints / "step-00000004" / "optimizer-00002-of-00002.safetensors").exists()
+    assert start(place, *ALONE, "run_id=writing").code == 0
+    assert_same_curve(place, "writing", whole)
+
+
 @pytest.mark.slow
 def test_torchrun_that_is_stopped_leaves_a_checkpoint(place):
     """Its workers exit with 75 and torchrun itself with 1."""

@@ -4,6 +4,7 @@ import errno
 import json
 import math
 import os
+import resource
 import shutil
 import struct
 from pathlib import Path
@@ -272,6 +273,26 @@ def test_files_hold_tensors_only_in_a_fixed_order(tmp_path):
         assert sorted(json.loads((folder / "checksums.json").read_text())) == FILES[1:]
     for name in FILES[1:3]:
         assert (folders[0] / name).read_bytes() == (folders[1] / name).read_bytes()
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_others_may_read_what_they_may_read_of_any_file(tmp_path, name):
+    """The library would let only the owner."""
+    folder = saved(tmp_path, 10).newest(silent).folder
+    (tmp_path / "any").touch()
+    assert (folder / name).stat().st_mode == (tmp_path / "any").stat().st_mode
+
+
+def test_what_the_disk_refuses_is_an_error_of_the_system(tmp_path):
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limit[1]))
+    try:
+        with pytest.raises(OSError, match="File too large") as error:
+            saved(tmp_path, 10)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert error.value.errno == errno.EFBIG
+    assert names(tmp_path) == []
 
 
 def test_a_checkpoint_of_another_model_is_refused(tmp_path):
