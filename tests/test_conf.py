@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from est_cli.composition.composer import compose, conf_dir
-from est_cli.config import auto, read_train_config
+from est_cli.config import as_plain, auto, read_train_config
 
 GROUPS = ("model", "data", "tokenizer", "scheduler", "sampling", "optimizer", "trainer", "logger", "checkpoint")
 OPTIONS = [(g, path.stem) for g in (*GROUPS, "experiment") for path in sorted((conf_dir() / g).glob("*.yaml"))]
@@ -21,8 +21,10 @@ def read(*overrides: str):
 @pytest.mark.parametrize(("group", "option"), OPTIONS)
 def test_the_option_composes_and_validates(group, option):
     config = read(f"{group}={option}", *NEEDED.get((group, option), []))
-    resolved, _ = auto.choose(config, auto.Device("cpu"))
-    assert resolved.stages[-1].end == resolved.trainer.max_steps
+    for device in (auto.Device("cpu"), auto.Device("cuda", 2, 2)):
+        resolved, _ = auto.choose(config, device)
+        assert resolved.stages[-1].end == resolved.trainer.max_steps
+        assert read_train_config(as_plain(resolved)) == resolved, "a run directory's config is read again"
 
 
 def test_every_folder_of_conf_is_a_group_that_is_tested():
