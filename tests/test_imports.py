@@ -1,6 +1,7 @@
 """Imports point one way, in the order of docs/architecture.md, and stand at the top: read from the source."""
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -186,3 +187,11 @@ def test_what_is_answered_without_training_needs_no_torch(command, arguments):
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=PACKAGE.parent)
     assert done.stdout.splitlines()[-1] == "[]", done.stderr
+
+
+def test_the_map_of_the_house_names_files_that_exist():
+    text = (PACKAGE.parent / "docs" / "architecture.md").read_text("utf-8")
+    named = set(re.findall(r"\b[a-z_]+/[a-z_]+\.py\b", text)) | set(re.findall(r"`([a-z_]+/)`", text))
+    places = (PACKAGE, PACKAGE.parent)
+    assert len(named) > 20
+    assert [name for name in named if not any((place / name).exists() for place in places)] == []

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.commands.cli import TINY, Finished, clean_environment, run, write_corpus
-from tests.commands.test_sweep import statuses, wait_for_steps
+from tests.experiments.test_sweep import statuses, wait_for_steps
 
 pytestmark = pytest.mark.slow
 
