@@ -72,7 +72,8 @@ def result_of(records: Records, runs: list[Run]) -> Result:
         _by_seed(records, runs),
         _by_seed(records, runs_with(size=size, arm=ARMS[FULL], **same_tokens)),
         {seed: frontier for seed, frontier in frontiers.items() if len(frontier.loss)},
-        times_of(records).get(size, {}).get(arm.name, []),
+        # Everything that doubles has stages of the same depths.
+        times_of(records).get(size, {}).get(WINNER if arm.name.startswith(WINNER) else arm.name, []),
     )
 
 
