@@ -157,7 +157,13 @@ def _keep_step(prepared: Prepared, training: Training, peers: Peers, failed: Non
     what, weights = None, training.world.gathered(training.weights())
     if peers.is_main:
         try:
-            folder = keep(prepared.directory.nonfinite, failed, weights, training.step_windows(), training.config)
+            folder = keep(
+                prepared.directory.nonfinite,
+                failed,
+                weights,
+                training.inputs.of_all_ranks(training.step),
+                training.config,
+            )
             what = f"`{shlex.join([*program(), f'replay={folder}'])}` runs it again"
         except OSError as error:
             what = f"it could not be kept for a replay ({error})"

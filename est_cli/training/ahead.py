@@ -1,6 +1,6 @@
-"""What the next step needs, made while the device works on this one.
+"""What a step needs, its plan and its tokens; on a GPU those of the next step are made while it works on this one.
 
-Plan and tokens are functions of the step's number alone, so that nothing is lost with what was made ahead.
+Both are pure functions of the step's number, so a run that ends loses nothing with what was made ahead.
 """
 
 import threading
@@ -11,20 +11,52 @@ import numpy as np
 from torch import Tensor
 
 from est_cli.config import TrainConfig
-from est_cli.data.batches import WindowSource, training_windows
+from est_cli.data.batches import Tokens, reading_error, training_windows
+from est_cli.errors import UserError
 from est_cli.kernels.upload import pinned
+from est_cli.subnet.plan import Plan
+from est_cli.subnet.sampler import sample
+from est_cli.subnet.schedule import stage_at
 from est_cli.training.distributed import World
 
 Made = TypeVar("Made")
 
 
-def rank_windows(config: TrainConfig, tokens: np.ndarray | WindowSource, world: World, step: int) -> list[Tensor]:
-    """A rank's token windows of every micro-batch of a step: [B, T + 1] each, on the host."""
-    size, found = config.trainer.batch_size, []
-    for micro in range(config.trainer.grad_accum):
-        first = step * config.sequences_per_step + (micro * world.size + world.rank) * size
-        found.append(training_windows(tokens, config.data.seq_len, config.seed, first, size))
-    return [pinned(windows, world.device) for windows in found]
+class Inputs:
+    """Plans and tokens of a run's steps on this rank; ahead of time for steps before `end`."""
+
+    def __init__(self, config: TrainConfig, tokens: Tokens, world: World, end: int):
+        self.config, self.tokens, self.world, self.stages = config, tokens.train, world, config.stages
+        self.ahead = Ahead(self._make, end)
+
+    def of(self, step: int) -> tuple[Plan, list[Tensor]]:
+        """The plan, and this rank's token windows [B, T + 1] of every micro-batch, on the host."""
+        return self.ahead.of(step)
+
+    def of_all_ranks(self, step: int) -> np.ndarray:
+        """The token windows of a step, of every rank and micro-batch in order: [n, T + 1]."""
+        self.ahead.finish()
+        n = self.config.sequences_per_step
+        return self._windows(step * n, n)
+
+    @property
+    def are_streamed(self) -> bool:
+        """The text is read while the run trains, so reading may fail."""
+        return not isinstance(self.tokens, np.ndarray)
+
+    def error(self, step: int) -> UserError | None:
+        """Why the text of a step cannot be read, if so; waits for it."""
+        return reading_error(lambda: self.of_all_ranks(step))
+
+    def _make(self, step: int) -> tuple[Plan, list[Tensor]]:
+        config, world, size = self.config, self.world, self.config.trainer.batch_size
+        plan = sample(config.seed, step, stage_at(self.stages, step), config.model, config.sampling)
+        start = step * config.sequences_per_step + world.rank * size
+        firsts = [start + micro * world.size * size for micro in range(config.trainer.grad_accum)]
+        return plan, [pinned(self._windows(first, size), world.device) for first in firsts]
+
+    def _windows(self, first: int, n: int) -> np.ndarray:
+        return training_windows(self.tokens, self.config.data.seq_len, self.config.seed, first, n)
 
 
 class Ahead(Generic[Made]):

@@ -3,26 +3,24 @@
 import gc
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal, Protocol
+from typing import Literal
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from est_cli.config import TrainConfig, as_plain
-from est_cli.data.batches import Tokens, reading_error, training_windows, validation_windows
+from est_cli.data.batches import Tokens, validation_windows
 from est_cli.errors import RunFailed, UserError
 from est_cli.kernels.dispatch import kernels_for
 from est_cli.model.initialisation import initialise
 from est_cli.model.transformer import Transformer
 from est_cli.subnet.growth import growth_into, model_after
-from est_cli.subnet.plan import Plan, Subnetwork, stage_subnetwork
-from est_cli.subnet.sampler import sample
+from est_cli.subnet.plan import Subnetwork, stage_subnetwork
 from est_cli.subnet.schedule import Stage, stage_at
-from est_cli.training.ahead import Ahead, rank_windows
+from est_cli.training.ahead import Inputs
 from est_cli.training.checkpoint import Checkpoint, Checkpoints
 from est_cli.training.compiled import Compiler
 from est_cli.training.device import peak_memory_bytes, reset_peak_memory
@@ -32,19 +30,11 @@ from est_cli.training.nonfinite import NonFinite
 from est_cli.training.optimizer import SampledAdamW, learning_rate
 from est_cli.training.pretrained import load_pretrained
 from est_cli.training.profile import NoProfile, Profile, phase
-from est_cli.training.record import Record, Records
+from est_cli.training.record import Observer, Records
 from est_cli.training.saving import Saving, State
 from est_cli.training.subnetwork import DTYPES, MaskedSubnetwork, Pack, PackedSubnetwork, Update
 from est_cli.training.validation import validation_loss
 from est_cli.training.watch import Launched, Watch
-
-
-class Observer(Protocol):
-    """What the loop tells of itself, on rank 0."""
-
-    def log(self, record: Record) -> None: ...
-
-    def say(self, message: str) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -80,7 +70,7 @@ class Training:
         self.watch = Watch(world.device, stays=config.trainer.on_nonfinite == "stop")
         self.behind = int(world.device.type == "cuda")
         """Steps that the device has to go on with while the host reads and logs the one before; 0 on a CPU."""
-        self.ahead = Ahead(self._inputs, config.trainer.max_steps if self.behind else 0)
+        self.inputs = Inputs(config, tokens, world, end=config.trainer.max_steps if self.behind else 0)
         self.stopping: Callable[[], bool] = lambda: False
         self.asked: Tensor | None = None
         """How many ranks were asked to stop, as the step's all-reduce has found."""
@@ -164,12 +154,13 @@ class Training:
 
     def _train_step(self, stage: Stage, subnet: PackedSubnetwork | MaskedSubnetwork) -> None:
         config, started = self.config, time.perf_counter()
-        plan, windows = self.ahead.of(self.step)
+        plan, windows = self.inputs.of(self.step)
         subnet.load(plan)
         loss = torch.zeros((), device=self.world.device)
-        for number, (inputs, targets) in enumerate(self._micro_batches(windows), 1):
+        for number, tokens in enumerate(windows, 1):
+            batch = tokens.to(self.world.device, non_blocking=True)
             subnet.reduce_next(number == config.trainer.grad_accum)
-            micro_loss = subnet.loss(inputs, targets) / config.trainer.grad_accum
+            micro_loss = subnet.loss(batch[:, :-1], batch[:, 1:]) / config.trainer.grad_accum
             _backward(micro_loss)
             loss += micro_loss.detach()
         updates = subnet.updates()
@@ -248,32 +239,13 @@ class Training:
         self.train_s += time.perf_counter() - started
         self._report(done)
 
-    def _inputs(self, step: int) -> tuple[Plan, list[Tensor]]:
-        """A step's plan, and this rank's token windows of every micro-batch."""
-        stage, config = stage_at(self.stages, step), self.config
-        plan = sample(config.seed, step, stage, config.model, config.sampling)
-        return plan, rank_windows(config, self.tokens.train, self.world, step)
-
-    def _micro_batches(self, windows: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
-        """Inputs and targets [B, T] each."""
-        for tokens in windows:
-            batch = tokens.to(self.world.device, non_blocking=True)
-            yield batch[:, :-1], batch[:, 1:]
-
-    def step_windows(self) -> np.ndarray:
-        """The token windows of the step at hand, of every rank and micro-batch in order: [n, T + 1]."""
-        self.ahead.finish()
-        config, n = self.config, self.config.sequences_per_step
-        return training_windows(self.tokens.train, config.data.seq_len, config.seed, self.step * n, n)
-
     def _await_text(self) -> None:
         """A stream that cannot be read ends the run between two steps, with a checkpoint. All ranks agree on it."""
-        if isinstance(self.tokens.train, np.ndarray):
-            return
-        error = reading_error(self.step_windows)
-        if self.world.any(error is not None):
-            self._save("full", is_last=True)
-            raise error or UserError()
+        if self.inputs.are_streamed:
+            error = self.inputs.error(self.step)
+            if self.world.any(error is not None):
+                self._save("full", is_last=True)
+                raise error or UserError()
 
     def validate(self, subnet: PackedSubnetwork | MaskedSubnetwork) -> float:
         """Loss of all that has joined the model on the first eval_tokens of the validation split.

@@ -1,5 +1,7 @@
 """What the loop tells of a step: the keys of a line of metrics.jsonl."""
 
+from typing import Protocol
+
 import torch
 
 from est_cli.config import ModelConfig, TrainConfig
@@ -9,6 +11,14 @@ from est_cli.training.device import peak_flops
 from est_cli.training.watch import Launched
 
 Record = dict[str, float | int | None]
+
+
+class Observer(Protocol):
+    """What the loop tells of itself, on rank 0."""
+
+    def log(self, record: Record) -> None: ...
+
+    def say(self, message: str) -> None: ...
 
 
 class Records:

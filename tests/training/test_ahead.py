@@ -21,7 +21,7 @@ def start() -> tuple[Training, Recorder]:
 def test_plans_and_batches_made_ahead_train_the_same_weights_also_after_a_stop(tmp_path):
     (usual, expected), (first, before), (second, after) = start(), start(), start()
     usual.run(Checkpoints(tmp_path / "usual"), stopping=lambda: False)
-    first.ahead.end = second.ahead.end = 15
+    first.inputs.ahead.end = second.inputs.ahead.end = 15
     first.run(Checkpoints(tmp_path / "ahead"), stopping=lambda: first.step == 6)
     second.restore(Checkpoints(tmp_path / "ahead").newest(pytest.fail))
     second.run(Checkpoints(tmp_path / "ahead"), stopping=lambda: False)

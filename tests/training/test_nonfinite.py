@@ -137,7 +137,13 @@ def test_a_validation_loss_that_is_not_finite_is_no_result(tmp_path, monkeypatch
 def kept_step(tmp_path, training: Training):
     with pytest.raises(NonFinite) as caught:
         training.run(Checkpoints(tmp_path / "checkpoints"), stopping=lambda: False)
-    return keep(tmp_path / "nonfinite", caught.value, training.weights(), training.step_windows(), training.config)
+    return keep(
+        tmp_path / "nonfinite",
+        caught.value,
+        training.weights(),
+        training.inputs.of_all_ranks(training.step),
+        training.config,
+    )
 
 
 def test_step_plan_and_batch_are_kept_in_files_that_run_no_code(tmp_path):
@@ -148,7 +154,7 @@ def test_step_plan_and_batch_are_kept_in_files_that_run_no_code(tmp_path):
     assert (content["step"], content["stage"], content["grad_norm"]) == (BAD_STEP, 2, None)
     assert math.isfinite(content["loss"])
     kept, n = read(folder), training.config.sequences_per_step
-    expected = training_windows(training.tokens.train, 8, training.config.seed, BAD_STEP * n, n)
+    expected = training_windows(training.inputs.tokens, 8, training.config.seed, BAD_STEP * n, n)
     np.testing.assert_array_equal(kept.windows.numpy(), expected)
     assert kept.plan.as_dict() == content["plan"]
     weights = snapshot(training.model)
@@ -164,7 +170,7 @@ def test_a_replay_computes_the_steps_own_losses(tmp_path, kernels, precision):
     training = Training(config, training.tokens, World(CPU), [recorder])
     training.run(Checkpoints(tmp_path), stopping=lambda: training.step == BAD_STEP)
     step = NonFinite(Launched(BAD_STEP, stage_at(training.stages, BAD_STEP), plan_of(training, BAD_STEP), 0.0))
-    folder = keep(tmp_path, step, training.weights(), training.step_windows(), config)
+    folder = keep(tmp_path, step, training.weights(), training.inputs.of_all_ranks(training.step), config)
     training.run(Checkpoints(tmp_path), stopping=lambda: training.step == BAD_STEP + 1)
     seen, record = replay(read(folder), config, CPU), recorder.records[BAD_STEP]
     assert (len(seen.losses), seen.first, seen.weights, seen.gradients) == (2, None, [], [])
