@@ -4,7 +4,7 @@
 kept apart; booleans are neither.
 
 pydantic 2 was tried in its place. With our messages (the key that was typed, the value, what is allowed, the nearest
-match) the reader had 155 lines instead of 166 and still failed four tests of messages; reading the default config took
+match) the reader had 155 lines instead of 166 and still failed three tests of messages; reading the default config took
 0.48 s from a cold start instead of 0.28 s (medians of 9); and est_cli.benchmark, which runs with torch and numpy only,
 would have needed a second reader.
 """

@@ -49,12 +49,12 @@ def acting(draw: Draw, total: int, kept: int) -> np.ndarray:
     return random(draw, total, kept)
 
 
-def _slow_save(checkpoints: Checkpoints, *arguments):
+def _complete_slowly(checkpoints: Checkpoints, *arguments):
     time.sleep(SLOW_S)
-    return _save(checkpoints, *arguments)
+    return _complete(checkpoints, *arguments)
 
 
-_save = Checkpoints.save
+_complete = Checkpoints._complete
 if os.environ.get("ACT", "").startswith(("stop-itself", "hang")):
-    Checkpoints.save = _slow_save
+    Checkpoints._complete = _complete_slowly
     atexit.register(lambda: Path(f"ended-{os.environ['RANK']}").touch())

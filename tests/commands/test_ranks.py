@@ -138,10 +138,11 @@ def test_a_rank_that_is_killed_ends_the_run(place, launcher):
 
 @pytest.mark.slow
 def test_a_rank_that_hangs_ends_the_run_and_a_slow_checkpoint_does_not(place):
-    """The checkpoint of step 4 takes longer than a collective may; then rank 1 hangs in step 5."""
+    """Both ranks wait for the checkpoint of step 4 longer than a collective may take; then rank 1 hangs in step 5."""
+    replicated = [word.replace("trainer=fsdp", "trainer=ddp") for word in TWO]
     done = start(
-        place, *TWO, "run_id=hangs", "trainer.collective_timeout_s=6", "trainer.checkpoint_every=4", act="hang:1",
-        SLOW_S="8",
+        place, *replicated, "run_id=hangs", "trainer.collective_timeout_s=6", "trainer.checkpoint_every=4",
+        act="hang:1", SLOW_S="8",
     )  # fmt: skip
     assert done.code == 1
     assert "step 5: another process of the run has not answered within trainer.collective_timeout_s" in done.err
