@@ -102,17 +102,22 @@ def _before(owner: object, name: str, trap: Callable[..., None]) -> None:
 
 
 def _in_accumulation(trap: _Trap) -> None:
-    from est_cli.training.loop import Training
+    from est_cli.training.ahead import Inputs
 
-    original = Training._micro_batches
+    original = Inputs.of
 
-    def trapped(training, windows):
-        for number, batch in enumerate(original(training, windows)):
-            if number == 1:
-                trap()
-            yield batch
+    def trapped(inputs, step):
+        plan, windows = original(inputs, step)
 
-    Training._micro_batches = trapped
+        def until_the_second():
+            for number, tokens in enumerate(windows):
+                if number == 1:
+                    trap()
+                yield tokens
+
+        return plan, until_the_second()
+
+    Inputs.of = trapped
 
 
 def _in_the_optimizer(trap: _Trap) -> None:

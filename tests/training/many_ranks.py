@@ -23,7 +23,7 @@ from est_cli.config import DataConfig, OptimizerConfig, SchedulerConfig, Tokeniz
 from est_cli.data import streams
 from est_cli.data.tokens import prepare
 from est_cli.subnet.schedule import StageSpec
-from est_cli.training import loop
+from est_cli.training import ahead
 from est_cli.training.checkpoint import Checkpoints
 from est_cli.training.distributed import World, _mesh, join
 from est_cli.training.loop import Training
@@ -100,7 +100,7 @@ class Seen:
     def __init__(self):
         self.plans: list[str] = []
         self.bytes: list[dict[str, list[int]]] = []
-        self.sample, loop.sample = loop.sample, self._sample
+        self.sample, ahead.sample = ahead.sample, self._sample
         for name in COLLECTIVES.keys() & vars(dist).keys():
             self.watch(name)
 
