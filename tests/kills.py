@@ -196,7 +196,7 @@ def _in_a_line_of_metrics(trap: _Trap) -> None:
 
     def trapped(metrics):
         if trap.is_set:
-            metrics._file.write(metrics._waiting[0][:25])
+            metrics._file.write(metrics._waiting[:25])
             trap()
         original(metrics)
 
