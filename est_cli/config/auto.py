@@ -131,9 +131,10 @@ def _shard_size(model: ModelConfig, trainer: TrainerConfig, devices: int, per_ma
 def compiling_pays(config: TrainConfig) -> bool:
     """Whether compiled blocks are expected to save more time on a GPU than compiling them takes.
 
-    On a CPU they are not: docs/performance.md has the measurement.
+    On a CPU they are not: docs/performance.md has the measurement. Blocks that ranks share (fsdp, hsdp) stay eager,
+    because no GPU has run them compiled.
     """
-    if config.trainer.device != "cuda":
+    if config.trainer.device != "cuda" or config.trainer.strategy in ("fsdp", "hsdp"):
         return False
     seconds = config_ledger(config).spent(config.trainer.max_steps).total / config.trainer.devices / CUDA_FLOPS_PER_S
     shapes = (stage_subnetwork(config.model, config.sampling, stage) for stage in config.stages)

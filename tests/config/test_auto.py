@@ -13,9 +13,9 @@ FULL = (StageSpec(),)
 MANY_SIZES = tuple(StageSpec(n / 10, mlp=n / 10) for n in range(1, 10)) + FULL
 
 
-def chosen(max_steps: int, kind: str = "cuda", devices: int = 1, stages=FULL, compile="auto", **device):
+def chosen(max_steps: int, kind="cuda", devices: int = 1, stages=FULL, compile="auto", strategy="single", **device):
     config = train_config(GPT2, stages=stages, seq_len=1024, batch_size=16, max_steps=max_steps, device=kind)
-    config = replace(config, trainer=replace(config.trainer, compile=compile))
+    config = replace(config, trainer=replace(config.trainer, compile=compile, strategy=strategy))
     config, notes = auto.choose(config, auto.Device(kind, devices, **device))
     assert ("trainer.compile" in " ".join(notes)) == (compile == "auto"), "what is chosen is said"
     return config.trainer.compile
@@ -28,6 +28,8 @@ def chosen(max_steps: int, kind: str = "cuda", devices: int = 1, stages=FULL, co
         (False, {"max_steps": 1000}),
         (False, {"max_steps": 150_000, "kind": "cpu"}),
         (False, {"max_steps": 150_000, "has_compiler": False}),
+        (True, {"max_steps": 150_000, "strategy": "ddp"}),
+        (False, {"max_steps": 150_000, "strategy": "fsdp", "devices": 2}),
         (True, {"max_steps": 40_000}),
         (False, {"max_steps": 40_000, "stages": MANY_SIZES}),
         (True, {"max_steps": 1000, "compile": True}),
