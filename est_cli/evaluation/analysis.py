@@ -11,12 +11,13 @@ import torch
 
 from est_cli.data.batches import validation_windows
 from est_cli.evaluation import Measures
-from est_cli.evaluation.loss import Spread, mean_loss, spread
+from est_cli.evaluation.loss import Spread, spread
 from est_cli.evaluation.run import OpenRun, load_model
 from est_cli.evaluation.sharpness import hessian_product, largest_eigenvalue, loss_rises
 from est_cli.subnet.schedule import Rates, Stage, stage_at
 from est_cli.tracking.metrics import METRICS_NAME, iterate_metrics
 from est_cli.training.checkpoint import Checkpoints
+from est_cli.training.validation import mean_loss
 
 Say = Callable[[str], None]
 

@@ -6,7 +6,6 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
-import torch
 
 from est_cli.config import SamplingConfig
 from est_cli.data.batches import validation_windows
@@ -18,7 +17,7 @@ from est_cli.subnet.sampler import sample
 from est_cli.subnet.schedule import Rates, Stage
 from est_cli.training.distributed import World
 from est_cli.training.subnetwork import DTYPES, PackedSubnetwork
-from est_cli.training.validation import validation_loss
+from est_cli.training.validation import mean_loss, validation_loss
 
 
 @dataclass(frozen=True)
@@ -84,17 +83,6 @@ class Spread:
             "quantiles": {f"{q:g}": float(np.quantile(self.losses, q)) for q in QUANTILES},
             "losses": list(self.losses),
         }
-
-
-@torch.no_grad()
-def mean_loss(module: Transformer, windows: np.ndarray, batch_size: int) -> float:
-    """Mean cross-entropy in nats of a model on `windows` [n, T + 1]."""
-    device = next(module.parameters()).device
-    total = torch.zeros((), dtype=torch.float64, device=device)
-    for start in range(0, len(windows), batch_size):
-        batch = torch.from_numpy(windows[start : start + batch_size]).to(device)
-        total += module(batch[:, :-1], batch[:, 1:]).double() * len(batch)
-    return total.item() / len(windows)
 
 
 def spread(

@@ -1,8 +1,9 @@
-"""Validation loss: always the full model, or the part of it that has joined, with no rescale."""
+"""Mean losses over windows. The validation loss is the full model's, or of what has joined it, with no rescale."""
 
 import numpy as np
 import torch
 
+from est_cli.model.transformer import Transformer
 from est_cli.training.distributed import World
 from est_cli.training.subnetwork import PackedSubnetwork
 
@@ -11,16 +12,25 @@ from est_cli.training.subnetwork import PackedSubnetwork
 def validation_loss(whole: PackedSubnetwork, windows: np.ndarray, batch_size: int, world: World) -> float:
     """Mean cross-entropy in nats of `whole`, the packed full model or what of it has joined; drops its gradients.
 
-    windows [n, T + 1] of token ids; ranks share the windows, and a rank without one computes along: its part of the
-    model is needed.
+    windows [n, T + 1] of token ids. A collective.
     """
     if not whole.is_master:
         whole.load_whole()
+    return mean_loss(whole.module, windows, batch_size, world)
+
+
+@torch.no_grad()
+def mean_loss(module: Transformer, windows: np.ndarray, batch_size: int, world: World | None = None) -> float:
+    """Mean cross-entropy in nats of a model on `windows` [n, T + 1].
+
+    The ranks of `world` share the windows, and a rank without one computes along: its part of the model is needed.
+    """
+    world = world or World(next(module.parameters()).device)
     total = torch.zeros((), dtype=torch.float64, device=world.device)
     for start in range(0, len(windows), batch_size * world.size):
         first = start + world.rank * batch_size
         own = windows[first : first + batch_size]
         batch = torch.from_numpy(own if len(own) else windows[:1]).to(world.device)
-        total += whole.module(batch[:, :-1], batch[:, 1:]).double() * len(own)
+        total += module(batch[:, :-1], batch[:, 1:]).double() * len(own)
     world.sum_(total)
     return total.item() / len(windows)

@@ -8,13 +8,13 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from tiny_corpora import Documents, prose
+from tiny_corpora import Documents, prose, texts
 
 from est_cli.config import DataConfig, SourceConfig, TokenizerConfig
 from est_cli.config.checks import clashes
 from est_cli.data import preparation
 from est_cli.data.preparation import Counts, Shard, TokenStream, choose_workers, interleave
-from est_cli.data.splits import Split, open_sources, split_corpus, split_sources
+from est_cli.data.splits import open_sources, split_corpus, split_sources
 from est_cli.data.tokens import cache_folder, inspect, prepare
 from est_cli.errors import UserError
 
@@ -27,25 +27,12 @@ def small_shards(monkeypatch):
     monkeypatch.setattr(preparation, "SHARD_BYTES", 10_000)
 
 
-def texts(splits: list[Split]) -> list[str]:
-    """Whole documents, put together from consecutive shards."""
-    whole, parts = [], []
-    for piece in (piece for split in splits for piece in split.pieces()):
-        assert piece.continued == bool(parts)
-        parts.append(piece.text)
-        if piece.last:
-            whole.append("".join(parts))
-            parts = []
-    assert not parts
-    return whole
-
-
 @pytest.mark.parametrize("shard_bytes", [16, 100, 1000, 10**6])
 def test_shards_hold_the_documents_of_their_split_once_and_in_order(shard_bytes):
     documents = [("é字 line\n" * n).encode() for n in (1, 40, 0, 3, 3, 500, 2)] + ["😀".encode() * 300]
     split, _ = split_corpus(Documents(*documents, given_val=np.array([False] * 7 + [True])), 0.1)
     shards = split.shards(shard_bytes)
-    assert texts(shards) == texts([split])
+    assert texts(*shards) == texts(split)
     assert all(0 < shard.n_bytes < 3 * shard_bytes for shard in shards)
     assert sum(shard.n_documents for shard in shards) == split.n_documents == 6
 

@@ -6,24 +6,11 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny_corpora import Documents
+from tiny_corpora import Documents, texts
 
 from est_cli.data import splits
 from est_cli.data.splits import split_corpus
 from est_cli.errors import UserError
-
-
-def texts(split) -> list[str]:
-    """The text of each document of a split."""
-    whole, parts = [], []
-    for piece in split.pieces():
-        assert piece.continued == bool(parts)
-        parts.append(piece.text)
-        if piece.last:
-            whole.append("".join(parts))
-            parts = []
-    assert not parts
-    return whole
 
 
 def test_every_document_is_on_one_side_and_validation_gets_its_share():

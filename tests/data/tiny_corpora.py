@@ -7,6 +7,8 @@ import re
 import numpy as np
 import sentencepiece
 
+from est_cli.data.splits import Split
+
 WORDS = re.findall(r"\w+", "def return self the value of a list is not None and in for while class import raise error")
 
 
@@ -57,3 +59,16 @@ def llama_model() -> bytes:
         allow_whitespace_only_pieces=True,
         split_digits=True,
     )
+
+
+def texts(*splits: Split) -> list[str]:
+    """Whole documents, put together from consecutive splits or shards."""
+    whole, parts = [], []
+    for piece in (piece for split in splits for piece in split.pieces()):
+        assert piece.continued == bool(parts)
+        parts.append(piece.text)
+        if piece.last:
+            whole.append("".join(parts))
+            parts = []
+    assert not parts
+    return whole

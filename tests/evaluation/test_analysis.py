@@ -15,13 +15,13 @@ from est_cli.data.batches import validation_windows
 from est_cli.data.tokens import prepare
 from est_cli.errors import UserError
 from est_cli.evaluation.analysis import transitions
-from est_cli.evaluation.loss import mean_loss
 from est_cli.evaluation.run import open_run, run_store
 from est_cli.subnet.schedule import stage_at
 from est_cli.tracking.metrics import to_line
 from est_cli.training.checkpoint import Checkpoints
 from est_cli.training.distributed import World
 from est_cli.training.loop import Training
+from est_cli.training.validation import mean_loss
 from evaluation.tiny_runs import byte_model, model_of, write_run
 
 SMALL = {

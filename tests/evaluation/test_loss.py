@@ -9,9 +9,10 @@ from reference import loss as reference_loss
 from tiny import FAMILIES, FULL, LLAMA, THREE_STAGES, random_master, snapshot, train_config
 
 from est_cli.config import SamplingConfig
-from est_cli.evaluation.loss import Spread, mean_loss, partial_rates, spread
+from est_cli.evaluation.loss import Spread, partial_rates, spread
 from est_cli.subnet.sampler import sample
 from est_cli.subnet.schedule import Rates, Stage
+from est_cli.training.validation import mean_loss
 
 WINDOWS = np.random.default_rng(0).integers(29, size=(5, 9))
 STAGE_1, STAGE_2 = Rates(0.5, 0.5, 0.5), Rates(0.5, 0.5)

@@ -11,9 +11,9 @@ from torch import Tensor
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from est_cli.evaluation.loss import mean_loss
 from est_cli.evaluation.sharpness import hessian_product, largest_eigenvalue, loss_rises
 from est_cli.model.transformer import Transformer
+from est_cli.training.validation import mean_loss
 
 WINDOWS = np.random.default_rng(0).integers(5, size=(3, 7))
 
