@@ -4,6 +4,7 @@ H query heads, K key/value heads, E head_dim, F neurons, as in reference.py.
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 
 import torch
 from reference import ReferencePlan, Sizes, sampled_rows
@@ -15,23 +16,9 @@ from est_cli.training.subnetwork import Update
 
 
 def sizes(model: ModelConfig) -> Sizes:
-    return Sizes(
-        n_layers=model.n_layers,
-        n_heads=model.n_heads,
-        n_kv_heads=model.n_kv_heads,
-        head_dim=model.head_dim,
-        d_model=model.d_model,
-        d_ff=model.d_ff,
-        vocab_size=model.vocab_size,
-        max_seq_len=model.max_seq_len,
-        norm=model.norm,
-        position=model.position,
-        mlp=model.mlp,
-        bias=model.bias,
-        tied=model.tie_embeddings,
-        norm_eps=model.norm_eps,
-        rope_theta=model.rope_theta,
-    )
+    """The names are the same but for `tied`."""
+    values = {**vars(model), "tied": model.tie_embeddings}
+    return Sizes(**{field.name: values[field.name] for field in fields(Sizes)})
 
 
 def reference_plan(plan: Plan) -> ReferencePlan:
@@ -48,29 +35,23 @@ def reference_tensors(model: ModelConfig, tensors: Mapping[str, Tensor]) -> dict
             found[name.replace("norm.", "final_norm.")] = tensor
             continue
         _, layer, module, *rest = name.split(".")
-        if module in ("norm1", "norm2"):
-            found[f"{layer}.{module}.{rest[0]}"] = tensor
-        else:
-            parts = _parts(model, ".".join((module, *rest)), tensor)
-            found |= {f"{layer}.{part}.{rest[-1]}": cut for part, cut in parts.items()}
+        parts = {module: tensor} if "norm" in module else _parts(model, ".".join(rest), tensor)
+        found |= {f"{layer}.{part}.{rest[-1]}": cut for part, cut in parts.items()}
     return found
 
 
 def _parts(model: ModelConfig, name: str, tensor: Tensor) -> dict[str, Tensor]:
+    """`name` is that of a projection with its weight or bias: out.weight."""
     H, K, E = model.n_heads, model.n_kv_heads, model.head_dim
-    if name in ("attention.qkv.weight", "attention.qkv.bias"):
+    module, leaf = name.split(".")
+    if module == "qkv":
         heads = tensor.reshape(H + 2 * K, E, *tensor.shape[1:])
         return dict(zip("qkv", heads.split([H, K, K]), strict=True))
-    if name in ("mlp.up.weight", "mlp.up.bias") and model.mlp == "swiglu":
+    if module == "out":
+        return {"o": tensor.reshape(H, E, model.d_model) if leaf == "weight" else tensor}
+    if module == "up" and model.mlp == "swiglu":
         return dict(zip(("gate", "up"), tensor.chunk(2), strict=True))
-    return {
-        "attention.out.weight": lambda: {"o": tensor.reshape(H, E, model.d_model)},
-        "attention.out.bias": lambda: {"o": tensor},
-        "mlp.up.weight": lambda: {"up": tensor},
-        "mlp.up.bias": lambda: {"up": tensor},
-        "mlp.down.weight": lambda: {"down": tensor},
-        "mlp.down.bias": lambda: {"down": tensor},
-    }[name]()
+    return {module: tensor}
 
 
 def full_size(updates: Sequence[Update], weights: Mapping[str, Tensor]) -> dict[str, Tensor]:

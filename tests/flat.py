@@ -6,7 +6,6 @@ A real est-train of a tiny model, W&B offline included, is looked at from outsid
 """
 
 import argparse
-import json
 import statistics
 import subprocess
 import sys
@@ -48,25 +47,14 @@ def train(folder: Path, steps: int) -> tuple[list[Look], np.ndarray]:
         )  # fmt: skip
         run_dir, looks = folder / "outputs" / "est" / "flat", []
         while process.poll() is None:
-            if (step := _last_step(run_dir / "metrics.jsonl")) is not None:
-                looks.append(_look(process.pid, step))
-                print(
-                    f"\r{step:>6}/{steps}  {looks[-1].rss_mb:.1f} MB  {looks[-1].handles} handles", end="", flush=True
-                )
+            if (path := run_dir / "metrics.jsonl").exists():
+                looks.append(_look(process.pid, path.read_bytes().count(b"\n") - 1))
+                print(f"\r{looks[-1].step:>6}/{steps}  {looks[-1].rss_mb:.1f} MB  {looks[-1].handles} handles", end="")
             time.sleep(LOOK_EVERY_S)
     print()
     if process.returncode != 0:
         sys.exit((folder / "output.txt").read_text()[-4000:])
     return [look for look in looks if look.step < steps - 1], np.array([r["perf/step_s"] for r in metrics(run_dir)])
-
-
-def _last_step(path: Path) -> int | None:
-    if not path.exists():
-        return None
-    with path.open("rb") as file:
-        file.seek(max(0, path.stat().st_size - 4096))
-        lines = file.read().split(b"\n")
-    return json.loads(lines[-2])["step"] if len(lines) > 2 else None
 
 
 def _look(pid: int, step: int) -> Look:

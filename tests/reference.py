@@ -15,6 +15,7 @@ from types import EllipsisType
 import torch
 from torch import Tensor
 
+Tensors = dict[str, Tensor]
 Row = int | EllipsisType
 """What moves together under `freeze`: an index on the leading axis (head, neuron), or `...` for a whole tensor."""
 
@@ -39,13 +40,6 @@ class Sizes:
     norm_eps: float = 1e-5
     rope_theta: float = 10000.0
 
-    def __post_init__(self) -> None:
-        assert self.norm in ("layernorm", "rmsnorm"), self.norm
-        assert self.position in ("learned", "rope"), self.position
-        assert self.mlp in ("gelu", "swiglu"), self.mlp
-        assert self.n_heads % self.n_kv_heads == 0, "every key/value head serves equally many query heads"
-        assert self.position == "learned" or self.head_dim % 2 == 0, "rotary positions turn pairs"
-
     @property
     def heads_per_kv_head(self) -> int:
         return self.n_heads // self.n_kv_heads
@@ -69,34 +63,24 @@ class ReferencePlan:
 def full_plan(sizes: Sizes) -> ReferencePlan:
     """The plan that keeps everything."""
     layers = list(range(sizes.n_layers))
-    return ReferencePlan(
-        layers=layers,
-        heads={layer: list(range(sizes.n_heads)) for layer in layers},
-        kv_heads={layer: list(range(sizes.n_kv_heads)) for layer in layers},
-        neurons={layer: list(range(sizes.d_ff)) for layer in layers},
-    )
+    counts = (sizes.n_heads, sizes.n_kv_heads, sizes.d_ff)
+    return ReferencePlan(layers, *({layer: list(range(units)) for layer in layers} for units in counts))
 
 
 def shapes(sizes: Sizes) -> dict[str, tuple[int, ...]]:
     """Name and shape of every parameter of the full model, in the reference's own layout (see the module's legend)."""
     D, H, K, E, F = sizes.d_model, sizes.n_heads, sizes.n_kv_heads, sizes.head_dim, sizes.d_ff
+    hidden = {"up": (F,), "gate": (F,)} if sizes.mlp == "swiglu" else {"up": (F,)}
+    into = {"q": (H, E), "k": (K, E), "v": (K, E), **hidden}
     found: dict[str, tuple[int, ...]] = {"embedding": (sizes.vocab_size, D)}
     if sizes.position == "learned":
         found["positions"] = (sizes.max_seq_len, D)
     for layer in range(sizes.n_layers):
-        into = {"q": H, "k": K, "v": K}
-        for name, heads in into.items():
-            found[f"{layer}.{name}.weight"] = (heads, E, D)
-        found[f"{layer}.o.weight"] = (H, E, D)
-        hidden = ("up", "gate") if sizes.mlp == "swiglu" else ("up",)
-        for name in (*hidden, "down"):
-            found[f"{layer}.{name}.weight"] = (F, D)
+        found |= {f"{layer}.{name}.weight": (*rows, D) for name, rows in into.items()}
+        found |= {f"{layer}.o.weight": (H, E, D), f"{layer}.down.weight": (F, D)}
         if sizes.bias:
-            for name, heads in into.items():
-                found[f"{layer}.{name}.bias"] = (heads, E)
-            for name in hidden:
-                found[f"{layer}.{name}.bias"] = (F,)
-            found[f"{layer}.o.bias"] = found[f"{layer}.down.bias"] = (D,)
+            found |= {f"{layer}.{name}.bias": rows for name, rows in into.items()}
+            found |= {f"{layer}.o.bias": (D,), f"{layer}.down.bias": (D,)}
     for norm in (*(f"{layer}.norm{i}" for layer in range(sizes.n_layers) for i in (1, 2)), "final_norm"):
         found[f"{norm}.weight"] = (D,)
         if sizes.norm == "layernorm":
@@ -106,7 +90,7 @@ def shapes(sizes: Sizes) -> dict[str, tuple[int, ...]]:
     return found
 
 
-def _norm(sizes: Sizes, parameters: dict[str, Tensor], name: str, x: Tensor) -> Tensor:
+def _norm(sizes: Sizes, parameters: Tensors, name: str, x: Tensor) -> Tensor:
     """LayerNorm or RMSNorm over the last axis. x [B, T, D] -> [B, T, D]."""
     if sizes.norm == "layernorm":
         x = x - x.mean(dim=-1, keepdim=True)
@@ -128,14 +112,14 @@ def _rotate(sizes: Sizes, x: Tensor) -> Tensor:
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
 
 
-def _project(sizes: Sizes, parameters: dict[str, Tensor], name: str, index: int, x: Tensor) -> Tensor:
+def _project(sizes: Sizes, parameters: Tensors, name: str, index: int, x: Tensor) -> Tensor:
     """One head (or one neuron) of a linear layer. x [B, T, D] -> [B, T, E] (or [B, T])."""
     out = x @ parameters[f"{name}.weight"][index].transpose(0, -1)
     return out + parameters[f"{name}.bias"][index] if sizes.bias else out
 
 
 def attention(
-    sizes: Sizes, parameters: dict[str, Tensor], layer: int, heads: list[int], x: Tensor, scale: float | None = None
+    sizes: Sizes, parameters: Tensors, layer: int, heads: list[int], x: Tensor, scale: float | None = None
 ) -> Tensor:
     """(H / kept) * sum over the kept heads of head_i W_O,i, before the output bias. x [B, T, D] -> [B, T, D]."""
     T = x.shape[1]
@@ -157,7 +141,7 @@ def attention(
 
 
 def mlp(
-    sizes: Sizes, parameters: dict[str, Tensor], layer: int, neurons: list[int], x: Tensor, scale: float | None = None
+    sizes: Sizes, parameters: Tensors, layer: int, neurons: list[int], x: Tensor, scale: float | None = None
 ) -> Tensor:
     """(F / kept) * sum over the kept neurons of activation_f W2[f], before the output bias. x [B, T, D] -> same."""
     total = torch.zeros_like(x)
@@ -172,7 +156,7 @@ def mlp(
     return (sizes.d_ff / len(neurons) if scale is None else scale) * total
 
 
-def _check(sizes: Sizes, parameters: dict[str, Tensor], plan: ReferencePlan) -> None:
+def _check(sizes: Sizes, parameters: Tensors, plan: ReferencePlan) -> None:
     """A wrong adapter must fail here, not show up as a small difference or, worse, as none."""
     found = {name: tuple(tensor.shape) for name, tensor in parameters.items()}
     assert found == shapes(sizes), f"not the parameters of {sizes}: {set(found.items()) ^ set(shapes(sizes).items())}"
@@ -190,41 +174,30 @@ def _check(sizes: Sizes, parameters: dict[str, Tensor], plan: ReferencePlan) -> 
 
 
 def logits(
-    sizes: Sizes, parameters: dict[str, Tensor], plan: ReferencePlan, inputs: Tensor, rescale_layers: bool = False
+    sizes: Sizes, parameters: Tensors, plan: ReferencePlan, inputs: Tensor, rescale_layers: bool = False
 ) -> Tensor:
     """The subnetwork's output. inputs [B, T] -> [B, T, V]."""
     _check(sizes, parameters, plan)
     x = parameters["embedding"][inputs]
     if sizes.position == "learned":
         x = x + parameters["positions"][: inputs.shape[1]]
-    for layer in range(sizes.n_layers):
-        if layer not in plan.layers:
-            continue
+    for layer in plan.layers:
         head_scale = mlp_scale = None
         branch_scale = sizes.n_layers / len(plan.layers) if rescale_layers else 1.0
         if plan.scales is not None:
             head_scale, mlp_scale, branch_scale = plan.scales[layer]
         normed = _norm(sizes, parameters, f"{layer}.norm1", x)
         branch = attention(sizes, parameters, layer, plan.heads[layer], normed, head_scale)
-        if sizes.bias:
-            branch = branch + parameters[f"{layer}.o.bias"]
-        x = x + branch_scale * branch
+        x = x + branch_scale * (branch + (parameters[f"{layer}.o.bias"] if sizes.bias else 0.0))
         normed = _norm(sizes, parameters, f"{layer}.norm2", x)
         branch = mlp(sizes, parameters, layer, plan.neurons[layer], normed, mlp_scale)
-        if sizes.bias:
-            branch = branch + parameters[f"{layer}.down.bias"]
-        x = x + branch_scale * branch
+        x = x + branch_scale * (branch + (parameters[f"{layer}.down.bias"] if sizes.bias else 0.0))
     head = parameters["embedding"] if sizes.tied else parameters["head"]
     return _norm(sizes, parameters, "final_norm", x) @ head.T
 
 
 def loss(
-    sizes: Sizes,
-    parameters: dict[str, Tensor],
-    plan: ReferencePlan,
-    inputs: Tensor,
-    targets: Tensor,
-    rescale_layers: bool,
+    sizes: Sizes, parameters: Tensors, plan: ReferencePlan, inputs: Tensor, targets: Tensor, rescale_layers: bool
 ) -> Tensor:
     """Mean cross-entropy in nats of the subnetwork. inputs, targets [B, T] -> scalar; differentiable."""
     out = logits(sizes, parameters, plan, inputs, rescale_layers)
@@ -233,25 +206,16 @@ def loss(
 
 
 def loss_and_gradients(
-    sizes: Sizes,
-    parameters: dict[str, Tensor],
-    plan: ReferencePlan,
-    inputs: Tensor,
-    targets: Tensor,
-    rescale_layers: bool,
-) -> tuple[Tensor, dict[str, Tensor]]:
+    sizes: Sizes, parameters: Tensors, plan: ReferencePlan, inputs: Tensor, targets: Tensor, rescale_layers: bool
+) -> tuple[Tensor, Tensors]:
     """`loss`, and its gradient for every parameter: zeros for what the plan leaves out. Touches no `.grad`."""
     leaves = {name: tensor.detach().clone().requires_grad_() for name, tensor in parameters.items()}
     value = loss(sizes, leaves, plan, inputs, targets, rescale_layers)
-    found = torch.autograd.grad(value, list(leaves.values()), allow_unused=True)
-    gradients = {
-        name: torch.zeros_like(leaf) if gradient is None else gradient
-        for (name, leaf), gradient in zip(leaves.items(), found, strict=True)
-    }
-    return value.detach(), gradients
+    gradients = torch.autograd.grad(value, list(leaves.values()), allow_unused=True, materialize_grads=True)
+    return value.detach(), dict(zip(leaves, gradients, strict=True))
 
 
-def clip(gradients: dict[str, Tensor], max_norm: float) -> Tensor:
+def clip(gradients: Tensors, max_norm: float) -> Tensor:
     """Scale gradients to a global 2-norm of at most max_norm, as torch.nn.utils.clip_grad_norm_ does.
 
     Replaces the values of the dict and returns the norm before clipping.
@@ -299,7 +263,7 @@ class ReferenceAdamW:
 
     def __init__(
         self,
-        parameters: dict[str, Tensor],
+        parameters: Tensors,
         lr: float,
         betas: tuple[float, float],
         eps: float,
@@ -309,18 +273,14 @@ class ReferenceAdamW:
     ) -> None:
         assert unsampled in ("zero_grad", "freeze"), unsampled
         assert decayed <= set(parameters), decayed - set(parameters)
-        self.parameters = parameters
+        self.parameters, self.decayed, self.unsampled = parameters, decayed, unsampled
         self.lr, self.betas, self.eps, self.weight_decay = lr, betas, eps, weight_decay
-        self.decayed = decayed
-        self.unsampled = unsampled
         self.first = {name: torch.zeros_like(tensor) for name, tensor in parameters.items()}
         self.second = {name: torch.zeros_like(tensor) for name, tensor in parameters.items()}
         self.steps: dict[tuple[str, Row], int] = defaultdict(int)
 
     @torch.no_grad()
-    def step(
-        self, gradients: dict[str, Tensor], plan: ReferencePlan, sizes: Sizes, joined: ReferencePlan | None = None
-    ) -> None:
+    def step(self, gradients: Tensors, plan: ReferencePlan, sizes: Sizes, joined: ReferencePlan | None = None) -> None:
         """One update. gradients: one tensor per parameter, shaped like it, and zero in every unsampled row.
 
         What has not joined the model stands still, `zero_grad` or not; without `joined` everything has.
@@ -354,7 +314,7 @@ class ReferenceAdamW:
 
 @torch.no_grad()
 def grow(
-    parameters: dict[str, Tensor],
+    parameters: Tensors,
     optimizer: ReferenceAdamW,
     before: ReferencePlan,
     sources: list[int | None],
@@ -369,29 +329,25 @@ def grow(
     that layer itself, and keeps its moments and steps; the others are copies. New heads and neurons of the old layers
     begin with outputs of 0.
     """
-    old = {name: tensor.clone() for name, tensor in parameters.items()}
-    first = {name: tensor.clone() for name, tensor in optimizer.first.items()}
-    second = {name: tensor.clone() for name, tensor in optimizer.second.items()}
+    old, first, second = (
+        {name: tensor.clone() for name, tensor in tensors.items()}
+        for tensors in (parameters, optimizer.first, optimizer.second)
+    )
     steps = dict(optimizer.steps)
-    seen: set[int] = set()
     for layer, source in enumerate(sources):
-        for name in parameters:
-            own, part = _split(name)
-            if own != layer:
-                continue
+        keeps = source not in sources[:layer] or copy_moments
+        for name in [name for name in parameters if _split(name)[0] == layer]:
+            part = _split(name)[1]
             if source is None:
                 if zero and part in ("o.weight", "o.bias", "down.weight", "down.bias"):
                     parameters[name].zero_()
                 continue
             there = f"{source}.{part}"
             parameters[name].copy_(old[there])
-            keeps = source not in seen or copy_moments
-            optimizer.first[name].copy_(first[there] if keeps else torch.zeros_like(first[there]))
-            optimizer.second[name].copy_(second[there] if keeps else torch.zeros_like(second[there]))
+            for moments, before_moments in ((optimizer.first, first), (optimizer.second, second)):
+                moments[name].copy_(before_moments[there] * keeps)
             for row in [..., *range(len(parameters[name]))]:
                 optimizer.steps[name, row] = steps.get((there, row), 0) if keeps else 0
-        if source is not None:
-            seen.add(source)
     for layer in before.layers:
         for head in new_heads:
             parameters[f"{layer}.o.weight"][head] = 0.0

@@ -23,61 +23,14 @@ from est_cli.model.transformer import Transformer
 from est_cli.subnet.schedule import StageSpec
 
 GPT2 = ModelConfig(
-    n_layers=3,
-    n_heads=4,
-    n_kv_heads=4,
-    d_model=12,
-    d_ff=16,
-    vocab_size=29,
-    max_seq_len=16,
-    norm="layernorm",
-    position="learned",
-    mlp="gelu",
-    bias=True,
-    tie_embeddings=True,
-    head_dim=3,
-)
-LLAMA = ModelConfig(
-    n_layers=3,
-    n_heads=6,
-    n_kv_heads=3,
-    d_model=12,
-    d_ff=16,
-    vocab_size=29,
-    max_seq_len=16,
-    norm="rmsnorm",
-    position="rope",
-    mlp="swiglu",
-    bias=False,
-    tie_embeddings=False,
-    init="tinyllama",
-    head_dim=2,
-)
+    n_layers=3, n_heads=4, n_kv_heads=4, head_dim=3, d_model=12, d_ff=16, vocab_size=29, max_seq_len=16,
+    norm="layernorm", position="learned", mlp="gelu", bias=True, tie_embeddings=True,
+)  # fmt: skip
+LLAMA = replace(
+    GPT2, n_heads=6, n_kv_heads=3, head_dim=2, norm="rmsnorm", position="rope", mlp="swiglu", bias=False,
+    tie_embeddings=False, init="tinyllama",
+)  # fmt: skip
 FAMILIES = {"gpt2": GPT2, "llama": LLAMA}
-
-GPT2_BASE = replace(
-    GPT2,
-    n_layers=12,
-    n_heads=12,
-    n_kv_heads=12,
-    d_model=768,
-    d_ff=3072,
-    head_dim=64,
-    vocab_size=50304,
-    max_seq_len=1024,
-)
-TINYLLAMA = replace(
-    LLAMA,
-    n_layers=22,
-    n_heads=32,
-    n_kv_heads=4,
-    d_model=2048,
-    d_ff=5632,
-    head_dim=64,
-    vocab_size=32000,
-    max_seq_len=2048,
-)
-"""The models of the paper's recipes, to count and not to build."""
 
 THREE_STAGES = (StageSpec(2 / 15, 0.5, 0.5, 0.5), StageSpec(7 / 15, 0.5, 0.5), StageSpec())
 FULL = (StageSpec(),)
@@ -95,18 +48,9 @@ def train_config(
 ) -> TrainConfig:
     """A config with a number in the place of every `auto`; `trainer` takes the keys of TrainerConfig."""
     numbers = {
-        "max_steps": 15,
-        "batch_size": 2,
-        "grad_accum": 1,
-        "precision": "fp32",
-        "device": "cpu",
-        "devices": 1,
-        "compile": False,
-        "eval_every": 0,
-        "eval_tokens": 16,
-        "checkpoint_every": 0,
-        "save_final": "none",
-    }
+        "max_steps": 15, "batch_size": 2, "grad_accum": 1, "precision": "fp32", "device": "cpu", "devices": 1,
+        "compile": False, "eval_every": 0, "eval_tokens": 16, "checkpoint_every": 0, "save_final": "none",
+    }  # fmt: skip
     return TrainConfig(
         model=model,
         data=DataConfig(kind="stdlib", seq_len=seq_len),

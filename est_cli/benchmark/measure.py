@@ -18,8 +18,7 @@ import torch
 from est_cli.benchmark.case import Case
 from est_cli.benchmark.peer import Peer, device_time, fastest, find_peer
 from est_cli.kernels.dispatch import kernels_for
-from est_cli.model.initialisation import initialise
-from est_cli.model.transformer import Transformer
+from est_cli.model.transformer import Transformer, initialise
 from est_cli.subnet.plan import stage_subnetwork
 from est_cli.subnet.sampler import sample
 from est_cli.subnet.schedule import Stage

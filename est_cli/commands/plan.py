@@ -16,9 +16,8 @@ from est_cli.config import TrainConfig, auto, read_train_config
 from est_cli.errors import UserError
 from est_cli.schema import read
 from est_cli.subnet.flops import config_ledger, scale_boundaries, with_boundaries
-from est_cli.subnet.growth import stage_models
 from est_cli.subnet.memory import Ranks, count_parameters, sent_bytes, training_bytes
-from est_cli.subnet.plan import effective_rates, stage_subnetwork
+from est_cli.subnet.plan import effective_rates, stage_models, stage_subnetwork
 from est_cli.subnet.sampler import check_strategy, sample
 from est_cli.subnet.schedule import Stage, StageSpec, stage_at
 from est_cli.tracking.summary import narrow_table

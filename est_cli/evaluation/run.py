@@ -14,8 +14,7 @@ from est_cli.data.tokenizers import Tokenizer
 from est_cli.data.tokens import TokenStore, prepare, stored
 from est_cli.errors import UserError, nearest
 from est_cli.model.transformer import Transformer, layer_of
-from est_cli.subnet.growth import growth_into, model_after
-from est_cli.subnet.plan import Plan, Subnetwork, stage_subnetwork, whole_plan
+from est_cli.subnet.plan import Plan, Subnetwork, growth_into, model_after, stage_subnetwork, whole_plan
 from est_cli.subnet.sampler import sample
 from est_cli.subnet.schedule import Rates, Stage, stage_at
 from est_cli.training.checkpoint import Checkpoint, Checkpoints

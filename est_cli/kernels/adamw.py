@@ -1,4 +1,4 @@
-"""AdamW (Loshchilov and Hutter, 2019) on sampled rows, one pass over what moves.
+"""AdamW (Loshchilov and Hutter, 2019) on sampled rows, in one pass over what moves.
 
 Clip scale, decay, moments and the scatter of the sampled rows happen chunk by chunk. On a CPU a chunk fits in the
 cache; on a GPU the memory for its gradients limits it. The full-size gradient of a sampled matrix only ever exists for
@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from est_cli.kernels.upload import upload
+from est_cli.kernels.pack import upload
 
 CPU_CHUNK_ELEMENTS = 1 << 19
 CUDA_CHUNK_ELEMENTS = 1 << 28
@@ -68,28 +68,36 @@ class Move:
     def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
         return self.parameter, self.moment, self.square
 
-    def gradient(self, low: int, high: int) -> Tensor:
-        """Rows low … high − 1 of the gradients: [high − low, C]."""
-        pieces, end = [], 0
-        for piece in self.gradients:
-            start, end = end, end + len(piece)
+    def pieces(self, low: int, high: int) -> list[Tensor]:
+        """Rows low … high − 1 of the gradients, one after the other."""
+        found, end = [], 0
+        for gradient in self.gradients:
+            start, end = end, end + len(gradient)
             if start < high and low < end:
-                pieces.append(piece[max(low - start, 0) : high - start])
+                found.append(gradient[max(low - start, 0) : high - start])
+        return found
+
+    def gradient(self, low: int, high: int) -> Tensor:
+        """The same in one matrix [high − low, C]."""
+        pieces = self.pieces(low, high)
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
 
-@dataclass(frozen=True)
-class Part:
-    """Rows start … stop − 1 of a move; `sizes` are those of its pieces, which end where a parameter does."""
+@dataclass
+class _Part:
+    """The rows of a move that a chunk holds, from `start` on; `sizes` are those of its pieces."""
 
     move: Move
     start: int
-    stop: int
     sizes: list[int]
 
     @property
+    def stop(self) -> int:
+        return self.start + sum(self.sizes)
+
+    @property
     def n_elements(self) -> int:
-        return (self.stop - self.start) * self.move.parameter.shape[1]
+        return sum(self.sizes) * self.move.parameter.shape[1]
 
 
 @torch.no_grad()
@@ -98,15 +106,12 @@ def adamw_step(moves: Sequence[Move], clip: Tensor | None, refused: Tensor | Non
 
     If `refused`, a scalar float tensor, is 1, nothing moves. The device decides that; the host does not wait.
     """
-    together = [_flat(move) for move in moves if isinstance(move.counts, int)]
-    together.sort(key=_how)
-    chunks = [(how, list(_chunks(list(group)))) for how, group in groupby(together, key=_how)]
-    sizes = [sum(part.n_elements for part in chunk) for _, found in chunks for chunk in found]
-    scratch = moves[0].parameter.new_empty(max(sizes)) if sizes else None
-    for _, found in chunks:
-        taken = torch.full((), found[0][0].move.counts, dtype=torch.float32, device=scratch.device)
-        for chunk in found:
-            _step_chunk(chunk, clip, refused, taken, scratch)
+    together = sorted((_flat(move) for move in moves if isinstance(move.counts, int)), key=_how)
+    chunks = [chunk for _, group in groupby(together, key=_how) for chunk in _chunks(list(group))]
+    if chunks:
+        scratch = moves[0].parameter.new_empty(max(sum(part.n_elements for part in chunk) for chunk in chunks))
+    for chunk in chunks:
+        _step_chunk(chunk, clip, refused, scratch)
     for move in moves:
         if not isinstance(move.counts, int):
             _step_sampled_rows(move, clip, refused)
@@ -127,26 +132,28 @@ def _flat(move: Move) -> Move:
     return Move(*flat, gradients, None, move.counts, move.hyper, [end * width for end in move.ends])
 
 
-def _chunks(moves: Sequence[Move]) -> Iterator[list[Part]]:
+def _chunks(moves: Sequence[Move]) -> Iterator[list[_Part]]:
     """All rows of the moves, in chunks."""
-    limit = CUDA_CHUNK_ELEMENTS if moves[0].parameter.is_cuda else CPU_CHUNK_ELEMENTS
+    limit = _chunk_elements(moves[0])
     chunk, room = [], limit
     for move in moves:
         columns = move.parameter.shape[1]
         multiple = LANES // math.gcd(LANES, columns)
-        height = max(1, limit // columns // multiple) * multiple
-        start, sizes = 0, []
-        for size in _pieces(move, height):
-            if size * columns > room and (chunk or sizes):
-                if sizes:
-                    chunk.append(Part(move, start, start + sum(sizes), sizes))
-                    start, sizes = start + sum(sizes), []
+        start = 0
+        for size in _pieces(move, max(1, limit // columns // multiple) * multiple):
+            if size * columns > room and chunk:
                 yield chunk
                 chunk, room = [], limit
-            sizes.append(size)
+            if not chunk or chunk[-1].move is not move:
+                chunk.append(_Part(move, start, []))
+            chunk[-1].sizes.append(size)
+            start += size
             room -= size * columns
-        chunk.append(Part(move, start, start + sum(sizes), sizes))
     yield chunk
+
+
+def _chunk_elements(move: Move) -> int:
+    return CUDA_CHUNK_ELEMENTS if move.parameter.is_cuda else CPU_CHUNK_ELEMENTS
 
 
 def _pieces(move: Move, height: int) -> Iterator[int]:
@@ -154,25 +161,24 @@ def _pieces(move: Move, height: int) -> Iterator[int]:
     n, columns = move.parameter.shape
     ends = move.ends if any(end * columns % LANES for end in move.ends) else [n]
     start = 0
-    for end in ends or [n]:
+    for end in ends:
         for first in range(start, end, height):
             yield min(height, end - first)
         start = end
 
 
-def _step_chunk(
-    chunk: Sequence[Part], clip: Tensor | None, refused: Tensor | None, taken: Tensor, scratch: Tensor
-) -> None:
+def _step_chunk(chunk: Sequence[_Part], clip: Tensor | None, refused: Tensor | None, scratch: Tensor) -> None:
     tensors = zip(*([t[part.start : part.stop] for t in part.move.tensors] for part in chunk), strict=True)
     parameters, moments, squares, gradients = (
         [piece for part, tensor in zip(chunk, column, strict=True) for piece in tensor.split(part.sizes)]
         for column in (*tensors, _gradients(chunk, clip, scratch))
     )
-    counts, options = [taken] * len(parameters), {"amsgrad": False, "maximize": False, "found_inf": refused}
-    torch._fused_adamw_(parameters, gradients, moments, squares, [], counts, **options, **vars(chunk[0].move.hyper))
+    count = torch.full((), chunk[0].move.counts, dtype=torch.float32, device=scratch.device)
+    options = {"amsgrad": False, "maximize": False, "found_inf": refused, **vars(chunk[0].move.hyper)}
+    torch._fused_adamw_(parameters, gradients, moments, squares, [], [count] * len(parameters), **options)
 
 
-def _gradients(chunk: Sequence[Part], clip: Tensor | None, scratch: Tensor) -> list[Tensor]:
+def _gradients(chunk: Sequence[_Part], clip: Tensor | None, scratch: Tensor) -> list[Tensor]:
     """The clipped gradient of every part, 0 in rows that were not sampled; in `scratch` unless one is used as it is."""
     if len(chunk) == 1 and chunk[0].move.gradients and chunk[0].move.rows is None:
         found = chunk[0].move.gradient(chunk[0].start, chunk[0].stop)
@@ -182,33 +188,23 @@ def _gradients(chunk: Sequence[Part], clip: Tensor | None, scratch: Tensor) -> l
     parts = [out.view(-1, part.move.parameter.shape[1]) for out, part in zip(parts, chunk, strict=True)]
     if any(part.move.rows is not None or not part.move.gradients for part in chunk):
         scratch.zero_()
-    whole: list[tuple[Tensor, Tensor]] = []
+    whole, targets = [], []
     for part, out in zip(chunk, parts, strict=True):
         move = part.move
-        if not move.gradients:
-            continue
         if move.rows is None:
-            whole += _matching(out, part)
+            pieces = move.pieces(part.start, part.stop)
+            whole += pieces
+            targets += out.split([len(piece) for piece in pieces]) if pieces else []
             continue
         low, high = np.searchsorted(move.rows.host, (part.start, part.stop)).tolist()
         if low < high:
             index = move.rows.device[low:high]
             out.index_copy_(0, index - part.start if part.start else index, move.gradient(low, high))
     if whole:
-        torch._foreach_copy_(*map(list, zip(*whole, strict=True)))
+        torch._foreach_copy_(targets, whole)
     if clip is not None:
         scratch.mul_(clip)
     return parts
-
-
-def _matching(out: Tensor, part: Part) -> Iterator[tuple[Tensor, Tensor]]:
-    """Pairs: a slice of `out`, and the gradient that belongs there."""
-    end = 0
-    for gradient in part.move.gradients:
-        start, end = end, end + len(gradient)
-        low, high = max(start, part.start), min(end, part.stop)
-        if low < high:
-            yield out[low - part.start : high - part.start], gradient[low - start : high - start]
 
 
 def _step_sampled_rows(move: Move, clip: Tensor | None, refused: Tensor | None) -> None:
@@ -217,13 +213,12 @@ def _step_sampled_rows(move: Move, clip: Tensor | None, refused: Tensor | None) 
     first, second = (
         upload(c, move.parameter.device).to(move.parameter.dtype)[:, None] for c in corrections(hyper, counts)
     )
-    limit = CUDA_CHUNK_ELEMENTS if move.parameter.is_cuda else CPU_CHUNK_ELEMENTS
-    height = max(1, limit // move.parameter.shape[1])
+    height = max(1, _chunk_elements(move) // move.parameter.shape[1])
     for start in range(0, len(counts), height):
         part = slice(start, min(start + height, len(counts)))
-        index = part if move.rows is None else move.rows.device[part]
+        index = move.rows.device[part] if move.rows else torch.arange(part.start, part.stop, device=first.device)
         old = [tensor[index] for tensor in move.tensors]
-        p, m, v = (tensor.clone() for tensor in old) if refused is not None or move.rows is None else old
+        p, m, v = old if refused is None else (tensor.clone() for tensor in old)
         g = move.gradient(part.start, part.stop)
         g = g if clip is None else g * clip
         p.mul_(1 - hyper.lr * hyper.weight_decay)
@@ -231,11 +226,7 @@ def _step_sampled_rows(move: Move, clip: Tensor | None, refused: Tensor | None) 
         v.mul_(hyper.beta2).addcmul_(g, g, value=1 - hyper.beta2)
         p.addcdiv_(m * (hyper.lr / first[part]), v.sqrt().div_(second[part]).add_(hyper.eps), value=-1)
         for whole, before, moved in zip(move.tensors, old, (p, m, v), strict=True):
-            moved = moved if refused is None else torch.where(refused == 1, before, moved)
-            if move.rows is None:
-                whole[index] = moved
-            else:
-                whole.index_copy_(0, index, moved)
+            whole.index_copy_(0, index, moved if refused is None else torch.where(refused == 1, before, moved))
 
 
 def corrections(hyper: Hyperparameters, count):

@@ -1,6 +1,6 @@
 """Which version of the three operations a model uses: PyTorch's, or Triton's on a GPU."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from importlib.util import find_spec
 from typing import NamedTuple
 
@@ -9,15 +9,14 @@ from torch import Tensor
 
 from est_cli.errors import UserError
 from est_cli.kernels import adamw, linear_cross_entropy, pack
-from est_cli.kernels.adamw import Move
 
 
 class Kernels(NamedTuple):
     """One version of the three memory-bound operations of a step. They keep no state."""
 
-    gather_rows: Callable[[Sequence[Tensor], Sequence[Tensor | None], Sequence[Tensor]], None]
-    adamw_step: Callable[[Sequence[Move], Tensor | None], None]
-    linear_cross_entropy: Callable[[Tensor, Tensor, Tensor], Tensor]
+    gather_rows: Callable[..., None]
+    adamw_step: Callable[..., None]
+    linear_cross_entropy: Callable[..., Tensor]
 
 
 TORCH = Kernels(pack.gather_rows, adamw.adamw_step, linear_cross_entropy.linear_cross_entropy)
@@ -29,15 +28,12 @@ def kernels_for(choice: str, device: torch.device | str) -> Kernels:
     `auto` stays with PyTorch's until Triton's have been measured on a GPU. kernels=masked differs only in the model.
     Raises UserError if kernels=triton is asked for and cannot run.
     """
-    check_kernels(choice, device)
-    return triton_kernels() if choice == "triton" else TORCH
-
-
-def check_kernels(choice: str, device: torch.device | str) -> None:
-    """Raises UserError if kernels=triton cannot run on this device."""
-    if choice == "triton" and not has_triton(device):
+    if choice != "triton":
+        return TORCH
+    if not has_triton(device):
         missing = "a GPU" if torch.device(device).type != "cuda" else "the package triton, which is not installed"
         raise UserError(f"kernels=triton: needs {missing}; allowed here: auto, torch, masked")
+    return triton_kernels()
 
 
 def has_triton(device: torch.device | str) -> bool:

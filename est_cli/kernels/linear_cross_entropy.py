@@ -26,79 +26,6 @@ SoftmaxGradient = Callable[[Tensor, Tensor], Tensor]
 """(logits [n, V], targets [n]) → losses [n]; the logits become softmax − onehot, the gradient of their sum."""
 
 
-def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """Mean cross-entropy in nats, as a scalar in at least float32.
-
-    hidden [N, D], weight [V, D], targets [N] of int64 below V.
-    """
-    return chunked_loss(hidden, weight, targets, softmax_gradient_)
-
-
-def chunked_loss(hidden: Tensor, weight: Tensor, targets: Tensor, softmax_gradient_: SoftmaxGradient) -> Tensor:
-    """`linear_cross_entropy` with another SoftmaxGradient."""
-    if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
-        return _ChunkedLoss.apply(hidden, weight, targets, softmax_gradient_)
-    losses = [softmax_gradient_(logits, targets[chunk]) for chunk, logits in _logits(hidden, weight)]
-    return torch.cat(losses).mean()
-
-
-class _ChunkedLoss(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, softmax_gradient_: SoftmaxGradient) -> Tensor:
-        hidden_gradient, weight_gradient = torch.empty_like(hidden), _SumOfProducts(weight)
-        losses = []
-        for chunk, logits in _logits(hidden, weight):
-            losses.append(softmax_gradient_(logits, targets[chunk]))
-            torch.mm(logits, weight, out=hidden_gradient[chunk])
-            weight_gradient.add(logits.t(), hidden[chunk])
-        ctx.save_for_backward(hidden_gradient, weight_gradient.total)
-        ctx.dtype = weight.dtype
-        return torch.cat(losses).mean()
-
-    @staticmethod
-    def backward(ctx, scale: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        hidden_gradient, weight_gradient = ctx.saved_tensors
-        scale = scale / len(hidden_gradient)
-        hidden_gradient = (hidden_gradient.to(scale.dtype) * scale).to(ctx.dtype)
-        if weight_gradient.dtype == ctx.dtype:
-            # In place, where autograd watches: a second backward of the same graph raises.
-            return hidden_gradient, weight_gradient.mul_(scale), None, None
-        rounded = torch.empty_like(weight_gradient, dtype=ctx.dtype)
-        for part, exact_part in _blocks(rounded, weight_gradient):
-            part.copy_(exact_part * scale)
-        return hidden_gradient, rounded, None, None
-
-
-class _SumOfProducts:
-    """`total`: a sum of matrix products in at least float32, of the shape of `like`."""
-
-    def __init__(self, like: Tensor):
-        self.total = torch.empty_like(like, dtype=exact(like))
-        self.beta = 0
-        self.product: Tensor | None = None
-
-    def add(self, left: Tensor, right: Tensor) -> None:
-        """total = beta · total + left · right; beta is 0 the first time."""
-        if left.dtype == self.total.dtype:
-            torch.addmm(self.total, left, right, beta=self.beta, out=self.total)
-        elif left.is_cuda and _HAS_OUT_DTYPE:
-            torch.addmm(self.total, left, right, self.total.dtype, beta=self.beta, out=self.total)
-        else:
-            self.product = torch.mm(left, right, out=self.product)
-            self._add_in_blocks(self.product)
-        self.beta = 1
-
-    def _add_in_blocks(self, product: Tensor) -> None:
-        """Adding tensors of two types is slow on a CPU, so each block is cast in the cache first."""
-        cast = torch.empty_like(self.total[: _block_height(self.total)])
-        for total, part in _blocks(self.total, product):
-            part = cast[: len(part)].copy_(part)
-            if self.beta:
-                total.add_(part)
-            else:
-                total.copy_(part)
-
-
 def softmax_gradient_(logits: Tensor, targets: Tensor) -> Tensor:
     """`SoftmaxGradient` in PyTorch."""
     losses = torch.empty(len(logits), dtype=exact(logits), device=logits.device)
@@ -121,6 +48,64 @@ def _exact_softmax_gradient_(x: Tensor, targets: Tensor, losses: Tensor) -> None
     # log Σ exp(x) from the largest probability, the one that cannot underflow.
     torch.sub(largest - chosen, x.amax(1).log(), out=losses)
     x.scatter_(1, target, x.gather(1, target) - 1)
+
+
+def linear_cross_entropy(
+    hidden: Tensor, weight: Tensor, targets: Tensor, softmax_gradient_: SoftmaxGradient = softmax_gradient_
+) -> Tensor:
+    """Mean cross-entropy in nats, as a scalar in at least float32.
+
+    hidden [N, D], weight [V, D], targets [N] of int64 below V.
+    """
+    if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
+        return _ChunkedLoss.apply(hidden, weight, targets, softmax_gradient_)
+    losses = [softmax_gradient_(logits, targets[chunk]) for chunk, logits in _logits(hidden, weight)]
+    return torch.cat(losses).mean()
+
+
+class _ChunkedLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, softmax_gradient_: SoftmaxGradient) -> Tensor:
+        hidden_gradient, weight_gradient = torch.empty_like(hidden), torch.empty_like(weight, dtype=exact(weight))
+        losses = []
+        for chunk, logits in _logits(hidden, weight):
+            losses.append(softmax_gradient_(logits, targets[chunk]))
+            torch.mm(logits, weight, out=hidden_gradient[chunk])
+            _add_product(weight_gradient, logits.t(), hidden[chunk], is_first=chunk.start == 0)
+        ctx.save_for_backward(hidden_gradient, weight_gradient)
+        ctx.dtype = weight.dtype
+        return torch.cat(losses).mean()
+
+    @staticmethod
+    def backward(ctx, scale: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        hidden_gradient, weight_gradient = ctx.saved_tensors
+        scale = scale / len(hidden_gradient)
+        hidden_gradient = (hidden_gradient.to(scale.dtype) * scale).to(ctx.dtype)
+        if weight_gradient.dtype == ctx.dtype:
+            # In place, where autograd watches: a second backward of the same graph raises.
+            return hidden_gradient, weight_gradient.mul_(scale), None, None
+        rounded = torch.empty_like(weight_gradient, dtype=ctx.dtype)
+        for part, exact_part in _blocks(rounded, weight_gradient):
+            part.copy_(exact_part * scale)
+        return hidden_gradient, rounded, None, None
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor, is_first: bool) -> None:
+    """total += left · right, in total's type; total = left · right for the first product."""
+    beta = 0 if is_first else 1
+    if left.dtype == total.dtype:
+        torch.addmm(total, left, right, beta=beta, out=total)
+    elif left.is_cuda and _HAS_OUT_DTYPE:
+        torch.addmm(total, left, right, total.dtype, beta=beta, out=total)
+    else:
+        # Adding tensors of two types is slow on a CPU, so each block is cast in the cache first.
+        cast = torch.empty_like(total[: _block_height(total)])
+        for block, part in _blocks(total, torch.mm(left, right)):
+            part = cast[: len(part)].copy_(part)
+            if is_first:
+                block.copy_(part)
+            else:
+                block.add_(part)
 
 
 def exact(tensor: Tensor) -> torch.dtype:

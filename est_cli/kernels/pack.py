@@ -1,13 +1,28 @@
-"""Pack: gather the sampled rows of many matrices, casting them to the slots' type."""
+"""Copies into memory that a step uses: host arrays to the device, and sampled rows into slots of another type."""
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
 CPU_CHUNK_ELEMENTS = 1 << 19
 CUDA_CHUNK_ELEMENTS = 1 << 28
 """Elements that are gathered before they are cast: on a CPU they stay in the cache between the two."""
+
+
+def pinned(array: np.ndarray, device: torch.device) -> Tensor:
+    """The array in memory that `device` can copy from without the host. Any thread may call this."""
+    tensor = torch.from_numpy(array)
+    if device.type != "cuda":
+        return tensor
+    with torch.cuda.device(device):
+        return tensor.pin_memory()
+
+
+def upload(array: np.ndarray, device: torch.device) -> Tensor:
+    """The array on the device, through pinned memory: the host does not wait for the device."""
+    return pinned(array, device).to(device, non_blocking=True)
 
 
 @torch.no_grad()

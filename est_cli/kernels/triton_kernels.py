@@ -29,9 +29,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from est_cli.kernels import linear_cross_entropy as chunked
 from est_cli.kernels.adamw import Move, corrections
-from est_cli.kernels.linear_cross_entropy import chunked_loss
-from est_cli.kernels.upload import upload
+from est_cli.kernels.pack import upload
 
 WIDTH = 16
 """Neighbours that a group holds where every row allows it: 16-byte accesses need rows that are so aligned."""
@@ -259,7 +259,7 @@ def _adamw_tile(
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     """`est_cli.kernels.linear_cross_entropy.linear_cross_entropy`, except in float64."""
-    return chunked_loss(hidden, weight, targets, softmax_gradient_)
+    return chunked.linear_cross_entropy(hidden, weight, targets, softmax_gradient_)
 
 
 def softmax_gradient_(logits: Tensor, targets: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""One decoder class (GPT-2 and Llama are settings of it), its initialisation and its Hugging Face names."""
+"""One decoder class (GPT-2 and Llama are settings of it) with its initial weights, and its Hugging Face names."""
 
 from est_cli.lazy import on_demand
 

@@ -11,7 +11,7 @@ mlp.down       [in, out]     mlp.c_proj, as it is            down_proj, transpos
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,61 +20,39 @@ from est_cli.config import ModelConfig
 from est_cli.errors import UserError
 from est_cli.model.transformer import Transformer
 
-Family = Literal["gpt2", "llama"]
 State = dict[str, Tensor]
 
-CLASSES: dict[Family, str] = {"gpt2": "GPT2LMHeadModel", "llama": "LlamaForCausalLM"}
-_STYLE: dict[Family, dict[str, str]] = {
+CLASSES = {"gpt2": "GPT2LMHeadModel", "llama": "LlamaForCausalLM"}
+"""By config.json's model_type, which names a family here. Where a table has a pair, it is GPT-2's and Llama's."""
+_STYLE = {
     "gpt2": {"norm": "layernorm", "position": "learned", "mlp": "gelu"},
     "llama": {"norm": "rmsnorm", "position": "rope", "mlp": "swiglu"},
 }
-
-_KEYS: dict[Family, dict[str, str]] = {
-    "gpt2": {
-        "vocab_size": "vocab_size",
-        "n_positions": "max_seq_len",
-        "n_embd": "d_model",
-        "n_layer": "n_layers",
-        "n_head": "n_heads",
-        "n_inner": "d_ff",
-        "layer_norm_epsilon": "norm_eps",
-        "tie_word_embeddings": "tie_embeddings",
-    },
-    "llama": {
-        "vocab_size": "vocab_size",
-        "max_position_embeddings": "max_seq_len",
-        "hidden_size": "d_model",
-        "intermediate_size": "d_ff",
-        "num_hidden_layers": "n_layers",
-        "num_attention_heads": "n_heads",
-        "num_key_value_heads": "n_kv_heads",
-        "head_dim": "head_dim",
-        "rms_norm_eps": "norm_eps",
-        "attention_bias": "bias",
-        "tie_word_embeddings": "tie_embeddings",
-    },
+_KEYS = {
+    "vocab_size": ("vocab_size", "vocab_size"),
+    "max_seq_len": ("n_positions", "max_position_embeddings"),
+    "d_model": ("n_embd", "hidden_size"),
+    "n_layers": ("n_layer", "num_hidden_layers"),
+    "n_heads": ("n_head", "num_attention_heads"),
+    "n_kv_heads": (None, "num_key_value_heads"),
+    "head_dim": (None, "head_dim"),
+    "d_ff": ("n_inner", "intermediate_size"),
+    "norm_eps": ("layer_norm_epsilon", "rms_norm_eps"),
+    "bias": (None, "attention_bias"),
+    "tie_embeddings": ("tie_word_embeddings", "tie_word_embeddings"),
 }
-"""config.json's names → ours."""
-_DEFAULTS: dict[Family, dict[str, Any]] = {
+"""Our settings → config.json's."""
+_DEFAULTS = {
     "gpt2": {"n_inner": None, "layer_norm_epsilon": 1e-5, "tie_word_embeddings": True},
-    "llama": {
-        "num_key_value_heads": None,
-        "head_dim": None,
-        "rms_norm_eps": 1e-6,
-        "attention_bias": False,
-        "tie_word_embeddings": False,
-    },
-}
+    "llama": {"num_key_value_heads": None, "head_dim": None, "rms_norm_eps": 1e-6, "attention_bias": False,
+              "tie_word_embeddings": False},
+}  # fmt: skip
 """What an absent key means to the class."""
-_REQUIRED: dict[Family, dict[str, tuple]] = {
-    "gpt2": {
-        "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
-        "scale_attn_weights": (True,),
-        "scale_attn_by_inverse_layer_idx": (False,),
-        "add_cross_attention": (False,),
-    },
+_REQUIRED = {
+    "gpt2": {"activation_function": ("gelu_new", "gelu_pytorch_tanh"), "scale_attn_weights": (True,),
+             "scale_attn_by_inverse_layer_idx": (False,), "add_cross_attention": (False,)},
     "llama": {"hidden_act": ("silu",)},
-}
+}  # fmt: skip
 """Values that our model has. An absent key has them too: they are the defaults of both classes."""
 _ALSO_READ = {
     "gpt2": ("n_ctx", "reorder_and_upcast_attn"),
@@ -92,92 +70,76 @@ _OF_NO_WEIGHT = re.compile(
 )
 """Settings about training, tokens and generation, and records of where a file comes from."""
 
-
-_BLOCK: dict[Family, dict[str, tuple[str, ...]]] = {
-    "gpt2": {
-        "norm1": ("ln_1",),
-        "attention.qkv": ("attn.c_attn",),
-        "attention.out": ("attn.c_proj",),
-        "norm2": ("ln_2",),
-        "mlp.up": ("mlp.c_fc",),
-        "mlp.down": ("mlp.c_proj",),
-    },
-    "llama": {
-        "norm1": ("input_layernorm",),
-        "attention.qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-        "attention.out": ("self_attn.o_proj",),
-        "norm2": ("post_attention_layernorm",),
-        "mlp.up": ("mlp.gate_proj", "mlp.up_proj"),
-        "mlp.down": ("mlp.down_proj",),
-    },
+_AROUND = {
+    "embedding": ("wte.weight", "embed_tokens.weight"),
+    "positions": ("wpe.weight", None),
+    "norm.weight": ("ln_f.weight", "norm.weight"),
+    "norm.bias": ("ln_f.bias", None),
+}
+"""Our tensors outside of the blocks → theirs."""
+_BLOCK = {
+    "norm1": ("ln_1", "input_layernorm"),
+    "attention.qkv": ("attn.c_attn", "self_attn.q_proj self_attn.k_proj self_attn.v_proj"),
+    "attention.out": ("attn.c_proj", "self_attn.o_proj"),
+    "norm2": ("ln_2", "post_attention_layernorm"),
+    "mlp.up": ("mlp.c_fc", "mlp.gate_proj mlp.up_proj"),
+    "mlp.down": ("mlp.c_proj", "mlp.down_proj"),
 }
 """Our modules of a block → the modules that hold their rows, in order."""
-_TRANSPOSED: dict[Family, tuple[str, ...]] = {
-    "gpt2": ("attention.qkv", "mlp.up"),
-    "llama": ("attention.out", "mlp.down"),
-}
-_AROUND: dict[Family, dict[str, str]] = {
-    "gpt2": {
-        "embedding": "wte.weight",
-        "positions": "wpe.weight",
-        "norm.weight": "ln_f.weight",
-        "norm.bias": "ln_f.bias",
-    },
-    "llama": {"embedding": "embed_tokens.weight", "norm.weight": "norm.weight"},
-}
-_PREFIX: dict[Family, tuple[str, str]] = {"gpt2": ("transformer.", "h"), "llama": ("model.", "layers")}
+_OUTPUTS = ("attention.out", "mlp.down")
+"""Modules whose weights we hold as [in, out]."""
+_PREFIX = {"gpt2": ("transformer.", "h"), "llama": ("model.", "layers")}
 """Before the name of every tensor but the head's, and of a layer."""
 _BUFFERS = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")
 _NAMES_SHOWN = 3
 
 
-def family_of(model: ModelConfig) -> Family:
-    """The class that can hold `model`. Raises UserError naming each setting that none can."""
-    family: Family = "gpt2" if model.position == "learned" else "llama"
+def _names(table: Mapping[str, tuple[str | None, str | None]], family: str) -> dict[str, str]:
+    """The rows of a table that the family has: ours → theirs."""
+    column = list(CLASSES).index(family)
+    return {ours: theirs[column] for ours, theirs in table.items() if theirs[column]}
+
+
+def family_of(model: ModelConfig) -> str:
+    """The family that can hold `model`. Raises UserError naming each setting that none can."""
+    family = "gpt2" if model.position == "learned" else "llama"
+    class_name = CLASSES[family]
     problems = [
-        f"model.{key}={getattr(model, key)}: {CLASSES[family]} (model.position={model.position}) has {key}={value} only"
+        f"model.{key}={getattr(model, key)}: {class_name} (model.position={model.position}) has {key}={value} only"
         for key, value in _STYLE[family].items()
         if getattr(model, key) != value
     ]
-    if family == "gpt2":
-        problems += _gpt2_widths(model)
-    elif model.d_model % model.n_heads:
-        allowed = [
-            str(n) for n in range(model.n_kv_heads, model.d_model + 1, model.n_kv_heads) if model.d_model % n == 0
-        ]
+    if family == "gpt2" and model.n_kv_heads != model.n_heads:
+        problems.append(f"model.n_kv_heads={model.n_kv_heads}: {class_name} has no grouped-query attention")
+    if family == "gpt2" and model.n_heads * model.head_dim != model.d_model:
         problems.append(
-            f"model.n_heads={model.n_heads}: {CLASSES[family]} needs a number of heads that divides "
-            f"model.d_model={model.d_model}; with model.n_kv_heads={model.n_kv_heads}: {', '.join(allowed) or 'none'}"
+            f"model.n_heads={model.n_heads}: {class_name} ties d_model to n_heads · head_dim, and {model.d_model} is "
+            f"not {model.n_heads} · {model.head_dim}; it can hold a subnetwork of fewer MLP neurons and layers, with "
+            "every head"
+        )
+    if family == "llama" and model.d_model % model.n_heads:
+        multiples = range(model.n_kv_heads, model.d_model + 1, model.n_kv_heads)
+        allowed = ", ".join(str(n) for n in multiples if model.d_model % n == 0)
+        problems.append(
+            f"model.n_heads={model.n_heads}: {class_name} needs a number of heads that divides "
+            f"model.d_model={model.d_model}; with model.n_kv_heads={model.n_kv_heads}: {allowed or 'none'}"
         )
     if problems:
         raise UserError(*problems)
     return family
 
 
-def _gpt2_widths(model: ModelConfig) -> Iterator[str]:
-    if model.n_kv_heads != model.n_heads:
-        yield f"model.n_kv_heads={model.n_kv_heads}: {CLASSES['gpt2']} has no grouped-query attention"
-    if model.n_heads * model.head_dim != model.d_model:
-        yield (
-            f"model.n_heads={model.n_heads}: {CLASSES['gpt2']} ties d_model to n_heads · head_dim, and "
-            f"{model.d_model} is not {model.n_heads} · {model.head_dim}; it can hold a subnetwork of fewer MLP "
-            "neurons and layers, with every head"
-        )
-
-
 def to_config(model: ModelConfig) -> dict[str, Any]:
     """The config.json of the class that holds `model`. Raises UserError if no class can."""
     family = family_of(model)
-    config = {theirs: getattr(model, ours) for theirs, ours in _KEYS[family].items()}
+    config = {theirs: getattr(model, ours) for ours, theirs in _names(_KEYS, family).items()}
     if family == "gpt2":
         config |= {"activation_function": "gelu_new", "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
     else:
+        rope = {"rope_type": "default", "rope_theta": model.rope_theta}
+        # rope_theta is for transformers before version 5, rope_parameters since.
         config |= {"hidden_act": "silu", "mlp_bias": model.bias}
-        # Before and since version 5 of transformers.
-        config |= {
-            "rope_theta": model.rope_theta,
-            "rope_parameters": {"rope_type": "default", "rope_theta": model.rope_theta},
-        }
+        config |= {"rope_theta": model.rope_theta, "rope_parameters": rope}
     return {"architectures": [CLASSES[family]], "model_type": family, **config, "dtype": "float32"}
 
 
@@ -186,29 +148,43 @@ def from_config(config: Mapping[str, Any]) -> ModelConfig:
     family = config.get("model_type")
     if family not in CLASSES:
         raise UserError(f"config.json: model_type={family}: must be one of {', '.join(CLASSES)}")
-    _check_known(config, family)
+    _check(config, family)
+    given = {**_DEFAULTS[family], **config}
+    sizes = {ours: given[theirs] for ours, theirs in _names(_KEYS, family).items()}
+    sizes["head_dim"] = sizes.get("head_dim") or sizes["d_model"] // sizes["n_heads"]
+    sizes["n_kv_heads"] = sizes.get("n_kv_heads") or sizes["n_heads"]
+    if family == "gpt2":
+        sizes |= {"d_ff": sizes["d_ff"] or 4 * sizes["d_model"], "bias": True, "init": "gpt2"}
+    else:
+        sizes |= {"rope_theta": _rope_theta(config), "init": "tinyllama"}
+    return ModelConfig(**sizes, **_STYLE[family])
+
+
+def _check(config: Mapping[str, Any], family: str) -> None:
+    """Raises UserError naming each setting that nothing here reads, or that has a value which our model has not.
+
+    A setting that is switched off is not missed.
+    """
+    if config.get("quantization_config"):
+        raise UserError(
+            "config.json: quantization_config: quantized weights are not read; must be a folder of "
+            "float32, float16 or bfloat16 weights"
+        )
+    required = dict(_REQUIRED[family])
+    known = {"model_type", *_names(_KEYS, family).values(), *required, *_ALSO_READ[family]}
+    if family == "llama":
+        required["mlp_bias"] = (config.get("attention_bias", False),)
     problems = [
+        f"config.json: {key}={value}: is not read, and may change what the model computes; if it does not, remove it"
+        for key, value in config.items()
+        if value and key not in known and not key.startswith("_") and not _OF_NO_WEIGHT.fullmatch(key)
+    ] or [
         f"config.json: {key}={config[key]}: must be {' or '.join(map(str, values))}"
-        for key, values in _required(config, family).items()
+        for key, values in required.items()
         if key in config and config[key] not in values
     ]
     if problems:
         raise UserError(*problems)
-    width, heads = (
-        config[key] for key in (("n_embd", "n_head") if family == "gpt2" else ("hidden_size", "num_attention_heads"))
-    )
-    given = {**_DEFAULTS[family], **config}
-    sizes = {ours: given[theirs] for theirs, ours in _KEYS[family].items()}
-    sizes["head_dim"] = sizes.get("head_dim") or width // heads
-    sizes["n_kv_heads"] = sizes.get("n_kv_heads") or heads
-    if family == "gpt2":
-        return ModelConfig(**{**sizes, "d_ff": sizes["d_ff"] or 4 * width}, bias=True, init="gpt2", **_STYLE[family])
-    return ModelConfig(**sizes, rope_theta=_rope_theta(config), init="tinyllama", **_STYLE[family])
-
-
-def _required(config: Mapping[str, Any], family: Family) -> dict[str, tuple]:
-    mlp_bias = {"mlp_bias": (config.get("attention_bias", False),)} if family == "llama" else {}
-    return {**_REQUIRED[family], **mlp_bias}
 
 
 def _rope_theta(config: Mapping[str, Any]) -> float:
@@ -220,37 +196,16 @@ def _rope_theta(config: Mapping[str, Any]) -> float:
     return float(rope.get("rope_theta", config.get("rope_theta", 10000.0)))
 
 
-def _check_known(config: Mapping[str, Any], family: Family) -> None:
-    """Raises UserError naming each setting that nothing here reads, unless it is switched off."""
-    if config.get("quantization_config"):
-        raise UserError(
-            "config.json: quantization_config: quantized weights are not read; must be a folder of "
-            "float32, float16 or bfloat16 weights"
-        )
-    known = {"model_type", *_KEYS[family], *_REQUIRED[family], *_ALSO_READ[family]}
-    problems = [
-        f"config.json: {key}={value}: is not read, and may change what the model computes; if it does not, remove it"
-        for key, value in config.items()
-        if value and key not in known and not key.startswith("_") and not _OF_NO_WEIGHT.fullmatch(key)
-    ]
-    if problems:
-        raise UserError(*problems)
-
-
 def to_huggingface(model: Transformer) -> tuple[dict[str, Any], State]:
     """The config.json and the tensors of the class that holds `model`. Raises UserError if no class can."""
     config = to_config(model.config)
-    family: Family = config["model_type"]
     ours = {name: parameter.detach() for name, parameter in model.named_parameters()}
-    state = {}
-    for name, theirs, transposed in _tensors(model.config, family):
+    prefix, state = _PREFIX[config["model_type"]][0], {}
+    for name, theirs, transposed in _tensors(model.config, config["model_type"]):
         # GPT-2's class always has biases; where ours has none they are zero.
         tensor = ours[name] if name in ours else _zero_bias(name, ours)
         parts = tensor.split(_part_rows(model.config, name)) if len(theirs) > 1 else [tensor]
-        state |= {
-            f"{_PREFIX[family][0]}{their}": part.t() if transposed else part
-            for their, part in zip(theirs, parts, strict=True)
-        }
+        state |= {prefix + their: part.t() if transposed else part for their, part in zip(theirs, parts, strict=True)}
     if "head" in ours:
         state["lm_head.weight"] = ours["head"]
     return config, state
@@ -258,8 +213,7 @@ def to_huggingface(model: Transformer) -> tuple[dict[str, Any], State]:
 
 def from_huggingface(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> tuple[ModelConfig, State]:
     """Our config and state of a folder's config.json and tensors. Raises UserError for what we cannot hold."""
-    model = from_config(config)
-    family: Family = config["model_type"]
+    model, family = from_config(config), config["model_type"]
     # The first GPT-2 files name `wte.weight` what the class calls `transformer.wte.weight`.
     typed = {
         name.removeprefix("transformer.").removeprefix("model."): name for name in tensors if not is_constant(name)
@@ -282,22 +236,23 @@ def from_huggingface(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -
     return model, state
 
 
-def _tensors(model: ModelConfig, family: Family) -> Iterator[tuple[str, tuple[str, ...], bool]]:
+def _tensors(model: ModelConfig, family: str) -> Iterator[tuple[str, tuple[str, ...], bool]]:
     """Our name of each parameter but the head, theirs without the prefix, and whether one is the other transposed."""
-    biased = family == "gpt2" or model.bias
-    around = _AROUND[family].items()
-    yield from ((ours, (theirs,), False) for ours, theirs in around if not ours.startswith("norm"))
+    is_gpt2 = family == "gpt2"
+    yield from ((ours, (theirs,), False) for ours, theirs in _names(_AROUND, family).items())
     for layer in range(model.n_layers):
-        for name, modules in _BLOCK[family].items():
-            for leaf in ("weight", "bias") if biased and (family == "gpt2" or "norm" not in name) else ("weight",):
-                theirs = tuple(f"{_PREFIX[family][1]}.{layer}.{module}.{leaf}" for module in modules)
-                yield f"blocks.{layer}.{name}.{leaf}", theirs, leaf == "weight" and name in _TRANSPOSED[family]
-    yield from ((ours, (theirs,), False) for ours, theirs in around if ours.startswith("norm"))
+        for module, their_modules in _names(_BLOCK, family).items():
+            is_norm = "norm" in module
+            for leaf in ("weight", "bias") if is_gpt2 or (model.bias and not is_norm) else ("weight",):
+                theirs = tuple(f"{_PREFIX[family][1]}.{layer}.{their}.{leaf}" for their in their_modules.split())
+                # GPT-2's class holds all matrices as [in, out], Llama's none.
+                transposed = leaf == "weight" and not is_norm and (module in _OUTPUTS) != is_gpt2
+                yield f"blocks.{layer}.{module}.{leaf}", theirs, transposed
 
 
 def _zero_bias(name: str, ours: State) -> Tensor:
     weight = ours[name.replace(".bias", ".weight")]
-    return weight.new_zeros(weight.shape[-1 if name.endswith(("attention.out.bias", "mlp.down.bias")) else 0])
+    return weight.new_zeros(weight.shape[-1 if any(module in name for module in _OUTPUTS) else 0])
 
 
 def _part_rows(model: ModelConfig, name: str) -> list[int]:

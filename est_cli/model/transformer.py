@@ -10,6 +10,8 @@ mlp.up.weight         [F, D]            SwiGLU: [2F, D], gate then up
 mlp.down.weight       [F, D]            neuron f contributes activation_f · row f
 """
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -44,16 +46,11 @@ class BlockMask:
     layer: Tensor
 
 
-class Linear(nn.Module):
-    """x Wᵀ + b with W [out, in]; left uninitialised."""
+class Linear(nn.Linear):
+    """Left uninitialised: `initialise` draws the weights."""
 
-    def __init__(self, n_in: int, n_out: int, bias: bool, device=None, dtype=None):
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(n_out, n_in, device=device, dtype=dtype))
-        self.bias = nn.Parameter(torch.empty(n_out, device=device, dtype=dtype)) if bias else None
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight, self.bias)
+    def reset_parameters(self) -> None:
+        pass
 
 
 class ResidualOutput(nn.Module):
@@ -242,6 +239,43 @@ def set_parameter(module: nn.Module, name: str, data: Tensor) -> None:
     """Put `data` in the place of a parameter, by its full name."""
     owner, _, leaf = name.rpartition(".")
     setattr(module.get_submodule(owner), leaf, nn.Parameter(data))
+
+
+@torch.no_grad()
+def initialise(
+    model: Transformer,
+    seed: int,
+    device: torch.device | str = "cpu",
+    own: Callable[[Tensor], Tensor] = lambda whole: whole,
+) -> Transformer:
+    """Give the model its initial weights on `device`; `own` cuts a parameter to what this process holds of it.
+
+    They are a pure function of the seed, drawn on the CPU so that every device starts alike, and one by one, so that a
+    meta model needs memory for what is held and for its largest parameter only. Returns the model.
+
+    gpt2        Radford et al. (2019): normal with standard deviation 0.02 everywhere; the output projections of
+                both residual branches are divided by sqrt(2 · n_layers).
+    tinyllama   Zhang et al. (2024), after GPT-NeoX: normal with sqrt(2 / (5 · d_model)); the output projections
+                of both branches 1 / (n_layers · sqrt(d_model)).
+
+    Biases start at 0 and norm weights at 1 in both.
+    """
+    generator, config = torch.Generator().manual_seed(seed), model.config
+    if config.init == "gpt2":
+        ordinary, residual = 0.02, 0.02 / math.sqrt(2 * config.n_layers)
+    else:
+        ordinary, residual = math.sqrt(2 / (5 * config.d_model)), 1 / (config.n_layers * math.sqrt(config.d_model))
+    for name, parameter in list(model.named_parameters()):
+        values = torch.empty(parameter.shape, dtype=parameter.dtype)
+        if name.endswith(".bias"):
+            values.zero_()
+        elif "norm" in name:
+            values.fill_(1.0)
+        else:
+            output = name.endswith(("attention.out.weight", "mlp.down.weight"))
+            values.normal_(0.0, residual if output else ordinary, generator=generator)
+        set_parameter(model, name, own(values).to(device))
+    return model
 
 
 def _norm(model: ModelConfig, device, dtype) -> nn.Module:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 
 from est_cli.config import ModelConfig, TrainConfig
 from est_cli.errors import UserError
+from est_cli.subnet.memory import count_parameters
 from est_cli.subnet.plan import stage_subnetwork
 from est_cli.subnet.schedule import Stage, boundary_step, build_stages, stage_at
 
@@ -27,13 +28,10 @@ class Flops:
 
 def training_flops(model: ModelConfig, seq_len: int, tokens: int) -> Flops:
     """Forward and backward of `tokens` tokens in sequences of `seq_len`."""
-    query, key_value = model.n_heads * model.head_dim, model.n_kv_heads * model.head_dim
-    projections = model.d_model * (query + 2 * key_value) + query * model.d_model
-    scores = 2 * seq_len * query  # queries with keys, and weights with values
-    mlp = (3 if model.gated else 2) * model.d_model * model.d_ff
+    scores = 2 * seq_len * model.n_heads * model.head_dim  # queries with keys, and weights with values
     forward_and_backward = 3 * 2 * tokens
     return Flops(
-        blocks=forward_and_backward * model.n_layers * (projections + scores + mlp),
+        blocks=forward_and_backward * (count_parameters(model).block_matrices + model.n_layers * scores),
         head=forward_and_backward * model.d_model * model.vocab_size,
     )
 
@@ -106,10 +104,11 @@ def scale_boundaries(config: TrainConfig, target: float) -> dict[str, float]:
         raise UserError(
             f"target_saved_blocks={target:g}: this schedule has no boundaries to move; try scheduler=three_stage"
         )
-    none, present = _saved(ledger, [0.0] * len(fractions)), _saved(ledger, fractions)
-    most = _saved(ledger, [f / fractions[-1] for f in fractions])
-    # Stage lengths, and so savings, are linear in the common factor.
-    factor = (target - none) / (present - none) if present != none else 0.0
+    # Stage lengths, and so savings, are linear in the common factor. With 0 only the last stage is left.
+    none = ledger.stage_saved_blocks(len(specs))
+    slope = ledger.saved_blocks(max_steps) - none
+    most = none + slope / fractions[-1]
+    factor = (target - none) / slope if slope else 0.0
     if factor <= 0 or factor * fractions[-1] >= 1:
         raise UserError(
             f"target_saved_blocks={target:g}: these rates and proportions save between "
@@ -128,10 +127,3 @@ def with_boundaries(config: TrainConfig, boundaries: dict[str, float]) -> TrainC
     except ValueError as error:
         raise UserError(str(error)) from error
     return replace(config, scheduler=replace(config.scheduler, stages=stages))
-
-
-def _saved(ledger: Ledger, fractions: list[float]) -> float:
-    """saved_blocks of stages that end at these fractions of the run."""
-    starts, ends = [0.0, *fractions], [*fractions, 1.0]
-    spent = sum((end - start) * cost.blocks for start, end, cost in zip(starts, ends, ledger.per_step, strict=True))
-    return 1.0 - spent / ledger.full.blocks

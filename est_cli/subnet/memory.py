@@ -39,6 +39,10 @@ class Parameters:
     def matrices(self) -> int:
         return self.total - self.vectors
 
+    @property
+    def block_matrices(self) -> int:
+        return self.matrices - self.embeddings
+
 
 @dataclass(frozen=True)
 class Ranks:
@@ -106,7 +110,7 @@ def sent_bytes(small: ModelConfig, ranks: Ranks, bf16: bool, grad_accum: int = 1
     columns of the blocks are gathered before each forward and each backward pass, those of the tables once for both.
     """
     count, element = count_parameters(small), 2 if bf16 else 4
-    blocks = count.matrices - count.embeddings
+    blocks = count.block_matrices
     gathered = grad_accum * element * (2 * blocks + count.embeddings)
     in_group = (gathered + 4 * count.matrices) * (ranks.shards - 1) / ranks.shards
     between = 2 * 4 * count.matrices / ranks.shards * (ranks.replicas - 1) / ranks.replicas
@@ -132,7 +136,7 @@ def _spread_bytes(
     the tables' are on their way. `forward` are the activations and logits, which the backward pass frees.
     """
     count, table, element = count_parameters(small), full.vocab_size * full.d_model, 2 if bf16 else 4
-    tables, blocks = count.embeddings, count.matrices - count.embeddings
+    tables, blocks = count.embeddings, count.block_matrices
     block, gathers = blocks / max(1, small.n_layers), shards > 1
     slots = 0 if small == full else 4 * blocks / shards
     if grad_accum > 1:

@@ -9,8 +9,8 @@ from typing import Literal
 
 import numpy as np
 
-from est_cli.config import ModelConfig, Rescale, SamplingConfig
-from est_cli.subnet.schedule import Grown, Rates, Stage, StageSpec, keep
+from est_cli.config import ModelConfig, Rescale, SamplingConfig, TrainConfig
+from est_cli.subnet.schedule import Grown, Rates, Stage, StageSpec, keep, layer_sources, stage_at
 from est_cli.subnet.strategies import inclusion_probabilities
 
 
@@ -48,7 +48,7 @@ class Plan:
     scales: np.ndarray
 
     def as_dict(self) -> dict[str, list]:
-        return {name: getattr(self, name).tolist() for name in ("layers", "heads", "kv_heads", "neurons", "scales")}
+        return {name: array.tolist() for name, array in vars(self).items()}
 
 
 def whole_plan(model: ModelConfig) -> Plan:
@@ -66,9 +66,55 @@ def grown_model(model: ModelConfig, grown: Grown, mlp_block: int = 1) -> ModelCo
     return replace(model, **grown.sizes(model, mlp_block))
 
 
-def grouped(model: ModelConfig) -> bool:
-    """Grouped-query attention: several query heads share one key/value head."""
-    return model.n_kv_heads != model.n_heads
+@dataclass(frozen=True)
+class Growth:
+    """From one part of the model to a larger one, at the start of a stage.
+
+    Heads and neurons that join always start with output rows of 0: they have no trained ones to copy.
+    """
+
+    before: ModelConfig
+    after: ModelConfig
+    method: str
+
+    @property
+    def sources(self) -> list[int | None]:
+        """For every layer of the larger model the layer that it starts from, None for its initial weights."""
+        return layer_sources(self.method, self.before.n_layers, self.after.n_layers)
+
+    @property
+    def joined(self) -> list[int]:
+        """The layers of the larger model that are not a trained layer in its old or new place."""
+        sources = self.sources
+        return [layer for layer, source in enumerate(sources) if source is None or source in sources[:layer]]
+
+    def __str__(self) -> str:
+        words = {"n_layers": "layers", "n_heads": "heads", "d_ff": "neurons"}
+        sizes = [(getattr(self.before, key), getattr(self.after, key), word) for key, word in words.items()]
+        parts = [f"{before} to {after} {word}" for before, after, word in sizes if before != after]
+        return f"grows from {', '.join(parts)} ({self.method})"
+
+
+def stage_models(config: TrainConfig) -> list[ModelConfig]:
+    """What has joined by each stage."""
+    return [grown_model(config.model, stage.grown, config.sampling.mlp_block) for stage in config.stages]
+
+
+def model_after(config: TrainConfig, steps: int) -> ModelConfig:
+    """What a checkpoint of `steps` optimizer steps holds: at a boundary the smaller model, which grows afterwards."""
+    return stage_models(config)[stage_at(config.stages, max(0, steps - 1)).number - 1]
+
+
+def growth_into(config: TrainConfig, stage: Stage) -> Growth | None:
+    """The growth at the start of `stage`; None where nothing joins."""
+    models = stage_models(config)
+    before, after = models[max(0, stage.number - 2)], models[stage.number - 1]
+    return None if before == after else Growth(before, after, config.scheduler.grow)
+
+
+def samples_queries(model: ModelConfig, sampling: SamplingConfig) -> bool:
+    """Whether query heads are drawn in each group and all key/value heads kept: only where groups share one."""
+    return sampling.gqa == "query" and model.n_kv_heads != model.n_heads
 
 
 def stage_subnetwork(model: ModelConfig, sampling: SamplingConfig, stage: Stage | StageSpec) -> Subnetwork:
@@ -79,7 +125,7 @@ def stage_subnetwork(model: ModelConfig, sampling: SamplingConfig, stage: Stage 
 def subnetwork(model: ModelConfig, sampling: SamplingConfig, rates: Rates) -> Subnetwork:
     """The shape of every subnetwork that these rates sample from `model`; `model` itself if every count is full."""
     n_kv_heads, per_group = model.n_kv_heads, model.n_heads // model.n_kv_heads
-    if grouped(model) and sampling.gqa == "query":
+    if samples_queries(model, sampling):
         per_group = keep(rates.heads, per_group)
     else:
         n_kv_heads = keep(rates.heads, n_kv_heads)

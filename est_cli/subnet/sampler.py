@@ -8,29 +8,27 @@ import numpy as np
 from est_cli.config import ModelConfig, SamplingConfig, TrainConfig
 from est_cli.errors import UserError
 from est_cli.plugins import named_function
-from est_cli.subnet.plan import Plan, branch_scales, grouped, grown_model, subnetwork
+from est_cli.subnet.plan import Plan, branch_scales, grown_model, samples_queries, subnetwork
 from est_cli.subnet.schedule import Stage
-from est_cli.subnet.strategies import STRATEGIES, Draw, Strategy
+from est_cli.subnet.strategies import STRATEGIES, Draw
 
 
 def sample(seed: int, step: int, stage: Stage, model: ModelConfig, sampling: SamplingConfig) -> Plan:
     """The plan of optimizer step `step`, which lies in `stage`. Raises UserError for a strategy that fails."""
-    of_unit, of_layer = strategies_of(sampling)
     model = grown_model(model, stage.grown, sampling.mlp_block)
     shape = subnetwork(model, sampling, stage.rates)
     small = shape.model
     number = (step - stage.first_step) // sampling.resample_every
 
     def choose(dimension: str, total: int, kept: int, layer: int = 0, group: int = 0) -> np.ndarray:
+        key = "layer_strategy" if dimension == "layers" and sampling.layer_strategy else "strategy"
+        strategy = named_function(getattr(sampling, key), STRATEGIES, f"sampling.{key}")
         if kept == total:
             return np.arange(total)
-        of_layers = dimension == "layers"
-        strategy = of_layer if of_layers else of_unit
         draw = Draw(seed, stage.first_step, number, layer, dimension, group)
         chosen = np.sort(np.asarray(strategy(draw, total, kept)))
         inside = chosen.shape == (kept,) and chosen.dtype.kind in "iu" and chosen[0] >= 0 and chosen[-1] < total
         if not inside or (np.diff(chosen) == 0).any():
-            key = "layer_strategy" if of_layers and sampling.layer_strategy else "strategy"
             raise UserError(f"sampling.{key} must return {kept} different indices below {total}, got {chosen}")
         return chosen
 
@@ -52,7 +50,7 @@ def _choose_heads(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Query and key/value heads of one layer; `choose(total, kept, group=…)` draws."""
     per_group = model.n_heads // model.n_kv_heads
-    if not grouped(model) or sampling.gqa == "group":
+    if not samples_queries(model, sampling):
         groups = choose(model.n_kv_heads, small.n_kv_heads)
         return _members(groups, per_group), groups
     kept = small.n_heads // model.n_kv_heads
@@ -72,11 +70,3 @@ def check_strategy(config: TrainConfig) -> None:
     """
     for stage in config.stages:
         sample(config.seed, stage.first_step, stage, config.model, config.sampling)
-
-
-def strategies_of(sampling: SamplingConfig) -> tuple[Strategy, Strategy]:
-    """How heads and neurons are chosen, and how layers are. Raises UserError."""
-    units = named_function(sampling.strategy, STRATEGIES, "sampling.strategy")
-    if sampling.layer_strategy is None:
-        return units, units
-    return units, named_function(sampling.layer_strategy, STRATEGIES, "sampling.layer_strategy")

@@ -9,11 +9,14 @@ import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Protocol
+from typing import TYPE_CHECKING, Annotated
 
 from est_cli.errors import UserError
 from est_cli.plugins import named_function
 from est_cli.schema import Within
+
+if TYPE_CHECKING:
+    from est_cli.config import ModelConfig
 
 Rate = Annotated[float, Within(0, 1, open_low=True)]
 Boundary = Annotated[int, Within(1)] | Annotated[float, Within(0, 1, open_low=True)]
@@ -34,15 +37,6 @@ class Rates:
     layers: Rate = 1.0
 
 
-class Sizes(Protocol):
-    """The counts of a model of which parts can join later."""
-
-    n_layers: int
-    n_heads: int
-    n_kv_heads: int
-    d_ff: int
-
-
 @dataclass(frozen=True)
 class Grown:
     """The part of the model that has joined: its first layers, heads and neurons. None means all of them."""
@@ -56,7 +50,7 @@ class Grown:
         parts = {key: part / model[key] if type(part) is int else part for key, part in vars(self).items()}
         return Grown(**{key: None if part == 1.0 else part for key, part in parts.items()})
 
-    def sizes(self, model: Sizes, mlp_block: int = 1) -> dict[str, int]:
+    def sizes(self, model: "ModelConfig", mlp_block: int = 1) -> dict[str, int]:
         """Layers, heads, key/value heads and neurons that have joined: whole groups of heads and blocks of neurons.
 
         Raises ValueError, beginning with the name of the field, for counts that the model does not have.

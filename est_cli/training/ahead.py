@@ -13,7 +13,7 @@ from torch import Tensor
 from est_cli.config import TrainConfig
 from est_cli.data.batches import Tokens, reading_error, training_windows
 from est_cli.errors import UserError
-from est_cli.kernels.upload import pinned
+from est_cli.kernels.pack import pinned
 from est_cli.subnet.plan import Plan
 from est_cli.subnet.sampler import sample
 from est_cli.subnet.schedule import stage_at

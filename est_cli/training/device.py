@@ -13,7 +13,7 @@ import torch
 from est_cli.config import TrainerConfig
 from est_cli.config.auto import Device
 from est_cli.errors import UserError
-from est_cli.kernels.dispatch import check_kernels
+from est_cli.kernels.dispatch import kernels_for
 from est_cli.training.peers import launched_ranks
 
 PEAK_BF16_FLOPS = {
@@ -42,7 +42,7 @@ def available_device(trainer: TrainerConfig, kernels: str) -> Device:
         raise UserError("trainer.device=cuda: torch sees no GPU here; allowed: auto, cpu")
     kind = "cuda" if has_cuda and trainer.device != "cpu" else "cpu"
     _check_compiler(trainer)
-    check_kernels(kernels, kind)
+    kernels_for(kernels, kind)  # raises UserError
     present = torch.cuda.device_count() if kind == "cuda" else 1
     if (ranks := launched_ranks()) > 1:
         here = int(os.environ.get("LOCAL_WORLD_SIZE", ranks))

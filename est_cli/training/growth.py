@@ -7,8 +7,7 @@ import torch
 from torch import Tensor
 
 from est_cli.model.transformer import Transformer, row_kind
-from est_cli.subnet.growth import Growth
-from est_cli.subnet.plan import n_rows, sampled_rows, whole_plan
+from est_cli.subnet.plan import Growth, n_rows, sampled_rows, whole_plan
 from est_cli.training.optimizer import SampledAdamW
 from est_cli.training.stacks import as_rows
 

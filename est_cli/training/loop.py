@@ -15,10 +15,8 @@ from est_cli.config import TrainConfig, as_plain
 from est_cli.data.batches import Tokens, validation_windows
 from est_cli.errors import RunFailed, UserError
 from est_cli.kernels.dispatch import kernels_for
-from est_cli.model.initialisation import initialise
-from est_cli.model.transformer import Transformer
-from est_cli.subnet.growth import growth_into, model_after
-from est_cli.subnet.plan import Subnetwork, stage_subnetwork
+from est_cli.model.transformer import Transformer, initialise
+from est_cli.subnet.plan import Subnetwork, growth_into, model_after, stage_subnetwork
 from est_cli.subnet.schedule import Stage, stage_at
 from est_cli.training.ahead import Inputs
 from est_cli.training.checkpoint import Checkpoint, Checkpoints

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from est_cli.config import ModelConfig, OptimizerConfig
 from est_cli.kernels.adamw import Hyperparameters, Move, Rows
-from est_cli.kernels.upload import upload
+from est_cli.kernels.pack import upload
 from est_cli.model.transformer import Transformer, layer_of, row_kind
 from est_cli.subnet.plan import sampled_rows, whole_plan
 from est_cli.subnet.schedule import boundary_step

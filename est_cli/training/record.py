@@ -6,7 +6,7 @@ import torch
 
 from est_cli.config import ModelConfig, TrainConfig
 from est_cli.subnet.flops import config_ledger
-from est_cli.subnet.growth import stage_models
+from est_cli.subnet.plan import stage_models
 from est_cli.training.device import peak_flops
 from est_cli.training.watch import Launched
 

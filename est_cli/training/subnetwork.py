@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from est_cli.kernels.upload import upload
+from est_cli.kernels.pack import upload
 from est_cli.model.transformer import BlockMask, Transformer, layer_of, row_kind, set_parameter
 from est_cli.subnet.plan import Plan, Subnetwork, n_rows, sampled_rows, whole_plan
 from est_cli.training.profile import phase

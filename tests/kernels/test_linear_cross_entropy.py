@@ -11,7 +11,7 @@ from est_cli.benchmark.kernel_cases import check_loss, head_case, loss_and_gradi
 from est_cli.kernels import linear_cross_entropy as kernel
 from est_cli.kernels.dispatch import TORCH
 from est_cli.kernels.linear_cross_entropy import linear_cross_entropy
-from kernels.allocations import Allocations
+from kernels.device import Allocations
 
 N, D, V = 37, 13, 101
 
@@ -48,37 +48,35 @@ def test_low_precision_is_as_close_to_the_truth_as_the_plain_path(chunk, shape, 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_without_gradients_the_loss_is_the_same(chunk, dtype):
-    inputs = head_input(dtype)
-    with_gradients = linear_cross_entropy(*inputs).detach()
+    hidden, weight, targets = head_input(dtype)
+    expected = linear_cross_entropy(hidden, weight, targets).detach()
     with torch.no_grad():
-        without = linear_cross_entropy(*inputs)
-    detached = linear_cross_entropy(inputs[0].detach(), inputs[1].detach(), inputs[2])
-    assert not without.requires_grad
-    assert not detached.requires_grad
-    assert without.dtype == with_gradients.dtype
-    torch.testing.assert_close(without, with_gradients, rtol=0, atol=1e-12 if dtype == torch.float64 else 1e-5)
-    assert torch.equal(without, detached)
+        found = linear_cross_entropy(hidden, weight, targets)
+    assert torch.equal(found, linear_cross_entropy(hidden.detach(), weight.detach(), targets))
+    assert not found.requires_grad
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12 if dtype == torch.float64 else 1e-5)
 
 
 @pytest.mark.parametrize("gradients", [True, False])
 def test_the_logits_never_exist_as_a_whole(monkeypatch, gradients):
     monkeypatch.setattr(kernel, "CPU_CHUNK_ELEMENTS", 5 * V)
-    inputs = head_input(torch.float32)
-    largest = {}
-    for name, function in {"fused": linear_cross_entropy, "plain": plain_loss}.items():
+
+    def largest(function) -> int:
+        inputs = head_input(torch.float32)
         with Allocations() as allocations, torch.set_grad_enabled(gradients):
             loss = function(*inputs)
             if gradients:
                 loss.backward()
-        largest[name] = allocations.largest
-    assert largest["plain"] == N * V
-    assert largest["fused"] <= V * D < N * V
+        return allocations.largest
+
+    assert largest(plain_loss) == N * V
+    assert largest(linear_cross_entropy) <= V * D < N * V
 
 
 def test_large_logits_do_not_overflow():
     hidden, weight, targets = head_input(torch.float32)
-    found = loss_and_gradients(linear_cross_entropy, (300 * hidden.detach()).requires_grad_(), weight, targets)
-    expected = loss_and_gradients(plain_loss, (300 * hidden.detach()).requires_grad_(), weight, targets)
+    hidden = (300 * hidden.detach()).requires_grad_()
+    found, expected = (loss_and_gradients(f, hidden, weight, targets) for f in (linear_cross_entropy, plain_loss))
     for ours, theirs in zip(found, expected, strict=True):
         assert ours.isfinite().all()
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-4)

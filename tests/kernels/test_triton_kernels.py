@@ -1,5 +1,9 @@
-"""Triton beside PyTorch: pack is exact, AdamW and the head are as close to float64, and training ends the same."""
+"""Triton beside PyTorch: pack is exact, AdamW and the head are as close to float64, and training ends the same.
 
+What the versions share, such as chunks of logits, test_linear_cross_entropy.py holds.
+"""
+
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -14,7 +18,6 @@ from est_cli.benchmark.kernel_cases import (
     ODD,
     SETS,
     Matrix,
-    PackCase,
     adamw_case,
     check_adamw,
     check_loss,
@@ -23,21 +26,20 @@ from est_cli.benchmark.kernel_cases import (
     head_case,
     loss_and_gradients,
     model_matrices,
-    pack_case,
 )  # fmt: skip
 from est_cli.config import OptimizerConfig, SamplingConfig
-from est_cli.kernels import linear_cross_entropy as chunked
 from est_cli.kernels import triton_kernels as triton
+from est_cli.kernels.adamw import Move
 from est_cli.kernels.dispatch import TORCH, Kernels, triton_kernels
 from est_cli.subnet.plan import subnetwork
 from est_cli.subnet.sampler import sample
-from est_cli.subnet.schedule import Rates, StageSpec, build_stages, stage_at
+from est_cli.subnet.schedule import Rates, Stage
 from est_cli.training.optimizer import SampledAdamW
 from est_cli.training.subnetwork import PackedSubnetwork
 from kernels.device import DEVICE, HAS_GPU
 
 DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if HAS_GPU else [])]
-TENSORS = ("parameter", "moment", "square")
+FREEZE = pytest.mark.parametrize("freeze", [False, True], ids=["zero_grad", "freeze"])
 if HAS_GPU:  # the sizes of GPT-2 too
     LAYERS = replace(PRESETS["gpt2"], n_layers=2)
     HALF, FULL = (model_matrices(LAYERS, rates) for rates in (Rates(0.5, 0.5, 0.5), Rates()))
@@ -51,39 +53,38 @@ def test_slots_equal_those_that_torch_fills(matrices, dtype):
         assert check.passed, check
 
 
-def test_indices_may_start_at_any_address():
+@pytest.mark.parametrize("shift", [0, 1, 3])
+def test_matrices_and_indices_may_start_at_any_address(shift):
     """All indices travel in one tensor, so that most parts of it are not aligned."""
-    indices = torch.tensor([9, 0, 2, 4], device=DEVICE)[1:]
-    case = PackCase([torch.randn(5, 32, device=DEVICE)], [indices], [torch.empty(3, 32, device=DEVICE)])
-    triton.gather_rows(case.sources, case.rows, case.slots)
-    assert torch.equal(case.slots[0], case.sources[0][[0, 2, 4]])
-
-
-def test_matrices_may_start_at_any_address():
-    source, slot = torch.randn(1 + 5 * 32, device=DEVICE), torch.empty(3 + 2 * 32, device=DEVICE)
-    rows = torch.tensor([1, 4], device=DEVICE)
-    triton.gather_rows([source[1:].view(5, 32)], [rows], [slot[3:].view(2, 32)])
-    assert torch.equal(slot[3:].view(2, 32), source[1:].view(5, 32)[rows])
+    source, slot = (torch.randn(shift + rows * 32, device=DEVICE)[shift:].view(rows, 32) for rows in (5, 3))
+    rows = torch.tensor([9, 0, 2, 4], device=DEVICE)[1:]
+    triton.gather_rows([source], [rows], [slot])
+    assert torch.equal(slot, source[rows])
 
 
 def test_more_matrices_than_one_power_of_two():
     matrices = [Matrix(3 + number, 16, 2) for number in range(37)]
-    case = pack_case(matrices, torch.float32, DEVICE)
-    triton.gather_rows(case.sources, case.rows, case.slots)
-    for source, rows, slot in zip(case.sources, case.rows, case.slots, strict=True):
-        assert torch.equal(slot, source[rows])
+    for check in check_pack(triton_kernels(), matrices, torch.float32, DEVICE):
+        assert check.passed, check
 
 
-def test_nothing_to_pack_is_no_error():
+def test_nothing_to_pack_and_nothing_to_move_are_no_errors():
     triton.gather_rows([], [], [])
+    triton.adamw_step([], None)
 
 
 @pytest.mark.parametrize("matrices", SETS.values(), ids=SETS)
 @pytest.mark.parametrize("clip", [None, 0.37], ids=["unclipped", "clipped"])
-@pytest.mark.parametrize("freeze", [False, True], ids=["zero_grad", "freeze"])
+@FREEZE
 def test_steps_are_as_close_to_the_truth_as_torchs(matrices, clip, freeze):
     for check in check_adamw(triton_kernels(), matrices, freeze, clip, DEVICE):
         assert check.passed, check
+
+
+def same(a: Sequence[Move], b: Sequence[Move]) -> bool:
+    """Whether parameters and moments are equal bit for bit."""
+    pairs = zip(a, b, strict=True)
+    return all(torch.equal(x, y) for one, two in pairs for x, y in zip(one.tensors, two.tensors, strict=True))
 
 
 def test_frozen_rows_and_their_moments_are_untouched_bit_for_bit():
@@ -94,9 +95,9 @@ def test_frozen_rows_and_their_moments_are_untouched_bit_for_bit():
     for old, new in zip(before, moves, strict=True):
         sampled = torch.zeros(len(new.parameter), dtype=torch.bool, device=DEVICE)
         sampled[slice(None) if new.rows is None else new.rows.device] = True
-        for name in TENSORS:
-            assert torch.equal(getattr(old, name)[~sampled], getattr(new, name)[~sampled])
-            assert (getattr(old, name)[sampled] != getattr(new, name)[sampled]).any(dim=1).all()
+        for x, y in zip(old.tensors, new.tensors, strict=True):
+            assert torch.equal(x[~sampled], y[~sampled])
+            assert (x[sampled] != y[sampled]).any(dim=1).all()
 
 
 def test_zero_grad_moves_rows_without_a_gradient_as_a_gradient_of_zero_does():
@@ -109,49 +110,37 @@ def test_zero_grad_moves_rows_without_a_gradient_as_a_gradient_of_zero_does():
         explicit.append(replace(move, gradients=[gradient], rows=None))
     triton.adamw_step(moves, None)
     triton.adamw_step(explicit, None)
-    for sampled, whole in zip(moves, explicit, strict=True):
-        for name in TENSORS:
-            assert torch.equal(getattr(sampled, name), getattr(whole, name))
+    assert same(moves, explicit)
 
 
 def test_rows_that_joined_late_step_beside_tensors_whose_rows_all_have_one_count():
     """zero_grad after a growth of heads: some moves have a count, others one for every row."""
     moves = adamw_case(ODD, False, DEVICE)
-    late = adamw_case(ALIGNED[3:4], True, DEVICE)
-    late = [replace(m, counts=np.arange(1, 1 + len(m.parameter))) for m in late]
+    late = [replace(m, counts=np.arange(1, 1 + len(m.parameter))) for m in adamw_case(ALIGNED[3:4], True, DEVICE)]
     both = [*moves[:3], *late, *moves[3:]]
     found, usual = copied(both, torch.float32), copied(both, torch.float32)
     triton.adamw_step(found, None)
     TORCH.adamw_step(usual, None)
     for ours, theirs in zip(found, usual, strict=True):
-        for name in TENSORS:
-            torch.testing.assert_close(getattr(ours, name), getattr(theirs, name), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(ours.tensors, theirs.tensors, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("freeze", [False, True], ids=["zero_grad", "freeze"])
+@FREEZE
 def test_the_device_refuses_a_step(freeze):
     moves = adamw_case(ODD + ALIGNED, freeze, DEVICE)
     before = copied(moves, torch.float32)
     triton.adamw_step(moves, torch.tensor(torch.nan, device=DEVICE), torch.ones((), device=DEVICE))
-    for old, new in zip(before, moves, strict=True):
-        assert all(torch.equal(getattr(old, name), getattr(new, name)) for name in TENSORS)
+    assert same(before, moves)
     triton.adamw_step(moves, None, torch.zeros((), device=DEVICE))
     triton.adamw_step(before, None)
-    for old, new in zip(before, moves, strict=True):
-        assert all(torch.equal(getattr(old, name), getattr(new, name)) for name in TENSORS)
-
-
-def test_nothing_to_move_is_no_error():
-    triton.adamw_step([], None)
+    assert same(before, moves)
 
 
 def test_the_shapes_that_are_checked_have_less_than_a_block_exactly_one_and_more():
     vocabularies = [vocabulary for *_, vocabulary in HEADS]
-    assert (
-        triton.BLOCK in vocabularies
-        and min(vocabularies) < triton.BLOCK < max(vocabularies)
-        and max(vocabularies) % triton.BLOCK
-    )
+    assert triton.BLOCK in vocabularies
+    assert min(vocabularies) < triton.BLOCK < max(vocabularies)
+    assert max(vocabularies) % triton.BLOCK
 
 
 @pytest.mark.parametrize("shape", HEADS)
@@ -163,31 +152,12 @@ def test_loss_and_gradients_are_as_close_to_the_truth_as_the_plain_paths(shape, 
     assert [t.dtype for t in ours] == [torch.float32, dtype, dtype]
 
 
-@pytest.mark.parametrize("tokens", [1, 5, 36])
-def test_chunks_of_any_size_add_up(tokens, monkeypatch):
-    inputs = head_case(37, 13, 101, torch.float32, DEVICE)
-    whole = loss_and_gradients(triton.linear_cross_entropy, *inputs)
-    monkeypatch.setattr(chunked, "CUDA_CHUNK_ELEMENTS" if HAS_GPU else "CPU_CHUNK_ELEMENTS", tokens * 101)
-    for a, b in zip(loss_and_gradients(triton.linear_cross_entropy, *inputs), whole, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
-
-
-def test_without_gradients_the_loss_is_the_same():
-    inputs = head_case(37, 13, 101, torch.float32, DEVICE)
-    with torch.no_grad():
-        loss = triton.linear_cross_entropy(*inputs)
-    assert not loss.requires_grad
-    torch.testing.assert_close(loss, triton.linear_cross_entropy(*inputs).detach(), rtol=0, atol=1e-6)
-
-
 def test_targets_may_be_a_view_with_gaps():
     hidden, weight, _ = head_case(6, 4, 9, torch.float32, DEVICE)
-    windows = torch.arange(12, device=DEVICE) % 9
-    gapped = windows[::2]
+    gapped = (torch.arange(12, device=DEVICE) % 9)[::2]
     assert not gapped.is_contiguous()
-    assert torch.equal(
-        triton.linear_cross_entropy(hidden, weight, gapped), triton.linear_cross_entropy(hidden, weight, gapped.clone())
-    )
+    losses = [triton.linear_cross_entropy(hidden, weight, targets) for targets in (gapped, gapped.clone())]
+    assert torch.equal(*losses)
 
 
 def test_large_logits_do_not_overflow():
@@ -197,31 +167,25 @@ def test_large_logits_do_not_overflow():
     torch.testing.assert_close(logits.cpu(), torch.tensor([[1.0, -1.0, 0.0], [-2 / 3, 1 / 3, 1 / 3]]))
 
 
-STEPS = 4
-STAGES = build_stages([StageSpec(2, 0.5, 0.5, 0.5), StageSpec(3, 0.5, 0.5), StageSpec()], STEPS)
+STEPS = [Rates(0.5, 0.5, 0.5), Rates(0.5, 0.5, 0.5), Rates(0.5, 0.5), Rates()]
 LR = 3e-3
 OPTIMIZER = OptimizerConfig(grad_clip=0.5, weight_decay=0.1, eps=1e-4)
 """An eps above the rounding noise: the gradient of a key's bias is 0 but for that, and AdamW would magnify it."""
 
 
 def trained(kernels: Kernels, family: str, dtype: torch.dtype, unsampled: str) -> dict[str, torch.Tensor]:
-    """Weights after steps of two micro-batches, through all three stages."""
+    """Weights after steps of two micro-batches, at the rates of all three stages."""
     config, sampling = FAMILIES[family], SamplingConfig()
     master = random_master(config, torch.float32).to(DEVICE)
     master.kernels = kernels
     optimizer = SampledAdamW(master, replace(OPTIMIZER, unsampled=unsampled))
-    subnet, rates = None, None
-    for step in range(STEPS):
-        stage = stage_at(STAGES, step)
-        if stage.rates != rates:
-            rates = stage.rates
-            subnet = PackedSubnetwork(master, subnetwork(config, sampling, rates), dtype)
-        subnet.load(sample(0, step, stage, config, sampling))
+    for step, rates in enumerate(STEPS):
+        subnet = PackedSubnetwork(master, subnetwork(config, sampling, rates), dtype)
+        subnet.load(sample(0, step, Stage(1, 0, len(STEPS), rates), config, sampling))
         for micro in range(2):
             inputs, targets = (t.to(DEVICE) for t in random_batch(config, seed=2 * step + micro))
             (subnet.loss(inputs, targets) / 2).backward()
         optimizer.step(subnet.updates(), LR)
-    assert rates == Rates()
     return snapshot(master)
 
 

@@ -1,104 +1,32 @@
-"""A packed subnetwork is the decoder with fewer units. That it is GPT-2 and Llama, test_huggingface.py shows."""
+"""The decoder and its initial weights.
 
+That it is GPT-2 and Llama, test_huggingface.py shows; that a packed one with its rescales is the paper's subnetwork,
+training/test_equivalence.py.
+"""
+
+import math
 from dataclasses import replace
-from itertools import combinations
 
 import pytest
 import torch
-from tiny import FAMILIES, GPT2, LLAMA, random_batch, random_master
-from torch import Tensor
+from tiny import FAMILIES, GPT2, LLAMA, random_batch, random_master, snapshot
 
-from est_cli.model.transformer import ResidualOutput, Transformer, layer_of, rope_tables, row_kind
-from est_cli.subnet.plan import Subnetwork
+from est_cli.config import ModelConfig
+from est_cli.model.transformer import Transformer, initialise, layer_of, rope_tables, row_kind
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_recomputing_blocks_changes_no_gradient(family):
-    inputs, targets = random_batch(FAMILIES[family])
-    gradients = []
+def test_recomputing_runs_every_block_twice_and_changes_no_gradient(family):
+    gradients, runs = [], []
     for recompute in (False, True):
         model = random_master(FAMILIES[family])
         model.recompute = recompute
-        model(inputs, targets).backward()
+        for block in model.blocks:
+            block.mlp.register_forward_hook(lambda *_: runs.append(recompute))  # noqa: B023
+        model(*random_batch(FAMILIES[family])).backward()
         gradients.append([parameter.grad for parameter in model.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
-
-
-def test_recomputing_runs_every_block_twice():
-    model, runs = random_master(LLAMA), []
-    for block in model.blocks:
-        block.mlp.register_forward_hook(lambda *_: runs.append(1))
-    model.recompute = True
-    model(*random_batch(LLAMA)).backward()
-    assert len(runs) == 2 * LLAMA.n_layers
-
-
-def sliced(model: Transformer, layers: list[int], heads: list[int], neurons: list[int]) -> Transformer:
-    """A GPT-2 cut by hand to the same heads and neurons in each of its kept layers."""
-    full = model.config
-    small = replace(full, n_layers=len(layers), n_heads=len(heads), n_kv_heads=len(heads), d_ff=len(neurons))
-    scales = {"head_scale": full.n_heads / len(heads), "mlp_scale": full.d_ff / len(neurons)}
-    cut = Transformer(Subnetwork(small, **scales, scales_layers=True), dtype=torch.float64)
-    for block in cut.blocks:
-        block.scales = 1.5 * torch.tensor(list(scales.values()), dtype=torch.float64)
-    state = dict(model.named_parameters())
-    for name, parameter in cut.named_parameters():
-        tensor = state[name]
-        if name.startswith("blocks."):
-            _, position, rest = name.split(".", 2)
-            tensor = state[f"blocks.{layers[int(position)]}.{rest}"]
-            if rest.startswith("attention.qkv"):
-                tensor = tensor.unflatten(0, (3, full.n_heads, full.head_dim))[:, heads].flatten(0, 2)
-            elif rest == "attention.out.weight":
-                tensor = tensor.unflatten(0, (full.n_heads, full.head_dim))[heads].flatten(0, 1)
-            elif rest.startswith("mlp.up") or rest == "mlp.down.weight":
-                tensor = tensor[neurons]
-        parameter.data = tensor.data.clone()
-    return cut
-
-
-def test_a_sliced_model_is_the_full_one_with_its_other_outputs_zeroed_and_the_rest_rescaled():
-    full, layers, heads, neurons = random_master(GPT2), [0, 2], [1, 3], [0, 5, 6, 11]
-    cut, inputs = sliced(full, layers, heads, neurons), random_batch(GPT2)[0]
-    with torch.no_grad():
-        for index, block in enumerate(full.blocks):
-            attention, mlp = block.attention.out, block.mlp.down
-            kept_heads, kept_neurons = torch.zeros(4, 1, 1), torch.zeros(16, 1)
-            kept_heads[heads], kept_neurons[neurons] = 4 / 2, 16 / 4
-            layer = 1.5 if index in layers else 0.0
-            attention.weight.copy_((attention.weight.view(4, 3, 12) * kept_heads * layer).view(12, 12))
-            mlp.weight.copy_(mlp.weight * kept_neurons * layer)
-            attention.bias.mul_(layer)
-            mlp.bias.mul_(layer)
-        torch.testing.assert_close(cut.logits(inputs), full.logits(inputs), rtol=0, atol=1e-12)
-
-
-@pytest.mark.parametrize("kept", [1, 2, 3, 5, 6])
-def test_rescaled_outputs_average_to_the_full_output(kept):
-    """Over all subsets of one linear output projection; the bias, added after the rescale, stays itself."""
-    torch.manual_seed(0)
-    weight, bias, x, residual = torch.randn(6, 4), torch.randn(4), torch.randn(3, 6), torch.randn(3, 4)
-
-    def output(rows: list[int]) -> Tensor:
-        projection = ResidualOutput(len(rows), 4, bias=True)
-        projection.weight.data, projection.bias.data = weight[rows], bias
-        return projection(x[:, rows], residual, 6 / len(rows), torch.tensor(6 / len(rows)))
-
-    with torch.no_grad():
-        subsets = [output(list(rows)) for rows in combinations(range(6), kept)]
-        expected = residual + x @ weight + bias
-    torch.testing.assert_close(sum(subsets) / len(subsets), expected, rtol=0, atol=1e-6)
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_later_tokens_do_not_reach_earlier_positions(family):
-    model, inputs = random_master(FAMILIES[family]), random_batch(FAMILIES[family])[0]
-    changed = inputs.clone()
-    changed[:, 3] = (changed[:, 3] + 1) % model.config.vocab_size
-    with torch.no_grad():
-        before, after = model.logits(inputs), model.logits(changed)
-    torch.testing.assert_close(before[:, :3], after[:, :3], rtol=0, atol=1e-12)
-    assert (before[:, 3:] - after[:, 3:]).abs().amax(dim=-1).min() > 1e-6
+    assert runs.count(True) == 2 * runs.count(False) == 2 * model.config.n_layers
 
 
 def test_a_short_batch_after_a_long_one_rotates_as_before():
@@ -136,3 +64,42 @@ def test_rotary_angles_are_as_exact_as_the_dtype_allows(dtype, tolerance):
 )
 def test_a_parameters_name_says_what_of_it_is_sampled(name, kind, layer):
     assert (row_kind(name), layer_of(name)) == (kind, layer)
+
+
+def drawn(config: ModelConfig, seed: int = 0) -> dict[str, torch.Tensor]:
+    """Initial weights in the place of NaN, so that a parameter that is not filled shows."""
+    model = Transformer(config)
+    for parameter in model.parameters():
+        parameter.data.fill_(torch.nan)
+    return snapshot(initialise(model, seed))
+
+
+WIDE = {"n_layers": 2, "d_model": 96, "d_ff": 128, "vocab_size": 301, "max_seq_len": 100}
+RULES = {
+    "gpt2": (replace(GPT2, **WIDE, head_dim=24), 0.02, 0.02 / math.sqrt(4)),
+    "tinyllama": (replace(LLAMA, **WIDE, head_dim=16), math.sqrt(2 / (5 * 96)), 1 / (2 * math.sqrt(96))),
+}
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_matrices_start_normal_with_the_rules_deviation_biases_at_zero_and_norms_at_one(rule):
+    config, ordinary, residual = RULES[rule]
+    for name, tensor in drawn(config).items():
+        if tensor.dim() < 2:
+            assert (tensor == (0.0 if name.endswith(".bias") else 1.0)).all(), name
+            continue
+        expected = residual if name.endswith(("attention.out.weight", "mlp.down.weight")) else ordinary
+        # Five standard errors of a sample deviation, and of a sample mean.
+        assert tensor.std().item() == pytest.approx(expected, rel=5 / math.sqrt(2 * tensor.numel())), name
+        assert abs(tensor.mean().item()) < 5 * expected / math.sqrt(tensor.numel()), name
+
+
+def test_weights_depend_on_the_seed_only_and_leave_the_global_generator_alone():
+    torch.manual_seed(17)
+    expected = torch.rand(3)
+    first = drawn(LLAMA, 3)
+    torch.manual_seed(17)
+    again, other = drawn(LLAMA, 3), drawn(LLAMA, 4)
+    assert torch.equal(torch.rand(3), expected)
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert all(not torch.equal(first[name], other[name]) for name in first if first[name].dim() > 1)

@@ -5,10 +5,11 @@ from itertools import product
 
 import pytest
 import torch
-from tiny import GPT2, GPT2_BASE, LLAMA, THREE_STAGES, TINYLLAMA, random_batch, random_master, train_config
+from tiny import GPT2, LLAMA, THREE_STAGES, random_batch, random_master, train_config
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from est_cli.benchmark.case import PRESETS
 from est_cli.config import ModelConfig, OptimizerConfig, SamplingConfig
 from est_cli.subnet.flops import config_ledger, training_flops
 from est_cli.subnet.plan import subnetwork
@@ -39,14 +40,13 @@ def executed_flops(model: ModelConfig, sampling: SamplingConfig, rates: Rates, g
     return counter.get_total_flops()
 
 
-@pytest.mark.parametrize("grad_accum", [1, 2])
 @pytest.mark.parametrize("rates", GRANULARITIES, ids=lambda rates: f"{rates.heads}-{rates.mlp}-{rates.layers}")
 @pytest.mark.parametrize("attention", ATTENTION)
-def test_the_formula_is_what_the_step_executes(attention, rates, grad_accum):
+def test_the_formula_is_what_the_step_executes(attention, rates):
     model, gqa = ATTENTION[attention]
     sampling = SamplingConfig(gqa=gqa, mlp_block=2)
-    expected = training_flops(subnetwork(model, sampling, rates).model, seq_len=7, tokens=21 * grad_accum)
-    assert executed_flops(model, sampling, rates, grad_accum) == expected.total
+    expected = training_flops(subnetwork(model, sampling, rates).model, seq_len=7, tokens=2 * 21)
+    assert executed_flops(model, sampling, rates, grad_accum=2) == expected.total
 
 
 @pytest.mark.parametrize("model", [GPT2, LLAMA], ids=["gpt2", "llama"])
@@ -55,32 +55,23 @@ def test_a_chunked_head_costs_what_a_whole_one_costs(model, monkeypatch):
     assert executed_flops(model, SamplingConfig(), Rates(), 1) == training_flops(model, 7, 21).total
 
 
-def test_the_head_is_counted_apart_from_the_blocks():
+def test_the_head_is_counted_apart_from_the_blocks_which_cost_what_is_kept_of_them():
     flops = training_flops(GPT2, 7, 21)
     assert flops.head == 6 * 21 * GPT2.d_model * GPT2.vocab_size
     assert flops.total == flops.blocks + flops.head
-    assert training_flops(replace(GPT2, n_layers=2 * GPT2.n_layers), 7, 21).blocks == 2 * flops.blocks
-
-
-def test_half_of_everything_costs_half_and_a_quarter_of_the_blocks():
-    full = training_flops(GPT2_BASE, 1024, 1024).blocks
-    stages = [Rates(0.5, 0.5, 0.5), Rates(0.5, 0.5)]
-    shares = [
-        training_flops(subnetwork(GPT2_BASE, SamplingConfig(), r).model, 1024, 1024).blocks / full for r in stages
-    ]
-    assert shares == [0.25, 0.5]
+    for rates, share in ((Rates(0.5, 0.5, 0.5), 0.25), (Rates(0.5, 0.5), 0.5)):
+        small = subnetwork(PRESETS["gpt2"], SamplingConfig(), rates).model
+        assert training_flops(small, 1024, 1024).blocks == share * training_flops(PRESETS["gpt2"], 1024, 1024).blocks
 
 
 @pytest.mark.parametrize(
-    ("model", "first", "second", "saved_blocks", "saved"),
-    [(GPT2_BASE, 20_000, 70_000, 0.26667, 0.1943), (TINYLLAMA, 25_000, 62_500, 0.25, 0.237)],
-    ids=["gpt2", "tinyllama"],
+    ("name", "first", "second", "saved_blocks", "saved"),
+    [("gpt2", 20_000, 70_000, 0.26667, 0.1943), ("tinyllama", 25_000, 62_500, 0.25, 0.237)],
 )
-def test_the_papers_recipes_save_what_the_paper_reports(model, first, second, saved_blocks, saved):
+def test_the_papers_recipes_save_what_the_paper_reports(name, first, second, saved_blocks, saved):
     """Counted on the blocks as the paper does; on the whole model it is less."""
-    stages = (StageSpec(first, 0.5, 0.5, 0.5), StageSpec(second, 0.5, 0.5), StageSpec())
-    config = train_config(model, stages=stages, seq_len=model.max_seq_len, max_steps=150_000)
-    ledger = config_ledger(config)
+    model, stages = PRESETS[name], (StageSpec(first, 0.5, 0.5, 0.5), StageSpec(second, 0.5, 0.5), StageSpec())
+    ledger = config_ledger(train_config(model, stages=stages, seq_len=model.max_seq_len, max_steps=150_000))
     assert ledger.saved_blocks(150_000) == pytest.approx(saved_blocks, abs=1e-4)
     assert ledger.saved(150_000) == pytest.approx(saved, abs=1e-3)
 

@@ -4,14 +4,15 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from tiny import GPT2, GPT2_BASE, LLAMA, TINYLLAMA
+from tiny import GPT2, LLAMA
 
+from est_cli.benchmark.case import PRESETS
 from est_cli.config import RescaleConfig, SamplingConfig
 from est_cli.subnet.plan import Plan, branch_scales, effective_rates, n_rows, sampled_rows, subnetwork
 from est_cli.subnet.sampler import sample
 from est_cli.subnet.schedule import Rates, Stage, StageSpec, keep
 
-HALF = Rates(0.5, 0.5, 0.5)
+HALF, TINYLLAMA = Rates(0.5, 0.5, 0.5), PRESETS["tinyllama"]
 GROUP, QUERY = SamplingConfig(gqa="group"), SamplingConfig(gqa="query")
 
 
@@ -26,7 +27,7 @@ def test_keep_rounds_half_up_and_keeps_at_least_one(rate, total, kept):
 @pytest.mark.parametrize(
     ("model", "sampling", "rates", "layers", "heads", "kv_heads", "neurons"),
     [
-        (GPT2_BASE, GROUP, HALF, 6, 6, 6, 1536),
+        (PRESETS["gpt2"], GROUP, HALF, 6, 6, 6, 1536),
         (TINYLLAMA, GROUP, HALF, 11, 16, 2, 2816),  # key/value heads go with all their query heads
         (TINYLLAMA, QUERY, Rates(heads=0.3), 22, 8, 4, 5632),  # every key/value head stays
         (LLAMA, GROUP, Rates(0.4, 0.3, 0.5), 2, 2, 1, 5),  # 0.4 of three groups is one, 0.3 of 16 neurons five
@@ -51,29 +52,26 @@ def test_without_shared_key_value_heads_both_modes_sample_heads():
     assert plans[0]["heads"] == plans[0]["kv_heads"]
 
 
-def test_layers_are_rescaled_only_where_that_is_asked_for():
-    rescaled = SamplingConfig(rescale_layers=True)
-    assert not subnetwork(LLAMA, rescaled, Rates(0.5, 0.5)).scales_layers, "every layer is kept"
-    scales = branch_scales(subnetwork(LLAMA, rescaled, Rates(layers=0.5)), rescaled, 3, np.array([0, 2]))
-    assert scales.tolist() == [[3 / 2, 3 / 2]] * 2
+EIGHT = replace(GPT2, n_layers=8)
+BY_DEPTH = SamplingConfig(layer_strategy="increasing", rescale=RescaleConfig(layers="inverse"))
+MODES = {mode: SamplingConfig(rescale=RescaleConfig("none", "sqrt", mode)) for mode in ("none", "sqrt", "inverse")}
 
 
-@pytest.mark.parametrize(("mode", "scale"), [("none", 1.0), ("sqrt", 1.5**0.5), ("inverse", 1.5)])
-def test_heads_neurons_and_layers_are_scaled_each_in_its_own_way(mode, scale):
-    """Of 3 key/value groups and 3 layers 2 are kept, of 16 neurons 8."""
-    paper = branch_scales(subnetwork(LLAMA, GROUP, HALF), GROUP, 3, np.array([0, 1]))
-    assert paper.tolist() == [[1.5, 2.0]] * 2
-    sampling = SamplingConfig(rescale=RescaleConfig(heads="none", mlp="sqrt", layers=mode))
-    scales = branch_scales(subnetwork(LLAMA, sampling, HALF), sampling, 3, np.array([0, 1]))
-    np.testing.assert_allclose(scales, [[scale, 2**0.5 * scale]] * 2, rtol=1e-15)
-
-
-def test_layers_that_are_dropped_by_depth_are_scaled_by_their_own_probability():
-    """6 of 8 layers: layer l is kept with probability 1 − 0.5·l/7."""
-    sampling = SamplingConfig(layer_strategy="increasing", rescale=RescaleConfig(layers="inverse"))
-    model, layers = replace(GPT2, n_layers=8), np.array([0, 1, 2, 4, 6, 7])
-    scales = branch_scales(subnetwork(model, sampling, Rates(layers=0.75)), sampling, 8, layers)
-    np.testing.assert_allclose(scales, [[1 / (1 - 0.5 * layer / 7)] * 2 for layer in layers], rtol=1e-15)
+@pytest.mark.parametrize(
+    ("model", "sampling", "rates", "layers", "scales"),
+    [
+        (LLAMA, GROUP, HALF, [0, 1], [[1.5, 2.0]] * 2),  # the paper: 2 of 3 key/value groups, 8 of 16 neurons
+        (LLAMA, SamplingConfig(rescale_layers=True), Rates(layers=0.5), [0, 2], [[3 / 2, 3 / 2]] * 2),
+        (LLAMA, MODES["none"], HALF, [0, 1], [[1.0, 2**0.5]] * 2),
+        (LLAMA, MODES["sqrt"], HALF, [0, 1], [[1.5**0.5, 3**0.5]] * 2),
+        (LLAMA, MODES["inverse"], HALF, [0, 1], [[1.5, 1.5 * 2**0.5]] * 2),
+        # Layer l of 8 is kept with probability 1 − 0.5·l/7 where 6 are.
+        (EIGHT, BY_DEPTH, Rates(layers=0.75), [0, 1, 2, 4, 6, 7], [[1 / (1 - i / 14)] * 2 for i in (0, 1, 2, 4, 6, 7)]),
+    ],
+)
+def test_heads_neurons_and_layers_are_scaled_each_in_its_own_way(model, sampling, rates, layers, scales):
+    found = branch_scales(subnetwork(model, sampling, rates), sampling, model.n_layers, np.array(layers))
+    np.testing.assert_allclose(found, scales, rtol=1e-15)
 
 
 @pytest.mark.parametrize("rates", [Rates(), Rates(0.9, 0.99, 0.9)])
@@ -82,6 +80,7 @@ def test_full_means_that_every_count_is_full(rates):
     shape = subnetwork(LLAMA, SamplingConfig(rescale_layers=True), rates)
     assert shape.model == LLAMA
     assert not shape.is_scaled
+    assert not subnetwork(LLAMA, SamplingConfig(rescale_layers=True), Rates(0.5, 0.5)).scales_layers
 
 
 def test_effective_rates_are_the_fractions_after_rounding():
@@ -96,12 +95,6 @@ PLAN = Plan(
     neurons=np.array([[1, 3], [0, 15]]),
     scales=np.ones((2, 2)),
 )
-
-
-def test_a_plan_prints_as_plain_lists():
-    assert {key: value[0] for key, value in PLAN.as_dict().items()} == {
-        "layers": 0, "heads": [0, 1, 4, 5], "kv_heads": [0, 2], "neurons": [1, 3], "scales": [1.0, 1.0],
-    }  # fmt: skip
 
 
 @pytest.mark.parametrize(

@@ -7,8 +7,7 @@ import torch
 from tiny import LLAMA, RandomTokens, Recorder, train_config
 from torch._dynamo.testing import CompileCounter
 
-from est_cli.model.initialisation import initialise
-from est_cli.model.transformer import Transformer
+from est_cli.model.transformer import Transformer, initialise
 from est_cli.subnet.plan import subnetwork
 from est_cli.subnet.sampler import sample
 from est_cli.subnet.schedule import Rates, Stage, StageSpec

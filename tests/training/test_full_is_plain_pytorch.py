@@ -10,8 +10,7 @@ from torch import Tensor
 
 from est_cli.config import ModelConfig, OptimizerConfig, SamplingConfig, TrainConfig
 from est_cli.data.batches import training_windows
-from est_cli.model.initialisation import initialise
-from est_cli.model.transformer import Transformer
+from est_cli.model.transformer import Transformer, initialise
 from est_cli.subnet.schedule import StageSpec
 from est_cli.training.checkpoint import Checkpoints
 from est_cli.training.distributed import World

@@ -14,8 +14,15 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from est_cli.config import ModelConfig, OptimizerConfig, RescaleConfig, SamplingConfig, SchedulerConfig, TrainConfig
 from est_cli.model.transformer import Transformer
-from est_cli.subnet.growth import Growth, growth_into, model_after
-from est_cli.subnet.plan import Subnetwork, grown_model, stage_subnetwork, whole_plan
+from est_cli.subnet.plan import (
+    Growth,
+    Subnetwork,
+    grown_model,
+    growth_into,
+    model_after,
+    stage_subnetwork,
+    whole_plan,
+)
 from est_cli.subnet.sampler import sample
 from est_cli.subnet.schedule import Rates, StageSpec, layer_drop, raptr, stacking, stage_at
 from est_cli.training import loop
