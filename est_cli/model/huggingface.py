@@ -29,11 +29,11 @@ _STYLE = {
     "llama": {"norm": "rmsnorm", "position": "rope", "mlp": "swiglu"},
 }
 _KEYS = {
+    "d_model": ("n_embd", "hidden_size"),
+    "n_heads": ("n_head", "num_attention_heads"),
     "vocab_size": ("vocab_size", "vocab_size"),
     "max_seq_len": ("n_positions", "max_position_embeddings"),
-    "d_model": ("n_embd", "hidden_size"),
     "n_layers": ("n_layer", "num_hidden_layers"),
-    "n_heads": ("n_head", "num_attention_heads"),
     "n_kv_heads": (None, "num_key_value_heads"),
     "head_dim": (None, "head_dim"),
     "d_ff": ("n_inner", "intermediate_size"),
