@@ -1,8 +1,8 @@
 """Text → token files → batches. Imports no torch.
 
+files          local files: which ones a path names, their hashes, durable writes
 corpora        where documents come from: standard library, packages, text files
-dataset_files  the local files of data=hf, and the split of each
-row_readers    reads one such file row by row
+dataset_files  the local files of data=hf, the split of each, and their rows
 hub            datasets and single files from the Hugging Face hub
 hf_corpus      the documents of data=hf, as a whole or as a stream
 splits         sources, their training and validation documents, and their text in pieces
@@ -24,3 +24,8 @@ Say = Callable[[str], None]
 """Takes one line that the user should read."""
 
 __getattr__ = on_demand(__name__)
+
+
+def reason(error: BaseException) -> str:
+    """The first line of what an exception says, or its name."""
+    return str(error).strip().split("\n")[0] or type(error).__name__

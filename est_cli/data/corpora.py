@@ -3,8 +3,6 @@
 A corpus is a sequence of documents, read as UTF-8 bytes. Datasets are in `hf_corpus`.
 """
 
-import contextlib
-import glob
 import hashlib
 import os
 import platform
@@ -17,14 +15,25 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import numpy as np
 import platformdirs
 
 from est_cli.config import DataConfig
 from est_cli.data import Say
-from est_cli.errors import UserError, nearest
+from est_cli.data.files import (
+    Skipped,
+    hash_files,
+    is_readable,
+    matching,
+    missing,
+    path_entries,
+    show_paths,
+    tell_skipped,
+    walk,
+)
+from est_cli.errors import UserError
 
 # Tests repeat themselves, tables are not prose, and the rest does not belong to the standard library.
 _STDLIB_FOLDERS_LEFT_OUT = re.compile(
@@ -39,7 +48,7 @@ _PACKAGES_LEFT_OUT = re.compile(
 )
 # Tests repeat themselves, vendored packages may also be on the other side of the split, and generated code repeats its
 # template.
-_PACKAGE_FOLDERS_LEFT_OUT = re.compile(r"_*(tests?|pycache|vendor(ed)?|third_?party|extern(als)?|generated)_*")
+_FOLDERS_LEFT_OUT = re.compile(r"_*(tests?|pycache|vendor(ed)?|third_?party|extern(als)?|generated)_*")
 _GENERATED = re.compile(
     rb"^#.*(do not edit|@generated|auto-?generated|automatically generated|generated (by|from))", re.I | re.M
 )
@@ -59,6 +68,9 @@ _FEWEST_SHARED_LINES = 8
 """In a package with few long lines, one common phrase can be a tenth of them."""
 
 
+T = TypeVar("T")
+
+
 class Corpus(Protocol):
     source: dict
     """What the manifest says about the origin."""
@@ -68,11 +80,11 @@ class Corpus(Protocol):
     """int64, bytes of each document."""
     keys: np.ndarray
     """uint64 hash of each document's content: equal documents have equal keys."""
-    given_val: np.ndarray | None
+    given_val: np.ndarray | None = None
     """bool, the documents of the source's own validation split; None if it has none."""
-    groups: np.ndarray | None
+    groups: np.ndarray | None = None
     """uint64, equal for documents that must be on the same side of the split; None if only equal documents must."""
-    packages: np.ndarray | None
+    packages: np.ndarray | None = None
     """str, the package of each document; None if there are no packages."""
 
     def read(self, document: int, start: int, end: int) -> bytes:
@@ -87,12 +99,8 @@ class Source:
     weight: float
 
 
-class FileCorpus:
+class FileCorpus(Corpus):
     """Every file is a document."""
-
-    given_val = None
-    groups: np.ndarray | None = None
-    packages: np.ndarray | None = None
 
     def __init__(self, files: Sequence[Path], source: dict, digests: Sequence[bytes] | None = None):
         """`digests` are the files' SHA-256 hashes, if the caller knows them."""
@@ -101,7 +109,7 @@ class FileCorpus:
         self.sizes = np.array([file.stat().st_size for file in files], dtype=np.int64)
         digests = hash_files(files) if digests is None else digests
         self.fingerprint = hashlib.sha256(b"".join(digests)).hexdigest()
-        self.keys = np.array([int.from_bytes(digest[:8], "little") for digest in digests], dtype=np.uint64)
+        self.keys = _keys(digests)
 
     def read(self, document: int, start: int, end: int) -> bytes:
         file = self.files[document]
@@ -117,6 +125,10 @@ class FileCorpus:
         return data
 
 
+def _keys(digests: Iterable[bytes]) -> np.ndarray:
+    return np.frombuffer(b"".join(digest[:8] for digest in digests), dtype="<u8")
+
+
 class PackageCorpus(FileCorpus):
     """The Python source of installed packages, without copies; each package is on one side of the split.
 
@@ -130,11 +142,10 @@ class PackageCorpus(FileCorpus):
         first: dict[bytes, str] = {}
         with ThreadPoolExecutor() as pool:
             for place, digest in zip(found, pool.map(_digest_source, found.values()), strict=True):
-                reason = digest if isinstance(digest, str) else "exact copies" if digest in first else None
-                if reason is None:
-                    first[digest] = place
-                else:
-                    left_out[reason] += 1
+                if isinstance(digest, str):
+                    left_out[digest] += 1
+                elif first.setdefault(digest, place) != place:
+                    left_out["exact copies"] += 1
         if not first:
             raise UserError("data=packages: the installed packages hold no text; use data=stdlib")
         places = [first[digest] for digest in sorted(first)]
@@ -161,8 +172,7 @@ class PackageCorpus(FileCorpus):
         """A hash of the package's name, or of the first name among packages that share text."""
         first_names = join_near_copies(zip(self.packages.tolist(), self.files, strict=True))
         names = (first_names[package] for package in self.packages.tolist())
-        digests = (hashlib.sha256(name.encode()).digest()[:8] for name in names)
-        return np.array([int.from_bytes(digest, "little") for digest in digests], dtype=np.uint64)
+        return _keys(hashlib.sha256(name.encode()).digest() for name in names)
 
 
 def join_near_copies(files: Iterable[tuple[str, Path]]) -> dict[str, str]:
@@ -193,13 +203,13 @@ def join_near_copies(files: Iterable[tuple[str, Path]]) -> dict[str, str]:
 def find_stdlib_files() -> tuple[list[Path], dict]:
     """The running interpreter's own standard library source, sorted, and a description of it."""
     root = Path(sysconfig.get_paths()["stdlib"])
-    files = []
-    for folder, folders, names in os.walk(root):
-        folders[:] = sorted(name for name in folders if not _STDLIB_FOLDERS_LEFT_OUT.fullmatch(name))
-        for file in (Path(folder, name) for name in sorted(names) if name.endswith(".py")):
-            # A distribution's additions (sitecustomize) are links; build settings name its machines.
-            if not file.is_symlink() and not _STDLIB_FILES_LEFT_OUT.fullmatch(file.relative_to(root).as_posix()):
-                files.append(file)
+    places = _python_files(root, lambda folder: not _STDLIB_FOLDERS_LEFT_OUT.fullmatch(folder))
+    # A distribution's additions (sitecustomize) are links; build settings name its machines.
+    files = [
+        root / place
+        for place in places
+        if not (root / place).is_symlink() and not _STDLIB_FILES_LEFT_OUT.fullmatch(place.as_posix())
+    ]
     if not files:
         raise UserError(
             f"data=stdlib: there is no Python source in {root}; use data=text data.path=FOLDER with text of your own"
@@ -218,26 +228,22 @@ def find_package_files() -> dict[str, Path]:
     roots = site_packages()
     files: dict[str, Path] = {}
     for root in roots:
-        for folder, folders, names in os.walk(root):
-            inside = Path(folder).relative_to(root)
-            folders[:] = [
-                name
-                for name in folders
-                if name.isidentifier()
-                and not _PACKAGE_FOLDERS_LEFT_OUT.fullmatch(name)
-                and (inside.parts or not _PACKAGES_LEFT_OUT.fullmatch(name))
-            ]
-            for name in names:
-                if name.endswith(".py") and (
-                    inside.parts or not _PACKAGES_LEFT_OUT.fullmatch(name.removesuffix(".py"))
-                ):
-                    files.setdefault((inside / name).as_posix(), Path(folder, name))
+        for place in _python_files(root, lambda name: name.isidentifier() and not _FOLDERS_LEFT_OUT.fullmatch(name)):
+            if not _PACKAGES_LEFT_OUT.fullmatch(place.parts[0].removesuffix(".py")):
+                files.setdefault(place.as_posix(), root / place)
     if not files:
         raise UserError(
             f"data=packages: there is no Python source in {', '.join(map(str, roots))}; install packages there, "
             "or use data=stdlib"
         )
     return dict(sorted(files.items()))
+
+
+def _python_files(root: Path, visits: Callable[[str], bool]) -> Iterator[Path]:
+    """Python files below `root`, relative to it, sorted within their folder. `visits` chooses folders by name."""
+    for folder, folders, names in os.walk(root):
+        folders[:] = sorted(filter(visits, folders))
+        yield from (Path(folder, name).relative_to(root) for name in sorted(names) if name.endswith(".py"))
 
 
 def _digest_source(file: Path) -> bytes | str:
@@ -260,32 +266,27 @@ def find_text_files(paths: str | tuple[str, ...] | None, say: Say) -> list[Path]
     """The files that `data.path` names (files, folders, globs), in order, each once, without empty ones.
 
     In folders and globs, skips hidden files, dead links and binary files, and says so. A file that is named itself
-    is read as it is.
+    is always read.
     """
-    skipped: dict[str, list[Path]] = defaultdict(list)
+    skipped: Skipped = defaultdict(list)
     files: dict[str, Path] = {}
     for entry in path_entries(paths):
-        for file in _expand(entry, skipped):
+        path = os.path.expanduser(entry)
+        found = [Path(path)]
+        if not os.path.isfile(path):
+            several = walk(path) if os.path.isdir(path) else matching(path)
+            if not several:
+                raise missing(entry)
+            found = [file for file in several if is_readable(file, _looks_like_text, "binary", skipped)]
+        for file in found:
             files.setdefault(os.path.realpath(file), file)
     filled = [file for file in files.values() if file.stat().st_size]
-    skipped["empty"] += [file for file in files.values() if not file.stat().st_size]
+    if empty := [file for file in files.values() if not file.stat().st_size]:
+        skipped["empty"] = empty
     tell_skipped(skipped, say)
     if not filled:
         raise UserError(f"data.path={show_paths(paths)}: holds no text")
     return filled
-
-
-def _expand(entry: str, skipped: dict[str, list[Path]]) -> Iterator[Path]:
-    path = os.path.expanduser(entry)
-    if os.path.isfile(path):
-        yield Path(path)
-    elif os.path.isdir(path):
-        yield from readable_files(walk(path), _looks_like_text, "binary", skipped)
-    elif glob.has_magic(path) and (matches := sorted(glob.glob(path, recursive=True))):
-        files = (Path(match) for match in matches if not os.path.isdir(match))
-        yield from readable_files(files, _looks_like_text, "binary", skipped)
-    else:
-        raise missing(entry)
 
 
 def _looks_like_text(file: Path) -> bool:
@@ -296,85 +297,17 @@ def _looks_like_text(file: Path) -> bool:
     return strange <= _STRANGE_SHARE * len(start)
 
 
-def path_entries(paths: str | tuple[str, ...] | None) -> tuple[str, ...]:
-    """`data.path` as a tuple; raises UserError if it is empty."""
-    if not paths:
-        raise UserError("data.path: is missing; must be a file, a folder, a glob, or a list of these")
-    return (paths,) if isinstance(paths, str) else tuple(paths)
-
-
-def show_paths(paths: str | tuple[str, ...]) -> str:
-    return paths if isinstance(paths, str) else paths[0] if len(paths) == 1 else f"[{','.join(paths)}]"
-
-
-def missing(entry: str) -> UserError:
-    """The error for a path that does not exist, with the nearest name that does."""
-    if glob.has_magic(entry):
-        return UserError(f"data.path={entry}: no file matches")
-    folder, name = os.path.split(os.path.abspath(os.path.expanduser(entry)))
-    while not os.path.isdir(folder):
-        folder, name = os.path.split(folder)
-    names = os.listdir(folder) if os.access(folder, os.R_OK) else []
-    return UserError(
-        f"data.path={entry}: must be a file, a folder or a glob; there is no '{name}' in {folder}{nearest(name, names)}"
-    )
-
-
-def walk(root: str) -> Iterator[Path]:
-    """Files below `root`, sorted, without hidden ones. Follows links, and visits no folder twice."""
-    visited = set()
-    for folder, folders, names in os.walk(root, followlinks=True):
-        real = os.path.realpath(folder)
-        folders[:] = [] if real in visited else sorted(name for name in folders if not name.startswith("."))
-        if real not in visited:
-            yield from (Path(folder, name) for name in sorted(names) if not name.startswith("."))
-        visited.add(real)
-
-
-def readable_files(
-    files: Iterable[Path], fits: Callable[[Path], bool], misfit: str, skipped: dict[str, list[Path]]
-) -> Iterator[Path]:
-    """Those of `files` that can be read and that `fits` accepts; the others go into `skipped` by reason."""
-    for file in files:
-        if not file.exists():
-            skipped["dead links" if file.is_symlink() else "missing"].append(file)
-        elif not file.is_file():
-            skipped["special files"].append(file)
-        elif not os.access(file, os.R_OK):
-            skipped["unreadable"].append(file)
-        elif not fits(file):
-            skipped[misfit].append(file)
-        else:
-            yield file
-
-
-def tell_skipped(skipped: dict[str, list[Path]], say: Say) -> None:
-    for reason, files in skipped.items():
-        if files:
-            say(f"data.path: skipped {count_files(files)} ({reason}), such as {show_file(files[0])}")
-
-
-def count_files(files: Sequence) -> str:
-    return f"{len(files):,} file{'s' if len(files) > 1 else ''}"
-
-
-def show_file(file: Path) -> str:
-    """A path that can be printed, also if its name is not valid UTF-8."""
-    return os.fsencode(file).decode("utf-8", "replace")
-
-
-def hash_files(files: Sequence[Path]) -> list[bytes]:
-    """SHA-256 of each file, on all cores: hashing releases the GIL."""
-    with ThreadPoolExecutor() as pool:
-        return list(pool.map(_hash_file, files))
-
-
-def _hash_file(file: Path) -> bytes:
-    try:
-        with file.open("rb") as stream:
-            return hashlib.file_digest(stream, "sha256").digest()
-    except OSError as error:
-        raise UserError(f"data.path: cannot read {file} ({error.strerror})") from None
+def grouped(items: Iterable[T], n_bytes: Callable[[T], int], most: int) -> Iterator[list[T]]:
+    """Consecutive items in lists, each of which ends with the item that reaches `most` bytes."""
+    group, size = [], 0
+    for item in items:
+        group.append(item)
+        size += n_bytes(item)
+        if size >= most:
+            yield group
+            group, size = [], 0
+    if group:
+        yield group
 
 
 def cache_folder(data: DataConfig) -> Path:
@@ -382,14 +315,3 @@ def cache_folder(data: DataConfig) -> Path:
     if data.cache_dir is None:
         return platformdirs.user_cache_path("est-cli", appauthor=False)
     return Path(os.path.abspath(os.path.expanduser(data.cache_dir)))
-
-
-@contextlib.contextmanager
-def replacing(file: Path) -> Iterator[Path]:
-    """A temporary path that is renamed to `file` at the end, so that `file` is always complete."""
-    partial = file.with_suffix(f".{os.getpid()}")
-    try:
-        yield partial
-        os.replace(partial, file)
-    finally:
-        partial.unlink(missing_ok=True)

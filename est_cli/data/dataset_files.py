@@ -1,24 +1,48 @@
-"""The local files of data=hf: which ones are read, in which order, by which reader and for which split.
+"""The local files of data=hf: which ones are read, in which order, for which split, and their rows.
 
 A file or glob that is named holds training text. In a folder, each file belongs to the split that its path names
 (`test/a.jsonl`, `a.test.jsonl`, `validation-00000-of-00002.parquet`), or to `train`; a README.md with `configs`, as
 folders from the hub have, takes precedence. A folder written by `save_to_disk` is read as it was saved.
+
+Rows are the bytes of the file itself, so that whoever decodes them can replace and count invalid UTF-8.
 """
 
+import bz2
+import csv
 import glob
+import gzip
+import io
 import json
+import lzma
 import os
 import re
+import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any, BinaryIO
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import yaml
+import zstandard
 
 from est_cli.config import DataConfig
-from est_cli.data import Say
-from est_cli.data.corpora import count_files, missing, path_entries, readable_files, show_file, tell_skipped, walk
+from est_cli.data import Say, reason
+from est_cli.data.files import (
+    FORMATS,
+    Skipped,
+    count_files,
+    is_readable,
+    matching,
+    missing,
+    path_entries,
+    show_file,
+    tell_skipped,
+    walk,
+)
 from est_cli.errors import UserError, nearest
 
 _READERS = {
@@ -31,8 +55,7 @@ _READERS = {
     ".txt": "text",
     ".arrow": "arrow",
 }
-COMPRESSIONS = {".gz", ".zst", ".xz", ".bz2"}
-FORMATS = "parquet, jsonl, json, csv, tsv, txt or arrow"
+
 
 _SPLIT_WORDS = {
     **dict.fromkeys(("train", "training"), "train"),
@@ -58,9 +81,9 @@ def find_dataset_files(data: DataConfig, say: Say) -> list[DatasetFile]:
     """
     entries = path_entries(data.path)
     files: dict[str, DatasetFile] = {}
-    skipped: dict[str, list[Path]] = defaultdict(list)
+    skipped: Skipped = defaultdict(list)
     for entry in entries:
-        found = list(_expand(entry, data.name, skipped))
+        found = _expand(entry, data.name, skipped)
         if not found and (len(entries) > 1 or _must_be_local(entry)):
             raise missing(entry)
         for file in found:
@@ -98,38 +121,85 @@ def describe_files(files: list[DatasetFile], chosen: list[DatasetFile]) -> str:
     )
 
 
-def _expand(entry: str, name: str | None, skipped: dict[str, list[Path]]) -> Iterator[DatasetFile]:
+def _expand(entry: str, name: str | None, skipped: Skipped) -> list[DatasetFile]:
     path = os.path.expanduser(entry)
     if os.path.isdir(path):
-        files = list(_in_folder(Path(path), name, skipped))
+        files = _saved(Path(path)) or _readable(_in_folder(Path(path), name), skipped)
         if not files:
             raise UserError(f"data.path={entry}: the folder holds no {FORMATS} files")
-        yield from files
-        return
+        return files
     is_file = os.path.isfile(path)
-    matches = [Path(path)] if is_file else _glob(path)
+    matches = [Path(path)] if is_file else matching(path)
     if name is not None and matches:
         raise UserError(f"data.name={name}: must be null for files; it names a part of a dataset on the hub")
     if is_file and reader_of(matches[0]) is None:
-        raise UserError(f"data.path={entry}: must be {FORMATS} files (also {', '.join(sorted(COMPRESSIONS))})")
-    files = list(_readable(matches, skipped))
+        raise UserError(f"data.path={entry}: must be {FORMATS} files (also {', '.join(sorted(_OPENERS))})")
+    files = _readable(((file, "train") for file in matches), skipped)
     if matches and not files:
         raise UserError(f"data.path={entry}: matches no {FORMATS} files")
-    yield from (DatasetFile(file, reader_of(file), "train") for file in files)
+    return files
 
 
-def _in_folder(root: Path, name: str | None, skipped: dict[str, list[Path]]) -> Iterator[DatasetFile]:
+def _readable(files: Iterable[tuple[Path, str]], skipped: Skipped) -> list[DatasetFile]:
+    return [
+        DatasetFile(file, reader_of(file), split)
+        for file, split in files
+        if is_readable(file, reader_of, "of other formats", skipped)
+    ]
+
+
+def _saved(root: Path) -> list[DatasetFile]:
+    """The files of a dataset that `save_to_disk` wrote; none if it did not write this folder."""
+    folders = {"train": root} if (root / "state.json").is_file() else {}
     if (root / "dataset_dict.json").is_file():
-        for split in _read_json(root / "dataset_dict.json")["splits"]:
-            yield from _saved(root / split, split)
-    elif (root / "state.json").is_file():
-        yield from _saved(root, "train")
-    elif (declared := _declared(root, name)) is not None:
-        for split, files in declared:
-            yield from (DatasetFile(file, reader_of(file), split) for file in _readable(files, skipped))
-    else:
-        for file in _readable(walk(str(root)), skipped):
-            yield DatasetFile(file, reader_of(file), split_of(file.relative_to(root)))
+        folders = {split: root / split for split in _read_json(root / "dataset_dict.json")["splits"]}
+    return [
+        DatasetFile(folder / part["filename"], "arrow", split)
+        for split, folder in folders.items()
+        for part in _read_json(folder / "state.json")["_data_files"]
+    ]
+
+
+def _read_json(file: Path) -> dict:
+    try:
+        return json.loads(file.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"data.path: cannot read {file} ({error})") from None
+
+
+def _in_folder(root: Path, name: str | None) -> Iterable[tuple[Path, str]]:
+    """The files of a folder and their splits: those that its README.md declares for the subset `name`, or all."""
+    configs = {config["config_name"]: config for config in _configs(root)}
+    if not configs and name is not None:
+        raise UserError(f"data.name={name}: must be null; {root} has no README.md that declares `configs`")
+    if name is None and configs:
+        marked = [own for own, config in configs.items() if config.get("default")]
+        name = marked[0] if marked else "default" if "default" in configs or len(configs) > 1 else next(iter(configs))
+    if name is not None and name not in configs:
+        raise UserError(f"data.name={name}: must be one of {', '.join(configs)}{nearest(name, configs)}")
+    declared = configs[name].get("data_files") if configs else None
+    if declared is None:
+        return ((file, split_of(file.relative_to(root))) for file in walk(str(root)))
+    if not isinstance(declared, list) or not all(isinstance(part, dict) for part in declared):
+        declared = [{"split": "train", "path": declared}]
+    return (
+        (file, str(part["split"]))
+        for part in declared
+        for pattern in ([part["path"]] if isinstance(part["path"], str) else part["path"])
+        for file in matching(os.path.join(glob.escape(str(root)), pattern))
+    )
+
+
+def _configs(root: Path) -> list[dict]:
+    """The subsets that the folder's README.md declares."""
+    try:
+        text = (root / "README.md").read_text("utf-8", "replace")
+        header = re.match(r"---\s*\n(.*?)\n---", text, re.S)
+        declared = yaml.safe_load(header[1]) if header else None
+    except (OSError, yaml.YAMLError):
+        return []
+    configs = declared.get("configs") if isinstance(declared, dict) else None
+    return [config for config in configs or [] if isinstance(config, dict) and "config_name" in config]
 
 
 def split_of(file: Path) -> str:
@@ -145,66 +215,9 @@ def split_of(file: Path) -> str:
 
 def reader_of(file: Path) -> str | None:
     suffixes = [suffix.lower() for suffix in file.suffixes]
-    if suffixes and suffixes[-1] in COMPRESSIONS:
+    if suffixes and suffixes[-1] in _OPENERS:
         suffixes.pop()
     return _READERS.get(suffixes[-1]) if suffixes else None
-
-
-def _readable(files: Iterable[Path], skipped: dict[str, list[Path]]) -> Iterator[Path]:
-    return readable_files(files, reader_of, "of other formats", skipped)
-
-
-def _saved(folder: Path, split: str) -> Iterator[DatasetFile]:
-    for part in _read_json(folder / "state.json")["_data_files"]:
-        yield DatasetFile(folder / part["filename"], "arrow", split)
-
-
-def _read_json(file: Path) -> dict:
-    try:
-        return json.loads(file.read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"data.path: cannot read {file} ({error})") from None
-
-
-def _declared(root: Path, name: str | None) -> list[tuple[str, list[Path]]] | None:
-    """Splits and their files, as the folder's README.md declares them for the subset `name`."""
-    configs = {config["config_name"]: config for config in _configs(root)}
-    if not configs:
-        if name is not None:
-            raise UserError(f"data.name={name}: must be null; {root} has no README.md that declares `configs`")
-        return None
-    if name is None:
-        marked = [own for own, config in configs.items() if config.get("default")]
-        name = marked[0] if marked else "default" if "default" in configs or len(configs) > 1 else next(iter(configs))
-    if name not in configs:
-        raise UserError(f"data.name={name}: must be one of {', '.join(configs)}{nearest(name, configs)}")
-    declared = configs[name].get("data_files")
-    if declared is None:
-        return None
-    if not isinstance(declared, list) or not all(isinstance(part, dict) for part in declared):
-        declared = [{"split": "train", "path": declared}]
-    return [(str(part["split"]), _matching(root, part["path"])) for part in declared]
-
-
-def _configs(root: Path) -> list[dict]:
-    try:
-        text = (root / "README.md").read_text("utf-8", "replace")
-        header = re.match(r"---\s*\n(.*?)\n---", text, re.S)
-        declared = yaml.safe_load(header[1]) if header else None
-    except (OSError, yaml.YAMLError):
-        return []
-    configs = declared.get("configs") if isinstance(declared, dict) else None
-    return [config for config in configs or [] if isinstance(config, dict) and "config_name" in config]
-
-
-def _matching(root: Path, patterns: str | list[str]) -> list[Path]:
-    patterns = [patterns] if isinstance(patterns, str) else patterns
-    return [file for pattern in patterns for file in _glob(os.path.join(glob.escape(str(root)), pattern))]
-
-
-def _glob(pattern: str) -> list[Path]:
-    """What matches, sorted, without folders."""
-    return [Path(match) for match in sorted(glob.glob(pattern, recursive=True)) if not os.path.isdir(match)]
 
 
 def _must_be_local(entry: str) -> bool:
@@ -212,3 +225,226 @@ def _must_be_local(entry: str) -> bool:
     return bool(
         reader_of(Path(entry)) or glob.has_magic(entry) or entry.count("/") > 1 or entry.startswith((".", "~", os.sep))
     )
+
+
+Rows = Iterator[tuple[int, bytes | None]]
+"""Position and text of each row; None for a row without text."""
+
+_ROWS_WITHOUT_COLUMN = 1000
+"""Writers omit the keys of empty values. A file whose first rows all lack the column does not have it."""
+_SHOWN_CHARACTERS = 40
+_KINDS = {bool: "true or false", int: "a number", float: "a number", list: "a list", dict: "an object", str: "a text"}
+
+
+class Broken:
+    """Called with what is broken in a row. Raises UserError, or with data.on_broken=skip counts the row.
+
+    With `say` it also tells the first one.
+    """
+
+    def __init__(self, on_broken: str, say: Say | None = None):
+        self._skips, self._say = on_broken == "skip", say
+        self.count, self.first = 0, ""
+
+    def __call__(self, problem: str) -> None:
+        if not self._skips:
+            raise UserError(f"{problem}; data.on_broken=skip leaves broken rows out and counts them")
+        if not self.count:
+            self.first = problem
+            if self._say is not None:
+                self._say(f"data: left out a broken row, {problem}; further ones are left out silently")
+        self.count += 1
+
+
+def read_rows(file: DatasetFile, column: str, broken: Broken, start: int = 0) -> Rows:
+    """The rows after position `start`.
+
+    Raises UserError if the file cannot be read.
+    """
+    try:
+        yield from _ROWS_OF[file.reader](file.path, column, broken, start)
+    except (UserError, MemoryError):
+        raise
+    except Exception as error:  # pyarrow and each decompressor have their own exceptions.
+        raise UserError(f"data.path={file.path}: cannot be read as {file.reader} ({reason(error)})") from None
+
+
+def check_column(name: str, names: list[str], place: str = "") -> None:
+    if name not in names:
+        # The first line of a file without a header can be a whole document.
+        shown = [own if len(own) <= _SHOWN_CHARACTERS else f"{own[:_SHOWN_CHARACTERS]}…" for own in names]
+        raise UserError(f"data.column={name}: must be one of {', '.join(shown)}{place}{nearest(name, shown)}")
+
+
+def text_bytes(values: Any, name: str, place: str = "") -> Any:
+    """A pyarrow column as large_binary. Raises UserError if it does not hold text."""
+    if isinstance(values.type, pa.BaseExtensionType):
+        values = values.cast(values.type.storage_type)
+    if pa.types.is_dictionary(values.type):
+        values = values.cast(values.type.value_type)
+    if pa.types.is_string_view(values.type):
+        values = values.cast(pa.binary_view())
+    elif not (
+        pa.types.is_null(values.type) or pa.types.is_string(values.type) or pa.types.is_large_string(values.type)
+    ):
+        raise UserError(f"data.column={name}: must be a column of text, and holds {values.type}{place}")
+    return values.cast(pa.large_binary())
+
+
+def _parquet(file: Path, column: str, _: Broken, start: int) -> Rows:
+    with _opened(file) as stream:
+        table = pq.ParquetFile(stream)
+        check_column(column, table.schema_arrow.names, f" in {file}")
+        row = 0
+        for group in range(table.num_row_groups):
+            n_rows = table.metadata.row_group(group).num_rows
+            if row + n_rows > start:
+                batches = table.iter_batches(1024, row_groups=[group], columns=[column])
+                yield from _batch_rows(batches, file, column, row, start)
+            row += n_rows
+
+
+def _arrow(file: Path, column: str, _: Broken, start: int) -> Rows:
+    with _opened(file) as stream:
+        try:
+            table = pa.ipc.open_file(stream)
+            batches = (table.get_batch(i) for i in range(table.num_record_batches))
+        except pa.ArrowInvalid:
+            stream.seek(0)
+            table = batches = pa.ipc.open_stream(stream)
+        check_column(column, table.schema.names, f" in {file}")
+        yield from _batch_rows(batches, file, column, 0, start)
+
+
+def _batch_rows(batches: Iterable[pa.RecordBatch], file: Path, column: str, row: int, start: int) -> Rows:
+    for batch in batches:
+        values = batch.column(batch.schema.get_field_index(column))
+        for text in text_bytes(values, column, f" in {file}").to_pylist():
+            row += 1
+            if row > start:
+                yield row, text
+
+
+def _json_lines(file: Path, column: str, broken: Broken, start: int) -> Rows:
+    with _opened(file) as stream:
+        lines = ((n, _parse(line)) for n, line in enumerate(stream, 1) if n > start and line.strip())
+        yield from _objects(lines, file, "line", column, broken, start)
+
+
+def _json(file: Path, column: str, broken: Broken, start: int) -> Rows:
+    """Lines of JSON, a list of objects, one object, or an object that holds the column as a list."""
+    with _opened(file) as stream:
+        filled = (line for line in stream if line.strip())
+        first, second = next(filled, b""), next(filled, None)
+    whole = None
+    if second is None or not isinstance(_parse(first), dict):
+        with _opened(file) as stream:
+            whole = _parse(stream.read())
+    if isinstance(whole, dict):
+        texts = whole.get(column)
+        whole = [{column: text} for text in texts] if isinstance(texts, list) else [whole]
+    if not isinstance(whole, list):
+        yield from _json_lines(file, column, broken, start)
+        return
+    entries = ((i, entry) for i, entry in enumerate(whole, 1) if i > start)
+    yield from _objects(entries, file, "entry", column, broken, start)
+
+
+def _objects(rows: Iterable[tuple[int, Any]], file: Path, unit: str, column: str, broken: Broken, start: int) -> Rows:
+    names: dict[str, None] = {}
+    seen, waiting = start > 0, 0
+    for number, row in rows:
+        place = f"data.path={file}, {unit} {number}"
+        if isinstance(row, ValueError):
+            broken(f"{place}: is no JSON ({row})")
+        elif not isinstance(row, dict):
+            broken(f"{place}: must be an object with a key '{column}', and is {_KINDS.get(type(row), 'null')}")
+        elif isinstance(text := row.get(column), str | None):
+            if not seen:
+                names |= dict.fromkeys(row)
+                seen, waiting = column in row, waiting + 1
+                if not seen and waiting == _ROWS_WITHOUT_COLUMN:
+                    check_column(column, list(names), f" in {file}")
+            yield number, None if text is None else _encoded(text)
+        else:
+            seen = True
+            broken(f"{place}: data.column={column} must be text, and is {_KINDS[type(text)]}")
+    if not seen and waiting:
+        check_column(column, list(names), f" in {file}")
+
+
+def _parse(line: bytes) -> Any:
+    """The value of the JSON text, or the ValueError that says what is wrong."""
+    try:
+        return json.loads(line.removeprefix(b"\xef\xbb\xbf").decode("utf-8", "surrogateescape"))
+    except json.JSONDecodeError as error:
+        return ValueError(f"{error.msg.removesuffix(' at')} at character {error.pos + 1}")
+    except ValueError as error:
+        return error
+    except RecursionError:
+        return ValueError("nested too deep")
+
+
+def _encoded(text: str) -> bytes:
+    """The bytes as they were in the file; half of a surrogate pair is invalid UTF-8."""
+    try:
+        return text.encode("utf-8", "surrogateescape")
+    except UnicodeEncodeError:
+        return text.encode("utf-8", "surrogatepass")
+
+
+def _csv(file: Path, column: str, broken: Broken, start: int, delimiter: str = ",") -> Rows:
+    """Cells as they are: `NA`, `null` and `nan` are texts. A row's position is the line that it ends on."""
+    csv.field_size_limit(sys.maxsize)
+    with _opened(file) as stream:
+        lines = io.TextIOWrapper(stream, "utf-8-sig", "surrogateescape", newline="")
+        rows = csv.reader(lines, delimiter=delimiter, strict=True)
+        names = next(rows, None)
+        if names is None:
+            return
+        check_column(column, names, f" in {file}, line 1")
+        index = names.index(column)
+        while True:
+            try:
+                row = next(rows)
+            except StopIteration:
+                return
+            except csv.Error as error:
+                broken(f"data.path={file}, line {rows.line_num}: {error}")
+                continue
+            if len(row) > len(names):
+                broken(
+                    f"data.path={file}, line {rows.line_num}: has {len(row)} fields, and the first line {len(names)}"
+                )
+            elif row and rows.line_num > start:
+                yield rows.line_num, _encoded(row[index]) if index < len(row) else None
+
+
+def _text(file: Path, column: str, _: Broken, start: int) -> Rows:
+    check_column(column, ["text"], f" in {file}")
+    if not start:
+        with _opened(file) as stream:
+            yield 1, stream.read()
+
+
+_ROWS_OF = {
+    "parquet": _parquet,
+    "arrow": _arrow,
+    "jsonl": _json_lines,
+    "json": _json,
+    "csv": _csv,
+    "tsv": partial(_csv, delimiter="\t"),
+    "text": _text,
+}
+
+
+def _zstd(file: Path) -> BinaryIO:
+    # Files can hold several frames, and only a buffered reader can be read by lines.
+    return io.BufferedReader(zstandard.ZstdDecompressor().stream_reader(file.open("rb"), read_across_frames=True))
+
+
+_OPENERS = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open, ".zst": _zstd}
+
+
+def _opened(file: Path) -> BinaryIO:
+    return _OPENERS.get(file.suffix.lower(), lambda path: path.open("rb"))(file)

@@ -13,17 +13,26 @@ import time
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from est_cli.config import DataConfig
-from est_cli.data import Say, hub
-from est_cli.data.corpora import cache_folder, hash_files, path_entries
-from est_cli.data.dataset_files import DatasetFile, describe_files, files_of_split, find_dataset_files
-from est_cli.data.row_readers import Broken, check_column, read_rows, text_bytes
+from est_cli.data import Say, hub, reason
+from est_cli.data.corpora import Corpus, cache_folder, grouped
+from est_cli.data.dataset_files import (
+    Broken,
+    DatasetFile,
+    check_column,
+    describe_files,
+    files_of_split,
+    find_dataset_files,
+    read_rows,
+    text_bytes,
+)
+from est_cli.data.files import hash_files, path_entries, replacing
 from est_cli.errors import RunFailed, UserError
 
 _BATCH_BYTES = 16 << 20
@@ -36,11 +45,8 @@ _ROWS_KEPT_S = 30 * 24 * 3600
 _PART = re.compile(r"\s*([^\[\]+]+?)\s*(?:\[\s*(?:(-?\d+)(%?))?\s*:\s*(?:(-?\d+)(%?))?\s*\])?\s*")
 
 
-class HFCorpus:
+class HFCorpus(Corpus):
     """All rows. Local files are only hashed until someone needs their rows."""
-
-    groups = None
-    packages = None
 
     def __init__(self, data: DataConfig, say: Say = lambda _: None):
         self._data = data
@@ -51,13 +57,12 @@ class HFCorpus:
         else:
             content = [[split._fingerprint for split in self._splits], data.name, data.split, data.val_split]
         self.fingerprint = _digest([content, data.column])
-        self.source = describe_origin(data, bool(files))
+        self.source = _describe_origin(data, bool(files))
 
     def __getstate__(self) -> dict:
         """For other processes, which map the tables again; pickling would copy the text itself."""
-        return {
-            key: value for key, value in self.__dict__.items() if key not in ("_tables", "_column", "sizes", "keys")
-        }
+        mapped = ("_splits", "_tables", "_column", "sizes", "keys")
+        return {key: value for key, value in self.__dict__.items() if key not in mapped}
 
     def read(self, document: int, start: int, end: int) -> bytes:
         value = self._column[document].as_buffer()
@@ -97,23 +102,31 @@ class HFCorpus:
     @cached_property
     def _splits(self) -> list:
         """The splits of a dataset on the hub."""
-        names = [name for name in (self._data.split, self._data.val_split) if name is not None]
-        return [hub.load_split(self._data, name) for name in names]
+        return [hub.load_split(self._data, getattr(self._data, key)) for key in _split_keys(self._data)]
 
 
-def describe_origin(data: DataConfig, local: bool) -> dict:
+def _split_keys(data: DataConfig) -> list[str]:
+    """The keys of `data` that name a split to read."""
+    return ["split"] if data.val_split is None else ["split", "val_split"]
+
+
+def _describe_origin(data: DataConfig, local: bool) -> dict:
     """What the manifest says about a dataset."""
     revision = None if local else hub.dataset_commit(path_entries(data.path)[0], data.revision)
     facts = {key: getattr(data, key) for key in ("path", "name", "split", "val_split")}
     return {"kind": "hf", **facts, "revision": revision, "column": data.column}
 
 
+def _digest(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+
 class LocalRows:
-    """The rows of the splits that `data` names, in the order of their files."""
+    """The rows of the splits that `data` names, in the order of their files. The cache keeps them."""
 
     def __init__(self, data: DataConfig, files: list[DatasetFile], say: Say):
         self._data, self._say = data, say
-        self._parts = [_parts(data, files, key) for key in ("split", "val_split") if getattr(data, key) is not None]
+        self._parts = [_parts(data, files, key) for key in _split_keys(data)]
         chosen = dict.fromkeys(file for own in self._parts for part, _, _ in own for file in part)
         say(describe_files(files, list(chosen)))
         self._digests = dict(zip(chosen, hash_files([file.path for file in chosen]), strict=True))
@@ -158,18 +171,14 @@ class LocalRows:
 
     def _write(self, files: list[DatasetFile], cached: Path) -> None:
         broken = Broken(self._data.on_broken)
-        partial = cached.with_suffix(f".{os.getpid()}")
         n_rows = n_empty = 0
         schema = pa.schema([("text", pa.large_binary())])
-        try:
-            with pa.ipc.new_file(str(partial), schema) as out:
-                for texts in _batches(files, self._data.column, broken):
-                    n_rows += len(texts)
-                    n_empty += sum(not text for text in texts)
-                    out.write_batch(pa.record_batch([pa.array(texts, pa.large_binary())], schema=schema))
-            os.replace(partial, cached)
-        finally:
-            partial.unlink(missing_ok=True)
+        with replacing(cached) as partial, pa.ipc.new_file(str(partial), schema) as out:
+            rows = (text for file in files for _, text in read_rows(file, self._data.column, broken))
+            for texts in grouped(rows, lambda text: len(text or b"") + 16, _BATCH_BYTES):
+                n_rows += len(texts)
+                n_empty += sum(not text for text in texts)
+                out.write_batch(pa.record_batch([pa.array(texts, pa.large_binary())], schema=schema))
         if n_empty:
             self._say(f"data: {n_empty:,} of {n_rows:,} rows hold no text, and are left out")
         if broken.count:
@@ -182,19 +191,6 @@ def _prune(folder: Path) -> None:
         with contextlib.suppress(FileNotFoundError):  # another process may delete it too
             if rows.stat().st_mtime < time.time() - _ROWS_KEPT_S:
                 rows.unlink()
-
-
-def _batches(files: Sequence[DatasetFile], column: str, broken: Broken) -> Iterator[list[bytes | None]]:
-    texts: list[bytes | None] = []
-    n_bytes = 0
-    for file in files:
-        for _, text in read_rows(file, column, broken):
-            texts.append(text)
-            n_bytes += len(text or b"") + 16
-            if n_bytes >= _BATCH_BYTES:
-                yield texts
-                texts, n_bytes = [], 0
-    yield texts
 
 
 Bound = tuple[int, bool] | None
@@ -224,10 +220,6 @@ def _row(bound: Bound, n_rows: int, default: int) -> int:
     return min(n_rows, max(0, row + n_rows if number < 0 else row))
 
 
-def _digest(content: Any) -> str:
-    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
-
-
 class StreamedCorpus:
     """A dataset that is read while training goes on. Its fingerprint covers only a sample of local files' bytes."""
 
@@ -235,28 +227,25 @@ class StreamedCorpus:
         self._data, self._say = data, say
         self._files = find_dataset_files(data, say)
         # Report now what is missing, while the caller knows which source it is.
-        texts = self._open("split")
-        content = None
+        splits = [self._open(key) for key in _split_keys(data)]
         if self._files:
-            say(describe_files(self._files, texts.files))
-            content = [_sampled_fingerprint(own.files) for own in (texts, self._open("val_split")) if own]
-        self.source = {**describe_origin(data, bool(self._files)), "streaming": True}
-        self.fingerprint = _digest([content, data.column] if content else self.source)
+            say(describe_files(self._files, splits[0].files))
+        self.source = {**_describe_origin(data, bool(self._files)), "streaming": True}
+        sampled = [_sampled_fingerprint(split.files) for split in splits] if self._files else None
+        self.fingerprint = _digest([sampled, data.column] if sampled else self.source)
 
     def training_texts(self) -> "TextStream":
-        return TextStream(self._open("split"), self._say)
+        return TextStream(self._open("split"), self._data)
 
     def val_texts(self) -> "TextStream":
         """The texts of the source's own validation split; the training texts if none was named."""
-        return TextStream(self._open("val_split") or self._open("split"), self._say)
+        return TextStream(self._open(_split_keys(self._data)[-1]), self._data)
 
-    def _open(self, key: str) -> "Texts | None":
-        split = getattr(self._data, key)
-        if split is None:
-            return None
+    def _open(self, key: str) -> Any:
+        """A split, as a dataset with the methods of `datasets.IterableDataset` that `TextStream` uses."""
         if self._files:
-            return LocalTexts(self._data, self._files, key, self._say)
-        return HubTexts(self._data, split)
+            return StreamedFiles(self._data, self._files, key, self._say)
+        return hub.load_split(self._data, getattr(self._data, key), streaming=True)
 
 
 def _sampled_fingerprint(files: Sequence[DatasetFile]) -> str:
@@ -274,73 +263,46 @@ def _sample(file: Path) -> str:
     return digest.hexdigest()
 
 
-class Texts(Protocol):
-    """Iterates over texts (None for a row without text) from a position, which is plain data."""
-
-    def __iter__(self) -> Iterator[bytes | str | None]: ...
-
-    def state_dict(self) -> dict: ...
-
-    def load_state_dict(self, state: dict) -> None: ...
-
-
-class LocalTexts:
-    """The texts of local files as they come. A position stays valid as long as the files do not change."""
+class StreamedFiles:
+    """The rows of local files as they come. A position stays valid as long as the files do not change."""
 
     def __init__(self, data: DataConfig, files: list[DatasetFile], key: str, say: Say):
-        self._column, self._broken = data.column, Broken(data.on_broken, say)
+        self._column, self._broken, self._say = data.column, Broken(data.on_broken, say), say
         parts = _parts(data, files, key)
         if any((low, high) != (None, None) for _, low, high in parts):
             raise UserError(f"data.{key}={getattr(data, key)}: a stream has no length; must be the name of a split")
         self.files = [file for part, _, _ in parts for file in part]
-        self._position = (0, 0)
+        self._position, self._told = {"file": 0, "row": 0}, False
 
-    def __iter__(self) -> Iterator[bytes | None]:
-        first, start = self._position
+    def __iter__(self) -> Iterator[dict[str, str | None]]:
+        first, start = self._position["file"], self._position["row"]
         for i, file in enumerate(self.files[first:], first):
             for row, text in read_rows(file, self._column, self._broken, start):
-                self._position = (i, row)
-                yield text
+                self._position = {"file": i, "row": row}
+                yield {self._column: self._decoded(text) if text else None}
             start = 0
 
     def state_dict(self) -> dict:
-        return {"file": self._position[0], "row": self._position[1]}
+        return self._position
 
     def load_state_dict(self, state: dict) -> None:
-        self._position = state["file"], state["row"]
+        self._position = state
 
-
-class HubTexts:
-    """The texts of a dataset on the hub."""
-
-    def __init__(self, data: DataConfig, split: str):
-        self._path, self._column = data.path, data.column
-        self._dataset = hub.load_split(data, split, streaming=True)
-        self.state_dict, self.load_state_dict = self._dataset.state_dict, self._dataset.load_state_dict
-
-    def __iter__(self) -> Iterator[str | None]:
+    def _decoded(self, text: bytes) -> str:
         try:
-            for row in self._dataset:
-                check_column(self._column, list(row))
-                text = row[self._column]
-                if not isinstance(text, str | None):
-                    raise UserError(
-                        f"data.column={self._column}: must be a column of text, and holds {type(text).__name__}"
-                    )
-                yield text
-        except UserError:
-            raise
-        except Exception as error:  # The library passes on exceptions of pyarrow, httpx and others.
-            reason = str(error).strip().split("\n")[0] or type(error).__name__
-            raise RunFailed(f"data.path={self._path}: the stream broke off ({reason})") from None
+            return text.decode("utf-8")
+        except UnicodeDecodeError:
+            if not self._told:
+                self._say("data: the stream holds invalid UTF-8, which is replaced by U+FFFD; this is told once")
+            self._told = True
+            return text.decode("utf-8", "replace")
 
 
 class TextStream:
     """The texts of a dataset without empty ones. Starts again at the end."""
 
-    def __init__(self, dataset: Texts, say: Say):
-        self._dataset, self._say = dataset, say
-        self._told = False
+    def __init__(self, dataset: Any, data: DataConfig):
+        self._dataset, self._data = dataset, data
         self._start = self.position()
         self._pass = self._texts()
 
@@ -369,15 +331,16 @@ class TextStream:
         self._pass = self._texts()
 
     def _texts(self) -> Iterator[str]:
-        for text in self._dataset:
-            if text:
-                yield self._decoded(text) if isinstance(text, bytes) else text
-
-    def _decoded(self, text: bytes) -> str:
+        column = self._data.column
         try:
-            return text.decode("utf-8")
-        except UnicodeDecodeError:
-            if not self._told:
-                self._say("data: the stream holds invalid UTF-8, which is replaced by U+FFFD; this is told once")
-            self._told = True
-            return text.decode("utf-8", "replace")
+            for row in self._dataset:
+                check_column(column, list(row))
+                if not isinstance(row[column], str | None):
+                    kind = type(row[column]).__name__
+                    raise UserError(f"data.column={column}: must be a column of text, and holds {kind}")
+                if row[column]:
+                    yield row[column]
+        except UserError:
+            raise
+        except Exception as error:  # The library passes on exceptions of pyarrow, httpx and others.
+            raise RunFailed(f"data.path={self._data.path}: the stream broke off ({reason(error)})") from None

@@ -1,17 +1,16 @@
 """Datasets and single files from the Hugging Face hub, if it can be reached, or from its local cache."""
 
-import contextlib
 import functools
 import logging
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 
 import huggingface_hub
 
 from est_cli.config import DataConfig
-from est_cli.data.corpora import cache_folder, path_entries, show_paths
-from est_cli.data.dataset_files import FORMATS
+from est_cli.data import reason
+from est_cli.data.corpora import cache_folder
+from est_cli.data.files import FORMATS, path_entries, show_paths
 from est_cli.errors import UserError
 
 _TIMEOUT_S = 4
@@ -71,10 +70,8 @@ def dataset_commit(name: str, revision: str | None) -> str | None:
 
 def load_split(data: DataConfig, split: str, streaming: bool = False):
     """A split of a dataset on the hub, as a dataset of the `datasets` library. Raises UserError if there is none."""
-    try:
-        import datasets  # takes a second, and only datasets on the hub need it
-    except ImportError:
-        raise UserError("data=hf: needs the `datasets` library (pip install datasets)") from None
+    import datasets  # takes a second, and only datasets on the hub need it
+
     # The library would log what it raises; we report it once.
     datasets.logging.set_verbosity(logging.CRITICAL)
     name = path_entries(data.path)[0]
@@ -82,29 +79,21 @@ def load_split(data: DataConfig, split: str, streaming: bool = False):
         # load_dataset("json") would read any JSON in the current folder.
         raise UserError(f"data.path={name}: must be a dataset's name on the hub, or local {FORMATS} files")
     cache = None if data.cache_dir is None else str(cache_folder(data) / "huggingface")
-    try:
-        with _only_cache_if_unreachable(datasets):
-            return datasets.load_dataset(
-                name, data.name, split=split, revision=data.revision, streaming=streaming, cache_dir=cache
-            )
-    except Exception as error:  # The library passes on exceptions of pyarrow, pandas, httpx and others.
-        raise _explain(error, data, split) from None
-
-
-@contextlib.contextmanager
-def _only_cache_if_unreachable(datasets) -> Iterator[None]:
-    """The library itself would retry for half a minute."""
+    # The library itself would retry for half a minute if the hub cannot be reached.
     before = datasets.config.HF_HUB_OFFLINE
     datasets.config.HF_HUB_OFFLINE = before or not answers()
     try:
-        yield
+        return datasets.load_dataset(
+            name, data.name, split=split, revision=data.revision, streaming=streaming, cache_dir=cache
+        )
+    except Exception as error:  # The library passes on exceptions of pyarrow, pandas, httpx and others.
+        raise _explain(error, data, split) from None
     finally:
         datasets.config.HF_HUB_OFFLINE = before
 
 
 def _explain(error: Exception, data: DataConfig, split: str) -> UserError:
-    cause = error.__cause__ or error
-    said = str(cause).strip().split("\n")[0] or type(cause).__name__
+    said = reason(error.__cause__ or error)
     path = show_paths(data.path)
     if "split" in said and split in said:
         key = "data.split" if split == data.split else "data.val_split"

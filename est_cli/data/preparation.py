@@ -6,13 +6,13 @@ the store is complete, so that a killed preparation continues where it was.
 
 import dataclasses
 import json
+import math
 import multiprocessing
 import os
 import shutil
 import signal
 import threading
-import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -25,16 +25,23 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 
 from est_cli.config import DataConfig
 from est_cli.data import Say
-from est_cli.data.corpora import Corpus, Source, replacing
-from est_cli.data.splits import Piece, Split, sample_sources, split_sources
-from est_cli.data.tokenizers import SentencePieceTokenizer, SentencePieceTraining, Tokenizer, load_tokenizer, n_cores
+from est_cli.data.corpora import Corpus, Source, grouped
+from est_cli.data.files import replacing
+from est_cli.data.splits import Split, sample_sources, split_sources
+from est_cli.data.tokenizers import (
+    SentencePieceTokenizer,
+    SentencePieceTraining,
+    Tokenizer,
+    load_tokenizer,
+    n_cores,
+    save_tokenizer,
+)
 from est_cli.errors import UserError
 
 SPLITS = ("train", "val")
 SHARD_BYTES = 16 << 20
 """Approximate text of a shard. Another size cuts long documents elsewhere: raise tokens._FORMAT with it."""
 _BATCH_BYTES = 4 << 20
-_COPIED_BYTES = 1 << 24
 _LINE_EVERY_S = 60
 _WORK = "work"
 
@@ -76,6 +83,7 @@ def write_store(
     work.mkdir(exist_ok=True)
     splits = dict(zip(SPLITS, split_sources(sources, data.val_fraction), strict=True))
     tokenizer = _find_or_make_tokenizer(work / "tokenizer", chosen, sources, splits["train"], say)
+    tokenizer.save(folder)
     dtype = token_dtype(tokenizer.vocab_size)
     shards = {name: _shards(work, name, own) for name, own in splits.items()}
     speed = _tokenize(shards, tokenizer, work / "tokenizer", sources, data, say, show_progress)
@@ -84,7 +92,7 @@ def write_store(
         for name, own in shards.items()
     }
     for name, own in streams.items():
-        _assemble(own, tokenizer.eot, dtype, folder / f"{name}.bin")
+        interleave(own, tokenizer.eot, dtype, folder / f"{name}.bin")
     counts = {name: reduce(Counts.__add__, (stream.mixed_counts() for stream in own)) for name, own in streams.items()}
     if replaced := sum(count.replaced for count in counts.values()):
         say(f"data: replaced {replaced} invalid UTF-8 sequences by U+FFFD")
@@ -103,7 +111,6 @@ def write_store(
         "mixture": mixture,
         "packages": _package_bytes(splits) if sources[0].corpus.packages is not None else {},
         "tokenizing": speed,
-        "files": save_tokenizer(tokenizer, folder),
     }
 
 
@@ -115,12 +122,6 @@ def tokenizer_facts(tokenizer: Tokenizer) -> dict:
         "eot": tokenizer.eot,
         "dtype": token_dtype(tokenizer.vocab_size).str,
     }
-
-
-def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> dict[str, int]:
-    """Writes the tokenizer, the last of a store's files; returns the sizes of all of them."""
-    tokenizer.save(folder)
-    return {file.name: file.stat().st_size for file in sorted(folder.iterdir()) if file.is_file()}
 
 
 def discard_work(folder: Path) -> None:
@@ -141,11 +142,7 @@ def _find_or_make_tokenizer(
     if not folder.exists():
         if isinstance(chosen, SentencePieceTraining):
             chosen = chosen.train(sample_sources(sources, train, chosen.train_bytes), say)
-        partial = folder.with_suffix(".partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir()
-        chosen.save(partial)
-        os.replace(partial, folder)
+        save_tokenizer(chosen, folder)
     return load_tokenizer(kind, folder)
 
 
@@ -177,9 +174,24 @@ class Shard:
             return None
 
     def write(self, tokenizer: Tokenizer, threads: int | None, advance: Callable[[int], None]) -> None:
-        """Raises OSError if the file cannot be written."""
-        with replacing(self.file) as partial:
-            counts = _write_tokens(self.split, tokenizer, partial, threads, advance)
+        """Writes the tokens; `tokenizer.eot` follows each document that ends. Calls `advance` with bytes of text.
+
+        Raises OSError if the file cannot be written.
+        """
+        counts, dtype = Counts(), token_dtype(tokenizer.vocab_size)
+        with replacing(self.file) as partial, partial.open("wb") as out:
+            for batch in grouped(self.split.pieces(), lambda piece: piece.n_bytes, _BATCH_BYTES):
+                ids = tokenizer.encode_batch(
+                    [piece.text for piece in batch], [piece.continued for piece in batch], threads
+                )
+                for i, piece in enumerate(batch):
+                    if piece.last:
+                        ids[i] = np.append(ids[i], tokenizer.eot)
+                tokens = np.concatenate(ids).astype(dtype)
+                tokens.tofile(out)
+                n_bytes, replaced = (sum(getattr(piece, key) for piece in batch) for key in ("n_bytes", "replaced"))
+                counts += Counts(sum(piece.last for piece in batch), n_bytes, len(tokens), replaced)
+                advance(n_bytes)
         with replacing(self._record) as partial:
             partial.write_text(json.dumps(dataclasses.asdict(counts)), "utf-8")
 
@@ -189,48 +201,6 @@ class Shard:
 
     def with_corpus(self, corpus: Corpus | None) -> "Shard":
         return dataclasses.replace(self, split=dataclasses.replace(self.split, corpus=corpus))
-
-
-def _write_tokens(
-    split: Split, tokenizer: Tokenizer, file: Path, threads: int | None, advance: Callable[[int], None]
-) -> Counts:
-    """Writes the tokens of `split` to one raw file, synced to disk; `tokenizer.eot` follows each document that ends.
-
-    Calls `advance` with the bytes of each batch of text.
-    """
-    counts = Counts()
-    dtype = token_dtype(tokenizer.vocab_size)
-    end_of_text = np.array([tokenizer.eot])
-    with file.open("wb") as stream:
-        for batch in _batches(split.pieces()):
-            ids = tokenizer.encode_batch([piece.text for piece in batch], [piece.continued for piece in batch], threads)
-            parts = [
-                part
-                for piece, own in zip(batch, ids, strict=True)
-                for part in ((own, end_of_text) if piece.last else (own,))
-            ]
-            tokens = np.concatenate(parts).astype(dtype)
-            tokens.tofile(stream)
-            n_bytes = sum(piece.n_bytes for piece in batch)
-            counts += Counts(
-                sum(piece.last for piece in batch), n_bytes, len(tokens), sum(piece.replaced for piece in batch)
-            )
-            advance(n_bytes)
-        stream.flush()
-        os.fsync(stream.fileno())
-    return counts
-
-
-def _batches(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
-    batch, n_bytes = [], 0
-    for piece in pieces:
-        batch.append(piece)
-        n_bytes += piece.n_bytes
-        if n_bytes >= _BATCH_BYTES:
-            yield batch
-            batch, n_bytes = [], 0
-    if batch:
-        yield batch
 
 
 def _shards(work: Path, name: str, splits: Sequence[Split]) -> list[list[Shard]]:
@@ -266,10 +236,10 @@ def _tokenize(
         if workers == 1:
             threads = None if data.num_workers == "auto" else 1
             for shard in missing:
-                shard.write(tokenizer, threads, progress.advance)
+                shard.write(tokenizer, threads, progress.done)
         else:
             corpora = [source.corpus for source in sources]
-            _tokenize_in_processes(missing, (tokenizer.kind, tokenizer_folder, corpora), workers, progress.advance)
+            _tokenize_in_processes(missing, (tokenizer.kind, tokenizer_folder, corpora), workers, progress.done)
     speed = progress.bytes_per_s / 1e6
     say(f"data: tokenized in {progress.seconds:.1f} s ({speed:.1f} MB/s)")
     return {"seconds": progress.seconds, "mb_per_s": speed, "processes": workers}
@@ -327,45 +297,35 @@ def _write_in_worker(shard: Shard) -> int:
     return whole.split.n_bytes
 
 
-class TokenizingProgress:
+class TokenizingProgress(Progress):
     """A bar on standard error (bytes of text, MB/s, time left), or a line a minute if there is no terminal."""
 
     def __init__(self, total_bytes: int, done_bytes: int, show: bool, say: Say):
-        self._total = total_bytes
-        self._done = self._found = done_bytes
-        self._say = None if show else say
-        self._start = self._last_line = time.perf_counter()
-        columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-        console = Console(stderr=True)
-        self._bar = Progress(TextColumn("tokenizing"), *columns, console=console, disable=not show, transient=True)
-        self._task = self._bar.add_task("", total=total_bytes, completed=done_bytes)
+        columns = TextColumn("tokenizing"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn()
+        super().__init__(*columns, console=Console(stderr=True), disable=not show, transient=True)
+        self.add_task("", total=total_bytes, completed=done_bytes)
+        (self._work,) = self.tasks
+        self._found, self._say = done_bytes, say
+        self._next_line_s = math.inf if show else _LINE_EVERY_S
 
-    def __enter__(self) -> "TokenizingProgress":
-        self._bar.start()
-        return self
-
-    def __exit__(self, *_) -> None:
-        self._bar.stop()
-
-    def advance(self, n_bytes: int) -> None:
-        self._done += n_bytes
-        self._bar.update(self._task, advance=n_bytes)
-        if self._say is not None and time.perf_counter() > self._last_line + _LINE_EVERY_S:
-            self._last_line = time.perf_counter()
-            minutes = (self._total - self._done) / self.bytes_per_s / 60
+    def done(self, n_bytes: int) -> None:
+        work = self._work
+        self.update(work.id, advance=n_bytes)
+        if self.seconds > self._next_line_s:
+            self._next_line_s = self.seconds + _LINE_EVERY_S
             self._say(
-                f"data: {self._done / 1e9:.2f} of {self._total / 1e9:.2f} GB tokenized, "
-                f"{self.bytes_per_s / 1e6:.1f} MB/s, about {minutes:.0f} minutes left"
+                f"data: {work.completed / 1e9:.2f} of {work.total / 1e9:.2f} GB tokenized, "
+                f"{self.bytes_per_s / 1e6:.1f} MB/s, about {work.remaining / self.bytes_per_s / 60:.0f} minutes left"
             )
 
     @property
     def seconds(self) -> float:
-        return time.perf_counter() - self._start
+        return self._work.elapsed
 
     @property
     def bytes_per_s(self) -> float:
         """Speed of this process, without the shards that were already there."""
-        return (self._done - self._found) / max(self.seconds, 1e-9)
+        return (self._work.completed - self._found) / max(self.seconds, 1e-9)
 
 
 @dataclass
@@ -400,18 +360,6 @@ class TokenStream:
         """The source's part of the mixture; the text of an incomplete pass is estimated by its share of the tokens."""
         n_bytes, replaced = (round(number * self.passes) for number in (self.counts.bytes, self.counts.replaced))
         return Counts(self.documents, n_bytes, self.taken, replaced)
-
-
-def _assemble(streams: Sequence[TokenStream], eot: int, dtype: np.dtype, file: Path) -> None:
-    if len(streams) > 1:
-        interleave(streams, eot, dtype, file)
-        return
-    stream = streams[0]
-    with file.open("wb") as out:
-        for shard in stream.files:
-            with shard.open("rb") as part:
-                shutil.copyfileobj(part, out, _COPIED_BYTES)
-    stream.taken, stream.documents = stream.counts.tokens, stream.counts.documents
 
 
 def interleave(streams: Sequence[TokenStream], eot: int, dtype: np.dtype, file: Path) -> None:

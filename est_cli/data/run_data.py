@@ -5,7 +5,6 @@ run is continued, evaluated and exported with RUN/tokenizer, and data.json tells
 """
 
 import json
-import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -14,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 from est_cli.config import DataConfig
 from est_cli.data import Say
-from est_cli.data.corpora import Source, replacing
-from est_cli.data.tokenizers import Tokenizer, load_tokenizer
+from est_cli.data.corpora import Source
+from est_cli.data.files import replacing
+from est_cli.data.tokenizers import Tokenizer, load_tokenizer, save_tokenizer
 from est_cli.errors import UserError
 
 if TYPE_CHECKING:
@@ -127,12 +127,7 @@ def keep(folder: Path, store: "TokenStore", begins: bool) -> None:
     """Records in a run's folder what it trains on. Writes its tokenizer once, when the run begins."""
     place = folder / TOKENIZER
     if begins or not place.is_dir():
-        partial = folder / f".{TOKENIZER}"
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir()
-        store.tokenizer.save(partial)
-        shutil.rmtree(place, ignore_errors=True)
-        partial.rename(place)
+        save_tokenizer(store.tokenizer, place)
     record = {"text": asdict(store.text), "store": store.fingerprint, "tokenizer": store.tokenizer.definition}
     path = folder / RECORD
     earlier = [] if begins or not path.exists() else _earlier(json.loads(path.read_text("utf-8")), record)

@@ -131,12 +131,12 @@ class Split:
 
     def pieces(self) -> Iterator[Piece]:
         """All text, in order. Holds about `PIECE_BYTES` of it at a time."""
-        changes = np.diff(self.documents) != 0
-        continued = np.concatenate([[self.continued], ~changes])
-        last = np.concatenate([changes, [not self.cut]])
-        for i in range(len(self.documents)):
-            document, start, end = int(self.documents[i]), int(self.starts[i]), int(self.ends[i])
-            yield from _document_pieces(self.corpus, document, start, end, bool(continued[i]), bool(last[i]))
+        changes = (np.diff(self.documents) != 0).tolist()
+        continue_earlier = [self.continued, *(not change for change in changes)]
+        are_last = [*changes, not self.cut]
+        places = zip(self.documents.tolist(), self.starts.tolist(), self.ends.tolist(), strict=True)
+        for (document, start, end), continued, last in zip(places, continue_earlier, are_last, strict=False):
+            yield from self._document_pieces(document, start, end, continued, last)
 
     def shards(self, n_bytes: int) -> list["Split"]:
         """Consecutive parts of about `n_bytes`, less than three times that. Cuts longer documents as `pieces` does."""
@@ -149,6 +149,17 @@ class Split:
             Split(self.corpus, documents[a:b], starts[a:b], ends[a:b], bool(inside[a]), bool(inside[b]))
             for a, b in itertools.pairwise([*firsts.tolist(), len(documents)])
         ]
+
+    def _document_pieces(self, document: int, start: int, end: int, continued: bool, last: bool) -> Iterator[Piece]:
+        rest, position = b"", start
+        while position < end:
+            step = min(PIECE_BYTES, end - position)
+            data = rest + self.corpus.read(document, position, position + step)
+            position += step
+            cut = len(data) if position == end else _cut(data)
+            rest = data[cut:]
+            yield _decode(data[:cut], continued, last and position == end)
+            continued = True
 
     def sample(self, n_bytes: int) -> list[str]:
         """At most about `n_bytes` of text, in blocks spread evenly over the split."""
@@ -188,16 +199,13 @@ class Split:
 
 def split_sources(sources: Sequence[Source], val_fraction: float) -> tuple[list[Split], list[Split]]:
     """Training and validation splits of the sources. Raises UserError if one cannot be split."""
-    if len(sources) == 1:
-        train, val = split_corpus(sources[0].corpus, val_fraction)
-        return [train], [val]
     trains, vals = [], []
     for i, source in enumerate(sources):
-        with _naming_source(i):
+        with _naming_source(i) if len(sources) > 1 else contextlib.nullcontext():
             train, val = split_corpus(source.corpus, val_fraction)
         trains.append(train)
         vals.append(val)
-    return _without_leaks(trains, vals), vals
+    return _without_leaks(trains, vals) if len(sources) > 1 else trains, vals
 
 
 def sample_sources(sources: Sequence[Source], splits: Sequence[Split], n_bytes: int) -> list[str]:
@@ -289,20 +297,6 @@ def _cut_position(corpus: Corpus, document: int, size: int, tail_bytes: int) -> 
             return start + newline + 1
     near = max(0, first - 3)
     return near + _last_character(corpus.read(document, near, first + 1))
-
-
-def _document_pieces(
-    corpus: Corpus, document: int, start: int, end: int, continued: bool = False, last: bool = True
-) -> Iterator[Piece]:
-    rest, position = b"", start
-    while position < end:
-        step = min(PIECE_BYTES, end - position)
-        data = rest + corpus.read(document, position, position + step)
-        position += step
-        cut = len(data) if position == end else _cut(data)
-        rest = data[cut:]
-        yield _decode(data[:cut], continued, last and position == end)
-        continued = True
 
 
 def _cut(data: bytes) -> int:

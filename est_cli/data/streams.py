@@ -11,7 +11,6 @@ import bisect
 import dataclasses
 import hashlib
 import json
-import os
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -25,8 +24,9 @@ import numpy as np
 from est_cli.config import DataConfig
 from est_cli.data import Say
 from est_cli.data.batches import permute
-from est_cli.data.corpora import Source, replacing
-from est_cli.data.preparation import Counts, save_tokenizer, token_dtype, tokenizer_facts
+from est_cli.data.corpora import Source
+from est_cli.data.files import replacing
+from est_cli.data.preparation import Counts, token_dtype, tokenizer_facts
 from est_cli.data.tokenizers import SentencePieceTraining, Tokenizer
 from est_cli.errors import UserError
 
@@ -59,6 +59,7 @@ def write_streamed_store(
     training = isinstance(chosen, SentencePieceTraining)
     heads = [_training_head(source, skipped, chosen.train_bytes if training else 1) for source in sources]
     tokenizer = chosen.train([text for head in heads for text in head], say) if training else chosen
+    tokenizer.save(folder)
     documents = [np.append(ids, tokenizer.eot) for ids in tokenizer.encode_batch(texts)]
     tokens = np.concatenate(documents).astype(token_dtype(tokenizer.vocab_size))
     tokens.tofile(folder / "val.bin")
@@ -69,7 +70,6 @@ def write_streamed_store(
         "streaming": True,
         **tokenizer_facts(tokenizer),
         "splits": {"val": dataclasses.asdict(counts)},
-        "files": save_tokenizer(tokenizer, folder),
     }
 
 
@@ -187,8 +187,6 @@ class ShardWriter:
         file = shard_file(self._folder, number)
         with replacing(file) as partial, partial.open("wb") as out:
             np.concatenate(documents).tofile(out)
-            out.flush()
-            os.fsync(out.fileno())
         with replacing(file.with_suffix(".json")) as partial:
             record = {"tokens": n_tokens, "feeds": [feed.state() for feed in self._feeds]}
             partial.write_text(json.dumps(record), "utf-8")

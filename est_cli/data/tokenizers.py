@@ -6,7 +6,9 @@ import itertools
 import json
 import os
 import re
+import shutil
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -48,7 +50,8 @@ class Tokenizer(Protocol):
     token_bytes: np.ndarray
     """int64 [vocab_size]: UTF-8 bytes of text in each token; control tokens 0."""
 
-    def encode(self, text: str) -> list[int]: ...
+    def encode(self, text: str) -> list[int]:
+        return self.encode_batch([text])[0].tolist()
 
     def encode_batch(
         self, texts: Sequence[str], continued: Sequence[bool] | None = None, threads: int | None = None
@@ -61,19 +64,14 @@ class Tokenizer(Protocol):
         """Writes the files that `load_tokenizer` reads."""
 
 
-class ByteTokenizer:
-    """Token i is byte i, and 256 ends a document."""
+class ByteTokenizer(Tokenizer):
+    """Token i is byte i, and 256 ends a document. Has no files."""
 
     kind = "byte"
     vocab_size = 257
     eot = 256
     definition = {"kind": "byte"}  # noqa: RUF012
-
-    def __init__(self):
-        self.token_bytes = np.array([1] * 256 + [0])
-
-    def encode(self, text: str) -> list[int]:
-        return list(text.encode("utf-8"))
+    token_bytes = np.array([1] * 256 + [0])
 
     def encode_batch(
         self, texts: Sequence[str], continued: Sequence[bool] | None = None, threads: int | None = None
@@ -83,11 +81,8 @@ class ByteTokenizer:
     def decode(self, ids: Sequence[int]) -> str:
         return bytes(int(i) for i in ids if i < self.eot).decode("utf-8", "replace")
 
-    def save(self, folder: Path) -> None:
-        """Has no files."""
 
-
-class SentencePieceTokenizer:
+class SentencePieceTokenizer(Tokenizer):
     """A SentencePiece model. `eot` is its end-of-sentence piece; text that looks like a control piece stays text."""
 
     kind = "sentencepiece"
@@ -125,9 +120,6 @@ class SentencePieceTokenizer:
         if tokenizer.eot < 0:
             raise UserError(f"tokenizer.path={path}: must have an end-of-sentence piece to end documents with")
         return tokenizer
-
-    def encode(self, text: str) -> list[int]:
-        return self.encode_batch([text])[0].tolist()
 
     def encode_batch(
         self, texts: Sequence[str], continued: Sequence[bool] | None = None, threads: int | None = None
@@ -282,7 +274,7 @@ def n_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-class HFTokenizer:
+class HFTokenizer(Tokenizer):
     """A tokenizer.json.
 
     `eot` is the eos token of the tokenizer_config.json beside it, else `<|endoftext|>` or `</s>`. Special tokens in a
@@ -327,20 +319,13 @@ class HFTokenizer:
             )
         return tokenizer
 
-    def encode(self, text: str) -> list[int]:
-        return self._tokenizer.encode(text, add_special_tokens=False).ids
-
     def encode_batch(
         self, texts: Sequence[str], continued: Sequence[bool] | None = None, threads: int | None = None
     ) -> list[np.ndarray]:
         # The library splits a batch over all cores, or not at all.
         batches = [[text] for text in texts] if threads == 1 else [list(texts)]
-        encodings = (
-            encoding
-            for batch in batches
-            for encoding in self._tokenizer.encode_batch_fast(batch, add_special_tokens=False)
-        )
-        return [np.array(encoding.ids, dtype=np.int32) for encoding in encodings]
+        encode = partial(self._tokenizer.encode_batch_fast, add_special_tokens=False)
+        return [np.array(encoding.ids, dtype=np.int32) for batch in batches for encoding in encode(batch)]
 
     def decode(self, ids: Sequence[int]) -> str:
         return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=True)
@@ -430,6 +415,16 @@ def choose_tokenizer(config: TokenizerConfig, model_vocab_size: int) -> Tokenize
             f"{name}: has {tokenizer.vocab_size} ids, and must have at most model.vocab_size={model_vocab_size}"
         )
     return tokenizer
+
+
+def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
+    """Replaces `folder` by one with the files of the tokenizer, as soon as they are complete."""
+    unfinished = folder.with_name(f".{folder.name}")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir()
+    tokenizer.save(unfinished)
+    shutil.rmtree(folder, ignore_errors=True)
+    unfinished.rename(folder)
 
 
 def load_tokenizer(kind: str, folder: Path) -> Tokenizer:

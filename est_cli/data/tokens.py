@@ -21,6 +21,7 @@ import numpy as np
 from est_cli.config import DataConfig, TokenizerConfig
 from est_cli.data import Say
 from est_cli.data.corpora import Source, cache_folder
+from est_cli.data.files import sync
 from est_cli.data.preparation import discard_work, has_work, write_store
 from est_cli.data.run_data import RunData, Text
 from est_cli.data.splits import open_sources
@@ -241,9 +242,10 @@ def _build(folder: Path, fingerprint: str, write: Callable[[Path], dict], say: S
             unfinished.unlink()
     try:
         manifest = {"format": _FORMAT, "fingerprint": fingerprint, **write(partial)}
+        manifest["files"] = {file.name: file.stat().st_size for file in sorted(partial.iterdir()) if file.is_file()}
         (partial / _MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", "utf-8")
         for path in (*partial.iterdir(), partial):
-            _fsync(path)
+            sync(path)
         discard_work(partial)
         os.replace(partial, folder)
     except BaseException:
@@ -252,7 +254,7 @@ def _build(folder: Path, fingerprint: str, write: Callable[[Path], dict], say: S
         else:
             shutil.rmtree(partial, ignore_errors=True)
         raise
-    _fsync(folder.parent)
+    sync(folder.parent)
 
 
 def _read_manifest(folder: Path) -> dict | None:
@@ -263,14 +265,6 @@ def _read_manifest(folder: Path) -> dict | None:
         return manifest if complete and manifest["format"] == _FORMAT else None
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def inspect(store: TokenStore, n_samples: int = 3, sample_tokens: int = 64) -> dict:

@@ -66,3 +66,9 @@ def text_data(tmp_path):
         )
 
     return make
+
+
+@pytest.fixture(autouse=True)
+def no_waiting_for_disks(monkeypatch):
+    """Token files of tests are small and many, and no test ends with a power cut."""
+    monkeypatch.setattr("os.fsync", lambda _: None)

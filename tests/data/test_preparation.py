@@ -109,7 +109,7 @@ def test_a_full_disk_keeps_what_was_tokenized_and_says_where(corpus_folder, text
 
     data, said = text_data(corpus_folder), []
     with monkeypatch.context() as patch, pytest.raises(UserError, match=r"data\.cache_dir=.*No space left"):
-        patch.setattr(preparation, "_assemble", full)
+        patch.setattr(preparation, "interleave", full)
         prepare(data, BYTE, 512, said.append, False)
     (kept,) = (path for path in cache_folder(data).iterdir() if path.is_dir())
     assert str(kept) in said[-1]

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from tiny_corpora import Documents, texts
 
 from est_cli.data import splits
-from est_cli.data.splits import split_corpus
+from est_cli.data.splits import Split, split_corpus
 from est_cli.errors import UserError
 
 
@@ -96,7 +96,7 @@ def test_no_byte_is_lost_and_no_side_is_empty(documents, fraction):
 def test_a_document_read_in_pieces_is_the_document(document):
     before, splits.PIECE_BYTES = splits.PIECE_BYTES, 16
     try:
-        pieces = list(splits._document_pieces(Documents(document), 0, 0, len(document)))
+        pieces = list(Split(Documents(document), *np.array([[0], [0], [len(document)]])).pieces())
     finally:
         splits.PIECE_BYTES = before
     text = "".join(piece.text for piece in pieces)
