@@ -5,12 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from est_cli.reports import style
 from est_cli.reports.comparison import Comparison
-from est_cli.reports.curves import STEPS, final_loss_window, train_curve
+from est_cli.reports.curves import Axis, Curve, final_loss_window
 from est_cli.reports.figures import draw_stages
 from est_cli.reports.records import RunRecord
 
@@ -31,43 +30,39 @@ def _transitions(runs: Sequence[dict[str, Any]], records: Sequence[RunRecord]) -
     """A panel a run: training loss, and at the checkpoints the full model and its subnetworks at equal weights."""
     figure = Figure(figsize=(style.WIDE, 4.0 * len(runs)))
     for ax, run, record in zip(figure.subplots(len(runs), squeeze=False)[:, 0], runs, records, strict=True):
-        checkpoints = run["checkpoints"]
-        line = train_curve(record, STEPS)
+        checkpoints, axis = run["checkpoints"], Axis.of("steps", [record])
+        line = Curve.of(record, axis, "train/loss_smoothed")
         ax.plot(line.x, line.y, color=style.REST, linewidth=0.8, label="training loss, logged")
-        at = [entry["step"] + 1 for entry in checkpoints]
+        at = np.array([entry["step"] + 1 for entry in checkpoints]) / axis.scale
         losses = [entry["full_loss"] for entry in checkpoints]
         look = {"color": style.SERIES[0], "marker": "o", "markersize": 5, "linewidth": 1.2}
         ax.plot(at, losses, label="full model, validation", **look)
-        for rank, found in enumerate(checkpoints[0]["subnetworks"], 1):
-            spreads = [entry["subnetworks"][rank - 1] for entry in checkpoints]
-            _draw_subnetworks(ax, spreads, at, rank, _kept(found["rates"]))
-        upper = [found["quantiles"]["0.95"] for entry in checkpoints for found in entry["subnetworks"]]
+        highest = losses
+        for rank, spreads in enumerate(zip(*(entry["subnetworks"] for entry in checkpoints), strict=True), 1):
+            mean = np.array([found["mean"] for found in spreads])
+            low, high = ([found["quantiles"][level] for found in spreads] for level in ("0.05", "0.95"))
+            highest = highest + high
+            ax.errorbar(
+                at,
+                mean,
+                yerr=np.clip([mean - low, high - mean], 0, None),
+                color=style.series(rank),
+                marker=_MARKERS[rank % len(_MARKERS)],
+                markersize=4.5,
+                linewidth=0.9,
+                linestyle=(0, (3, 2)),
+                capsize=2,
+                label=f"subnetworks, {_kept(spreads[0]['rates'])} (mean, 5–95%)",
+            )
         low, high = final_loss_window([line]) or ax.get_ylim()
-        ax.set_ylim(min(low, 0.98 * min(losses)), max(high, 1.02 * max([*losses, *upper])))
-        ax.set_xlim(0, max(1.0, *at, *line.x[-1:]) * 1.02)
+        ax.set_ylim(min(low, 0.98 * min(losses)), max(high, 1.02 * max(highest)))
+        ax.set_xlim(0, 1.02 * max([*at, *line.x[-1:]]))
         if len(record.stages) > 1:
-            draw_stages(ax, Comparison.of([record]), STEPS, 1.0)
-        ax.set(xlabel=STEPS.title, ylabel="Loss (nats per token)")
+            draw_stages(ax, Comparison([record]), axis)
+        ax.set(xlabel=axis.label, ylabel="Loss (nats per token)")
         ax.set_title(run["name"] if len(runs) > 1 else "", loc="left", fontsize=9, color=style.INK)
         ax.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2)
     return figure
-
-
-def _draw_subnetworks(ax: Axes, spreads: Sequence[dict[str, Any]], at: list[int], rank: int, label: str) -> None:
-    mean = np.array([found["mean"] for found in spreads])
-    low, high = (np.array([found["quantiles"][level] for found in spreads]) for level in ("0.05", "0.95"))
-    ax.errorbar(
-        at,
-        mean,
-        yerr=np.clip([mean - low, high - mean], 0, None),
-        color=style.series(rank),
-        marker=_MARKERS[rank % len(_MARKERS)],
-        markersize=4.5,
-        linewidth=0.9,
-        linestyle=(0, (3, 2)),
-        capsize=2,
-        label=f"subnetworks, {label} (mean, 5–95%)",
-    )
 
 
 def _kept(rates: dict[str, float]) -> str:
@@ -83,14 +78,7 @@ def _spread(runs: Sequence[dict[str, Any]]) -> Figure | None:
     ax = figure.subplots()
     for y, (run, found, rank) in enumerate(rows):
         above = np.array(found["losses"]) - run["checkpoints"][-1]["full_loss"]
-        colour = {"color": style.series(rank)}
-        look = {
-            "boxprops": colour,
-            "whiskerprops": colour,
-            "capprops": colour,
-            "medianprops": colour | {"linewidth": 2},
-        }
-        ax.boxplot(above, positions=[y], orientation="horizontal", widths=0.5, whis=(5, 95), showfliers=False, **look)
+        style.draw_box(ax, above, y, style.series(rank))
         ax.plot(above, np.full(len(above), y), "|", color=style.INK, markersize=7, markeredgewidth=0.7, alpha=0.6)
     ax.axvline(0, color=style.SERIES[0], linewidth=1.2)
     names = [f"{run['name']}: " * (len(runs) > 1) + _kept(found["rates"]) for run, found, _ in rows]

@@ -1,10 +1,9 @@
 """What runs are compared by: settings that differ, arms of equal settings, stage times, the full model's frontier."""
 
 import itertools
-import json
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -19,57 +18,50 @@ N_COLOURS = 7
 """So many of the best arms have a colour; the others are drawn in one grey."""
 SEED = "seed"
 _STAGES = "scheduler.stages"
-_ABSENT = object()
-_NOT_SETTINGS = {"run_id", "name", "format", "data.cache_dir"}
+_NOT_SETTINGS = {"run_id", "name", "format", "data.cache_dir", "logger"}
 _LARGEST_PAIRS = 3
 _LONGEST_LABEL = 38
 
 
 @dataclass(frozen=True)
 class Difference:
-    """A config key whose values are not all equal."""
+    """The values of a config key that are not all equal."""
 
-    key: str
-    values: list[Any]
-    """One for each run; None for a run without the key."""
+    values: dict[RunRecord, Any]
+    """None for a run without the key."""
     also: list[str] = field(default_factory=list)
     """Other keys with the same values in every run, except for keys of stages, which refer to settings."""
 
 
 def differences(runs: Sequence[RunRecord]) -> dict[str, Difference]:
     """The differences between the runs' configs, by key. Keys that always agree with each other are one difference."""
-    flat = [_flatten(run.config) for run in runs]
-    if len({sum(key.startswith("scheduler.stages[") for key in config) for config in flat}) > 1:
+    flat = [dict(_flatten(run.config)) for run in runs]
+    if len({len(run.setting(_STAGES) or ()) for run in runs}) > 1:
         flat = _with_stages_as_text(flat, runs)
-    keys = sorted(
-        dict.fromkeys(key for config in flat for key in config),
-        key=lambda key: (key == SEED, key.startswith("scheduler.stages["), key),
-    )
-    differing: dict[tuple[str, ...], Difference] = {}
+    keys = sorted(set().union(*flat), key=lambda key: (key == SEED, key.startswith(f"{_STAGES}["), key))
+    found: dict[tuple[str, ...], tuple[str, Difference]] = {}
     for key in keys:
-        values = [config.get(key, _ABSENT) for config in flat]
-        identity = tuple("absent" if value is _ABSENT else json.dumps(value, default=str) for value in values)
-        if identity in differing:
-            differing[identity].also.extend([] if key.startswith("scheduler.stages[") else [key])
+        values = [config.get(key) for config in flat]
+        identity = tuple(map(repr, values))
+        if identity in found:
+            found[identity][1].also.extend([] if key.startswith(f"{_STAGES}[") else [key])
         elif len(set(identity)) > 1:
-            differing[identity] = Difference(key, [None if value is _ABSENT else value for value in values])
-    return {difference.key: difference for difference in differing.values()}
+            found[identity] = key, Difference(dict(zip(runs, values, strict=True)))
+    return dict(found.values())
 
 
-def _flatten(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in config.items():
-        path = f"{prefix}{key}"
-        if path in _NOT_SETTINGS or path == "logger":
-            continue
-        if isinstance(value, dict):
-            flat |= _flatten(value, f"{path}.")
-        elif isinstance(value, list | tuple) and value and all(isinstance(item, dict) for item in value):
-            for index, item in enumerate(value):
-                flat |= _flatten(item, f"{path}[{index}].")
-        else:
-            flat[path] = list(value) if isinstance(value, tuple) else value
-    return flat
+def _flatten(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted keys and values of a config; an item of a list of sections is `key[0]`."""
+    if path in _NOT_SETTINGS:
+        return
+    if isinstance(value, dict):
+        for key, item in value.items():
+            yield from _flatten(item, f"{path}.{key}" if path else key)
+    elif isinstance(value, list) and value and all(isinstance(item, dict) for item in value):
+        for index, item in enumerate(value):
+            yield from _flatten(item, f"{path}[{index}]")
+    else:
+        yield path, value
 
 
 def _with_stages_as_text(flat: Sequence[dict[str, Any]], runs: Sequence[RunRecord]) -> list[dict[str, Any]]:
@@ -84,7 +76,7 @@ def _with_stages_as_text(flat: Sequence[dict[str, Any]], runs: Sequence[RunRecor
 
     keys = {key for config in flat for key in config if key.startswith("scheduler.")}
     dropped = {key for key in keys if len({repr(config[key]) for config in flat if key in config}) == 1}
-    dropped |= {key for key in keys if key.startswith("scheduler.stages[")}
+    dropped |= {key for key in keys if key.startswith(f"{_STAGES}[")}
     return [
         {key: value for key, value in config.items() if key not in dropped}
         | {_STAGES: ", ".join(map(text, run.stages))}
@@ -94,7 +86,7 @@ def _with_stages_as_text(flat: Sequence[dict[str, Any]], runs: Sequence[RunRecor
 
 def swept_pairs(differing: dict[str, Difference]) -> list[tuple[str, str]]:
     """Pairs of differing keys that the runs cross: at least 2×2 values, and half of the grid filled."""
-    values = {key: list(map(str, difference.values)) for key, difference in differing.items()}
+    values = {key: list(map(str, difference.values.values())) for key, difference in differing.items()}
     keys = [key for key in values if key != SEED]
     if len(keys) == 1 and keys != [_STAGES] and SEED in values:
         keys = [*keys, SEED]
@@ -145,18 +137,65 @@ class Arm:
         values = self.values(name)
         return float(np.std(values, ddof=1)) if len(values) > 1 else math.nan
 
+    @cached_property
+    def stage_times(self) -> list["StageTime"]:
+        """The stages that have step times, in order."""
+        measured = []
+        for stage in max((run.stages for run in self.runs), key=len):
+            step_s, flops = self._logged("perf/step_s", stage), self._logged("flops/step", stage)
+            if len(step_s):
+                measured.append(StageTime(self, stage, step_s, float(np.median(flops)) if len(flops) else math.nan))
+        full = next((entry for entry in measured if entry.stage.is_full), None)
+        return [replace(entry, full=full) for entry in measured]
+
+    def _logged(self, key: str, stage: Stage) -> np.ndarray:
+        """All runs' values in a stage, without its first step, which pays for compilation, if there are more."""
+        found = []
+        for run in self.runs:
+            inside = run.column("stage") == stage.number
+            later = inside & (run.column("step") > stage.first_step)
+            found.append(run.column(key)[later if later.any() else inside])
+        values = np.concatenate(found)
+        return values[np.isfinite(values)]
+
+
+@dataclass(frozen=True)
+class StageTime:
+    """How long an optimizer step took in one stage of one arm, over all its runs."""
+
+    arm: Arm
+    stage: Stage
+    step_s: np.ndarray
+    """float64 [samples], seconds."""
+    flops: float
+    """Median FLOPs of a step."""
+    full: "StageTime | None" = None
+    """The arm's stage that trains the full model."""
+
+    @property
+    def median(self) -> float:
+        return float(np.median(self.step_s))
+
+    @property
+    def time_ratio(self) -> float:
+        """Against the full model's stage; NaN if there is none."""
+        return self.median / self.full.median if self.full else math.nan
+
+    @property
+    def flops_ratio(self) -> float:
+        return self.flops / self.full.flops if self.full else math.nan
+
 
 @dataclass(frozen=True)
 class Comparison:
     """The runs of a report and what differs between them."""
 
-    runs: tuple[RunRecord, ...]
-    differing: dict[str, Difference] = field(default_factory=dict)
-    """By config key."""
+    runs: Sequence[RunRecord]
 
-    @classmethod
-    def of(cls, runs: Sequence[RunRecord]) -> "Comparison":
-        return cls(tuple(runs), differences(runs))
+    @cached_property
+    def differing(self) -> dict[str, Difference]:
+        """By config key."""
+        return differences(self.runs)
 
     @property
     def single(self) -> bool:
@@ -168,11 +207,11 @@ class Comparison:
         keys = [key for key in self.differing if key != SEED]
         groups: dict[tuple[str, ...], list[RunRecord]] = {}
         for index, run in enumerate(self.runs):
-            identity = tuple(repr(self.differing[key].values[index]) for key in keys)
+            identity = tuple(repr(self.differing[key].values[run]) for key in keys)
             # If no seed differs, runs with equal configs are separate arms, because people want to tell them apart.
             identity += () if SEED in self.differing else (str(index),)
             groups.setdefault(identity, []).append(run)
-        labels = self._labels(list(groups.values()), keys)
+        labels = self._labels([group[0] for group in groups.values()], keys)
         arms = [Arm(0, label, tuple(group)) for label, group in zip(labels, groups.values(), strict=True)]
         arms.sort(key=lambda arm: (math.isnan(arm.mean("val_loss")), arm.mean("val_loss")))
         return tuple(replace(arm, rank=rank) for rank, arm in enumerate(arms))
@@ -186,24 +225,19 @@ class Comparison:
         """The best arm that trains the full model throughout; the times of other arms are compared with its time."""
         return next((arm for arm in self.arms if abs(arm.mean("flops_saved")) < 1e-9), None)
 
-    def arm_of(self, run: RunRecord) -> Arm:
-        return next(arm for arm in self.arms if any(run is other for other in arm.runs))
-
-    def _labels(self, groups: Sequence[Sequence[RunRecord]], keys: Sequence[str]) -> list[str]:
+    def _labels(self, runs: Sequence[RunRecord], keys: Sequence[str]) -> list[str]:
         """Names, else the settings that differ, else folders: the first of them that tells all groups apart."""
-        names = [str(group[0].setting("name") or "") for group in groups]
-        folders = [re.sub(r"[_-]?seed[-=]?\d+", "", group[0].name) or group[0].name for group in groups]
-        settings = [self._settings(group[0], keys) for group in groups]
-        for candidates in (names, settings, folders):
-            distinct = len(set(candidates)) == len(groups) and all(candidates)
-            fit = candidates is not settings or all(len(label) <= _LONGEST_LABEL for label in settings)
-            if distinct and fit and len(groups) > 1:
-                return [_shortened(label) for label in candidates]
-        return [_shortened(group[0].name) for group in groups]
-
-    def _settings(self, run: RunRecord, keys: Sequence[str]) -> str:
-        index = next(i for i, other in enumerate(self.runs) if other is run)
-        return ", ".join(f"{short_key(key, keys)} {format_setting(self.differing[key].values[index])}" for key in keys)
+        names = [str(run.setting("name") or "") for run in runs]
+        folders = [re.sub(r"[_-]?seed[-=]?\d+", "", run.name) or run.name for run in runs]
+        settings = [
+            ", ".join(f"{short_key(key, keys)} {format_setting(self.differing[key].values[run])}" for key in keys)
+            for run in runs
+        ]
+        for labels in (names, settings, folders):
+            distinct = len(set(labels)) == len(runs) > 1 and all(labels)
+            if distinct and (labels is not settings or max(map(len, settings)) <= _LONGEST_LABEL):
+                return [shortened(label) for label in labels]
+        return [shortened(run.name) for run in runs]
 
 
 def short_key(key: str, keys: Sequence[str]) -> str:
@@ -212,61 +246,10 @@ def short_key(key: str, keys: Sequence[str]) -> str:
     return last if sum(other.rsplit(".", 1)[-1] == last for other in keys) == 1 else key
 
 
-def _shortened(label: str) -> str:
-    """One line of at most 38 printable characters."""
+def shortened(label: str, longest: int = _LONGEST_LABEL) -> str:
+    """One line of at most `longest` printable characters."""
     label = "".join(c if c.isprintable() else " " for c in label)
-    return label if len(label) <= _LONGEST_LABEL else label[: _LONGEST_LABEL - 1] + "…"
-
-
-@dataclass(frozen=True)
-class StageTime:
-    """How long an optimizer step took in one stage of one arm, over all its runs."""
-
-    arm: Arm
-    stage: Stage
-    step_s: np.ndarray
-    """float64 [samples], seconds."""
-    flops: float
-    """Median FLOPs of a step."""
-    full_step_s: float = math.nan
-    """Median step time of the arm's stage that trains the full model; NaN if there is none."""
-    full_flops: float = math.nan
-
-    @property
-    def median(self) -> float:
-        return float(np.median(self.step_s))
-
-    @property
-    def time_ratio(self) -> float:
-        return self.median / self.full_step_s
-
-    @property
-    def flops_ratio(self) -> float:
-        return self.flops / self.full_flops
-
-
-def stage_times(arm: Arm) -> list[StageTime]:
-    """The stages of an arm that have step times, in order."""
-    measured = []
-    for stage in max((run.stages for run in arm.runs), key=len):
-        step_s, flops = _samples(arm, stage, "perf/step_s"), _samples(arm, stage, "flops/step")
-        if len(step_s):
-            measured.append(StageTime(arm, stage, step_s, float(np.median(flops)) if len(flops) else math.nan))
-    full = next((entry for entry in measured if entry.stage.is_full), None)
-    if full is None:
-        return measured
-    return [replace(entry, full_step_s=full.median, full_flops=full.flops) for entry in measured]
-
-
-def _samples(arm: Arm, stage: Stage, key: str) -> np.ndarray:
-    """What the arm's runs logged in a stage. Its first step, which pays for compilation, counts only if it is alone."""
-    found = []
-    for run in arm.runs:
-        inside = run.column("stage") == stage.number
-        later = inside & (run.column("step") > stage.first_step)
-        found.append(run.column(key)[later if later.any() else inside])
-    samples = np.concatenate(found)
-    return samples[np.isfinite(samples)]
+    return label if len(label) <= longest else label[: longest - 1] + "…"
 
 
 @dataclass(frozen=True)

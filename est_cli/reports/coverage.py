@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from est_cli.config import ModelConfig, SamplingConfig
-from est_cli.reports.records import RunRecord
+from est_cli.reports.records import RunRecord, evenly
 from est_cli.subnet.sampler import sample
 from est_cli.subnet.schedule import Rates, Stage
 from est_cli.subnet.strategies import STRATEGIES
@@ -70,72 +70,43 @@ def _read(kind: type, values: Mapping[str, Any]) -> Any:
     return kind(**{field.name: values[field.name] for field in fields(kind) if field.name in values})
 
 
-@dataclass
-class _Tally:
-    """Steps that trained each unit, estimated from the drawn plans."""
-
-    layers: np.ndarray
-    heads: np.ndarray
-    neurons: np.ndarray
-    plans_drawn: int = 0
-    plans_in_run: int = 0
-    variance: float = 0.0
-    """Of one head's count."""
-
-
 def _count(run: RunRecord, model: ModelConfig, sampling: SamplingConfig, seed: int) -> Coverage:
-    n_stages = sum(stage.first_step < run.steps_done for stage in run.stages)
-    ranked = model.n_layers * (model.d_ff // sampling.mlp_block) * n_stages
-    most = min(MAX_PLANS_PER_STAGE, _MAX_DRAWS // (2 * model.n_layers * n_stages))
-    few = max(20, min(most, _MAX_RANKED_NEURONS // ranked))
-    tally = by_neuron = _tally(run, model, sampling, seed, few)
-    if few < most and tally.plans_drawn < tally.plans_in_run:
-        # Draws of heads and layers do not depend on the MLP's width, and without it many more are cheap.
-        tally = _tally(run, replace(model, d_ff=sampling.mlp_block), sampling, seed, most)
-    n_sampled_together = model.d_ff // sampling.mlp_block
-    n_blocks = min(_MAX_BLOCKS, n_sampled_together)
-    edges = (np.arange(n_blocks) * n_sampled_together // n_blocks) * sampling.mlp_block
-    sizes = np.diff(np.append(edges, model.d_ff))
-    done = float(run.steps_done)
-    return Coverage(
-        run,
-        tally.layers / done,
-        tally.heads / done,
-        np.add.reduceat(by_neuron.neurons, edges, axis=1) / sizes / done,
-        int(sizes.max()),
-        tally.plans_drawn,
-        tally.plans_in_run,
-        float(np.sqrt(tally.variance)) / done,
-    )
-
-
-def _tally(run: RunRecord, model: ModelConfig, sampling: SamplingConfig, seed: int, max_plans: int) -> _Tally:
-    n = model.n_layers
-    tally = _Tally(np.zeros(n), np.zeros((n, model.n_heads)), np.zeros((n, model.d_ff)))
-    for stage in run.stages:
-        if stage.first_step >= run.steps_done:
-            break
-        steps, weights, n_plans = _chosen_steps(stage, run.steps_done, sampling.resample_every, max_plans)
-        tally.plans_drawn += len(steps)
-        tally.plans_in_run += n_plans
+    stages = [stage for stage in run.stages if stage.first_step < run.steps_done]
+    n, n_mlp_units = model.n_layers, model.d_ff // sampling.mlp_block
+    max_plans = min(MAX_PLANS_PER_STAGE, _MAX_DRAWS // (2 * n * len(stages)))
+    max_ranked = max(20, _MAX_RANKED_NEURONS // (n * n_mlp_units * len(stages)))
+    # Draws of heads and layers do not depend on the MLP's width, and without it many more are cheap.
+    narrow = replace(model, d_ff=sampling.mlp_block)
+    layers, heads, neurons = np.zeros(n), np.zeros((n, model.n_heads)), np.zeros((n, model.d_ff))
+    plans_drawn, plans_in_run, variance = 0, 0, 0.0
+    for stage in stages:
+        steps, weight, n_plans = _chosen_plans(stage, run.steps_done, sampling.resample_every, max_plans)
+        ranked = set(evenly(len(steps), max_ranked).tolist())
+        for index, step in enumerate(steps.tolist()):
+            plan = sample(seed, step, stage, model if index in ranked else narrow, sampling)
+            layers[plan.layers] += weight[index]
+            heads[plan.layers[:, None], plan.heads] += weight[index]
+            if index in ranked:
+                neurons[plan.layers[:, None], plan.neurons] += weight[index] * len(steps) / len(ranked)
+        plans_drawn, plans_in_run = plans_drawn + len(steps), plans_in_run + n_plans
         kept = stage.rates.heads * stage.rates.layers
-        tally.variance += kept * (1 - kept) * weights.sum() ** 2 * (1 / len(steps) - 1 / n_plans)
-        for step, weight in zip(steps.tolist(), weights.tolist(), strict=True):
-            plan = sample(seed, step, stage, model, sampling)
-            tally.layers[plan.layers] += weight
-            tally.heads[plan.layers[:, None], plan.heads] += weight
-            tally.neurons[plan.layers[:, None], plan.neurons] += weight
-    return tally
+        variance += kept * (1 - kept) * weight.sum() ** 2 * (1 / len(steps) - 1 / n_plans)
+    n_blocks = min(_MAX_BLOCKS, n_mlp_units)
+    edges = (np.arange(n_blocks) * n_mlp_units // n_blocks) * sampling.mlp_block
+    sizes = np.diff(np.append(edges, model.d_ff))
+    blocks = np.add.reduceat(neurons, edges, axis=1) / sizes
+    done, noise = run.steps_done, float(np.sqrt(variance))
+    shares = (counts / done for counts in (layers, heads, blocks))
+    return Coverage(run, *shares, int(sizes.max()), plans_drawn, plans_in_run, noise / done)
 
 
-def _chosen_steps(stage: Stage, steps_done: int, every: int, max_plans: int) -> tuple[np.ndarray, np.ndarray, int]:
-    """Steps whose plans are drawn, how many steps each stands for, and how many plans the stage had."""
+def _chosen_plans(stage: Stage, steps_done: int, every: int, max_plans: int) -> tuple[np.ndarray, np.ndarray, int]:
+    """First steps of the plans that are drawn, how many steps each stands for, and how many plans the stage had."""
     end = min(stage.end, steps_done)
-    first_of_plan = np.arange(stage.first_step, end, every)
-    n_plans = len(first_of_plan)
+    first_steps = np.arange(stage.first_step, end, every)
     if stage.rates == Rates():
-        return first_of_plan[:1], np.array([float(end - stage.first_step)]), 1
-    if n_plans <= max_plans:
-        return first_of_plan, np.diff(np.append(first_of_plan, end)).astype(float), n_plans
-    chosen = np.linspace(0, n_plans - 1, max_plans).round().astype(int)
-    return first_of_plan[chosen], np.full(max_plans, (end - stage.first_step) / max_plans), n_plans
+        return first_steps[:1], np.array([float(end - stage.first_step)]), 1
+    if len(first_steps) <= max_plans:
+        return first_steps, np.diff(np.append(first_steps, end)).astype(float), len(first_steps)
+    weights = np.full(max_plans, (end - stage.first_step) / max_plans)
+    return first_steps[evenly(len(first_steps), max_plans)], weights, len(first_steps)

@@ -45,12 +45,12 @@
   };
 
   const describe = (plot, x) => {
-    const axis = plot.dataset.axis, scale = page.scale[axis];
+    const axis = plot.dataset.axis;
     tip.replaceChildren();
-    line(`${plot.dataset.title}: ${axis === "steps" && scale === 1 ? Math.round(x) : digits(x)}`).style.fontWeight = 600;
+    line(`${plot.dataset.title}: ${axis === "steps" && page.whole_steps ? Math.round(x) : digits(x)}`).style.fontWeight = 600;
     for (const arm of page.arms) {
-      const values = shown[plot.dataset.hover](arm, axis, x * scale).filter(Boolean).join(" · ");
-      const stage = valueAt(arm, axis, x * scale, "stage");
+      const values = shown[plot.dataset.hover](arm, axis, x).filter(Boolean).join(" · ");
+      const stage = valueAt(arm, axis, x, "stage");
       if (!values) continue;
       const where = stage !== null && Number.isInteger(stage) ? ` · stage ${stage}` : "";
       line((page.single ? "" : `${arm.letter}  `) + values + where, page.single ? null : `var(--series-${arm.series})`);

@@ -12,11 +12,11 @@ import yaml
 
 from est_cli import units
 from est_cli.reports import style
-from est_cli.reports.comparison import Comparison, stage_times
+from est_cli.reports.comparison import Comparison
 from est_cli.reports.coverage import Coverage
-from est_cli.reports.curves import AXES, STEPS, known_axes, run_with_shared_stages, train_curve
+from est_cli.reports.curves import Axis, known_axes, run_with_shared_stages
 from est_cli.reports.figures import Drawing
-from est_cli.reports.records import RunRecord
+from est_cli.reports.records import RunRecord, evenly
 
 _FOLDER = Path(__file__).parent
 _MAX_HOVER_ROWS_IN_ALL, _MAX_HOVER_ROWS = 8000, 400
@@ -45,24 +45,21 @@ def page(comparison: Comparison, drawings: Sequence[Drawing], found: Coverage | 
     )
     formats = ("count", "flops", "percent", "loss", "ratio", "step_time", "clock", "setting")
     environment.filters |= {name: getattr(units, f"format_{name}") for name in formats}
-    environment.filters |= {"css_variable": style.css_variable, "rate": _rate, "thousands": "{:,}".format}
+    environment.filters |= {"css_variable": style.css_variable, "thousands": "{:,}".format}
     losses = [drawing for drawing in drawings if drawing.hover == "loss"]
     runs = comparison.runs
     return environment.get_template("page.html").render(
         comparison=comparison,
         title=_title(comparison),
         model_line=_model_line(comparison),
-        tiles=_run_tiles(runs[0]) if comparison.single else _comparison_tiles(comparison),
-        figures={drawing.name: _figure(comparison, drawing) for drawing in drawings},
+        tiles=_tiles(comparison),
+        drawings={drawing.name: drawing for drawing in drawings},
+        inline_svg=style.inline_svg,
         losses=losses,
         grows=any((run.column("grown/layers") < 1).any() for run in runs),
         strips=any(len(run.stages) > 1 for run in runs)
-        and any(run_with_shared_stages(comparison, drawing.axis) is None for drawing in losses),
-        stage_times=stage_times,
+        and any(run_with_shared_stages(runs, drawing.axis) is None for drawing in losses),
         found=found,
-        by_arm=sorted(
-            ((comparison.arm_of(run), index, run) for index, run in enumerate(runs)), key=lambda row: row[0].rank
-        ),
         config=yaml.safe_dump(runs[0].config, sort_keys=False) if comparison.single else "",
         logged=any(run.n_rows for run in runs),
         lines=sum(run.n_lines for run in runs),
@@ -73,10 +70,6 @@ def page(comparison: Comparison, drawings: Sequence[Drawing], found: Coverage | 
         script=(_FOLDER / "page.js").read_text(encoding="utf-8"),
         curves=_hover_json(comparison),
     )
-
-
-def _rate(rate: float) -> str:
-    return f"{rate:.3g}" if math.isfinite(rate) else units.UNKNOWN
 
 
 def _title(comparison: Comparison) -> str:
@@ -90,90 +83,70 @@ def _title(comparison: Comparison) -> str:
 
 def _model_line(comparison: Comparison) -> str:
     """The settings that all runs share; before them, in a comparison, how many runs are done."""
-    settings = {key: comparison.runs[0].setting(key) for key in _MODEL_LINE if key not in comparison.differing}
-    parts = [
-        _MODEL_LINE[key].format(units.format_setting(value)) for key, value in settings.items() if value is not None
-    ]
-    if comparison.single:
-        return " · ".join(parts)
-    statuses = [run.status for run in comparison.runs]
-    told = ", ".join(f"{statuses.count(status)} {status}" for status in dict.fromkeys(statuses))
-    return f"{told} · {' · '.join(parts)}"
+    parts = []
+    if not comparison.single:
+        statuses = [run.status for run in comparison.runs]
+        parts.append(", ".join(f"{statuses.count(status)} {status}" for status in dict.fromkeys(statuses)))
+    for key, text in _MODEL_LINE.items():
+        value = comparison.runs[0].setting(key)
+        if value is not None and key not in comparison.differing:
+            parts.append(text.format(units.format_setting(value)))
+    return " · ".join(parts)
 
 
-def _run_tiles(run: RunRecord) -> list[tuple[str, str, str]]:
-    """The outcome of one run: name, value and note of the key numbers at the top of the page."""
-    outcome, step_s = run.outcome, run.column("perf/step_s")
-    loss = outcome["val_loss"]
-    perplexity = f"{math.exp(loss):.4g}" if loss < 50 else units.UNKNOWN
-    parts = [run.column(f"grown/{unit}")[-1:] for unit in ("heads", "mlp", "layers")]
-    evaluated = "the part that has joined" if any((part < 1).any() for part in parts) else "full model"
-    median = units.format_step_time(float(np.nanmedian(step_s)) if np.isfinite(step_s).any() else None)
-    full_flops = units.format_flops(outcome["flops_full_total"])
-    return [
-        ("Validation loss", units.format_loss(loss), f"perplexity {perplexity}, {evaluated}"),
-        *_saved_tiles(
-            units.format_percent(outcome["flops_saved"]), units.format_percent(outcome["flops_saved_blocks"])
-        ),
-        ("Training compute", units.format_flops(outcome["flops_total"]), f"full model: {full_flops}"),
-        ("Training time", units.format_clock(outcome["train_s"]), f"median step {median}"),
-        ("Tokens", units.format_count(outcome["tokens"]), f"{int(outcome['steps']):,} optimizer steps"),
-    ]
-
-
-def _comparison_tiles(comparison: Comparison) -> list[tuple[str, str, str]]:
-    """The best arm, and totals over all runs."""
+def _tiles(comparison: Comparison) -> list[tuple[str, str, str]]:
+    """Name, value and note of the key numbers at the top of the page: of one run, or of the best arm and of all."""
     best = comparison.arms[0]
 
     def total(name: str) -> float:
-        return math.fsum(value for arm in comparison.arms for value in arm.values(name))
+        values = [value for arm in comparison.arms for value in arm.values(name)]
+        return math.fsum(values) if values else math.nan
 
     def between(name: str) -> str:
         values = [arm.mean(name) for arm in comparison.arms if math.isfinite(arm.mean(name))]
         low, high = (units.format_percent(pick(values, default=None)) for pick in (min, max))
         return low if low == high else f"{low.removesuffix('%')}–{high}"
 
+    if comparison.single:
+        first, notes = "Validation loss", _notes(comparison.runs[0])
+    else:
+        first, notes = "Best validation loss", [f"{best.letter}  {best.label}", *3 * ["all runs together"]]
     return [
-        ("Best validation loss", units.format_loss(best.mean("val_loss")), f"{best.letter}  {best.label}"),
-        *_saved_tiles(between("flops_saved"), between("flops_saved_blocks")),
-        ("Training time", units.format_clock(total("train_s")), "all runs together"),
-        ("Training compute", units.format_flops(total("flops_total")), "all runs together"),
-        ("Tokens", units.format_count(total("tokens")), "all runs together"),
+        (first, units.format_loss(best.mean("val_loss")), notes[0]),
+        ("FLOPs saved", between("flops_saved"), "whole model, LM head included"),
+        ("FLOPs saved, blocks", between("flops_saved_blocks"), "blocks alone, as the paper counts"),
+        ("Training compute", units.format_flops(total("flops_total")), notes[1]),
+        ("Training time", units.format_clock(total("train_s")), notes[2]),
+        ("Tokens", units.format_count(total("tokens")), notes[3]),
     ]
 
 
-def _saved_tiles(saved: str, saved_blocks: str) -> list[tuple[str, str, str]]:
+def _notes(run: RunRecord) -> list[str]:
+    """On the loss, the compute, the time and the tokens of one run."""
+    loss, step_s = run.outcome["val_loss"], run.column("perf/step_s")
+    perplexity = f"{math.exp(loss):.4g}" if loss < 50 else units.UNKNOWN
+    grows = any((run.column(f"grown/{unit}")[-1:] < 1).any() for unit in ("heads", "mlp", "layers"))
     return [
-        ("FLOPs saved", saved, "whole model, LM head included"),
-        ("FLOPs saved, blocks", saved_blocks, "blocks alone, as the paper counts"),
+        f"perplexity {perplexity}, {'the part that has joined' if grows else 'full model'}",
+        f"full model: {units.format_flops(run.outcome['flops_full_total'])}",
+        f"median step {units.format_step_time(float(np.nanmedian(step_s)) if np.isfinite(step_s).any() else None)}",
+        f"{int(run.outcome['steps']):,} optimizer steps",
     ]
-
-
-def _figure(comparison: Comparison, drawing: Drawing) -> str:
-    """The drawing as a `<figure>` with one SVG, or with two for wide and narrow windows."""
-    data = {}
-    if drawing.hover:
-        data = {"hover": drawing.hover, "axis": drawing.axis.key, "title": drawing.axis.unit(comparison.runs)[1]}
-    svg = style.inline_svg(drawing.figure, f"{drawing.name}-wide", drawing.description, "wide", data)
-    if drawing.narrow is not None:
-        svg += style.inline_svg(drawing.narrow, f"{drawing.name}-narrow", drawing.description, "narrow", data)
-    return f'<figure class="{"has-narrow" if drawing.narrow is not None else ""}">{svg}</figure>'
 
 
 def _hover_json(comparison: Comparison) -> str:
     """The numbers under the pointer for the page's script, safe inside a `<script>` element."""
-    arms = comparison.coloured_arms
+    arms, axes = comparison.coloured_arms, known_axes(comparison.runs)
     n_runs = sum(len(arm.runs) for arm in arms)
     rows = min(_MAX_HOVER_ROWS, max(40, _MAX_HOVER_ROWS_IN_ALL // max(1, n_runs)))
     data = {
-        "scale": {axis.key: axis.unit(comparison.runs)[0] for axis in known_axes(comparison)},
+        "whole_steps": any(axis.key == "steps" and axis.scale == 1 for axis in axes),
         "single": comparison.single,
         "arms": [
             {
                 "letter": arm.letter,
-                "label": arm.label,
                 "series": arm.rank,
-                "runs": [_hover_columns(run, rows) for run in arm.runs if run.n_rows],
+                "runs": [_hover_columns(run, axes, rows) for run in arm.runs if run.n_rows],
             }
             for arm in arms
         ],
@@ -181,18 +154,17 @@ def _hover_json(comparison: Comparison) -> str:
     return json.dumps(data, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
 
 
-def _hover_columns(run: RunRecord, rows: int) -> dict[str, list[float | None]]:
-    chosen = np.unique(np.linspace(0, run.n_rows - 1, min(rows, run.n_rows)).round().astype(int))
-    train, val = train_curve(run, STEPS), run.column("val/loss")
-    last_known = np.maximum.accumulate(np.where(np.isfinite(val), np.arange(run.n_rows), -1))
-    columns = {axis.key: axis.values(run) for axis in AXES} | {
-        "train": np.interp(run.column("step") + 1, train.x, train.y) if len(train) else run.column("train/loss"),
-        "val": np.where(last_known >= 0, val[last_known], np.nan),
+def _hover_columns(run: RunRecord, axes: Sequence[Axis], rows: int) -> dict[str, list[float | None]]:
+    val = run.column("val/loss")
+    last_known = np.maximum.accumulate(np.where(np.isfinite(val), np.arange(run.n_rows), 0))
+    columns = {axis.key: axis.values(run) for axis in axes} | {
+        "train": run.column("train/loss_smoothed"),
+        "val": val[last_known],
         "stage": run.column("stage"),
         "saved": run.column("flops/saved"),
         "blocks": run.column("flops/saved_blocks"),
     }
     return {
-        key: [float(f"{value:.6g}") if np.isfinite(value) else None for value in values[chosen]]
+        key: [float(f"{value:.6g}") if np.isfinite(value) else None for value in values[evenly(run.n_rows, rows)]]
         for key, values in columns.items()
     }

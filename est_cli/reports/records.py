@@ -10,6 +10,7 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +28,9 @@ _NOT_RUNS = {"checkpoints", "report", "wandb", ".hydra", ".git"}
 _LAST_VALUES = ("val/loss", "tokens", "flops/total", "flops/full_total", "flops/saved", "flops/saved_blocks")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class RunRecord:
-    """A run as its folder describes it."""
+    """A run as its folder describes it. A record equals only itself."""
 
     name: str
     folder: Path
@@ -98,13 +99,14 @@ class RunRecord:
             return self._logged_stages()
 
     def _logged_stages(self) -> tuple[Stage, ...]:
-        number, step = self.column("stage"), self.columns.get("step", np.array([]))
-        starts = [i for i in range(self.n_rows) if number[i] == number[i] and (i == 0 or number[i] != number[i - 1])]
-        ends = [*(int(step[i]) for i in starts[1:]), self.steps_done][: len(starts)]
-        kept = [self.column(f"subnet/{unit}") for unit in ("heads", "mlp", "layers")]
+        if "stage" not in self.columns:
+            return ()
+        numbers, rows = np.unique(self.columns["stage"], return_index=True)
+        edges = [0, *map(int, self.columns["step"][rows[1:]]), self.steps_done]
+        kept = np.transpose([self.column(f"subnet/{unit}")[rows] for unit in ("heads", "mlp", "layers")]).tolist()
         return tuple(
-            Stage(int(number[i]), int(step[i]) if position else 0, end, Rates(*(float(k[i]) for k in kept)))
-            for position, (i, end) in enumerate(zip(starts, ends, strict=True))
+            Stage(int(number), first, end, Rates(*rates))
+            for number, (first, end), rates in zip(numbers, pairwise(edges), kept, strict=True)
         )
 
 
@@ -118,15 +120,14 @@ def load_runs(paths: Sequence[Path]) -> list[RunRecord]:
 
     Raises one UserError for all paths that hold no run.
     """
-    problems, found = [], {}
+    problems = [] if paths else ["runs=[]: must name at least one run or sweep folder"]
+    found: dict[Path, tuple[Path, Path]] = {}
     for path in map(Path, paths):
         folders = _run_folders(path)
         if not folders:
             problems.append(_explain_nothing(path))
         for folder in folders:
             found.setdefault(folder.resolve(), (folder, path))
-    if not paths:
-        problems.append("runs=[]: must name at least one run or sweep folder")
     if problems:
         raise UserError(*problems)
     names = [folder.relative_to(root).as_posix() if folder != root else at.name for at, (folder, root) in found.items()]
@@ -167,10 +168,8 @@ def _read_run(name: str, folder: Path) -> RunRecord:
 
 
 def _read_mapping(path: Path, parse: Callable[[str], Any], problems: list[str]) -> dict[str, Any] | None:
-    if not path.is_file():
-        return None
     try:
-        content = parse(path.read_text(encoding="utf-8"))
+        content = parse(path.read_text(encoding="utf-8")) if path.is_file() else None
     except (ValueError, yaml.YAMLError) as error:
         problems.append(f"{path} cannot be read: {error}")
         return None
@@ -178,67 +177,71 @@ def _read_mapping(path: Path, parse: Callable[[str], Any], problems: list[str]) 
 
 
 def read_metrics(path: Path, max_lines: int = MAX_PARSED_LINES) -> tuple[dict[str, np.ndarray], int]:
-    """The columns of a metrics file and the number of its lines.
+    """The columns of a metrics file and the number of its whole lines.
 
-    Every column is float64 [rows], NaN where a row has no number for it. `seconds` is added: training time so far,
-    from `perf/step_s`. Two kinds of lines are skipped: those that are not JSON objects with a `step`, such as a last
-    line that was cut short, and those whose steps are logged again further down.
+    Every column is float64 [rows], NaN where a row has no number for it. Two are added: `seconds`, training time so
+    far, and `train/loss_smoothed`. Lines that are not JSON objects with a `step`, such as a last line that was cut
+    short, are skipped.
     """
     with path.open("rb") as file:
         n_lines = sum(chunk.count(b"\n") for chunk in iter(lambda: file.read(_CHUNK_BYTES), b""))
-    # Odd, so the selection does not coincide with what happens every ten or hundred steps.
-    stride = -(-n_lines // max_lines) | 1
-    rows: list[dict[str, Any]] = []
-    n_lines, last_parsed, before_last, last = 0, -1, b"", b""
-    with path.open("rb") as file:
-        for index, line in enumerate(file):
-            if index % stride == 0 or (b'"val/loss": null' not in line and b'"val/loss"' in line):
-                _append_row(rows, line)
-                last_parsed = index
-            before_last, last, n_lines = last, line, index + 1
-    if last_parsed < n_lines - 1 and not _append_row(rows, last):
-        _append_row(rows, before_last)
-    rows = _without_rewritten(rows)
-    keys = dict.fromkeys(key for row in rows for key, value in row.items() if _is_number(value))
-    columns = {
-        key: np.array([row[key] if _is_number(row.get(key)) else np.nan for row in rows], dtype=np.float64)
-        for key in keys
-    }
-    if "perf/step_s" in columns:
-        columns["seconds"] = _training_seconds(columns)
+        # Odd, so the selection does not coincide with what happens every ten or hundred steps.
+        stride = -(-n_lines // max_lines) | 1
+        file.seek(0)
+        rows = [
+            _parse(line)
+            for index, line in enumerate(file)
+            if index % stride == 0
+            or index >= n_lines - 1
+            or (b'"val/loss": null' not in line and b'"val/loss"' in line)
+        ]
+    rows = [row for row in rows if row is not None]
+    keys = dict.fromkeys(key for row in rows for key, value in row.items() if value is not None)
+    columns = {key: np.array([row.get(key) for row in rows], dtype=np.float64) for key in keys}
+    if rows:
+        stage = columns.get("stage", np.zeros(len(rows)))
+        if "perf/step_s" in columns:
+            columns["seconds"] = _training_seconds(columns["step"], columns["perf/step_s"], stage)
+        if "train/loss" in columns:
+            columns["train/loss_smoothed"] = smoothed(columns["train/loss"], stage)
     return columns, n_lines
 
 
-def _training_seconds(columns: dict[str, np.ndarray]) -> np.ndarray:
-    """Seconds of training up to each row; a row stands for all steps since the row before it. [rows]"""
-    step_s = np.nan_to_num(columns["perf/step_s"])
-    stage = columns.get("stage", np.zeros_like(step_s))
-    usual = np.empty_like(step_s)
-    for number in np.unique(stage[~np.isnan(stage)]):
-        usual[stage == number] = np.median(step_s[stage == number])
-    usual[np.isnan(stage)] = np.median(step_s)
-    steps_since = np.diff(columns["step"], prepend=-1.0)
-    return np.cumsum(step_s + (steps_since - 1) * np.minimum(step_s, _SLOW_STEP * usual))
-
-
-def _append_row(rows: list[dict[str, Any]], line: bytes) -> bool:
+def _parse(line: bytes) -> dict[str, Any] | None:
     try:
         row = json.loads(line)
     except ValueError:
-        return False
-    if not isinstance(row, dict) or not _is_number(row.get("step")):
-        return False
-    rows.append(row)
-    return True
+        return None
+    return row if isinstance(row, dict) and isinstance(row.get("step"), int) else None
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+def _training_seconds(step: np.ndarray, step_s: np.ndarray, stage: np.ndarray) -> np.ndarray:
+    """Seconds of training up to each row; a row stands for all steps since the row before it. [rows]"""
+    step_s, usual = np.nan_to_num(step_s), np.empty_like(step_s)
+    for number in np.unique(stage):
+        usual[stage == number] = np.median(step_s[stage == number])
+    steps_since = np.diff(step, prepend=-1.0)
+    return np.cumsum(step_s + (steps_since - 1) * np.minimum(step_s, _SLOW_STEP * usual))
 
 
-def _without_rewritten(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    if not rows:
-        return rows
-    steps = np.array([row["step"] for row in rows])
-    smallest_later = np.append(np.minimum.accumulate(steps[::-1])[::-1][1:], np.inf)
-    return [row for row, kept in zip(rows, steps < smallest_later, strict=True) if kept]
+def smoothed(loss: np.ndarray, stage: np.ndarray) -> np.ndarray:
+    """A running mean over about 1% of the run that never crosses a stage boundary; NaN where `loss` is. [rows]"""
+    known = np.isfinite(loss)
+    window = max(1, known.sum() // 100)
+    parts = np.split(loss[known], np.flatnonzero(np.diff(stage[known])) + 1)
+    means = np.full_like(loss, np.nan)
+    means[known] = np.concatenate([running_mean(part, window) for part in parts])
+    return means
+
+
+def running_mean(values: np.ndarray, window: int) -> np.ndarray:
+    """Mean over up to `window` values around each value; over fewer at the ends. [n] → [n]"""
+    n, half = len(values), window // 2
+    total = np.concatenate([[0.0], np.cumsum(values)])
+    low, high = np.maximum(np.arange(n) - half, 0), np.minimum(np.arange(n) + half + 1, n)
+    return (total[high] - total[low]) / (high - low)
+
+
+def evenly(n: int, most: int) -> np.ndarray:
+    """At most `most` of the indices 0 … n − 1, evenly taken, with the first and the last."""
+    return np.linspace(0, n - 1, min(most, n)).round().astype(int)

@@ -5,43 +5,38 @@ matplotlib and Jinja2 take most of a second to import, so they are imported only
 
 import csv
 import math
-import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from est_cli import reports
-from est_cli.errors import UserError, nearest
-from est_cli.reports.comparison import Arm, Comparison, stage_times
+from est_cli.reports.comparison import Arm, Comparison
 from est_cli.reports.coverage import coverage
-from est_cli.reports.curves import STEPS, train_curve
-from est_cli.reports.records import RunRecord, load_runs
+from est_cli.reports.records import RunRecord, evenly, load_runs
 
 FORMATS = ("html", "png", "csv")
 _MAIN_FILES = {"html": "report.html", "png": "report.png", "csv": "runs.csv"}
 _MAX_CURVE_ROWS = 2000
 _CURVE_KEYS = ("step", "stage", "tokens", "seconds", "flops/total", "train/loss", "val/loss")
-_CURVE_KEYS += ("flops/saved", "flops/saved_blocks")
+_CURVE_KEYS += ("flops/saved", "flops/saved_blocks", "train/loss_smoothed")
 
 
 def write_report(runs: Sequence[RunRecord], out: Path, formats: Sequence[str] = FORMATS) -> dict[str, Path]:
     """Writes report.html, report.png with figures/*.png, and runs.csv with curves.csv into `out`.
 
     Returns the main file of every format. All file names are fixed, so no run's name can lead out of `out`.
-    Raises UserError for an unknown format, or an `out` that is not a folder.
+    Raises OSError if `out` cannot be written.
     """
-    _check(out, formats)
-    comparison = Comparison.of(runs)
     out.mkdir(parents=True, exist_ok=True)
+    comparison = Comparison(runs)
     files = {name: out / file for name, file in _MAIN_FILES.items() if name in formats}
     if "csv" in files:
         _write_csv(files["csv"], _run_rows(comparison))
-        _write_csv(out / "curves.csv", [row for run in comparison.runs for row in _curve_rows(run)])
+        _write_csv(out / "curves.csv", [row for run in runs for row in _curve_rows(run)])
     if "html" in files or "png" in files:
-        with _drawing():
+        with reports.style.report_style():
             _draw(comparison, out, files)
     return files
 
@@ -56,22 +51,9 @@ def try_report(folders: Sequence[Path], out: Path, formats: Sequence[str] = FORM
 
 def write_compute_and_time(runs: Sequence[RunRecord], path: Path) -> Path:
     """Writes one PNG: loss against whole-model FLOPs, and against time."""
-    with _drawing():
-        reports.style.save_png(reports.figures.compute_and_time(Comparison.of(runs)), path)
+    with reports.style.report_style():
+        reports.style.save_png(reports.figures.compute_and_time(Comparison(runs)), path)
     return path
-
-
-def _check(out: Path, formats: Sequence[str]) -> None:
-    problems = [
-        f"formats={name}: must be one of {', '.join(FORMATS)}{nearest(name, FORMATS)}"
-        for name in formats
-        if name not in FORMATS
-    ]
-    taken = next((path for path in (out, *out.parents) if path.exists()), out)
-    if taken.exists() and not taken.is_dir():
-        problems.append(f"out={out}: {taken} is a file; must be a folder, or the name of a new one")
-    if problems:
-        raise UserError(*problems)
 
 
 def _draw(comparison: Comparison, out: Path, files: dict[str, Path]) -> None:
@@ -88,23 +70,16 @@ def _draw(comparison: Comparison, out: Path, files: dict[str, Path]) -> None:
         reports.style.save_png(reports.figures.overview(comparison), files["png"])
 
 
-@contextmanager
-def _drawing() -> Iterator[None]:
-    """The report's style; without warnings about letters that the font lacks, which the page shows correctly."""
-    with warnings.catch_warnings(), reports.style.report_style():
-        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
-        yield
-
-
 def _run_rows(comparison: Comparison) -> list[dict[str, Any]]:
     """Name, folder, status, the settings that differ, summary.json's numbers, and the step time of every stage."""
     n_stages = max((stage.number for run in comparison.runs for stage in run.stages), default=0)
+    letters = {run: arm.letter for arm in comparison.arms for run in arm.runs}
     rows = []
-    for index, run in enumerate(comparison.runs):
-        medians = {entry.stage.number: entry.median for entry in stage_times(Arm(0, run.name, (run,)))}
+    for run in comparison.runs:
+        medians = {entry.stage.number: entry.median for entry in Arm(0, run.name, (run,)).stage_times}
         rows.append(
-            {"arm": comparison.arm_of(run).letter, "run": run.name, "folder": str(run.folder), "status": run.status}
-            | {key: difference.values[index] for key, difference in comparison.differing.items()}
+            {"arm": letters[run], "run": run.name, "folder": str(run.folder), "status": run.status}
+            | {key: difference.values[run] for key, difference in comparison.differing.items()}
             | {name: _cell(value) for name, value in run.outcome.items()}
             | {f"stage{n}_step_s_median": _cell(medians.get(n, math.nan)) for n in range(1, n_stages + 1)}
         )
@@ -113,14 +88,8 @@ def _run_rows(comparison: Comparison) -> list[dict[str, Any]]:
 
 def _curve_rows(run: RunRecord) -> list[dict[str, Any]]:
     """At most 2000 rows, evenly taken, and every validation loss."""
-    if not run.n_rows:
-        return []
-    even = np.linspace(0, run.n_rows - 1, min(_MAX_CURVE_ROWS, run.n_rows)).round().astype(int)
-    chosen = np.union1d(even, np.flatnonzero(np.isfinite(run.column("val/loss"))))
+    chosen = np.union1d(evenly(run.n_rows, _MAX_CURVE_ROWS), np.flatnonzero(np.isfinite(run.column("val/loss"))))
     columns = {key.replace("/", "_"): run.column(key)[chosen] for key in _CURVE_KEYS}
-    train = train_curve(run, STEPS)
-    if len(train):
-        columns["train_loss_smoothed"] = np.interp(run.column("step")[chosen] + 1, train.x, train.y)
     return [
         {"run": run.name} | {name: _cell(values[i]) for name, values in columns.items()} for i in range(len(chosen))
     ]

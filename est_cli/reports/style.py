@@ -1,20 +1,24 @@
-"""The look of all figures: colours by role, matplotlib's settings, and how a figure becomes PNG or inline SVG.
+"""The look of all figures: colours by role, matplotlib's settings, shapes that several figures have, PNG and SVG.
 
 The colours are Okabe and Ito's palette, which colour-blind people can tell apart. Figures are drawn in the light
 colours. In the page each colour becomes a CSS variable with a light and a dark value, so every colour stands for one
 role only.
 """
 
-import html
 import io
 import re
-from collections.abc import Iterator, Sequence
+import warnings
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import matplotlib
+import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
 
 SERIES = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
 _SERIES_DARK = ("#56b4e9", "#e8762b", "#00b386", "#d98fb8", "#e69f00", "#f0e442", "#fefefe")
@@ -31,7 +35,6 @@ _ROLES = {
     **{f"series-{i}": pair for i, pair in enumerate(zip(SERIES, _SERIES_DARK, strict=True))},
 }
 """The light and the dark colour of each role."""
-HEAT_MAP = "viridis"
 WIDE = 9.2
 """Inches of a figure that fills the page."""
 
@@ -68,8 +71,12 @@ _SETTINGS = {
 
 @contextmanager
 def report_style() -> Iterator[None]:
-    """Figures made and saved inside look the same with any matplotlibrc of the user."""
-    with matplotlib.rc_context():
+    """Figures made and saved inside look the same with any matplotlibrc of the user.
+
+    Warnings about letters that the font lacks are left out: the page shows them correctly.
+    """
+    with matplotlib.rc_context(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
         matplotlib.rcdefaults()
         matplotlib.rcParams.update(_SETTINGS)
         yield
@@ -90,17 +97,37 @@ def css_rules() -> str:
     return f":root{{{light}}}@media screen and (prefers-color-scheme:dark){{:root{{{dark}}}}}"
 
 
-def text_on(rgba: Sequence[float]) -> str:
-    """Black or white for text on a heat map's cell, whichever is easier to read; the same in both themes."""
-    luminance = 0.2126 * rgba[0] + 0.7152 * rgba[1] + 0.0722 * rgba[2]
-    return "#0b0b0b" if luminance > 0.5 else "#fdfdfd"
-
-
-def bare(ax: Axes) -> None:
-    """Axes without grid, ticks and frame, for heat maps."""
+def draw_heat_map(ax: Axes, values: np.ndarray, texts: np.ndarray, fontsize: float, **look: Any) -> AxesImage:
+    """`values` [rows, columns] as colours under `texts` of the same shape, or of size 0 for none."""
+    drawn = ax.imshow(values, aspect="auto", interpolation="none", **look)
+    for (row, column), text in np.ndenumerate(texts):
+        red, green, blue, _ = drawn.to_rgba(values[row, column])
+        # Black or white, whichever is easier to read; the same in both themes.
+        dark_cell = 0.2126 * red + 0.7152 * green + 0.0722 * blue <= 0.5
+        colour = MUTED if np.isnan(values[row, column]) else "#fdfdfd" if dark_cell else "#0b0b0b"
+        ax.text(column, row, text, ha="center", va="center", fontsize=fontsize, color=colour)
     ax.grid(visible=False)
     ax.tick_params(length=0)
     ax.spines[:].set_visible(False)
+    return drawn
+
+
+def draw_box(ax: Axes, samples: np.ndarray, y: float, colour: str) -> None:
+    """A horizontal box of 25–75% with a bar at the median, and whiskers of 5–95%."""
+    ax.boxplot(
+        samples,
+        positions=[y],
+        orientation="horizontal",
+        widths=0.55,
+        whis=(5, 95),
+        showfliers=False,
+        showcaps=False,
+        patch_artist=True,
+        manage_ticks=False,
+        boxprops={"facecolor": to_rgba(colour, 0.4), "linewidth": 0},
+        whiskerprops={"color": colour},
+        medianprops={"color": colour, "linewidth": 2.2},
+    )
 
 
 def laid_out(figure: Figure) -> Figure:
@@ -115,35 +142,30 @@ def save_png(figure: Figure, path: Path) -> None:
     figure.savefig(path, dpi=150, facecolor="white", pil_kwargs={"compress_level": 3})
 
 
-def inline_svg(figure: Figure, ident: str, description: str, css_class: str, data: dict[str, str]) -> str:
-    """The figure's `<svg>` element for the page, with ids that start with `ident` and `data` as data attributes.
+def inline_svg(figure: Figure, ident: str) -> tuple[dict[str, str], str]:
+    """The figure for the page: the attributes of its `<svg>`, and what is inside, with ids that start with `ident`.
 
     `data-frame` is the first axes' box (left, top, width, height) in the drawing's units and `data-range` its limits
     (x low, x high, y low, y high), so the page's script can find the value under the pointer.
     """
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
-    svg = buffer.getvalue()
-    svg = re.sub(r"<metadata>.*?</metadata>", "", svg[svg.index("<svg") :].strip(), flags=re.DOTALL)
-    opening, rest = svg.split(">", 1)
-    view_box = re.search(r'viewBox="[^"]*"', opening).group()
-    rest = re.sub(r'\bid="', f'id="{ident}-', rest)
-    rest = re.sub(r'href="#', f'href="#{ident}-', rest).replace("url(#", f"url(#{ident}-")
+    inside = re.search(r"<svg[^>]*>(.*)</svg>", buffer.getvalue(), re.DOTALL)[1]
+    inside = re.sub(r"<metadata>.*?</metadata>", "", inside, flags=re.DOTALL)
+    inside = re.sub(r'\bid="', f'id="{ident}-', inside)
+    inside = re.sub(r'href="#', f'href="#{ident}-', inside).replace("url(#", f"url(#{ident}-")
     for role, (colour, _) in _ROLES.items():
-        rest = rest.replace(colour, f"var(--{role})")
+        inside = inside.replace(colour, f"var(--{role})")
 
-    inches = figure.get_size_inches()
-    width, height = inches * 72
+    width, height = figure.get_size_inches() * 72
     ax = figure.axes[0]
     box = ax.get_position()
     frame = (box.x0 * width, (1 - box.y1) * height, box.width * width, box.height * height)
-    data = data | {
-        "frame": " ".join(f"{value:.2f}" for value in frame),
-        "range": " ".join(f"{value:.8g}" for value in (*ax.get_xlim(), *ax.get_ylim())),
+    attributes = {
+        "viewBox": f"0 0 {width:g} {height:g}",
+        # A little larger than drawn: 8.5 points become about 12 pixels.
+        "style": f"max-width:{round(width / 72 * 104)}px",
+        "data-frame": " ".join(f"{value:.2f}" for value in frame),
+        "data-range": " ".join(f"{value:.8g}" for value in (*ax.get_xlim(), *ax.get_ylim())),
     }
-    attributes = " ".join(f'data-{name}="{html.escape(value)}"' for name, value in data.items())
-    # A little larger than drawn: 8.5 points become about 12 pixels.
-    return (
-        f'<svg {attributes} {view_box} class="plot {css_class}" role="img" aria-label="{html.escape(description)}"'
-        f' style="max-width:{round(inches[0] * 104)}px">{rest}'
-    )
+    return attributes, inside

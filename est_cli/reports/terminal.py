@@ -1,7 +1,8 @@
 """The report for people over ssh: tables and a loss plot, in windows of any width."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 from rich import box
@@ -9,18 +10,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from est_cli.reports.comparison import Arm, Comparison, stage_times
-from est_cli.reports.curves import STEPS, Curve, curve, final_loss_window, train_curve
+from est_cli import units
+from est_cli.reports.comparison import Arm, Comparison
+from est_cli.reports.curves import Axis, Curve, final_loss_window
 from est_cli.reports.records import RunRecord
-from est_cli.units import (
-    format_clock,
-    format_count,
-    format_flops,
-    format_loss,
-    format_percent,
-    format_ratio,
-    format_step_time,
-)
 
 _COLOURS = ("blue", "red", "green", "magenta", "yellow", "cyan", "default")
 _IN_ASCII = str.maketrans("–×±…", "-x~~")
@@ -32,32 +25,23 @@ _DOTS = np.array([[0x01, 0x08], [0x02, 0x10], [0x04, 0x20], [0x40, 0x80]])
 
 def terminal_report(runs: Sequence[RunRecord], console: Console) -> None:
     """Prints the key numbers, the loss and the stages of one run, or the ranking of several."""
-    if _encodes(console, "⣿│┤└─–×±…"):
-        _print_report(runs, console, unicode=True)
-        return
     with console.capture() as captured:
-        _print_report(runs, console, unicode=False)
-    text = captured.get().translate(_IN_ASCII)
-    console.file.write(text.encode(console.encoding, "replace").decode(console.encoding))
+        _print_report(runs, console)
+    text = captured.get()
+    if console.options.ascii_only:
+        text = text.translate(_IN_ASCII).encode(console.encoding, "replace").decode(console.encoding)
+    console.file.write(text)
 
 
-def _encodes(console: Console, characters: str) -> bool:
-    try:
-        characters.encode(console.encoding)
-    except (UnicodeEncodeError, LookupError):
-        return False
-    return True
-
-
-def _print_report(runs: Sequence[RunRecord], console: Console, unicode: bool) -> None:
-    comparison = Comparison.of(runs)
+def _print_report(runs: Sequence[RunRecord], console: Console) -> None:
+    comparison = Comparison(runs)
     console.print()
     if comparison.single:
-        _print_run(comparison.runs[0], console)
+        _print_run(runs[0], console)
     else:
         _print_ranking(comparison, console)
     if any(run.n_rows for run in runs):
-        _print_loss(comparison, console, unicode)
+        _print_loss(comparison, console)
     else:
         console.print("No step has been logged yet.", style="dim")
     if comparison.single:
@@ -69,60 +53,68 @@ def _print_report(runs: Sequence[RunRecord], console: Console, unicode: bool) ->
 def _print_run(run: RunRecord, console: Console) -> None:
     planned, outcome = run.setting("trainer.max_steps"), run.outcome
     steps = f"{run.steps_done:,}" + (f" of {planned:,}" if isinstance(planned, int) else "")
-    saved, saved_blocks = (format_percent(outcome[name]) for name in ("flops_saved", "flops_saved_blocks"))
-    time, tokens = format_clock(outcome["train_s"]), format_count(outcome["tokens"])
+    saved, saved_blocks = (units.format_percent(outcome[name]) for name in ("flops_saved", "flops_saved_blocks"))
+    time, tokens = units.format_clock(outcome["train_s"]), units.format_count(outcome["tokens"])
     console.print(Text(run.name, "bold"))
     facts = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
     for name, value in (
         ("status", f"{run.status}, step {steps}"),
-        ("validation loss", format_loss(outcome["val_loss"])),
+        ("validation loss", units.format_loss(outcome["val_loss"])),
         ("FLOPs saved", f"{saved} of the whole model, {saved_blocks} of the blocks"),
-        ("training", f"{time}, {tokens} tokens, {format_flops(outcome['flops_total'])}"),
+        ("training", f"{time}, {tokens} tokens, {units.format_flops(outcome['flops_total'])}"),
     ):
         facts.add_row(Text(name, "dim"), Text(value))
     console.print(facts)
 
 
-def _print_ranking(comparison: Comparison, console: Console) -> None:
-    """The label and the loss, and as many other columns as the window has room for."""
+_Columns = Sequence[tuple[int, str, Callable[[Any], str | Text]]]
+"""The width of a window from which a column is shown, its name, and its cell for a row."""
 
-    def loss(arm: Arm) -> str:
-        spread = arm.spread("val_loss")
-        shown = f" ±{spread:.4f}" if math.isfinite(spread) and console.width >= 48 else ""
-        return format_loss(arm.mean("val_loss")) + shown
 
-    columns = [
-        (0, "val loss", loss),
-        (58, "saved", lambda arm: format_percent(arm.mean("flops_saved"))),
-        (68, "blocks", lambda arm: format_percent(arm.mean("flops_saved_blocks"))),
-        (82, "time", lambda arm: format_clock(arm.mean("train_s"))),
-        (90, "runs", lambda arm: str(len(arm.runs))),
-        (104, "status", lambda arm: arm.statuses),
-    ]
-    columns = [(name, show) for width, name, show in columns if console.width >= width]
+def _print_table(console: Console, rows: Sequence[Any], columns: _Columns) -> None:
+    columns = [column for column in columns if console.width >= column[0]]
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
-    table.add_column("")
-    table.add_column("configuration", overflow="fold", min_width=8)
-    for name, _ in columns:
-        table.add_column(name, justify="right", no_wrap=True)
-    for arm in comparison.arms:
-        letter = Text(arm.letter, _COLOURS[arm.rank] if arm.coloured else "dim")
-        table.add_row(letter, Text(arm.label), *(Text(show(arm)) for _, show in columns))
+    for _, name, _ in columns:
+        if name == "configuration":
+            table.add_column(name, overflow="fold", min_width=8)
+        else:
+            table.add_column(name, justify="right", no_wrap=True)
+    for row in rows:
+        table.add_row(*(Text.assemble(cell(row)) for _, _, cell in columns))
     console.print(table)
 
 
-def _print_loss(comparison: Comparison, console: Console, unicode: bool) -> None:
-    scale, title = STEPS.unit(comparison.runs)
+def _print_ranking(comparison: Comparison, console: Console) -> None:
+    def loss(arm: Arm) -> str:
+        spread = arm.spread("val_loss")
+        shown = f" ±{spread:.4f}" if math.isfinite(spread) and console.width >= 48 else ""
+        return units.format_loss(arm.mean("val_loss")) + shown
+
+    columns = (
+        (0, "", lambda arm: Text(arm.letter, _COLOURS[arm.rank] if arm.coloured else "dim")),
+        (0, "configuration", lambda arm: arm.label),
+        (0, "val loss", loss),
+        (58, "saved", lambda arm: units.format_percent(arm.mean("flops_saved"))),
+        (68, "blocks", lambda arm: units.format_percent(arm.mean("flops_saved_blocks"))),
+        (82, "time", lambda arm: units.format_clock(arm.mean("train_s"))),
+        (90, "runs", lambda arm: str(len(arm.runs))),
+        (104, "status", lambda arm: arm.statuses),
+    )
+    _print_table(console, comparison.arms, columns)
+
+
+def _print_loss(comparison: Comparison, console: Console) -> None:
+    axis = Axis.of("steps", comparison.runs)
     if comparison.single:
         run = comparison.runs[0]
         curves = [
-            ("t", "red", train_curve(run, STEPS, scale)),
-            ("v", "blue", curve(run, STEPS, "val/loss", scale)),
+            ("t", "red", Curve.of(run, axis, "train/loss_smoothed")),
+            ("v", "blue", Curve.of(run, axis, "val/loss")),
         ]
         legend = Text.assemble(("v validation, full model", "blue"), "   ", ("t training, subnetwork", "red"))
     else:
         curves = [
-            (arm.letter, _COLOURS[arm.rank], curve(arm.runs[0], STEPS, "val/loss", scale))
+            (arm.letter, _COLOURS[arm.rank], Curve.of(arm.runs[0], axis, "val/loss"))
             for arm in reversed(comparison.coloured_arms)
         ]
         legend = Text("Validation loss, full model; letters as in the table", "dim")
@@ -131,8 +123,8 @@ def _print_loss(comparison: Comparison, console: Console, unicode: bool) -> None
     if limits is None:
         return
     # Dots of several curves can be told apart only by their colour. Without colours, letters are used.
-    braille = unicode and (console.color_system is not None or len(curves) == 1)
-    console.print(loss_plot(curves, min(console.width, _WIDEST_PLOT), limits, title, braille))
+    braille = not console.options.ascii_only and (console.color_system is not None or len(curves) == 1)
+    console.print(loss_plot(curves, min(console.width, _WIDEST_PLOT), limits, axis.label, braille))
     console.print(legend)
     console.print()
 
@@ -150,20 +142,19 @@ def loss_plot(
     gutter = max(len(f"{limit:.2f}") for limit in limits) + 1
     columns = max(8, width - gutter - 1)
     right = max(float(line.x[-1]) for *_, line in curves) or 1.0
-    n_rows, n_columns = (4 * _PLOT_HEIGHT, 2 * columns) if braille else (_PLOT_HEIGHT, columns)
+    per_row, per_column = (4, 2) if braille else (1, 1)
+    n_rows, n_columns = per_row * _PLOT_HEIGHT, per_column * columns
     cells = [[(" ", "")] * columns for _ in range(_PLOT_HEIGHT)]
     for letter, colour, line in curves:
-        first, last = (int(np.clip(round(x / right * (n_columns - 1)), 0, n_columns - 1)) for x in line.x[[0, -1]])
+        first, last = (round(x / right * (n_columns - 1)) for x in line.x[[0, -1]].tolist())
         x = np.arange(first, last + 1)
         y = np.interp(x / (n_columns - 1) * right, line.x, line.y)
         y = (high - y) / (high - low) * (n_rows - 1)
         shown = (y >= -0.5) & (y <= n_rows - 0.5)
         x, y = x[shown], y[shown].round().astype(int)
-        if braille:
-            dots = np.zeros((_PLOT_HEIGHT, columns), dtype=int)
-            np.bitwise_or.at(dots, (y // 4, x // 2), _DOTS[y % 4, x % 2])
-            y, x = np.nonzero(dots)
-        for row, column in zip(y, x, strict=True):
+        dots = np.zeros((_PLOT_HEIGHT, columns), dtype=int)
+        np.bitwise_or.at(dots, (y // per_row, x // per_column), _DOTS[y % per_row, x % per_column])
+        for row, column in np.argwhere(dots):
             cells[row][column] = (chr(_BRAILLE | dots[row, column]) if braille else letter, colour)
 
     tick, side, corner, floor = "┤│└─" if braille else "||+-"
@@ -182,19 +173,17 @@ def loss_plot(
 
 
 def _print_stages(arm: Arm, console: Console) -> None:
-    times = stage_times(arm)
-    if not times:
+    if not arm.stage_times:
         return
-    wide, narrow = console.width >= 64, console.width < 46
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
-    names = ["stage", *([] if narrow else ["steps"]), *(["heads", "MLP", "layers"] if wide else []), "step", "time"]
-    for name in [*names, "FLOPs"]:
-        table.add_column(name, justify="right", no_wrap=True)
-    for entry in times:
-        stage = entry.stage
-        steps = [] if narrow else [f"{stage.first_step}–{stage.last_step}"]
-        rates = [f"{rate:.3g}" for rate in (stage.kept.heads, stage.kept.mlp, stage.kept.layers)] if wide else []
-        ratios = (format_ratio(entry.time_ratio), format_ratio(entry.flops_ratio))
-        table.add_row(str(stage.number), *steps, *rates, format_step_time(entry.median), *ratios)
-    console.print(table)
+    columns = (
+        (0, "stage", lambda entry: str(entry.stage.number)),
+        (46, "steps", lambda entry: f"{entry.stage.first_step}–{entry.stage.last_step}"),
+        (64, "heads", lambda entry: f"{entry.stage.kept.heads:.3g}"),
+        (64, "MLP", lambda entry: f"{entry.stage.kept.mlp:.3g}"),
+        (64, "layers", lambda entry: f"{entry.stage.kept.layers:.3g}"),
+        (0, "step", lambda entry: units.format_step_time(entry.median)),
+        (0, "time", lambda entry: units.format_ratio(entry.time_ratio)),
+        (0, "FLOPs", lambda entry: units.format_ratio(entry.flops_ratio)),
+    )
+    _print_table(console, arm.stage_times, columns)
     console.print("step: median time; time and FLOPs: against the full model's stage", style="dim")

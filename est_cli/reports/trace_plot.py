@@ -3,11 +3,10 @@
 import argparse
 import json
 import re
-import statistics
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections import defaultdict
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -24,8 +23,7 @@ KINDS = {
 """Kinds of operations and kernels; the first pattern that matches the name decides."""
 
 
-@dataclass(frozen=True)
-class Bar:
+class Bar(NamedTuple):
     """Something that took time, in ms from the start of the step."""
 
     name: str
@@ -33,8 +31,7 @@ class Bar:
     length: float
 
 
-@dataclass(frozen=True)
-class Step:
+class Step(NamedTuple):
     """One optimizer step of a trace."""
 
     stage: str
@@ -45,51 +42,25 @@ class Step:
 
 def read_step(path: Path) -> Step:
     """The step of median length in a trace. Raises ValueError for a file without steps."""
-    events = [e for e in json.loads(path.read_text())["traceEvents"] if e.get("ph") == "X"]
-    steps = sorted(_of(events, "user_annotation", r"ProfilerStep"), key=lambda event: event["dur"])
+    by_category = defaultdict(list)
+    for event in json.loads(path.read_text())["traceEvents"]:
+        if event.get("ph") == "X":
+            by_category[event.get("cat")].append(event)
+    annotations = by_category["user_annotation"]
+    steps = sorted((e for e in annotations if e["name"].startswith("ProfilerStep")), key=lambda event: event["dur"])
     if not steps:
         raise ValueError(f"{path}: holds no step")
-    step = steps[statistics.median_low(range(len(steps)))]
+    step = steps[(len(steps) - 1) // 2]
     begin, end = step["ts"], step["ts"] + step["dur"]
-    inside = [e for e in events if begin <= e["ts"] < end]
-    work = _of(inside, "kernel") or list(_innermost(_of(inside, "cpu_op")))
-    phases = [event for event in _of(inside, "user_annotation") if event is not step]
-    return Step(path.name.split(".")[0], *(_bars(found, begin) for found in (phases, work)))
 
+    def within(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        return [event for event in events if begin <= event["ts"] < end and event is not step]
 
-def draw(steps: list[Step]) -> Figure:
-    figure = Figure(figsize=(9.2, 0.7 + 0.95 * len(steps)))
-    axes = figure.subplots(len(steps), sharex=True, squeeze=False)[:, 0]
-    for axis, step in zip(axes, steps, strict=True):
-        _draw_step(axis, step)
-    axes[-1].set_xlabel("ms from the start of the step")
-    handles = [Patch(color=style.SERIES[i], label=kind) for i, kind in enumerate(KINDS)]
-    figure.legend(handles=handles, loc="outside upper right", ncols=len(KINDS), frameon=False)
-    return figure
+    def bars(events: list[dict[str, Any]]) -> list[Bar]:
+        return [Bar(event["name"], (event["ts"] - begin) / 1e3, event["dur"] / 1e3) for event in events]
 
-
-def _draw_step(axis: Axes, step: Step) -> None:
-    for bar in step.phases:
-        axis.broken_barh([(bar.start, bar.length)], (1.1, 0.8), color=style.GRID, edgecolor=style.MUTED, lw=0.4)
-    longest = max((bar.start + bar.length for bar in step.phases), default=0)
-    for bar in step.phases:
-        if bar.length > 0.08 * longest:
-            axis.text(bar.start + bar.length / 2, 1.5, f"{bar.name} {bar.length:.0f}", ha="center", va="center")
-    for number, kind in enumerate(KINDS):
-        spans = [(bar.start, bar.length) for bar in step.work if kind_of(bar.name) == kind]
-        axis.broken_barh(spans, (0.1, 0.8), color=style.SERIES[number], lw=0)
-    axis.set_yticks([0.5, 1.5], ["work", "phases"])
-    axis.set_ylim(0, 2)
-    axis.grid(axis="y", visible=False)
-    axis.set_title(step.stage.replace("-", " "), loc="left", fontsize="medium")
-
-
-def kind_of(name: str) -> str:
-    return next(kind for kind, pattern in KINDS.items() if pattern.search(name))
-
-
-def _of(events: Iterable[dict[str, Any]], category: str, name: str = "") -> list[dict[str, Any]]:
-    return [event for event in events if event.get("cat") == category and re.match(name, event["name"])]
+    work = within(by_category["kernel"]) or list(_innermost(within(by_category["cpu_op"])))
+    return Step(path.name.split(".")[0], bars(within(annotations)), bars(work))
 
 
 def _innermost(operations: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
@@ -107,8 +78,33 @@ def _innermost(operations: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
         yield event
 
 
-def _bars(events: Iterable[dict[str, Any]], begin: float) -> list[Bar]:
-    return [Bar(event["name"], (event["ts"] - begin) / 1e3, event["dur"] / 1e3) for event in events]
+def kind_of(name: str) -> str:
+    return next(kind for kind, pattern in KINDS.items() if pattern.search(name))
+
+
+def draw(steps: list[Step]) -> Figure:
+    figure = Figure(figsize=(9.2, 0.7 + 0.95 * len(steps)))
+    axes = figure.subplots(len(steps), sharex=True, squeeze=False)[:, 0]
+    for axis, step in zip(axes, steps, strict=True):
+        _draw_step(axis, step)
+    axes[-1].set_xlabel("ms from the start of the step")
+    handles = [Patch(color=style.SERIES[i], label=kind) for i, kind in enumerate(KINDS)]
+    figure.legend(handles=handles, loc="outside upper right", ncols=len(KINDS), frameon=False)
+    return figure
+
+
+def _draw_step(axis: Axes, step: Step) -> None:
+    longest = max((bar.start + bar.length for bar in step.phases), default=0)
+    for name, start, length in step.phases:
+        axis.broken_barh([(start, length)], (1.1, 0.8), color=style.GRID, edgecolor=style.MUTED, lw=0.4)
+        if length > 0.08 * longest:
+            axis.text(start + length / 2, 1.5, f"{name} {length:.0f}", ha="center", va="center")
+    for number, kind in enumerate(KINDS):
+        spans = [(start, length) for name, start, length in step.work if kind_of(name) == kind]
+        axis.broken_barh(spans, (0.1, 0.8), color=style.SERIES[number], lw=0)
+    axis.set(yticks=[0.5, 1.5], yticklabels=["work", "phases"], ylim=(0, 2))
+    axis.grid(axis="y", visible=False)
+    axis.set_title(step.stage.replace("-", " "), loc="left", fontsize="medium")
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""What a run tells people and machines: metrics.jsonl, Weights & Biases, the terminal, the summary."""
+"""What a run tells people and machines: metrics.jsonl and its copies, Weights & Biases, the terminal, the summary."""
 
 from est_cli.lazy import on_demand
 

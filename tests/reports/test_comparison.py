@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import yaml
 
-from est_cli.reports.comparison import Comparison, differences, stage_times, swept_pairs
+from est_cli.reports.comparison import Comparison, differences, swept_pairs
 from est_cli.reports.figures import sweep_grid
 from est_cli.reports.records import RunRecord, load_runs
 
@@ -18,6 +18,10 @@ def a_run(name="run", loss=3.0, **config) -> RunRecord:
     return RunRecord(name, Path(name), config, None, columns, 1)
 
 
+def values_of(differing) -> dict[str, list]:
+    return {key: list(difference.values.values()) for key, difference in differing.items()}
+
+
 @pytest.mark.parametrize(
     ("configs", "found"),
     [
@@ -27,8 +31,7 @@ def a_run(name="run", loss=3.0, **config) -> RunRecord:
     ],
 )
 def test_only_settings_that_differ_are_told_and_an_integer_differs_from_a_float(configs, found):
-    differing = differences([RunRecord("run", Path("run"), config, None, {}) for config in configs])
-    assert {key: difference.values for key, difference in differing.items()} == found
+    assert values_of(differences([RunRecord("run", Path("run"), config, None, {}) for config in configs])) == found
 
 
 def test_keys_that_always_agree_are_told_once(new_run, tmp_path):
@@ -41,8 +44,8 @@ def test_keys_that_always_agree_are_told_once(new_run, tmp_path):
         )
         for rate in (0.25, 0.5)
     ]
-    [found] = differences(load_runs(folders)).values()
-    assert (found.key, found.also) == ("sampling.heads", ["sampling.mlp"])
+    found = differences(load_runs(folders))
+    assert {key: difference.also for key, difference in found.items()} == {"sampling.heads": ["sampling.mlp"]}
 
 
 def test_schedules_of_different_lengths_are_told_as_text(new_run, tmp_path):
@@ -50,23 +53,22 @@ def test_schedules_of_different_lengths_are_told_as_text(new_run, tmp_path):
     config = yaml.safe_load((est / "config.yaml").read_text())
     config["scheduler"] |= {"stage1_end": 2 / 15}
     (est / "config.yaml").write_text(yaml.safe_dump(config))
-    found = differences(load_runs([est, full]))
-    assert {key: difference.values for key, difference in found.items()} == {
+    assert values_of(differences(load_runs([est, full]))) == {
         "scheduler.stages": ["0.5/0.5/0.5 to step 8, 0.5/0.5/1 to step 28, 1/1/1 to step 60", "1/1/1 to step 60"]
     }
 
 
 def test_seeds_of_one_configuration_are_one_arm_and_arms_are_ranked_by_loss():
     runs = [a_run("b0", 3.0, lr=1, seed=0), a_run("b1", 3.2, lr=1, seed=1), a_run("a0", 2.9, lr=2, seed=0)]
-    arms = Comparison.of(runs).arms
+    arms = Comparison(runs).arms
     assert [[run.name for run in arm.runs] for arm in arms] == [["a0"], ["b0", "b1"]]
     assert arms[1].mean("val_loss") == pytest.approx(3.1)
     assert arms[1].spread("val_loss") == pytest.approx(0.2 / np.sqrt(2))
-    assert len(Comparison.of([a_run("x"), a_run("y")]).arms) == 2  # equal configs without a seed
+    assert len(Comparison([a_run("x"), a_run("y")]).arms) == 2  # equal configs without a seed
 
 
 def test_letters_go_on_after_z_and_a_run_without_a_validation_loss_comes_last():
-    arms = Comparison.of([a_run("none", np.nan, lr=-1), *(a_run(str(i), 3.0 + i, lr=i) for i in range(27))]).arms
+    arms = Comparison([a_run("none", np.nan, lr=-1), *(a_run(str(i), 3.0 + i, lr=i) for i in range(27))]).arms
     assert [(arm.letter, arm.runs[0].name) for arm in arms[25:]] == [("Z", "25"), ("AA", "26"), ("AB", "none")]
 
 
@@ -81,14 +83,14 @@ def test_only_crossed_keys_make_a_heat_map(swept):
 def test_a_cell_of_the_heat_map_is_the_mean_of_its_runs():
     points = [(3.0, 1, 1, 0), (3.2, 1, 1, 1), (4.0, 2, 1, 0), (5.0, 2, 2, 0)]
     runs = [a_run("", loss, a=a, b=b, seed=seed) for loss, a, b, seed in points]
-    rows, columns, loss, n = sweep_grid(Comparison.of(runs), ("a", "b"))
+    rows, columns, loss, n = sweep_grid(Comparison(runs), ("a", "b"))
     assert (rows, columns) == ([1, 2], [1, 2])
     np.testing.assert_allclose(loss, [[3.1, np.nan], [4.0, 5.0]])
     np.testing.assert_array_equal(n, [[2, 0], [1, 1]])
 
 
 def test_the_step_time_of_a_stage_leaves_out_the_step_that_compiles(one):
-    times = stage_times(*Comparison.of([one]).arms)
+    times = Comparison([one]).arms[0].stage_times
     assert [entry.stage.number for entry in times] == [1, 2, 3]
     assert max(entry.step_s.max() for entry in times) < 0.4
     assert times[0].time_ratio < times[1].time_ratio < times[2].time_ratio == 1

@@ -7,31 +7,27 @@ import pytest
 from matplotlib.figure import Figure
 
 from est_cli.reports.comparison import Comparison
-from est_cli.reports.curves import STEPS, TOKENS, Curve, run_with_shared_stages, running_mean, train_curve
+from est_cli.reports.curves import Axis, Curve, run_with_shared_stages
 from est_cli.reports.figures import draw_loss, spread_apart
-from est_cli.reports.records import RunRecord
-
-
-def a_run(**columns) -> RunRecord:
-    steps = {"step": np.arange(float(len(next(iter(columns.values())))))}
-    return RunRecord("run", Path("run"), {}, None, steps | columns)
+from est_cli.reports.records import RunRecord, running_mean, smoothed
 
 
 def test_bands_are_drawn_only_where_all_stages_agree(swept):
     same = [run for run in swept if "0.1_stage2_end-0.4" in run.name]
-    assert run_with_shared_stages(Comparison.of(same), STEPS) is not None
-    assert run_with_shared_stages(Comparison.of(swept), STEPS) is None
+    assert run_with_shared_stages(same, Axis.of("steps", same)) is not None
+    assert run_with_shared_stages(swept, Axis.of("steps", swept)) is None
 
 
 def test_a_stage_starts_where_its_first_step_would_be_on_every_axis(one):
     first = one.stages[1].first_step
-    assert (STEPS.at_step(one, first), TOKENS.at_step(one, first)) == (first, first * 4096)
+    axes = [Axis.of(key, [one]) for key in ("steps", "tokens")]
+    assert [axis.at_step(one, first) * axis.scale for axis in axes] == [first, pytest.approx(first * 4096)]
 
 
-def test_smoothing_does_not_reach_across_a_stage():
+def test_smoothing_does_not_reach_across_a_stage_or_a_loss_that_is_no_number():
     loss = np.repeat([5.0, 1.0], 200)
-    jump = a_run(**{"stage": np.repeat([1.0, 2.0], 200), "train/loss": loss})
-    np.testing.assert_array_equal(train_curve(jump, STEPS).y, loss)
+    loss[7] = np.nan
+    np.testing.assert_array_equal(smoothed(loss, np.repeat([1.0, 2.0], 200)), loss)
 
 
 def test_a_running_mean_takes_the_values_around_and_at_the_ends_those_that_are_there():
@@ -42,7 +38,7 @@ def test_a_running_mean_takes_the_values_around_and_at_the_ends_those_that_are_t
 
 def test_a_thinned_curve_keeps_its_ends():
     thin = Curve(np.arange(1000.0), np.arange(1000.0)).thinned(7)
-    assert (len(thin), thin.x[0], thin.x[-1]) == (7, 0, 999)
+    assert (len(thin.x), thin.x[0], thin.x[-1]) == (7, 0, 999)
 
 
 def test_labels_are_moved_apart_and_keep_their_order():
@@ -54,5 +50,6 @@ def test_labels_are_moved_apart_and_keep_their_order():
 @pytest.mark.parametrize(("loss", "insets"), [(3 + 4 * np.exp(-np.arange(200) / 15), 1), (np.linspace(8, 3, 200), 0)])
 def test_the_end_is_magnified_only_where_the_corner_is_empty(loss, insets):
     ax = Figure().subplots()
-    draw_loss(ax, Comparison.of([a_run(**{"val/loss": loss})]), STEPS)
+    run = RunRecord("run", Path("run"), {}, None, {"step": np.arange(200.0), "val/loss": loss})
+    draw_loss(ax, Comparison([run]), Axis.of("steps", [run]))
     assert len(ax.child_axes) == insets

@@ -9,8 +9,7 @@ import pytest
 from rich.console import Console
 
 from est_cli.tracking import display as display_module
-from est_cli.tracking.display import Display, console_for
-from est_cli.tracking.panel import Pace, Panel
+from est_cli.tracking.display import Display, Pace, Panel, console_for
 from tracking.simulated import record, run_info
 
 
