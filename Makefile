@@ -31,7 +31,7 @@ format: $(STAMP) ## Format the code
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(STAMP) ## Measure this CPU against its goals: step times, memory, starting; a quarter of an hour
+bench: $(STAMP) ## Measure this CPU against its goals: step times, memory, starting; about nine minutes on two cores
 	$(BIN)/python -m est_cli.benchmark.goals
 
 gpu: ## Measure a GPU: kernels against float64, steps, a trace, a table to paste; under 20 minutes; torch and numpy alone

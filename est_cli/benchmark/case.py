@@ -39,7 +39,7 @@ class Case:
     grad_accum: Count = 1
     precision: Literal["fp32", "bf16"] = "fp32"
     device: Literal["cpu", "cuda"] = "cpu"
-    kernels: str = "auto"
+    kernels: Literal["auto", "torch", "triton", "masked"] = "auto"
     recompute: bool = False
     compile: bool = False
     peak_flops: float | None = None

@@ -1,4 +1,4 @@
-"""python -m est_cli.benchmark.goals: this CPU's numbers beside their goals; about a quarter of an hour on two cores.
+"""python -m est_cli.benchmark.goals: this CPU's numbers beside their goals; about nine minutes on two cores.
 
 Needs transformers (the peer) beside torch and numpy. docs/performance.md has the goals that need a GPU.
 """
@@ -7,38 +7,35 @@ import argparse
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import numpy as np
 import torch
 
 from est_cli.benchmark.case import PRESETS, THREE_STAGES, Case
-from est_cli.benchmark.measure import measure, peak_in_own_process, summary
+from est_cli.benchmark.measure import (
+    Progress,
+    interleaved,
+    markdown,
+    measure,
+    peak_in_own_process,
+    progress_line,
+    shown,
+    summary,
+)
 from est_cli.benchmark.peer import SETTINGS
-from est_cli.units import format_interval
 
 GPT2 = Case(PRESETS["gpt2"])
-_SIZES = {
-    "n_layers": 12,
-    "n_heads": 12,
-    "n_kv_heads": 4,
-    "d_model": 768,
-    "head_dim": 64,
-    "d_ff": 2048,
-    "max_seq_len": 1024,
-}
-LLAMA = Case(replace(PRESETS["tinyllama"], **_SIZES), stages=THREE_STAGES[-1:])
+_SIZES = {"n_layers": 12, "n_heads": 12, "n_kv_heads": 4, "d_model": 768, "head_dim": 64, "d_ff": 2048}
+LLAMA = Case(replace(PRESETS["tinyllama"], **_SIZES, max_seq_len=1024), stages=THREE_STAGES[-1:])
 """A Llama that a CPU trains in seconds a step: 125M parameters, GPT-2's width and depth, TinyLlama's vocabulary."""
 LARGE_STEP = 16
 """Micro-batches of 4 × 256 tokens in a step of 16384."""
 STARTS = 5
-
-Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
@@ -56,9 +53,10 @@ class Row:
     def met(self) -> bool:
         return self.value >= self.goal if self.at_least else self.value <= self.goal
 
-    def __str__(self) -> str:
+    def cells(self) -> dict[str, str]:
         goal = f"{'≥' if self.at_least else '≤'} {self.goal:g}"
-        return f"| {self.what} | {self.where} | {self.shown} | {goal} | {'met' if self.met else 'not met'} |"
+        met = "met" if self.met else "not met"
+        return {"what": self.what, "where": self.where, "measured": self.shown, "goal": goal, "": met}
 
 
 def main() -> None:
@@ -70,14 +68,11 @@ def main() -> None:
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     print(f"{machine()}; medians [quartiles], of steps over {arguments.rounds} interleaved rounds\n")
-    print("| what | where | measured | goal | |\n|---|---|---|---|---|")
+    first = 0
     for name in arguments.only:
-        for row in GROUPS[name](arguments.rounds, partial(_tell, name)):
-            print(row, flush=True)
-
-
-def _tell(name: str, done: int, total: int) -> None:
-    print(f"{name}: {done} of {total}", end="\n" if done == total else "\r", file=sys.stderr)
+        for row in GROUPS[name](arguments.rounds, progress_line(name)):
+            print(*markdown([row.cells()])[first:], sep="\n", flush=True)
+            first = 2
 
 
 def machine() -> str:
@@ -91,35 +86,35 @@ def machine() -> str:
 def steps(case: Case, precision: str, where: str, rounds: int, progress: Progress) -> Iterator[Row]:
     """Efficiency of every stage, and the full step over the peer's."""
     case = replace(case, precision=precision)
-    result = measure(case, rounds, against="transformers", memory=False, progress=progress)
-    yield from rows_of_stages(result, f"{where} {precision}")
-    yield row_of_peer(result, precision)
+    return rows_of_steps(
+        measure(case, rounds, against="transformers", memory=False, progress=progress), where, precision
+    )
 
 
-def rows_of_stages(result: dict[str, Any], where: str) -> Iterator[Row]:
-    """Efficiency of every stage but the last, which is the full model."""
+def rows_of_steps(result: dict[str, Any], where: str, precision: str) -> Iterator[Row]:
+    """Of a result of `measure`. The last stage is the full model, which has no efficiency."""
     for stage in result["stages"][:-1]:
-        shown = format_interval(stage["efficiency"], stage["efficiency_quartiles"])
-        yield Row(f"efficiency of stage {stage['stage']}", where, stage["efficiency"], shown, 1.0, at_least=True)
-
-
-def row_of_peer(result: dict[str, Any], precision: str) -> Row:
+        what, value = f"efficiency of stage {stage['stage']}", stage["efficiency"]
+        yield Row(what, f"{where} {precision}", value, shown(stage, "efficiency"), 1.0, at_least=True)
     peer = result["against"]
-    shown = format_interval(peer["time_ratio"], peer["time_ratio_quartiles"])
-    return Row(f"full step over {peer['name']}'s ({peer['setting']})", precision, peer["time_ratio"], shown, 1.0)
+    what = f"full step over {peer['name']}'s ({peer['setting']})"
+    yield Row(what, precision, peer["time_ratio"], shown(peer, "time_ratio"), 1.0)
 
 
 def memory(_: int, progress: Progress) -> Iterator[Row]:
     """Peak memory of the stages over the full model's, each in a process of its own."""
-    n = len(THREE_STAGES)
-    for done, precision in enumerate(SETTINGS):
-        peaks = []
-        for index in range(n):
-            peaks.append(peak_in_own_process(replace(GPT2, precision=precision), index))
-            progress(done * n + index + 1, len(SETTINGS) * n)
-        for number, peak in enumerate(peaks[:-1], start=1):
-            shown = f"{peak / peaks[-1]:.3f} of {peaks[-1] / 1e9:.2f} GB"
-            yield Row(f"peak memory of stage {number}", f"GPT-2 {precision}", peak / peaks[-1], shown, 1.0)
+    stages = range(len(THREE_STAGES))
+    calls = {
+        (precision, index): partial(peak_in_own_process, replace(GPT2, precision=precision), index)
+        for precision in SETTINGS
+        for index in stages
+    }
+    peaks = interleaved(calls, 1, progress=progress)
+    for precision in SETTINGS:
+        *sampled, full = (peaks[precision, index][0] for index in stages)
+        for number, peak in enumerate(sampled, start=1):
+            text = f"{peak / full:.3f} of {full / 1e9:.2f} GB"
+            yield Row(f"peak memory of stage {number}", f"GPT-2 {precision}", peak / full, text, 1.0)
 
 
 def overhead(_: int, progress: Progress) -> Iterator[Row]:
@@ -130,32 +125,26 @@ def overhead(_: int, progress: Progress) -> Iterator[Row]:
     case = replace(GPT2, precision="bf16", grad_accum=LARGE_STEP)
     result = measure(case, rounds=1, warmup=1, memory=False, progress=progress)
     for stage in result["stages"][:-1]:
-        sampling, update = (sum(stage["phases"][p] for p in names) / stage["step_s"] for names in _ADDED)
-        shown = f"{sampling + update:.2%} (without the optimizer {sampling:.2%})"
+        phases = {phase: seconds / stage["step_s"] for phase, seconds in stage["phases"].items()}
+        sampling = phases["sample"] + phases["pack"]
+        total = sampling + phases["update"]
         what = f"sample, pack, unpack and optimizer in stage {stage['stage']}, over the step"
-        yield Row(what, f"GPT-2 bf16, {case.tokens} tokens", sampling + update, shown, 0.01)
-
-
-_ADDED = ("sample", "pack"), ("update",)
+        text = f"{total:.2%} (without the optimizer {sampling:.2%})"
+        yield Row(what, f"GPT-2 bf16, {case.tokens} tokens", total, text, 0.01)
 
 
 def start(_: int, progress: Progress) -> Iterator[Row]:
-    """Seconds until a command answers."""
-    to_first_step()  # prepares the tokens if they are not cached
-    progress(1, 3)
-    yield _seconds("est-train model=nano, command to first step", [to_first_step() for _ in range(STARTS)], 5.0)
-    progress(2, 3)
-    helps = [to_help() for _ in range(STARTS)]
-    progress(3, 3)
-    yield _seconds("est-train --help", helps, 1.0)
+    """Seconds until a command answers; the first round prepares the tokens if they are not cached."""
+    calls = {
+        ("est-train model=nano, command to first step", 5.0): seconds_to_first_step,
+        ("est-train --help", 1.0): seconds_to_help,
+    }
+    for (what, goal), seconds in interleaved(calls, STARTS, 1, progress).items():
+        found = summary("s", seconds)
+        yield Row(what, "seconds", found["s"], shown(found, "s"), goal)
 
 
-def _seconds(what: str, seconds: Sequence[float], goal: float) -> Row:
-    found = summary("s", np.array(seconds))
-    return Row(what, "seconds", found["s"], format_interval(found["s"], found["s_quartiles"]), goal)
-
-
-def to_first_step() -> float:
+def seconds_to_first_step() -> float:
     """Seconds until the first optimizer step is in metrics.jsonl."""
     with TemporaryDirectory() as folder:
         metrics = Path(folder) / "run" / "metrics.jsonl"
@@ -175,7 +164,7 @@ def to_first_step() -> float:
             process.communicate()
 
 
-def to_help() -> float:
+def seconds_to_help() -> float:
     began = time.perf_counter()
     subprocess.run([sys.executable, "-m", "est_cli", "--help"], check=True, capture_output=True)
     return time.perf_counter() - began

@@ -7,9 +7,9 @@ machine or of other code are measured again. `--device cpu` does the same on a C
 """
 
 import argparse
+import contextlib
 import hashlib
 import json
-import os
 import subprocess
 import sys
 import time
@@ -23,23 +23,23 @@ from typing import Any
 import torch
 
 from est_cli.benchmark.case import PRESETS, THREE_STAGES, Case
-from est_cli.benchmark.kernel_cases import all_checks
-from est_cli.benchmark.kernels import OPERATIONS, measure_roofs, timings, works
-from est_cli.benchmark.measure import Stepper, measure
-from est_cli.config import ModelConfig
+from est_cli.benchmark.kernels import OPERATIONS, all_checks, measure_roofs, timings, works
+from est_cli.benchmark.measure import from_own_process, markdown, measure, shown, stage_cells
+from est_cli.benchmark.steps import Stepper
 from est_cli.kernels.dispatch import has_triton, triton_kernels
 from est_cli.subnet.schedule import Stage
 from est_cli.training.profile import Profile
-from est_cli.training.subnetwork import DTYPES
-from est_cli.units import format_bytes, format_interval, format_percent
 
 BATCHES = {"gpt2": (16, 1024), "tinyllama": (8, 2048)}
-"""Sequences and their length: 16k tokens a step."""
+"""Sequences and their length: 16k tokens a step. A CPU takes one sequence."""
 SETUPS = {"eager": ("torch", False), "compiled": ("torch", True), "triton": ("triton", False)}
 """Kernels, and whether the blocks are compiled."""
 ROW_SECONDS, SHORTEST_ROW = 420, 20
 """The longest that a row may take, and the time that must be left to begin one."""
 _TINY = {"n_layers": 2, "n_heads": 4, "d_model": 32, "head_dim": 8, "d_ff": 64, "vocab_size": 128, "max_seq_len": 16}
+
+Cells = dict[str, str]
+"""Column → text."""
 
 
 @dataclass(frozen=True)
@@ -52,35 +52,20 @@ class Machine:
     folder: Path
 
     @property
-    def torch_device(self) -> torch.device:
-        return torch.device(self.device)
-
-    @property
     def name(self) -> str:
         """Rows of different names do not belong in one table."""
         name = torch.cuda.get_device_name() if self.device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
         return f"{name}, torch {torch.__version__}, {self.rounds} rounds{', tiny sizes' if self.tiny else ''}"
 
-    @property
-    def tokens(self) -> int:
-        """Of one loss."""
-        return 64 if self.tiny else 1024 if self.device == "cpu" else 16384
-
-    def model(self, name: str) -> ModelConfig:
-        model = PRESETS[name]
-        return replace(model, n_kv_heads=4 * model.n_kv_heads // model.n_heads or 1, **_TINY) if self.tiny else model
-
-    def case(self, model: str, kernels: str = "torch", compiled: bool = False) -> Case:
-        batch, length = (2, 16) if self.tiny else BATCHES[model]
+    def case(self, model: str, setup: str = "eager") -> Case:
+        kernels, compiled = SETUPS[setup]
+        config, (batch, length) = PRESETS[model], BATCHES[model]
+        if self.tiny:
+            config = replace(config, n_kv_heads=4 * config.n_kv_heads // config.n_heads or 1, **_TINY)
+        if self.tiny or self.device == "cpu":
+            batch, length = 1, min(length, config.max_seq_len)
         options = {"precision": "bf16", "device": self.device, "kernels": kernels, "compile": compiled}
-        return Case(self.model(model), batch_size=batch, seq_len=length, **options)
-
-    def lacks(self, *needs: str) -> str | None:
-        """Why a row with these needs cannot be measured here."""
-        if "triton" not in needs or has_triton(self.device):
-            return None
-        interpreted = find_spec("triton") is not None and os.environ.get("TRITON_INTERPRET") == "1"
-        return None if interpreted and "interpreter" in needs else "needs a GPU with triton"
+        return Case(config, batch_size=batch, seq_len=length, **options)
 
 
 @dataclass(frozen=True)
@@ -89,56 +74,48 @@ class Row:
 
     name: str
     measure: Callable[[Machine], Any]
-    needs: tuple[str, ...] = ()
+    needs_triton: bool = False
 
 
 def rows() -> Iterator[Row]:
     """All of them, the most important first."""
-    yield Row("roofs", roofs)
+    yield Row("roofs", lambda here: measure_roofs(torch.device(here.device)))
     for operation in OPERATIONS:
-        yield Row(f"check {operation}", partial(check, operation), ("triton", "interpreter"))
+        yield Row(f"check {operation}", partial(check, operation), needs_triton=True)
     for model in BATCHES:
-        for setup, (kernels, compiled) in SETUPS.items():
-            needs = ("triton",) if kernels == "triton" else ()
-            yield Row(f"steps {model} {setup}", partial(steps, model, kernels, compiled), needs)
+        for setup in SETUPS:
+            yield Row(f"steps {model} {setup}", partial(steps, model, setup), needs_triton=setup == "triton")
     for model in BATCHES:
         for operation in OPERATIONS:
             yield Row(f"operation {operation} {model}", partial(operations, operation, model))
     yield Row("trace gpt2", partial(trace, "gpt2"))
 
 
-def roofs(here: Machine) -> dict[str, float]:
-    """Bytes a second of a copy, FLOPs a second of a product."""
-    return measure_roofs(here.torch_device)
-
-
 def check(operation: str, here: Machine) -> dict[str, Any]:
     """Triton's version of an operation at every shape."""
-    interpreted = here.device == "cpu"  # which knows no bf16
-    dtypes = [torch.float32, torch.float16 if interpreted else torch.bfloat16]
-    found = list(all_checks(operation, triton_kernels(), here.torch_device, dtypes))
+    found = list(all_checks(operation, triton_kernels(), torch.device(here.device), [torch.float32, torch.bfloat16]))
     failed = [vars(one) for one in found if not one.passed]
-    return {"checks": len(found), "failed": failed, "interpreted": interpreted}
+    return {"checks": len(found), "failed": failed}
 
 
 def operations(operation: str, model: str, here: Machine) -> list[dict[str, Any]]:
     """The versions of one operation, against the roofs."""
-    device = here.torch_device
-    found = works(operation, model, here.model(model), here.tokens, measure_roofs(device), device)
+    case = here.case(model)
+    device = torch.device(here.device)
+    found = works(operation, model, case, measure_roofs(device))
     return [{"work": work.name, **timing} for work in found for timing in timings(work, device, here.rounds)]
 
 
-def steps(model: str, kernels: str, compiled: bool, here: Machine) -> dict[str, Any]:
+def steps(model: str, setup: str, here: Machine) -> dict[str, Any]:
     """Every stage of a step, and the peer's full step; memory only in the plain setup."""
     against = "transformers" if find_spec("transformers") else None
-    is_plain = (kernels, compiled) == SETUPS["eager"]
-    return measure(here.case(model, kernels, compiled), here.rounds, against=against, memory=is_plain)
+    return measure(here.case(model, setup), here.rounds, against=against, memory=setup == "eager")
 
 
 def trace(model: str, here: Machine) -> list[str]:
     """One step of each stage after two that warm up."""
     stepper, told = Stepper(here.case(model)), []
-    profile = Profile(here.folder / f"trace-{model}", here.torch_device, (2, 1), told.append)
+    profile = Profile(here.folder / f"trace-{model}", torch.device(here.device), (2, 1), told.append)
     for index, spec in enumerate(THREE_STAGES):
         with profile.stage(Stage(index + 1, 0, 3, spec.rates, spec.grown), 0) as advance:
             for _ in range(3):
@@ -149,15 +126,16 @@ def trace(model: str, here: Machine) -> list[str]:
 
 def in_own_process(row: Row, here: Machine, seconds: float) -> dict[str, Any]:
     """The row's result, or its error: the other rows go on."""
-    command = [sys.executable, "-m", "est_cli.benchmark.gpu", "--row", row.name, "--device", here.device]
-    command += ["--rounds", str(here.rounds), "--folder", str(here.folder), *(["--tiny"] if here.tiny else [])]
+    arguments = ["--row", row.name, "--device", here.device, "--rounds", str(here.rounds), "--folder", str(here.folder)]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=seconds)
+        found = from_own_process(
+            "est_cli.benchmark.gpu", *arguments, *(["--tiny"] if here.tiny else []), timeout=seconds
+        )
     except subprocess.TimeoutExpired:
         return {"error": f"took more than {seconds:.0f} s"}
-    if done.returncode:
-        return {"error": (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]}
-    return {"result": json.loads(done.stdout.splitlines()[-1])}
+    except RuntimeError as error:
+        return {"error": str(error).splitlines()[-1]}
+    return {"result": found}
 
 
 def run(
@@ -179,8 +157,11 @@ def run(
         if left < SHORTEST_ROW:
             say(f"{minutes:g} minutes are over; the same command continues")
             break
-        began, reason = time.monotonic(), here.lacks(*row.needs)
-        outcome = {"skipped": reason} if reason else measured(row, here, min(left, ROW_SECONDS))
+        began = time.monotonic()
+        if row.needs_triton and not has_triton(here.device):
+            outcome = {"skipped": "needs a GPU with triton"}
+        else:
+            outcome = measured(row, here, min(left, ROW_SECONDS))
         written[row.name] = {"row": row.name, **same, "seconds": round(time.monotonic() - began, 1), **outcome}
         is_cut_off = path.exists() and path.read_bytes()[-1:] not in (b"", b"\n")
         with path.open("a") as file:
@@ -200,68 +181,52 @@ def code_hash() -> str:
 def read_rows(path: Path) -> Iterator[dict[str, Any]]:
     """What has been written, without a line that was cut off when the machine was taken away."""
     for line in path.read_text().splitlines() if path.exists() else []:
-        try:
+        with contextlib.suppress(json.JSONDecodeError):
             yield json.loads(line)
-        except json.JSONDecodeError:
-            continue
 
 
 def as_markdown(machine: str, records: Sequence[dict[str, Any]]) -> str:
-    """Tables of all rows, in the order in which they were measured."""
-    found = {record["row"]: record["result"] for record in records if "result" in record}
-    parts = {kind: {n.removeprefix(f"{kind} "): r for n, r in found.items() if n.startswith(kind)} for kind in _TABLES}
+    """A table for each kind of row; the rows in the order in which they were measured."""
     lines = [f"{machine}; medians [quartiles]", ""]
-    for kind, (columns, lines_of) in _TABLES.items():
-        if parts[kind]:
-            lines += [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
-            lines += [f"| {' | '.join(cells)} |" for n, r in parts[kind].items() for cells in lines_of(n, r)] + [""]
-    lines += [f"- {record['row']}: skipped, {record['skipped']}" for record in records if "skipped" in record]
-    lines += [f"- {record['row']}: failed, {record['error']}" for record in records if "error" in record]
+    for kind, cells_of in _TABLES.items():
+        own = [record for record in records if "result" in record and record["row"].split()[0] == kind]
+        cells = [line for r in own for line in cells_of(r["row"].removeprefix(f"{kind} "), r["result"])]
+        lines += [*markdown(cells), ""] if cells else []
+    for word, name in (("skipped", "skipped"), ("failed", "error")):
+        lines += [f"- {record['row']}: {word}, {record[name]}" for record in records if name in record]
     return "\n".join(lines).rstrip() + "\n"
 
 
-def _roof_lines(_: str, result: dict[str, float]) -> Iterator[list[str]]:
-    yield [f"{result['copy'] / 1e9:.0f} GB/s", *(f"{result[name] / 1e12:.2f} TFLOP/s" for name in DTYPES)]
+def _roofs(_: str, result: dict[str, float]) -> Iterator[Cells]:
+    products = {f"{name} product": f"{rate / 1e12:.2f} TFLOP/s" for name, rate in result.items() if name != "copy"}
+    yield {"copy": f"{result['copy'] / 1e9:.0f} GB/s", **products}
 
 
-def _check_lines(name: str, result: dict[str, Any]) -> Iterator[list[str]]:
+def _checks(name: str, result: dict[str, Any]) -> Iterator[Cells]:
     failed = "; ".join(f"{one['name']} {one['error']:.2g} > {one['allowed']:.2g}" for one in result["failed"])
-    where = "interpreted" if result["interpreted"] else "GPU"
-    yield [f"Triton {name} against float64", where, str(result["checks"]), failed or "all hold"]
+    yield {"kernel": f"Triton {name} against float64", "checks": str(result["checks"]), "result": failed or "all hold"}
 
 
-def _step_lines(name: str, result: dict[str, Any]) -> Iterator[list[str]]:
+def _steps(name: str, result: dict[str, Any]) -> Iterator[Cells]:
     for stage in result["stages"]:
-        is_full = stage["efficiency"] is None
-        peer = result.get("against") if is_full else None
-        yield [
-            name,
-            str(stage["stage"]),
-            f"{stage['step_s'] * 1e3:.2f}",
-            format_interval(stage["time_ratio"], stage["time_ratio_quartiles"]),
-            f"{stage['flops_ratio']:.3f}",
-            "" if is_full else format_interval(stage["efficiency"], stage["efficiency_quartiles"]),
-            format_percent(stage["mfu"]),
-            format_bytes(stage["peak_memory_bytes"]),
-            f"{format_interval(peer['time_ratio'], peer['time_ratio_quartiles'])} ({peer['setting']})" if peer else "",
-        ]
+        peer = result.get("against") if stage is result["stages"][-1] else None
+        over = f"{shown(peer, 'time_ratio')} ({peer['setting']})" if peer else ""
+        yield {"steps": name, **stage_cells(stage), "over transformers": over}
 
 
-def _operation_lines(_: str, result: list[dict[str, Any]]) -> Iterator[list[str]]:
+def _operations(_: str, result: list[dict[str, Any]]) -> Iterator[Cells]:
     for one in result:
-        times = [f"{one['ms']:.3f}", f"{one['host_ms']:.3f}", one["rate"], f"{one['of_roof']:.0%}"]
-        yield [one["work"], one["version"], *times, f"{one['over_torch']:.2f}"]
+        times = {"ms": f"{one['ms']:.3f}", "host ms": f"{one['host_ms']:.3f}", "rate": one["rate"]}
+        ratios = {"of roof": f"{one['of_roof']:.0%}", "over torch": f"{one['over_torch']:.2f}"}
+        yield {"operation": one["work"], "version": one["version"], **times, **ratios}
 
 
-_TABLES: dict[str, tuple[list[str], Callable[[str, Any], Iterator[list[str]]]]] = {
-    "roofs": (["copy", *(f"{name} product" for name in DTYPES)], _roof_lines),
-    "check": (["kernel", "where", "checks", "result"], _check_lines),
-    "steps": (
-        ["steps", "stage", "ms", "over full", "FLOPs", "efficiency", "MFU", "peak memory", "over transformers"],
-        _step_lines,
-    ),
-    "operation": (["operation", "version", "ms", "host ms", "rate", "of roof", "over torch"], _operation_lines),
-    "trace": (["trace"], lambda _, told: ([line] for line in told)),
+_TABLES: dict[str, Callable[[str, Any], Iterator[Cells]]] = {
+    "roofs": _roofs,
+    "check": _checks,
+    "steps": _steps,
+    "operation": _operations,
+    "trace": lambda _, told: ({"trace": line} for line in told),
 }
 
 
@@ -282,7 +247,9 @@ def main() -> None:
         parser.error("--device=cuda: torch sees no GPU here; --device cpu --tiny shows that all of it runs")
     here = Machine(arguments.device, arguments.tiny, arguments.rounds, arguments.folder)
     if arguments.row:
-        print(json.dumps(everything[arguments.row].measure(here)))
+        with contextlib.redirect_stdout(sys.stderr):  # libraries may print too
+            result = everything[arguments.row].measure(here)
+        print(json.dumps(result))
         return
     complete = run([everything[name] for name in arguments.only], here, arguments.minutes, print)
     results = here.folder / "results.md"

@@ -1,39 +1,232 @@
-"""What the three operations take, against what the machine can do.
+"""The three operations by themselves: how far a version is from float64, and its time against the machine's rates.
 
 Memory limits pack and adamw: bytes over the time, as a part of what a plain copy moves. Matrix products limit the loss:
 6·N·D·V FLOPs over the time, as a part of what a large product reaches. On a GPU `ms` is the device's time and `host ms`
 what the call takes until it returns; on a CPU they are equal.
+
+R rows, r sampled rows, C columns, N tokens, D d_model, V vocabulary
 """
 
 import statistics
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
-from est_cli.benchmark.case import THREE_STAGES
-from est_cli.benchmark.kernel_cases import (
-    Matrix,
-    adamw_case,
-    head_case,
-    loss_and_gradients,
-    model_matrices,
-    pack_case,
-    plain_loss,
-    plain_pack,
-)
-from est_cli.config import ModelConfig
+from est_cli.benchmark.case import THREE_STAGES, Case
+from est_cli.benchmark.measure import interleaved
+from est_cli.config import ModelConfig, SamplingConfig
+from est_cli.kernels.adamw import Hyperparameters, Move, Rows
 from est_cli.kernels.dispatch import TORCH, Kernels, has_triton, triton_kernels
+from est_cli.model.transformer import Transformer, layer_of, row_kind
+from est_cli.subnet.plan import n_rows, subnetwork
+from est_cli.subnet.schedule import Rates
 from est_cli.training.subnetwork import DTYPES
 
 OPERATIONS = ("pack", "adamw", "loss")
+HYPER = Hyperparameters(lr=3e-4, beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.1)
+_MOVED = ("parameter", "moment", "square")
 _SLEEP_CYCLES = 20_000_000
 """About 10 ms of a GPU: meanwhile the host can queue a whole call."""
 
-Calls = dict[str, Callable[[], object]]
+
+@dataclass(frozen=True)
+class Matrix:
+    """A parameter as rows: [rows, columns], of which `sampled` train; None for all, 0 for a skipped layer."""
+
+    rows: int
+    columns: int
+    sampled: int | None = None
+
+    @property
+    def trained(self) -> int:
+        """Elements that get a gradient."""
+        return self.columns * (self.rows if self.sampled is None else self.sampled)
+
+
+ODD = [Matrix(7, 5, 3), Matrix(4, 1, 2), Matrix(9, 300, 4), Matrix(1, 37), Matrix(6, 7, 0), Matrix(3, 3)]
+"""No multiples of a tile or of 16, one column, one row, a layer that is skipped."""
+ALIGNED = [Matrix(6, 48, 2), Matrix(11, 16, 5), Matrix(3, 4096, 2), Matrix(5, 32), Matrix(5, 32, 0)]
+SETS = {"odd": ODD, "aligned": ALIGNED, "mixed": ODD + ALIGNED}
+HEADS = [(5, 7, 11), (37, 13, 101), (3, 8, 64), (2, 5, 8192), (3, 4, 2 * 8192 + 123)]
+"""N, D, V: less than a block of Triton's kernel, exactly one, and more."""
+
+
+def model_matrices(model: ModelConfig, rates: Rates) -> list[Matrix]:
+    """All parameters of a model, as a step at these rates trains them."""
+    small, matrices = subnetwork(model, SamplingConfig(), rates).model, []
+    for name, parameter in Transformer(model, device="meta").named_parameters():
+        kind, layer = row_kind(name), layer_of(name)
+        rows = 1 if kind is None else n_rows(kind, model)
+        sampled = None if kind is None or n_rows(kind, small) == rows else n_rows(kind, small)
+        is_skipped = layer is not None and layer >= small.n_layers
+        matrices.append(Matrix(rows, parameter.numel() // rows, 0 if is_skipped else sampled))
+    return matrices
+
+
+def _sampled_rows(matrices: Sequence[Matrix], device: torch.device) -> Iterator[Rows | None]:
+    random = np.random.default_rng(0)
+    for matrix in matrices:
+        host = np.sort(random.permutation(matrix.rows)[: matrix.sampled]) if matrix.sampled else None
+        yield None if host is None else Rows(host, torch.from_numpy(host).to(device))
+
+
+class PackCase(NamedTuple):
+    sources: list[Tensor]
+    rows: list[Tensor | None]
+    slots: list[Tensor]
+
+
+def pack_case(matrices: Sequence[Matrix], dtype: torch.dtype, device: torch.device) -> PackCase:
+    """float32 masters and slots of `dtype`. Skipped layers are not packed; in fp32 only sampled rows are."""
+    packed = [m for m in matrices if m.sampled != 0 and (m.sampled is not None or dtype != torch.float32)]
+    return PackCase(
+        [torch.randn(m.rows, m.columns, device=device) for m in packed],
+        [None if rows is None else rows.device for rows in _sampled_rows(packed, device)],
+        [torch.full((m.trained // m.columns, m.columns), torch.nan, dtype=dtype, device=device) for m in packed],
+    )
+
+
+def plain_pack(sources: Sequence[Tensor], rows: Sequence[Tensor | None], slots: Sequence[Tensor]) -> None:
+    for source, chosen, slot in zip(sources, rows, slots, strict=True):
+        slot.copy_(source if chosen is None else source[chosen])
+
+
+def adamw_case(matrices: Sequence[Matrix], freeze: bool, device: torch.device) -> list[Move]:
+    """Moves of one step, some way into training; the counts of frozen rows differ."""
+    random, moves = np.random.default_rng(1), []
+    for matrix, rows in zip(matrices, _sampled_rows(matrices, device), strict=True):
+        if freeze and matrix.sampled == 0:
+            continue
+        shape, trained = (matrix.rows, matrix.columns), (matrix.trained // matrix.columns, matrix.columns)
+        moves.append(
+            Move(
+                parameter=torch.randn(shape, device=device),
+                moment=0.01 * torch.randn(shape, device=device),
+                square=1e-4 * torch.rand(shape, device=device),
+                gradients=[] if matrix.sampled == 0 else [0.01 * torch.randn(trained, device=device)],
+                rows=rows,
+                counts=random.integers(1, 50, trained[0]) if freeze else 7,
+                hyper=HYPER if matrix.rows > 1 else replace(HYPER, weight_decay=0.0),
+            )
+        )
+    return moves
+
+
+def copied(moves: Sequence[Move], dtype: torch.dtype) -> list[Move]:
+    """The same moves on copies of their tensors."""
+
+    def copy(tensor: Tensor) -> Tensor:
+        return tensor.to(dtype, copy=True)
+
+    return [
+        replace(
+            move,
+            **{name: copy(getattr(move, name)) for name in _MOVED},
+            gradients=[copy(gradient) for gradient in move.gradients],
+        )
+        for move in moves
+    ]
+
+
+def head_case(n: int, d: int, vocabulary: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, ...]:
+    """Hidden states [N, D] and weight [V, D], which require gradients, and targets [N]; logits of a few units."""
+    generator = torch.Generator(device).manual_seed(0)
+    hidden = torch.randn(n, d, generator=generator, device=device)
+    weight = 2 * d**-0.5 * torch.randn(vocabulary, d, generator=generator, device=device)
+    targets = torch.randint(vocabulary, (n,), generator=generator, device=device)
+    return hidden.to(dtype).requires_grad_(), weight.to(dtype).requires_grad_(), targets
+
+
+def plain_loss(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """The head as people write it: logits in the inputs' type, softmax in at least float32."""
+    logits = F.linear(hidden, weight)
+    return F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), targets)
+
+
+def loss_and_gradients(function, hidden: Tensor, weight: Tensor, targets: Tensor, scale: float = 1.0) -> list[Tensor]:
+    loss = function(hidden, weight, targets)
+    return [loss.detach(), *torch.autograd.grad(loss * scale, [hidden, weight])]
+
+
+@dataclass(frozen=True)
+class Check:
+    """An error, and the largest that is allowed."""
+
+    name: str
+    error: float
+    allowed: float
+
+    @property
+    def passed(self) -> bool:
+        return self.error <= self.allowed  # also False for NaN
+
+
+def check_pack(
+    kernels: Kernels, matrices: Sequence[Matrix], dtype: torch.dtype, device: torch.device
+) -> Iterator[Check]:
+    """Slots are exact copies of the rows, rounded as torch rounds."""
+    case = pack_case(matrices, dtype, device)
+    expected = [torch.empty_like(slot) for slot in case.slots]
+    plain_pack(case.sources, case.rows, expected)
+    kernels.gather_rows(*case)
+    wrong = sum((found != right).sum().item() for found, right in zip(case.slots, expected, strict=True))
+    yield Check("elements that differ", wrong, 0)
+
+
+def check_adamw(
+    kernels: Kernels, matrices: Sequence[Matrix], freeze: bool, clip: float | None, device: torch.device
+) -> Iterator[Check]:
+    """Three steps: at most twice as far from float64's as torch's float32 version."""
+    moves = adamw_case(matrices, freeze, device)
+
+    def three_steps(step: Callable[..., None], dtype: torch.dtype) -> list[Move]:
+        made, scale = copied(moves, dtype), None if clip is None else torch.tensor(clip, device=device).to(dtype)
+        for later in range(3):
+            step([replace(move, counts=move.counts + later) for move in made], scale)
+        return made
+
+    found, usual = three_steps(kernels.adamw_step, torch.float32), three_steps(TORCH.adamw_step, torch.float32)
+    exact = three_steps(TORCH.adamw_step, torch.float64)
+    for name in _MOVED:
+        ours, theirs, truth = (torch.cat([getattr(m, name).flatten() for m in made]) for made in (found, usual, exact))
+        yield Check(name, (ours - truth).abs().max().item(), 2 * (theirs - truth).abs().max().item())
+
+
+def check_loss(kernels: Kernels, shape: tuple[int, int, int], dtype: torch.dtype, device) -> Iterator[Check]:
+    """The loss and both gradients: at most twice as far from float64's as the plain path's."""
+    inputs = head_case(*shape, dtype, device)
+    ours, theirs = loss_and_gradients(kernels.linear_cross_entropy, *inputs), loss_and_gradients(plain_loss, *inputs)
+    truth = loss_and_gradients(plain_loss, *(t.detach().double().requires_grad_() for t in inputs[:2]), inputs[2])
+    for name, a, b, c in zip(("loss", "hidden", "weight"), ours, theirs, truth, strict=True):
+        error, plain_error = ((t.double() - c).norm().item() for t in (a, b))
+        yield Check(name, error, 2 * plain_error + 1e-6 * c.norm().item())
+
+
+def all_checks(
+    operation: str, kernels: Kernels, device: torch.device, dtypes: Sequence[torch.dtype]
+) -> Iterator[Check]:
+    """Every check of pack, adamw or loss, at every shape."""
+    if operation == "pack":
+        found = {f"{name} {t}": check_pack(kernels, SETS[name], t, device) for name in SETS for t in dtypes}
+    elif operation == "adamw":
+        found = {
+            f"{name} {'freeze' if freeze else 'zero_grad'} {clip=}": check_adamw(kernels, ms, freeze, clip, device)
+            for name, ms in SETS.items()
+            for freeze in (False, True)
+            for clip in (None, 0.37)
+        }
+    else:
+        found = {f"{shape} {t}": check_loss(kernels, shape, t, device) for shape in HEADS for t in dtypes}
+    for what, checks in found.items():
+        for check in checks:
+            yield replace(check, name=f"{what}: {check.name}")
 
 
 @dataclass(frozen=True)
@@ -41,7 +234,7 @@ class Work:
     """One operation on one input: the versions that do it, and its cost."""
 
     name: str
-    versions: Calls
+    versions: dict[str, Callable[[], object]]
     cost: float
     """Bytes, or FLOPs for the loss."""
     roof: float
@@ -60,65 +253,58 @@ def measure_roofs(device: torch.device) -> dict[str, float]:
     return roofs
 
 
-def works(
-    operation: str, model: str, config: ModelConfig, tokens: int, roofs: dict[str, float], device: torch.device
-) -> Iterator[Work]:
-    """One of OPERATIONS at the sizes of a model: every stage, precision and setting."""
+def works(operation: str, model: str, case: Case, roofs: dict[str, float]) -> Iterator[Work]:
+    """One of OPERATIONS at the sizes of a case, whose model has a name: every stage, precision and setting."""
+    config, tokens, device = case.model, case.tokens, torch.device(case.device)
     kernels = {"torch": TORCH} | ({"triton": triton_kernels()} if has_triton(device) else {})
     if operation == "loss":
+        functions = {"plain": plain_loss} | {name: k.linear_cross_entropy for name, k in kernels.items()}
         for precision, dtype in DTYPES.items():
-            yield _loss(
-                f"loss {model} {tokens} tokens {precision}", config, tokens, dtype, kernels, roofs[precision], device
-            )
+            inputs = head_case(tokens, config.d_model, config.vocab_size, dtype, device)
+            versions = {name: partial(loss_and_gradients, function, *inputs) for name, function in functions.items()}
+            cost = 6 * tokens * config.d_model * config.vocab_size
+            yield Work(f"loss {model} {tokens} tokens {precision}", versions, cost, roofs[precision])
         return
     for number, stage in enumerate(THREE_STAGES, 1):
         matrices = model_matrices(config, stage.rates)
         for setting in DTYPES if operation == "pack" else ("zero_grad", "freeze"):
             make = _pack if operation == "pack" else _adamw
-            calls, cost = make(matrices, setting, kernels, device)
-            if cost:
-                yield Work(f"{operation} {model} stage {number} {setting}", calls, cost, roofs["copy"])
+            work = make(
+                f"{operation} {model} stage {number} {setting}", matrices, setting, kernels, roofs["copy"], device
+            )
+            if work.cost:
+                yield work
 
 
-def _pack(matrices: list[Matrix], precision: str, kernels: dict[str, Kernels], device) -> tuple[Calls, float]:
+def _pack(
+    name: str, matrices: list[Matrix], precision: str, kernels: dict[str, Kernels], roof: float, device: torch.device
+) -> Work:
     case = pack_case(matrices, DTYPES[precision], device)
-    calls = {name: partial(k.gather_rows, case.sources, case.rows, case.slots) for name, k in kernels.items()}
+    functions = {"plain": plain_pack} | {version: k.gather_rows for version, k in kernels.items()}
     cost = sum(slot.numel() * (4 + slot.element_size()) for slot in case.slots)
-    return {"plain": partial(plain_pack, case)} | calls, cost
+    return Work(name, {version: partial(function, *case) for version, function in functions.items()}, cost, roof)
 
 
-def _adamw(matrices: list[Matrix], unsampled: str, kernels: dict[str, Kernels], device) -> tuple[Calls, float]:
+def _adamw(
+    name: str, matrices: list[Matrix], unsampled: str, kernels: dict[str, Kernels], roof: float, device: torch.device
+) -> Work:
     """Bytes: parameter and moments in and out, and the gradient in."""
     freeze, clip = unsampled == "freeze", torch.tensor(0.5, device=device)
     moves = adamw_case(matrices, freeze, device)
-    calls: Calls = {name: partial(k.adamw_step, moves, clip) for name, k in kernels.items()}
+    versions = {version: partial(k.adamw_step, moves, clip) for version, k in kernels.items()}
     if not freeze and all(m.sampled is None for m in matrices):
         # torch.optim.AdamW in its fastest form, on every element: no clipping, no sampled rows.
         parameters = [torch.zeros(m.rows, m.columns, device=device, requires_grad=True) for m in matrices]
         for parameter in parameters:
             parameter.grad = torch.randn_like(parameter)
-        calls = {"fused": torch.optim.AdamW(parameters, fused=True).step} | calls
+        versions = {"fused": torch.optim.AdamW(parameters, fused=True).step} | versions
     moved = sum(m.trained if freeze else m.rows * m.columns for m in matrices)
-    return calls, 24 * moved + 4 * sum(m.trained for m in matrices)
-
-
-def _loss(
-    name: str, config: ModelConfig, tokens: int, dtype: torch.dtype, kernels: dict[str, Kernels], roof: float, device
-) -> Work:
-    inputs = head_case(tokens, config.d_model, config.vocab_size, dtype, device)
-    functions = {"plain": plain_loss} | {name: k.linear_cross_entropy for name, k in kernels.items()}
-    calls = {name: partial(loss_and_gradients, function, *inputs) for name, function in functions.items()}
-    return Work(name, calls, 6 * tokens * config.d_model * config.vocab_size, roof)
+    return Work(name, versions, 24 * moved + 4 * sum(m.trained for m in matrices), roof)
 
 
 def timings(work: Work, device: torch.device, rounds: int) -> Iterator[dict[str, Any]]:
     """The versions, timed in turns: medians."""
-    times: dict[str, list[tuple[float, float]]] = {name: [] for name in work.versions}
-    for number in range(rounds + 2):
-        for name, call in work.versions.items():
-            taken = timed(call, device)
-            if number >= 2:
-                times[name].append(taken)
+    times = interleaved({name: partial(timed, call, device) for name, call in work.versions.items()}, rounds, 2)
     unit, scale = ("TFLOP/s", 1e12) if work.name.startswith("loss") else ("GB/s", 1e9)
     for name, pairs in times.items():
         seconds, host = (statistics.median(column) for column in zip(*pairs, strict=True))

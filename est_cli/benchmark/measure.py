@@ -1,4 +1,4 @@
-"""Rounds of interleaved steps, and what they say about time against FLOPs.
+"""Rounds of interleaved calls, and what the times of steps say about time against FLOPs.
 
 efficiency = (1 − t_stage/t_full) / (1 − flops_stage/flops_full): 1 means that a stage saves as much time as
 FLOPs. Ratios are taken within a round, so a machine that slows down slows both sides.
@@ -8,89 +8,56 @@ import gc
 import json
 import subprocess
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 
 from est_cli.benchmark.case import Case
-from est_cli.benchmark.peer import Peer, device_time, fastest, find_peer
-from est_cli.kernels.dispatch import kernels_for
-from est_cli.model.transformer import Transformer, initialise
-from est_cli.subnet.plan import stage_subnetwork
-from est_cli.subnet.sampler import sample
-from est_cli.subnet.schedule import Stage
+from est_cli.benchmark.peer import fastest, find_peer
+from est_cli.benchmark.steps import PHASES, Stepper
 from est_cli.training.device import keep_freed_memory, peak_flops, peak_memory_bytes, reset_peak_memory
-from est_cli.training.optimizer import SampledAdamW
-from est_cli.training.subnetwork import DTYPES, MaskedSubnetwork, PackedSubnetwork
-from est_cli.training.watch import Launched, Watch
+from est_cli.units import format_bytes, format_clock, format_flops, format_interval, format_percent, format_step_time
 
-PHASES = ("sample", "pack", "forward", "backward", "update")
-_QUARTILES = (25, 75)
-_MANY_STEPS = 1 << 30
+Name, Result = TypeVar("Name"), TypeVar("Result")
+Progress = Callable[[int, int], None]
+"""Is told how many of how many calls are done."""
 
 
-class Stepper:
-    """Steps of all stages on one master model: the calls of the training loop, with a clock between them.
+def interleaved(
+    calls: Mapping[Name, Callable[[], Result]],
+    rounds: int,
+    warmup: int = 0,
+    progress: Progress = lambda done, total: None,
+) -> dict[Name, list[Result]]:
+    """What each call returned in each round, A B C A B C; rounds of `warmup` come first and are not counted."""
+    found: dict[Name, list[Result]] = {name: [] for name in calls}
+    turns = [name for _ in range(warmup + rounds) for name in calls]
+    for done, name in enumerate(turns):
+        progress(done, len(turns))
+        found[name].append(calls[name]())
+    progress(len(turns), len(turns))
+    return {name: results[warmup:] for name, results in found.items()}
 
-    `now` is read between the phases: seconds by default.
-    """
 
-    def __init__(self, case: Case, now: Callable[[], float] | None = None):
-        self.case = case
-        self.now = now or (lambda: device_time(case.device))
-        model = Transformer(case.model, recompute=case.recompute, kernels=kernels_for(case.kernels, case.device))
-        self.model = initialise(model, case.seed).to(case.device)
-        self.optimizer = SampledAdamW(self.model, case.optimizer)
-        self.watch = Watch(torch.device(case.device), stays=True)
-        self.batch = case.batch()
-        self.subnetworks: dict[int, PackedSubnetwork | MaskedSubnetwork] = {}
-        self.steps = 0
+def progress_line(name: str) -> Progress:
+    """Says on standard error how far `name` is, and about how long the rest takes."""
+    began = 0.0
 
-    def step(self, index: int) -> dict[str, float]:
-        """One optimizer step of the stage at `index`; what each phase took."""
-        case, spec, subnet = self.case, self.case.stages[index], self._subnetwork(index)
-        stage, clock, last = (
-            Stage(index + 1, 0, _MANY_STEPS, spec.rates, spec.grown),
-            dict.fromkeys(PHASES, 0.0),
-            self.now(),
-        )
+    def tell(done: int, total: int) -> None:
+        nonlocal began
+        now = time.perf_counter()
+        began = began if done else now
+        taken = now - began
+        left = f"about {format_clock(taken * (total - done) / done)} left" if done else "begins"
+        text = f"{name}: {done} of {total}, {left if done < total else f'took {format_clock(taken)}'}"
+        print(f"{text:<60}", end="\r" if done < total and sys.stderr.isatty() else "\n", file=sys.stderr, flush=True)
 
-        def lap(phase: str) -> None:
-            nonlocal last
-            began, last = last, self.now()
-            clock[phase] += last - began
-
-        plan = sample(case.seed, self.steps, stage, case.model, case.sampling)
-        lap("sample")
-        subnet.load(plan)
-        lap("pack")
-        for _ in range(case.grad_accum):
-            loss = subnet.loss(*self.batch) / case.grad_accum
-            lap("forward")
-            loss.backward()
-            lap("backward")
-        updates = subnet.updates()
-        norm = self.optimizer.norm(updates)
-        refused = self.watch.see(Launched(self.steps, stage, plan, case.optimizer.lr), loss.detach(), norm)
-        self.optimizer.step(updates, case.optimizer.lr, norm, refused)
-        lap("update")
-        self.steps += 1
-        self.watch.read(self.steps)
-        self.optimizer.confirm()
-        return clock
-
-    def _subnetwork(self, index: int) -> PackedSubnetwork | MaskedSubnetwork:
-        if index not in self.subnetworks:
-            case = self.case
-            kind = MaskedSubnetwork if case.kernels == "masked" else PackedSubnetwork
-            shape = stage_subnetwork(case.model, case.sampling, case.stages[index])
-            subnet = self.subnetworks[index] = kind(self.model, shape, DTYPES[case.precision])
-            if case.compile:
-                subnet.module.compile_blocks()
-        return self.subnetworks[index]
+    return tell
 
 
 def measure(
@@ -100,7 +67,7 @@ def measure(
     against: str | None = None,
     against_path: str | None = None,
     memory: bool = True,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    progress: Progress = lambda done, total: None,
 ) -> dict[str, Any]:
     """The contract's JSON of est-bench: medians over rounds, per-round ratios, and their quartiles.
 
@@ -108,22 +75,24 @@ def measure(
     """
     code = find_peer(against, against_path, case) if against else None
     keep_freed_memory()
-    stepper = Stepper(case)
+    stepper, stages = Stepper(case), range(len(case.stages))
+    calls: dict[int | str, Callable[[], Any]] = {index: partial(stepper.step, index) for index in stages}
     peer = fastest(case, code, warmup) if code else None
-    stages = range(len(case.stages))
-    ours, theirs = [], []
-    for number in range(warmup + rounds):
-        progress(number, rounds + warmup)
-        ours.append([list(stepper.step(index).values()) for index in stages])
-        if peer is not None:
-            theirs.append(peer.step())
-    progress(rounds + warmup, rounds + warmup)
-    seconds = np.array(ours[warmup:])
+    if peer is not None:
+        calls["peer"] = peer.step
+    times = interleaved(calls, rounds, warmup, progress)
+    seconds = np.array([[list(phases.values()) for phases in times[index]] for index in stages])
     result: dict[str, Any] = {"stages": [_stage(case, seconds, index) for index in stages]}
     if peer is not None:
-        result["against"] = _against(case, peer, seconds[:, -1].sum(-1), np.array(theirs[warmup:]))
+        how = "compiled" if case.compile else "eager"
+        result["against"] = {
+            "name": peer.code.name,
+            "setting": f"{peer.setting}, SDPA, no cache, fused AdamW, {torch.get_num_threads()} threads, {how}",
+            "step_s": float(np.median(times["peer"])),
+            **summary("time_ratio", seconds[-1].sum(-1) / times["peer"]),
+        }
     if memory:
-        del stepper, peer
+        del stepper, peer, calls
         if case.device == "cuda":  # the processes that follow need it
             gc.collect()
             torch.cuda.empty_cache()
@@ -132,15 +101,15 @@ def measure(
     return result
 
 
-def summary(name: str, values: np.ndarray) -> dict[str, Any]:
+def summary(name: str, values: Sequence[float] | np.ndarray) -> dict[str, Any]:
     """The median under `name`, and the quartiles beside it."""
-    return {name: float(np.median(values)), f"{name}_quartiles": np.percentile(values, _QUARTILES).tolist()}
+    return {name: float(np.median(values)), f"{name}_quartiles": np.percentile(values, (25, 75)).tolist()}
 
 
 def _stage(case: Case, seconds: np.ndarray, index: int) -> dict[str, Any]:
-    """seconds [rounds, stages, phases]; the last stage is the full model."""
+    """seconds [stages, rounds, phases]; the last stage is the full model."""
     totals, flops = seconds.sum(-1), [cost.total for cost in case.flops]
-    time_ratios, flops_ratio = totals[:, index] / totals[:, -1], flops[index] / flops[-1]
+    time_ratios, flops_ratio = totals[index] / totals[-1], flops[index] / flops[-1]
     peak = peak_flops(torch.device(case.device), case.precision, case.peak_flops)
     efficiency = {"efficiency": None, "efficiency_quartiles": None}
     if flops_ratio < 1:
@@ -149,34 +118,55 @@ def _stage(case: Case, seconds: np.ndarray, index: int) -> dict[str, Any]:
         "stage": index + 1,
         "rates": asdict(case.stages[index].rates),
         "grown": asdict(case.stages[index].grown),
-        **summary("step_s", totals[:, index]),
-        "phases": dict(zip(PHASES, np.median(seconds[:, index], axis=0).tolist(), strict=True)),
+        **summary("step_s", totals[index]),
+        "phases": dict(zip(PHASES, np.median(seconds[index], axis=0).tolist(), strict=True)),
         "flops": flops[index],
         **summary("time_ratio", time_ratios),
         "flops_ratio": flops_ratio,
         **efficiency,
         "peak_memory_bytes": None,
-        "mfu": flops[index] / float(np.median(totals[:, index])) / peak if peak else None,
+        "mfu": flops[index] / float(np.median(totals[index])) / peak if peak else None,
     }
 
 
-def _against(case: Case, peer: Peer, ours: np.ndarray, theirs: np.ndarray) -> dict[str, Any]:
-    how = "compiled" if case.compile else "eager"
+def stage_cells(stage: Mapping[str, Any]) -> dict[str, str]:
+    """One of the `stages` of `measure` as a line of a table: column → text."""
     return {
-        "name": peer.code.name,
-        "setting": f"{peer.setting}, SDPA, no cache, fused AdamW, {torch.get_num_threads()} threads, {how}",
-        "step_s": float(np.median(theirs)),
-        **summary("time_ratio", ours / theirs),
+        "stage": str(stage["stage"]),
+        "time": format_step_time(stage["step_s"]),
+        "FLOPs": format_flops(stage["flops"]),
+        "time / full": shown(stage, "time_ratio"),
+        "FLOPs / full": f"{stage['flops_ratio']:.3f}",
+        "efficiency": shown(stage, "efficiency"),
+        "peak memory": format_bytes(stage["peak_memory_bytes"]),
+        "MFU": format_percent(stage["mfu"]),
     }
+
+
+def shown(facts: Mapping[str, Any], name: str) -> str:
+    """A `summary` as text: `0.95 [0.93, 0.97]`."""
+    return format_interval(facts[name], facts[f"{name}_quartiles"])
+
+
+def markdown(rows: Sequence[Mapping[str, str]]) -> list[str]:
+    """The lines of a table; the first two are its head."""
+    lines = [f"| {' | '.join(cells)} |" for cells in (rows[0], *(row.values() for row in rows))]
+    return [lines[0], "|---" * len(rows[0]) + "|", *lines[1:]]
+
+
+def from_own_process(module: str, *arguments: str, timeout: float | None = None) -> Any:
+    """The JSON that `python -m module` prints. Raises RuntimeError if it fails, and subprocess.TimeoutExpired."""
+    command = [sys.executable, "-m", module, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=timeout)
+    if done.returncode:
+        raise RuntimeError(done.stderr.strip() or f"exit code {done.returncode}")
+    return json.loads(done.stdout)
 
 
 def peak_in_own_process(case: Case, index: int) -> int:
     """Peak memory of one stage, in a fresh process."""
-    command = ["-m", "est_cli.benchmark", "--case", json.dumps(asdict(case)), "--peak-memory-of-stage", str(index + 1)]
-    done = subprocess.run([sys.executable, *command], capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(f"measuring the memory of stage {index + 1} failed:\n{done.stderr}")
-    return json.loads(done.stdout)["peak_memory_bytes"]
+    arguments = ("--case", json.dumps(asdict(case)), "--peak-memory-of-stage", str(index + 1))
+    return from_own_process("est_cli.benchmark", *arguments)["peak_memory_bytes"]
 
 
 def peak_of_stage(case: Case, index: int, steps: int = 2) -> int:

@@ -9,21 +9,20 @@ import contextlib
 import importlib
 import importlib.util
 import sys
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from types import ModuleType
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from est_cli.benchmark.case import Case
+from est_cli.benchmark.steps import device_time
 from est_cli.config import ModelConfig
 from est_cli.errors import UserError
+from est_cli.model.huggingface import to_config
 from est_cli.model.transformer import Transformer
 
 SETTINGS = {"fp32": ("fp32",), "bf16": ("autocast", "bf16 weights, fp32 masters")}
@@ -46,8 +45,11 @@ def find_peer(against: str, path: str | None, case: Case) -> PeerCode:
         if case.recompute and against != "transformers":
             raise UserError(f"against={against}: has no recomputation of activations; leave recompute out")
         with torch.device("meta"), _told(f"against={against}: cannot build this model"):
-            theirs = _size(code.build())
-    if (ours := _size(Transformer(case.model, "meta"))) != theirs:
+            ours, theirs = (
+                sum(parameter.numel() for parameter in model.parameters())
+                for model in (Transformer(case.model, "meta"), code.build())
+            )
+    if ours != theirs:
         raise UserError(
             f"against={against}: its model has {theirs:,} parameters where ours has {ours:,}; choose another"
         )
@@ -55,39 +57,14 @@ def find_peer(against: str, path: str | None, case: Case) -> PeerCode:
 
 
 def _transformers(path: Path | None, model: ModelConfig) -> PeerCode:
-    """GPT2LMHeadModel or LlamaForCausalLM."""
+    """GPT2LMHeadModel or LlamaForCausalLM, of the config.json of an export."""
     if path is not None:
         raise UserError(f"against_path={path}: only for against=nanogpt and litgpt; transformers must be installed")
     with _told("against=transformers: cannot be imported"):
         import transformers
-    shared = {"vocab_size": model.vocab_size, "tie_word_embeddings": model.tie_embeddings}
-    shared |= {"attn_implementation": "sdpa", "use_cache": False}
-    if model.position == "learned":
-        kind = transformers.GPT2LMHeadModel
-        config = transformers.GPT2Config(
-            n_positions=model.max_seq_len,
-            n_embd=model.d_model,
-            n_layer=model.n_layers,
-            n_head=model.n_heads,
-            n_inner=model.d_ff,
-            layer_norm_epsilon=model.norm_eps,
-            **dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0),
-            **shared,
-        )
-    else:
-        kind = transformers.LlamaForCausalLM
-        config = transformers.LlamaConfig(
-            max_position_embeddings=model.max_seq_len,
-            hidden_size=model.d_model,
-            num_hidden_layers=model.n_layers,
-            num_attention_heads=model.n_heads,
-            num_key_value_heads=model.n_kv_heads,
-            head_dim=model.head_dim,
-            rms_norm_eps=model.norm_eps,
-            rope_theta=model.rope_theta,
-            intermediate_size=model.d_ff,
-            **shared,
-        )
+    sizes = to_config(model)
+    kind = getattr(transformers, sizes["architectures"][0])
+    config = kind.config_class(**sizes, attn_implementation="sdpa", use_cache=False)
 
     def loss(peer: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
         # shift_labels: every position counts, as in our loss.
@@ -98,16 +75,14 @@ def _transformers(path: Path | None, model: ModelConfig) -> PeerCode:
 
 def _nanogpt(path: Path | None, model: ModelConfig) -> PeerCode:
     """GPT of a checkout's model.py, which is GPT-2 of any size."""
+    needs = "against=nanogpt needs the folder of nanoGPT"
     if path is None:
-        raise UserError("against_path: is missing; against=nanogpt needs the folder of nanoGPT, which holds model.py")
-    file = path if path.suffix == ".py" else path / "model.py"
-    if not file.is_file():
-        raise UserError(f"against_path={path}: {_lacks(path, 'model.py')}; against=nanogpt needs the folder of nanoGPT")
+        raise UserError(f"against_path: is missing; {needs}, which holds model.py")
+    file = _file(path, path if path.suffix == ".py" else path / "model.py", needs)
     with _told(f"against_path={path}: model.py cannot be imported"):
         spec = importlib.util.spec_from_file_location("nanogpt_model", file)
         module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
-    _check_holds(module, path, "GPT", "GPTConfig")
     needed = {"position": "learned", "tie_embeddings": True, "d_ff": 4 * model.d_model}
     for key, value in {**needed, "head_dim": model.d_model // model.n_heads}.items():
         if getattr(model, key) != value:
@@ -115,39 +90,26 @@ def _nanogpt(path: Path | None, model: ModelConfig) -> PeerCode:
             raise UserError(f"against=nanogpt: nanoGPT is a GPT-2, {found} must be {value}; try model=gpt2")
 
     def build() -> nn.Module:
-        return module.GPT(
-            module.GPTConfig(
-                block_size=model.max_seq_len,
-                vocab_size=model.vocab_size,
-                n_layer=model.n_layers,
-                n_head=model.n_heads,
-                n_embd=model.d_model,
-                dropout=0.0,
-                bias=model.bias,
-            )
-        )
+        sizes = {"n_layer": model.n_layers, "n_head": model.n_heads, "n_embd": model.d_model, "bias": model.bias}
+        sizes |= {"block_size": model.max_seq_len, "vocab_size": model.vocab_size}
+        return module.GPT(module.GPTConfig(**sizes, dropout=0.0))
 
     return PeerCode("nanoGPT", build, lambda peer, inputs, targets: peer(inputs, targets)[1])
 
 
 def _litgpt(path: Path | None, model: ModelConfig) -> PeerCode:
     """litgpt's GPT, which is a Llama of any size; installed, or the folder that holds the package, or the package."""
-    before = list(sys.path)
+    before, hint = list(sys.path), "" if path else " (pip install litgpt, or against_path=)"
     if path is not None:
-        package = path if path.name == "litgpt" and (path / "model.py").is_file() else path / "litgpt"
-        if not (package / "model.py").is_file():
-            raise UserError(
-                f"against_path={path}: {_lacks(path, 'litgpt/model.py')}; against=litgpt needs the folder that holds "
-                "the package litgpt (its checkout, or site-packages)"
-            )
-        sys.path.insert(0, str(package.parent.resolve()))
-    hint = "" if path else " (pip install litgpt, or against_path=)"
+        folder = path.parent if path.name == "litgpt" and (path / "model.py").is_file() else path
+        needs = "against=litgpt needs the folder that holds the package litgpt (its checkout, or site-packages)"
+        _file(path, folder / "litgpt" / "model.py", needs)
+        sys.path.insert(0, str(folder.resolve()))
     try:
         with _told(f"against=litgpt: litgpt cannot be imported{hint}"):
             module = importlib.import_module("litgpt.model")
     finally:
         sys.path[:] = before
-    _check_holds(module, path, "GPT", "Config")
     if model.position != "rope":
         raise UserError(
             f"against=litgpt: litgpt has rotary positions only: model.position={model.position}; try model=tinyllama"
@@ -201,25 +163,12 @@ def _told(problem: str) -> Iterator[None]:
         raise UserError(f"{problem}: {type(error).__name__}: {error}") from error
 
 
-def _lacks(path: Path, name: str) -> str:
-    return f"holds no {name}" if path.exists() else "there is no such file or folder"
-
-
-def _check_holds(module: ModuleType, path: Path | None, *names: str) -> None:
-    missing = [name for name in names if not hasattr(module, name)]
-    if missing:
-        raise UserError(f"against_path={path}: {module.__name__} defines no {' and no '.join(missing)}")
-
-
-def _size(model: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in model.parameters())
-
-
-def device_time(device: str) -> float:
-    """Seconds on the clock, once the device has done what it was asked."""
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter()
+def _file(given: Path, file: Path, needs: str) -> Path:
+    """`file`, which the folder that a person gave must hold. Raises UserError if it does not."""
+    if not file.is_file():
+        lacks = f"holds no {file.relative_to(given)}" if given.exists() else "there is no such file or folder"
+        raise UserError(f"against_path={given}: {lacks}; {needs}")
+    return file
 
 
 class Peer:
@@ -228,21 +177,20 @@ class Peer:
     def __init__(self, case: Case, code: PeerCode, setting: str):
         self.case, self.code, self.setting = case, code, setting
         with contextlib.redirect_stdout(sys.stderr):
-            model = code.build().to(case.device).train()
+            self.model = code.build().to(case.device).train()
         if case.recompute:
-            model.gradient_checkpointing_enable()
+            self.model.gradient_checkpointing_enable()
         if case.compile:
-            model.compile(dynamic=False)
+            self.model.compile(dynamic=False)
         self.masters: list[Tensor] = []
         if setting.startswith("bf16"):
-            self.masters = [p.detach().clone().requires_grad_() for p in model.parameters()]
-            model = model.to(torch.bfloat16)
-        self.model = model
-        self.trained = trained = self.masters or list(model.parameters())
+            self.masters = [p.detach().clone().requires_grad_() for p in self.model.parameters()]
+            self.model.to(torch.bfloat16)
+        self.trained = self.masters or list(self.model.parameters())
         optimizer, self.batch = case.optimizer, case.batch()
-        groups: list[dict[str, Any]] = [
-            {"params": [p for p in trained if p.dim() >= 2], "weight_decay": optimizer.weight_decay},
-            {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0},
+        groups = [
+            {"params": [p for p in self.trained if p.dim() >= 2], "weight_decay": optimizer.weight_decay},
+            {"params": [p for p in self.trained if p.dim() < 2], "weight_decay": 0.0},
         ]
         self.optimizer = torch.optim.AdamW(groups, optimizer.lr, optimizer.betas, optimizer.eps, fused=True)
 
@@ -250,7 +198,9 @@ class Peer:
         """One optimizer step; its seconds."""
         start = device_time(self.case.device)
         for _ in range(self.case.grad_accum):
-            self._loss().div(self.case.grad_accum).backward()
+            with torch.autocast(self.case.device, torch.bfloat16, enabled=self.setting == "autocast"):
+                loss = self.code.loss(self.model, *self.batch)
+            loss.div(self.case.grad_accum).backward()
         if self.masters:
             for master, weight in zip(self.masters, self.model.parameters(), strict=True):
                 master.grad, weight.grad = weight.grad.float(), None
@@ -262,11 +212,6 @@ class Peer:
             with torch.no_grad():
                 torch._foreach_copy_(list(self.model.parameters()), self.masters)
         return device_time(self.case.device) - start
-
-    def _loss(self) -> Tensor:
-        inputs, targets = self.batch
-        with torch.autocast(self.case.device, torch.bfloat16, enabled=self.setting == "autocast"):
-            return self.code.loss(self.model, inputs, targets)
 
 
 def fastest(case: Case, code: PeerCode, warmup: int) -> Peer:

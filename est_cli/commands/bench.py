@@ -1,7 +1,6 @@
 """est-bench: what a step of every stage costs in time and memory, against its FLOPs."""
 
 import json
-from collections.abc import Iterable
 from typing import Any, Literal
 
 from rich.console import Console
@@ -13,7 +12,7 @@ from est_cli.commands.entry import read_only
 from est_cli.config import Count, Natural, auto, read_train_config
 from est_cli.errors import UserError
 from est_cli.schema import read
-from est_cli.units import format_bytes, format_flops, format_interval, format_percent, format_step_time
+from est_cli.units import format_step_time
 
 _OPTIONS = {
     "rounds": Count,
@@ -47,7 +46,7 @@ def run(plain: dict[str, Any]) -> None:
     for note in notes:
         console.print(note, style="dim")
     with Progress(console=console, transient=True) as bar:
-        task = bar.add_task("interleaved rounds", total=None)
+        task = bar.add_task("interleaved steps", total=None)
         advance = lambda done, total: bar.update(task, completed=done, total=total)  # noqa: E731
         result = benchmark.measure.measure(benchmark.case.case_of(config), **options, progress=advance)
     if config.format == "json":
@@ -57,34 +56,24 @@ def run(plain: dict[str, Any]) -> None:
 
 
 def _print(result: dict[str, Any], console: Console) -> None:
-    steps = _table(
-        r"one optimizer step; medians over interleaved rounds \[quartiles]",
-        ("time", "FLOPs", "time / full", "FLOPs / full", "efficiency", "peak memory", "MFU"),
-    )
-    phases = _table("phases", result["stages"][0]["phases"])
-    for stage in result["stages"]:
-        steps.add_row(
-            str(stage["stage"]),
-            format_step_time(stage["step_s"]),
-            format_flops(stage["flops"]),
-            format_interval(stage["time_ratio"], stage["time_ratio_quartiles"]),
-            f"{stage['flops_ratio']:.3f}",
-            format_interval(stage["efficiency"], stage["efficiency_quartiles"]),
-            format_bytes(stage["peak_memory_bytes"]),
-            format_percent(stage["mfu"]),
-        )
-        phases.add_row(str(stage["stage"]), *map(format_step_time, stage["phases"].values()))
-    console.print(steps, phases)
+    stages = result["stages"]
+    phases = [
+        {"stage": str(s["stage"]), **{name: format_step_time(t) for name, t in s["phases"].items()}} for s in stages
+    ]
+    title = r"one optimizer step; medians over interleaved rounds \[quartiles]"
+    console.print(_table(title, [benchmark.measure.stage_cells(stage) for stage in stages]), _table("phases", phases))
     if "against" in result:
         peer = result["against"]
         console.print(
             f"against {peer['name']} ({peer['setting']}): {format_step_time(peer['step_s'])}; ours takes "
-            f"{format_interval(peer['time_ratio'], peer['time_ratio_quartiles'])} of its time"
+            f"{benchmark.measure.shown(peer, 'time_ratio')} of its time"
         )
 
 
-def _table(title: str, columns: Iterable[str]) -> Table:
-    table = Table("stage", title=title, title_justify="left")
-    for column in columns:
-        table.add_column(column, justify="right")
+def _table(title: str, rows: list[dict[str, str]]) -> Table:
+    table = Table(title=title, title_justify="left")
+    for column in rows[0]:
+        table.add_column(column, justify="left" if column == "stage" else "right")
+    for row in rows:
+        table.add_row(*row.values())
     return table

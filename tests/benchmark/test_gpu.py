@@ -8,11 +8,11 @@ import torch
 
 from est_cli.benchmark import gpu
 from est_cli.benchmark.gpu import Machine, Row, as_markdown, read_rows, rows, run
-from est_cli.benchmark.kernel_cases import SETS, all_checks, check_adamw
-from est_cli.benchmark.kernels import OPERATIONS
+from est_cli.benchmark.kernels import OPERATIONS, SETS, all_checks, check_adamw
 from est_cli.kernels.dispatch import TORCH
 
 ROWS = {row.name: row for row in rows()}
+THREE = [Row(f"trace {name}", lambda here: []) for name in "abc"]
 
 
 @pytest.fixture
@@ -20,34 +20,24 @@ def here(tmp_path):
     return Machine("cpu", True, 1, tmp_path)
 
 
-def in_this_process(row: Row, here: Machine, seconds: float):
-    return {"result": json.loads(json.dumps(row.measure(here)))}
+class Taken(list):
+    """The rows that were measured, in order; those of `failing` fail."""
 
+    failing = ()
 
-@pytest.fixture
-def taken():
-    """Rows that were measured, in order; those of `failing` fail."""
-
-    class Taken(list):
-        failing = ()
-
-        def __call__(self, row, here, seconds):
-            self.append(row.name)
-            return {"error": "out of memory"} if row.name in self.failing else {"result": []}
-
-    return Taken()
-
-
-THREE = [Row(f"trace {name}", lambda here: []) for name in "abc"]
+    def __call__(self, row, here, seconds):
+        self.append(row.name)
+        return {"error": "out of memory"} if row.name in self.failing else {"result": []}
 
 
 def test_every_kind_of_row_is_measured_on_a_cpu_and_what_needs_a_gpu_is_said_to_be_skipped(here, monkeypatch):
     monkeypatch.setattr(gpu, "measure_roofs", lambda *_: {"copy": 1e10, "fp32": 1e11, "bf16": 2e11})
     monkeypatch.setattr("est_cli.benchmark.measure.peak_in_own_process", lambda case, index: 1 << 20)
-    monkeypatch.setattr(gpu, "find_spec", lambda name: None)  # neither triton nor transformers
+    monkeypatch.setattr(gpu, "find_spec", lambda name: None)  # no transformers
     others = ("compiled", "operation pack tinyllama", "operation adamw gpt2", "operation loss tinyllama")
     asked = [row for name, row in ROWS.items() if not any(part in name for part in others)]
     said = []
+    in_this_process = lambda row, here, seconds: {"result": json.loads(json.dumps(row.measure(here)))}  # noqa: E731
     assert run(asked, here, 5, said.append, in_this_process)
     records = {record["row"]: record for record in read_rows(here.folder / "rows.jsonl")}
     skipped = {name for name, record in records.items() if "skipped" in record}
@@ -68,28 +58,23 @@ def test_a_row_has_a_process_of_its_own_whose_failure_is_its_result(here, monkey
     assert gpu.in_own_process(row, here, 100) == {"error": "exit code 1"}
 
 
-def test_what_is_written_is_not_measured_again_and_what_failed_is(here, taken):
+def test_what_failed_is_measured_again_and_a_line_that_was_cut_off_costs_only_its_row(here):
+    taken, path, results = Taken(), here.folder / "rows.jsonl", here.folder / "results.md"
     taken.failing = ("trace b",)
     assert not run(THREE, here, 1, print, taken)
     assert taken == ["trace a", "trace b", "trace c"]
-    assert "- trace b: failed, out of memory" in (here.folder / "results.md").read_text()
+    assert "- trace b: failed, out of memory" in results.read_text()
     taken.failing = ()
-    assert run(THREE, here, 1, print, taken)
-    assert taken[3:] == ["trace b"]
-    assert "failed" not in (here.folder / "results.md").read_text()
-
-
-def test_a_line_that_was_cut_off_costs_its_row_alone(here, taken):
-    run(THREE, here, 1, print, taken)
-    path = here.folder / "rows.jsonl"
     path.write_text(path.read_text()[:-9])
     for _ in range(2):
         assert run(THREE, here, 1, print, taken)
-    assert taken[3:] == ["trace c"]
+    assert taken[3:] == ["trace b", "trace c"]
+    assert "failed" not in results.read_text()
 
 
 @pytest.mark.parametrize("change", ["machine", "code"])
-def test_numbers_of_another_machine_or_of_other_code_are_not_mixed_in(here, taken, monkeypatch, change):
+def test_numbers_of_another_machine_or_of_other_code_are_not_mixed_in(here, monkeypatch, change):
+    taken = Taken()
     run(THREE, here, 1, print, taken)
     if change == "code":
         monkeypatch.setattr(gpu, "code_hash", lambda: "other")
@@ -97,8 +82,8 @@ def test_numbers_of_another_machine_or_of_other_code_are_not_mixed_in(here, take
     assert taken[3:] == taken[:3]
 
 
-def test_no_row_begins_when_the_time_is_over(here, taken):
-    said = []
+def test_no_row_begins_when_the_time_is_over(here):
+    taken, said = Taken(), []
     assert not run(THREE, here, 0.1, said.append, taken)
     assert taken == [] and "the same command continues" in said[-1]
 
@@ -108,11 +93,11 @@ def test_a_kernel_that_is_wrong_is_found_and_told():
         TORCH.adamw_step(moves, clip)
         moves[0].parameter.add_(1e-3)
 
-    wrong = [one for one in check_adamw(TORCH._replace(adamw_step=off), SETS["odd"], False, None, torch.device("cpu"))
-             if not one.passed]  # fmt: skip
-    assert [one.name for one in wrong] == ["parameter"]
-    result = {"checks": 3, "failed": [vars(one) for one in wrong], "interpreted": False}
-    assert "parameter 0.003" in as_markdown("x", [{"row": "check adamw", "result": result}])
+    found = list(check_adamw(TORCH._replace(adamw_step=off), SETS["odd"], False, None, torch.device("cpu")))
+    wrong = [vars(one) for one in found if not one.passed]
+    assert [one["name"] for one in wrong] == ["parameter"]
+    record = {"row": "check adamw", "result": {"checks": 3, "failed": wrong}}
+    assert "parameter 0.003" in as_markdown("x", [record])
     for operation in OPERATIONS:
         assert all(check.passed for check in all_checks(operation, TORCH, torch.device("cpu"), [torch.float32]))
 

@@ -1,4 +1,4 @@
-"""What est-bench reports: ratios within a round, against the full model and against the peer."""
+"""What est-bench and make bench report: ratios within a round, against the full model and against the peer."""
 
 import numpy as np
 import pytest
@@ -6,8 +6,9 @@ from tiny import FAMILIES
 
 from est_cli.benchmark import measure as module
 from est_cli.benchmark.case import Case
-from est_cli.benchmark.goals import Row, row_of_peer, rows_of_stages
-from est_cli.benchmark.measure import PHASES, measure
+from est_cli.benchmark.goals import Row, rows_of_steps
+from est_cli.benchmark.measure import interleaved, markdown, measure, progress_line, stage_cells
+from est_cli.benchmark.steps import PHASES
 
 NAMES = {"gpt2": "transformers GPT2LMHeadModel", "llama": "transformers LlamaForCausalLM"}
 
@@ -37,26 +38,29 @@ def test_time_that_follows_flops_is_an_efficiency_of_one_on_a_machine_that_slows
         np.testing.assert_allclose(stage["efficiency_quartiles"], 1.0)
         assert stage["time_ratio"] == pytest.approx(stage["flops_ratio"])
     assert result["stages"][-1]["efficiency"] is None
+    table = markdown([stage_cells(stage) for stage in result["stages"]])
+    assert len(table) == 5 and "| 1.00 [1.00, 1.00] |" in table[2] and table[4].startswith("| 3 |")
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("family", "precision"), [("gpt2", "fp32"), ("gpt2", "bf16"), ("llama", "bf16")])
 def test_every_stage_and_the_peer_are_timed(family, precision):
     pytest.importorskip("transformers")
-    rounds = []
-    found = measure(
-        case(family, precision=precision),
-        2,
-        1,
-        "transformers",
-        memory=False,
-        progress=lambda *done: rounds.append(done),
-    )
+    found = measure(case(family, precision=precision), 2, 1, "transformers", memory=False)
     assert [stage["stage"] for stage in found["stages"]] == [1, 2, 3]
     assert all(set(stage["phases"]) == set(PHASES) and stage["step_s"] > 0 for stage in found["stages"])
     assert found["against"]["name"] == NAMES[family]
     assert "eager" in found["against"]["setting"]
-    assert rounds[-1] == (3, 3)
+
+
+def test_calls_take_turns_and_the_time_that_is_left_is_told(monkeypatch, capsys):
+    turns, clock = [], iter(range(0, 1000, 5))
+    monkeypatch.setattr(module.time, "perf_counter", lambda: next(clock))
+    calls = {name: lambda name=name: turns.append(name) or len(turns) for name in "ab"}
+    assert interleaved(calls, 2, 1, progress_line("group")) == {"a": [3, 5], "b": [4, 6]}
+    assert turns == ["a", "b"] * 3
+    said = [line.strip() for line in capsys.readouterr().err.splitlines()]
+    assert said[:3] == ["group: 0 of 6, begins", "group: 1 of 6, about 0:25 left", "group: 2 of 6, about 0:20 left"]
+    assert said[-1] == "group: 6 of 6, took 0:30"
 
 
 @pytest.mark.parametrize(
@@ -65,7 +69,7 @@ def test_every_stage_and_the_peer_are_timed(family, precision):
 def test_a_goal_is_met_on_its_own_side_of_the_number(value, at_least, met):
     row = Row("ratio", "here", value, "", 1.0, at_least)
     assert row.met is met
-    assert str(row).endswith(f"| {'≥' if at_least else '≤'} 1 | {'met' if met else 'not met'} |")
+    assert markdown([row.cells()])[2].endswith(f"| {'≥' if at_least else '≤'} 1 | {'met' if met else 'not met'} |")
 
 
 def test_goals_read_the_measured_result():
@@ -74,8 +78,7 @@ def test_goals_read_the_measured_result():
         {"stage": 2, "efficiency": 0.93, "efficiency_quartiles": [0.9, 1.0]},
         {"stage": 3, "efficiency": None, "efficiency_quartiles": None},
     ]
-    first, second = rows_of_stages({"stages": stages}, "GPT-2 fp32")
-    assert (first.met, second.met) == (True, False)
-    assert second.shown == "0.93 [0.90, 1.00]"
     peer = {"name": "theirs", "setting": "eager", "time_ratio": 0.9, "time_ratio_quartiles": [0.8, 1.0]}
-    assert row_of_peer({"against": peer}, "fp32").met
+    first, second, full = rows_of_steps({"stages": stages, "against": peer}, "GPT-2", "fp32")
+    assert (first.met, second.met, full.met) == (True, False, True)
+    assert (second.shown, second.where) == ("0.93 [0.90, 1.00]", "GPT-2 fp32")

@@ -9,7 +9,7 @@ import torch
 from tiny import LLAMA, train_config
 
 from est_cli.benchmark.case import PRESETS
-from est_cli.benchmark.kernel_cases import adamw_case, head_case, loss_and_gradients, model_matrices, pack_case
+from est_cli.benchmark.kernels import adamw_case, head_case, loss_and_gradients, model_matrices, pack_case
 from est_cli.errors import UserError
 from est_cli.kernels.dispatch import TORCH, kernels_for
 from est_cli.model.transformer import Transformer

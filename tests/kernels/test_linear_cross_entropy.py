@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from est_cli.benchmark.kernel_cases import check_loss, head_case, loss_and_gradients, plain_loss
+from est_cli.benchmark.kernels import check_loss, head_case, loss_and_gradients, plain_loss
 from est_cli.kernels import linear_cross_entropy as kernel
 from est_cli.kernels.dispatch import TORCH
 from est_cli.kernels.linear_cross_entropy import linear_cross_entropy

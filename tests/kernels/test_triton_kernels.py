@@ -12,7 +12,7 @@ import torch
 from tiny import FAMILIES, random_batch, random_master, snapshot
 
 from est_cli.benchmark.case import PRESETS
-from est_cli.benchmark.kernel_cases import (
+from est_cli.benchmark.kernels import (
     ALIGNED,
     HEADS,
     ODD,
