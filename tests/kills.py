@@ -102,7 +102,7 @@ def _before(owner: object, name: str, trap: Callable[..., None]) -> None:
 
 
 def _in_accumulation(trap: _Trap) -> None:
-    from est_cli.training.ahead import Inputs
+    from est_cli.training.inputs import Inputs
 
     original = Inputs.of
 

@@ -20,8 +20,8 @@ from est_cli.subnet.plan import stage_subnetwork
 from est_cli.subnet.sampler import sample
 from est_cli.subnet.schedule import Stage
 from est_cli.training.optimizer import SampledAdamW
+from est_cli.training.steps import Launched, Watch
 from est_cli.training.subnetwork import DTYPES, MaskedSubnetwork, PackedSubnetwork
-from est_cli.training.watch import Launched, Watch
 
 PHASES = ("sample", "pack", "forward", "backward", "update")
 _MANY_STEPS = 1 << 30

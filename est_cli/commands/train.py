@@ -83,7 +83,7 @@ def _train(arguments: argparse.Namespace) -> int:
 
 def _run(name: str, arguments: argparse.Namespace) -> int:
     """One run. Everything that can be wrong with the input is found before Hydra makes a directory."""
-    peers = training.peers.meet()
+    peers = training.distributed.meet()
     composed, hydra_node = peers.agree("composition", lambda: _compose(name, arguments))
     trunk = peers.agree("trunk", lambda: take_trunk(composed))
     config, notes = peers.agree("config", lambda: read_config(composed, hydra_node))

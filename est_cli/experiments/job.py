@@ -54,7 +54,7 @@ def run_job(composed: DictConfig, directory: RunDirectory, call: Call) -> float:
     composed = plain(composed)
     trunk = take_trunk(composed)
     config, notes = read_config(composed, node)
-    if (started := training.peers.launched_ranks()) > 1:
+    if (started := training.distributed.launched_ranks()) > 1:
         raise UserError(f"-m: {started} processes were started; a sweep starts those of its jobs itself")
     group = config.logger.group or Path(node.sweep.dir).name
     config = replace(config, logger=replace(config.logger, group=group))
@@ -66,7 +66,7 @@ def run_job(composed: DictConfig, directory: RunDirectory, call: Call) -> float:
     if config.trainer.devices > 1:
         return _run_in_ranks(node, config.trainer.devices, group, directory, call)
     label = directory.path.name if call.is_elsewhere else None
-    alone, overrides = training.peers.Peers(), list(node.overrides.task)
+    alone, overrides = training.distributed.Peers(), list(node.overrides.task)
     prepared = runs.preparation.prepare_run(config, notes, directory, overrides, sys.argv[1:], alone, trunk, label)
     code = runs.execution.execute(replace(prepared, command=call.command, job=True), alone)
     if code != DONE:

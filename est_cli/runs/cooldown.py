@@ -54,7 +54,7 @@ class Trunk:
         folder = Path(os.path.abspath(typed.parent if typed.is_file() else typed))
         if not _STEP.fullmatch(folder.name) or not folder.is_dir():
             raise UserError(f"{KEY}={path}: must be a checkpoint, a folder RUN/checkpoints/step-…{_nearest(typed)}")
-        checkpoint = training.checkpoint.Checkpoint.at(folder)
+        checkpoint = training.checkpoint.Checkpoint(folder)
         state = checkpoint.state
         if not isinstance(state.get("config"), dict) or not isinstance(state.get("step"), int):
             raise UserError(f"{KEY}={path}: this checkpoint is damaged: {damage(folder) or 'it names no config'}")

@@ -22,10 +22,9 @@ from est_cli.tracking.summary import stage_table, summarize
 from est_cli.tracking.tracker import RunInfo
 from est_cli.training.checkpoint import Checkpoint, Checkpoints
 from est_cli.training.device import keep_freed_memory, return_freed_memory, set_threads
-from est_cli.training.distributed import join, leave
+from est_cli.training.distributed import Peers, join, leave
 from est_cli.training.loop import Outcome, Training
 from est_cli.training.nonfinite import NonFinite, keep
-from est_cli.training.peers import Peers
 from est_cli.training.profile import Profile
 from est_cli.units import format_loss
 
@@ -88,7 +87,7 @@ def _restore(prepared: Prepared, training: Training, checkpoints: Checkpoints, p
     found = peers.agree("checkpoint", lambda: checkpoints.to_resume(steps, prepared.say) if peers.is_main else None)
     folder = peers.from_main("checkpoint folder", found and str(found.folder))
     if folder is not None:
-        training.restore(found or Checkpoint.at(Path(folder)))
+        training.restore(found or Checkpoint(Path(folder)))
 
 
 def _begin(prepared: Prepared, training: Training) -> RunInfo:
@@ -103,8 +102,8 @@ def _begin(prepared: Prepared, training: Training) -> RunInfo:
         as_plain(config),
         training.step,
         training.stages,
-        tuple(cost.total for cost in training.records.ledger.per_step),
-        training.records.ledger.full.total,
+        tuple(cost.total for cost in training.steps.ledger.per_step),
+        training.steps.ledger.full.total,
         prepared.command,
     )
     for note in prepared.notes:

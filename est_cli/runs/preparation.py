@@ -14,7 +14,7 @@ from est_cli.subnet.sampler import check_strategy
 from est_cli.tracking.tracker import Tracker
 from est_cli.tracking.trackers import trackers_for
 from est_cli.training.device import available_device
-from est_cli.training.peers import Peers
+from est_cli.training.distributed import Peers
 from est_cli.training.pretrained import check_pretrained
 
 

@@ -11,7 +11,6 @@ sharded_checkpoint.py. Either form loads into any number of ranks. Tensors are s
 loading runs no code.
 """
 
-import json
 import math
 import os
 import re
@@ -19,6 +18,7 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -39,15 +39,14 @@ _NAME = re.compile(r"step-(\d{8,})")
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint whose files agree with their checksums."""
+    """A checkpoint that was written whole; `damage` tells whether it still is."""
 
     folder: Path
-    state: dict[str, Any]
 
-    @classmethod
-    def at(cls, folder: Path) -> "Checkpoint":
-        """One that somebody else has checked."""
-        return cls(folder, _state(folder))
+    @cached_property
+    def state(self) -> dict[str, Any]:
+        """What state.json holds."""
+        return read_json(self.folder / STATE)
 
     @property
     def step(self) -> int:
@@ -98,7 +97,9 @@ class Checkpoints:
         temporary = self._temporary(step)
         try:
             temporary.mkdir(parents=True)
-            self._write(temporary, weights, moments)
+            write_tensors(weights, temporary / MODEL)
+            if moments is not None:
+                write_tensors(moments, temporary / OPTIMIZER)
             names = [path.name for path in temporary.iterdir()]
             return self._complete(temporary, step, facts, {name: checksum(temporary / name) for name in names})
         except OSError:
@@ -132,11 +133,6 @@ class Checkpoints:
 
     def _temporary(self, step: int) -> Path:
         return self.folder / f".writing-step-{step:08d}"
-
-    def _write(self, temporary: Path, weights: Mapping[str, Tensor], moments: Mapping[str, Tensor] | None) -> None:
-        write_tensors(weights, temporary / MODEL)
-        if moments is not None:
-            write_tensors(moments, temporary / OPTIMIZER)
 
     def _complete(self, temporary: Path, step: int, facts: dict[str, Any], checksums: dict[str, str]) -> Path:
         """Add the JSON to the tensors in `temporary`, whose checksums are given, and give the folder its name."""
@@ -203,7 +199,7 @@ class Checkpoints:
         for folder in reversed(folders):
             problem = damage(folder)
             if problem is None:
-                yield Checkpoint(folder, json.loads((folder / STATE).read_text()))
+                yield Checkpoint(folder)
                 continue
             damaged.append(f"{folder}: {problem}")
             warn(f"damaged checkpoint passed over: {damaged[-1]}")
@@ -238,22 +234,17 @@ class Checkpoints:
 
 def _best(folders: list[Path]) -> Path | None:
     """The checkpoint of the lowest validation loss, among those of steps that were evaluated."""
-    losses = [(loss, folder) for folder in folders if (loss := _own_loss(folder)) is not None]
-    return min(losses)[1] if losses else None
-
-
-def _own_loss(folder: Path) -> float | None:
-    state = _state(folder)
-    loss = state.get("val_loss")
-    return loss if loss is not None and math.isfinite(loss) and state.get("val_step") == state["step"] else None
+    losses = []
+    for folder in folders:
+        state = read_json(folder / STATE)
+        loss = state.get("val_loss")
+        if loss is not None and math.isfinite(loss) and state.get("val_step") == state["step"]:
+            losses.append((loss, folder))
+    return min(losses, default=(None, None))[1]
 
 
 def _step_of(folder: Path) -> int:
     return int(_NAME.fullmatch(folder.name)[1])
-
-
-def _state(folder: Path) -> dict[str, Any]:
-    return read_json(folder / STATE)
 
 
 def damage(folder: Path) -> str | None:
@@ -269,7 +260,7 @@ def damage(folder: Path) -> str | None:
                 return f"{name} does not match its checksum"
         except OSError as error:
             return f"{name}: {error.strerror}"
-    if _state(folder).get("step") != _step_of(folder):
+    if read_json(folder / STATE).get("step") != _step_of(folder):
         return f"{STATE} is of another step"
     return None
 

@@ -1,6 +1,8 @@
-"""The ranks of a run, what each of them holds, and what they compute together (gloo on CPUs, NCCL on GPUs).
+"""The processes of a run: how they meet, what each of them holds, and what they compute together.
 
-The mesh has `replicas` rows of `shards` ranks; a trainer is nothing but its shape:
+They meet (`meet`) before they know the config, through the store of who started them. What they exchange then is JSON,
+and others may wait for rank 0 as long as it takes to tokenize a corpus. When the config says which devices to use, they
+join in a mesh (`join`; gloo on CPUs, NCCL on GPUs) of `replicas` rows of `shards` ranks. A trainer is its shape:
 
 ddp   (R, 1)                  every rank holds all master weights and moments
 fsdp  (1, R)                  every rank holds its share of them
@@ -11,21 +13,125 @@ packing, AdamW and growth need no other rank. Vectors, 0.1% of a model, are whol
 """
 
 import contextlib
+import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import cached_property
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from est_cli.errors import PeerLost
-from est_cli.training.peers import Peers
+from est_cli.errors import PeerLost, UserError
 
 NORM_ELEMENTS = 1 << 22
+_Result = TypeVar("_Result")
+_TO_START = timedelta(minutes=10)
+AS_LONG_AS_IT_TAKES = timedelta(days=30)
+"""Who started the processes ends the others when one dies."""
+
+
+@dataclass(frozen=True)
+class Peers:
+    """This process among those of its run; alone if it has no store. A topic names one exchange and is used once."""
+
+    rank: int = 0
+    size: int = 1
+    store: dist.Store | None = None
+
+    @property
+    def is_main(self) -> bool:
+        """Rank 0 resolves the run directory and writes; the others compute."""
+        return self.rank == 0
+
+    def agree(self, topic: str, call: Callable[[], _Result], main_first: bool = False) -> _Result:
+        """`call()` of every rank, if it went well on all; `main_first` lets rank 0 finish before the others begin.
+
+        Raises UserError on all ranks if any raised it: on rank 0 with the problems of all, so that they are told
+        once; on the others with none.
+        """
+        if self.store is None:
+            return call()
+        result, problems = None, []
+        if not main_first or self.is_main or not self._hear(f"{topic}/0"):
+            try:
+                result = call()
+            except UserError as error:
+                problems = list(error.problems)
+        self._tell(f"{topic}/{self.rank}", problems)
+        told = dict.fromkeys(problem for rank in range(self.size) for problem in self._hear(f"{topic}/{rank}"))
+        if told:
+            raise UserError(*(told if self.is_main else ()))
+        return result
+
+    def from_main(self, topic: str, value: Any) -> Any:
+        """Rank 0's value, which JSON can hold, on every rank."""
+        if self.store is None:
+            return value
+        if self.is_main:
+            self._tell(topic, value)
+        return self._hear(topic)
+
+    @contextlib.contextmanager
+    def wait_for_main(self, topic: str) -> Iterator[None]:
+        """The other ranks leave the block only when rank 0 has left its own, in any way, however long it takes."""
+        try:
+            yield
+        finally:
+            if self.is_main and self.store is not None:
+                self._tell(topic, True)
+        if not self.is_main:
+            self._hear(topic)
+
+    def first_to_fail(self) -> bool:
+        """Whether no other rank has failed before: the first failure is the cause, and is told."""
+        if self.store is None:
+            return True
+        try:
+            return self.store.compare_set("failed", "", str(self.rank)) == str(self.rank).encode()
+        except RuntimeError:  # whoever started the processes is gone, and its store with it
+            return True
+
+    def _tell(self, key: str, value: Any) -> None:
+        self.store.set(key, json.dumps(value))
+
+    def _hear(self, key: str) -> Any:
+        self.store.wait([key], AS_LONG_AS_IT_TAKES)
+        return json.loads(self.store.get(key))
+
+
+def launched_ranks() -> int:
+    """Processes of the job that torchrun started, 1 without it. Raises UserError for a value of another kind."""
+    size = os.environ.get("WORLD_SIZE", "1")
+    if not size.isdecimal() or size == "0":
+        raise UserError(f"WORLD_SIZE={size}: must be a number of processes; unset it where torchrun did not set it")
+    return int(size)
+
+
+def meet() -> Peers:
+    """The processes that torchrun, or `est_cli.runs.launcher`, started; only this one without either.
+
+    Raises UserError if the environment describes no job, and DistStoreError if a process does not come.
+    """
+    size = launched_ranks()
+    if size == 1:
+        return Peers()
+    missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    if missing:
+        raise UserError(
+            f"WORLD_SIZE={size}: {', '.join(missing)} must be set too; start the processes with torchrun, or let "
+            "trainer=ddp trainer.devices=N start them and unset WORLD_SIZE"
+        )
+    store, rank, size = next(dist.rendezvous("env://"))
+    # torchrun starts ranks again (--max-restarts) with the store that they had, and what they said before is in it.
+    store = dist.PrefixStore(f"est/{store.add(f'est/starts/{rank}', 1)}", store)
+    store.set(f"here/{rank}", "")
+    store.wait([f"here/{other}" for other in range(size)], _TO_START)
+    return Peers(rank, size, store)
 
 
 @dataclass(frozen=True)
@@ -36,15 +142,21 @@ class World:
     """
 
     device: torch.device
-    rank: int = 0
-    size: int = 1
     peers: Peers = field(default_factory=Peers)
     mesh: DeviceMesh | None = None
 
     @property
+    def rank(self) -> int:
+        return self.peers.rank
+
+    @property
+    def size(self) -> int:
+        return self.peers.size
+
+    @property
     def is_main(self) -> bool:
         """Rank 0 writes; the others compute."""
-        return self.rank == 0
+        return self.peers.is_main
 
     @cached_property
     def shards(self) -> int:
@@ -135,11 +247,9 @@ def peer_errors() -> Iterator[None]:
         words = str(error).lower()
         if not isinstance(error, dist.DistError) and "gloo" not in words:
             raise
-        if "timed out" in words:
-            raise PeerLost(
-                f"another process of the run has not answered within trainer.collective_timeout_s ({error})"
-            ) from error
-        raise PeerLost(f"another process of the run has ended ({error})") from error
+        late = "timed out" in words
+        what = "has not answered within trainer.collective_timeout_s" if late else "has ended"
+        raise PeerLost(f"another process of the run {what} ({error})") from error
 
 
 def join(kind: str, peers: Peers, timeout_s: float = 600.0, shards: int = 1) -> World:
@@ -162,11 +272,11 @@ def join(kind: str, peers: Peers, timeout_s: float = 600.0, shards: int = 1) -> 
             timeout=timeout,
             device_id=device if kind == "cuda" else None,
         )
-        return World(device, peers.rank, peers.size, peers, _mesh(kind, peers.size, shards, timeout))
+        return World(device, peers, _mesh(kind, peers.size, shards, timeout))
 
 
 def _mesh(kind: str, size: int, shards: int, timeout: timedelta) -> DeviceMesh:
-    """(replicas, shards), or (shards,) where there is one replica: no all-reduce then follows a reduce-scatter."""
+    """(replicas, shards), or (shards,) if there is one replica: no all-reduce then follows a reduce-scatter."""
     if shards == size:
         return DeviceMesh.from_group(dist.group.WORLD, kind, mesh_dim_names=("shards",))
     ranks = torch.arange(size).view(-1, shards)

@@ -1,10 +1,10 @@
 """The training loop: rates → plan → packed subnetwork → gradients → optimizer on the sampled rows → log."""
 
+import contextlib
 import gc
 import math
-import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Literal
 
@@ -18,21 +18,17 @@ from est_cli.kernels.dispatch import kernels_for
 from est_cli.model.transformer import Transformer, initialise
 from est_cli.subnet.plan import Subnetwork, growth_into, model_after, stage_subnetwork
 from est_cli.subnet.schedule import Stage, stage_at
-from est_cli.training.ahead import Inputs
 from est_cli.training.checkpoint import Checkpoint, Checkpoints
-from est_cli.training.compiled import Compiler
-from est_cli.training.device import peak_memory_bytes, reset_peak_memory
+from est_cli.training.device import Compiler, peak_memory_bytes, reset_peak_memory
 from est_cli.training.distributed import World, peer_errors
-from est_cli.training.growth import grow
-from est_cli.training.nonfinite import NonFinite
+from est_cli.training.inputs import Inputs
 from est_cli.training.optimizer import SampledAdamW, learning_rate
 from est_cli.training.pretrained import load_pretrained
-from est_cli.training.profile import NoProfile, Profile, phase
-from est_cli.training.record import Observer, Records
-from est_cli.training.saving import Saving, State
-from est_cli.training.subnetwork import DTYPES, MaskedSubnetwork, Pack, PackedSubnetwork, Update
+from est_cli.training.profile import Profile, phase
+from est_cli.training.saving import Saving
+from est_cli.training.steps import Launched, Observer, Steps, is_due
+from est_cli.training.subnetwork import DTYPES, MaskedSubnetwork, PackedSubnetwork, Update, pack_on
 from est_cli.training.validation import validation_loss
-from est_cli.training.watch import Launched, Watch
 
 
 @dataclass(frozen=True)
@@ -44,16 +40,13 @@ class Outcome:
     train_s: float
     peak_memory_bytes: int
     skipped_steps: int
-    """Steps that were not taken, because their loss or gradient was not finite."""
 
 
 class Training:
     """A run's state, master weights and moments on the device, and one method a phase."""
 
     def __init__(self, config: TrainConfig, tokens: Tokens, world: World, observers: Sequence[Observer]):
-        self.config, self.tokens, self.world, self.observers = config, tokens, world, observers
-        self.stages = config.stages
-        self.records = Records(config, world.device, world.size)
+        self.config, self.tokens, self.world, self.stages = config, tokens, world, config.stages
         self.dtype = DTYPES[config.trainer.precision]
         recompute, kernels = config.trainer.recompute == "block", kernels_for(config.kernels, world.device)
         model = Transformer(config.model, "meta", recompute=recompute, kernels=kernels)
@@ -62,35 +55,28 @@ class Training:
         if config.model.init_from is not None:
             load_pretrained(self.model, world.own)
         self.pack = pack_on(world)
-        self.grown = model_after(config, 0)
-        self.optimizer = SampledAdamW(self.model, config.optimizer, self.grown)
+        self.optimizer = SampledAdamW(self.model, config.optimizer, model_after(config, 0))
         self.compiler = Compiler(config.trainer.compile)
-        self.watch = Watch(world.device, stays=config.trainer.on_nonfinite == "stop")
-        self.behind = int(world.device.type == "cuda")
-        """Steps that the device has to go on with while the host reads and logs the one before; 0 on a CPU."""
-        self.inputs = Inputs(config, tokens, world, end=config.trainer.max_steps if self.behind else 0)
+        self.inputs = Inputs(config, tokens, world)
+        self.steps = Steps(config, world, self.optimizer, observers if world.is_main else ())
+        self.progress = self.steps.progress
         self.stopping: Callable[[], bool] = lambda: False
         self.asked: Tensor | None = None
         """How many ranks were asked to stop, as the step's all-reduce has found."""
-        self.step = 0
-        self.train_s = 0.0
-        self.val_loss: float | None = None
-        self.val_step: int | None = None
-        self.skipped_steps = 0
-        self.saved_step: int | None = None
         self.saving: Saving | None = None
+
+    @property
+    def step(self) -> int:
+        """The optimizer step that comes next."""
+        return self.progress.step
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Go on after the last step of `checkpoint`."""
         checkpoint.load_weights(self.weights())
-        self.grown = model_after(self.config, checkpoint.step)
-        self.optimizer.join(self.grown)
+        self.optimizer.join(model_after(self.config, checkpoint.step))
         if checkpoint.can_resume:
             checkpoint.load_moments(self.moments())
-        self.step = self.saved_step = checkpoint.step
-        for name in _CARRIED:
-            setattr(self, name, checkpoint.state.get(name, getattr(self, name)))
-        self.records.asked = (self.step, self.train_s)
+        self.steps.restore(checkpoint.state)
 
     def weights(self) -> dict[str, Tensor]:
         """Every parameter by name, whole or as a DTensor of this rank's columns; to save, and to fill in place."""
@@ -104,79 +90,91 @@ class Training:
     def run(self, checkpoints: Checkpoints, stopping: Callable[[], bool], profile: Profile | None = None) -> Outcome:
         """Train to the end, or until `stopping` asks; either way the last step has a checkpoint.
 
-        Raises PeerLost where another rank has ended, or does not answer in time.
+        Raises PeerLost if another rank has ended, or does not answer in time.
         """
-        trainer, profile = self.config.trainer, profile or NoProfile()
-        self.stopping = stopping
+        self.stopping, stopped = stopping, False
+        max_steps, save_final = self.config.trainer.max_steps, self.config.trainer.save_final
         reset_peak_memory(self.world.device)
-        stopped, self.saving = False, Saving(checkpoints, self.world, self._say, self.saved_step)
-        with self.saving:
-            while self.step < trainer.max_steps and not stopped:
-                stage = stage_at(self.stages, self.step)
-                if self.step == stage.first_step:
-                    self._grow_into(stage)
-                subnet = self._build(stage)
-                with profile.stage(stage, self.step) as advance:
-                    while self.step < stage.end and not stopped:
-                        self._train_step(stage, subnet)
-                        self.saving.hear()
-                        advance()
-                        stopped = self._is_asked_to_stop() and self.step < trainer.max_steps
-                        due = _due(self.step, trainer.checkpoint_every) or self.step in checkpoints.lasting
-                        if due and not stopped and self.step < trainer.max_steps:
-                            self._save("full", is_last=False)
-                        if not stopped and self.step < trainer.max_steps:
-                            self._await_text()
-                del subnet
+        # A run that does not begin with step 0 begins with a checkpoint.
+        with Saving(checkpoints, self.world, self.steps.say, self.step or None) as self.saving:
+            while self.step < max_steps and not stopped:
+                stopped = self._train_stage(stage_at(self.stages, self.step), profile)
                 if self.world.mesh is not None:
                     gc.collect()  # FSDP's modules hold each other, and their slots
-            self._save("full" if stopped else trainer.save_final, is_last=True)
+            if stopped or save_final != "none":
+                self._save("full" if stopped else save_final, is_last=True)
         status, memory = "stopped" if stopped else "done", peak_memory_bytes(self.world.device)
-        return Outcome(status, self.step, self.train_s, memory, self.skipped_steps)
+        return Outcome(status, self.step, self.progress.train_s, memory, self.progress.skipped_steps)
+
+    def _train_stage(self, stage: Stage, profile: Profile | None) -> bool:
+        """Train to the end of the stage, or until somebody asks to stop; returns whether that is so."""
+        trainer, lasting = self.config.trainer, self.saving.checkpoints.lasting
+        if self.step == stage.first_step:
+            self._grow_into(stage)
+        subnet = self._build(stage)
+        with profile.stage(stage, self.step) if profile else contextlib.nullcontext(lambda: None) as advance:
+            while self.step < stage.end:
+                self._train_step(stage, subnet)
+                self.saving.hear()
+                advance()
+                if self.step == trainer.max_steps:
+                    return False
+                if self._is_asked_to_stop():
+                    return True
+                if is_due(self.step, trainer.checkpoint_every) or self.step in lasting:
+                    self._save("full", is_last=False)
+                self._await_text()
+        return False
 
     def _grow_into(self, stage: Stage) -> None:
         """A checkpoint at a boundary holds the model before the growth, and this is done again after a restart."""
         growth = growth_into(self.config, stage)
         if growth is not None:
-            self._settle()
-            grow(self.model, self.optimizer, growth, self.config.scheduler.grow_moments)
-            self.grown = growth.after
-            self._say(f"step {self.step}: the model {growth}")
+            self.steps.settle()
+            self.optimizer.grow(growth, self.config.scheduler.grow_moments)
+            self.steps.say(f"step {self.step}: the model {growth}")
 
     def _build(self, stage: Stage) -> PackedSubnetwork | MaskedSubnetwork:
         shape = stage_subnetwork(self.config.model, self.config.sampling, stage)
-        masks = self.config.kernels == "masked"
-        subnet = (partial(MaskedSubnetwork, pack=self.pack) if masks else self.pack)(self.model, shape, self.dtype)
+        kind = partial(MaskedSubnetwork, pack=self.pack) if self.config.kernels == "masked" else self.pack
+        subnet = kind(self.model, shape, self.dtype)
         self.compiler.compile(subnet.module)
         return subnet
 
     def _train_step(self, stage: Stage, subnet: PackedSubnetwork | MaskedSubnetwork) -> None:
-        config, started = self.config, time.perf_counter()
+        with self.progress.timed():
+            self._launch(stage, subnet)
+            self.steps.read()
+        if compiled := self.compiler.news():
+            self.steps.say(f"step {self.step - 1}: {compiled}")
+        if self.steps.evaluates(self.step):
+            self.progress.val_loss, self.progress.val_step = self.validate(subnet), self.step
+            if self.config.trainer.on_nonfinite == "stop" and not math.isfinite(self.progress.val_loss):
+                raise RunFailed(f"the validation loss after step {self.step - 1} is {self.progress.val_loss}")
+        self.steps.log()
+
+    def _launch(self, stage: Stage, subnet: PackedSubnetwork | MaskedSubnetwork) -> None:
+        """One optimizer step. Nothing here waits for the device."""
         plan, windows = self.inputs.of(self.step)
         subnet.load(plan)
-        loss = torch.zeros((), device=self.world.device)
+        loss = self._gradients(subnet, windows)
+        updates = subnet.updates()
+        grad_norm = self._combine(loss, updates)
+        lr = learning_rate(self.config.optimizer, self.step, self.config.trainer.max_steps)
+        refused = self.steps.watch.see(Launched(self.step, stage, plan, lr), loss, grad_norm)
+        self.optimizer.step(updates, lr, grad_norm, refused)
+        self.progress.step += 1
+
+    def _gradients(self, subnet: PackedSubnetwork | MaskedSubnetwork, windows: Iterable[Tensor]) -> Tensor:
+        """Forward and backward of every micro-batch [B, T + 1]; returns their mean loss."""
+        n, loss = self.config.trainer.grad_accum, torch.zeros((), device=self.world.device)
         for number, tokens in enumerate(windows, 1):
             batch = tokens.to(self.world.device, non_blocking=True)
-            subnet.reduce_next(number == config.trainer.grad_accum)
-            micro_loss = subnet.loss(batch[:, :-1], batch[:, 1:]) / config.trainer.grad_accum
+            subnet.reduce_next(number == n)
+            micro_loss = subnet.loss(batch[:, :-1], batch[:, 1:]) / n
             _backward(micro_loss)
             loss += micro_loss.detach()
-        updates = subnet.updates()
-        lr = learning_rate(config.optimizer, self.step, config.trainer.max_steps)
-        grad_norm = self._combine(loss, updates)
-        refused = self.watch.see(Launched(self.step, stage, plan, lr), loss, grad_norm)
-        self.optimizer.step(updates, lr, grad_norm, refused)
-        self.step += 1
-        evaluates = self._evaluates(self.step)
-        done = self._settled(self._readable(evaluates))
-        self.train_s += time.perf_counter() - started
-        if compiled := self.compiler.news():
-            self._say(f"step {self.step - 1}: {compiled}")
-        if evaluates:
-            self.val_loss, self.val_step = self.validate(subnet), self.step
-            if self.watch.stays and not math.isfinite(self.val_loss):
-                raise RunFailed(f"the validation loss after step {self.step - 1} is {self.val_loss}")
-        self._report(done)
+        return loss
 
     @phase("norm")
     @torch.no_grad()
@@ -191,52 +189,6 @@ class Training:
         """Several ranks stop after the step in whose all-reduce any of them said that it was asked to."""
         return self.stopping() if self.world.size == 1 else bool(self.asked.item())
 
-    def _evaluates(self, step: int) -> bool:
-        """Whether the model is evaluated after so many steps."""
-        return step == self.config.trainer.max_steps or _due(step, self.config.trainer.eval_every)
-
-    def _logs(self, step: int) -> bool:
-        return self._evaluates(step) or step == 1 or _due(step, self.config.trainer.log_every)
-
-    def _readable(self, evaluates: bool) -> int:
-        """What the steps before this one found is read now; 0 where none of them is to be logged."""
-        if evaluates or self.config.trainer.on_nonfinite == "skip":
-            return self.step
-        end = self.step - self.behind
-        return end if self._logs(end) or self.watch.is_full else 0
-
-    def _settled(self, end: int) -> list[Launched]:
-        """The steps before `end` that were not read yet: waits for the device where there is any."""
-        steps = self.watch.read(end)
-        for step in steps:
-            if step.is_finite:
-                self.optimizer.confirm()
-                continue
-            self.optimizer.forget()
-            if self.watch.stays:
-                self.step = step.number
-                raise NonFinite(step)
-            self.skipped_steps += 1
-            if self.skipped_steps == 1:
-                skipped = "skipped (trainer.on_nonfinite=skip); the summary counts all that will be"
-                self._say(f"{NonFinite(step)}: {skipped}")
-        return steps
-
-    def _report(self, steps: Sequence[Launched]) -> None:
-        step_s = self.records.step_s(steps[-1], self.train_s) if steps else 0.0
-        for step in (step for step in steps if self.world.is_main and self._logs(step.number + 1)):
-            val_loss = self.val_loss if self.val_step == step.number + 1 else None
-            record = self.records.of(step, step_s, self.grown, val_loss)
-            for observer in self.observers:
-                observer.log(record)
-
-    def _settle(self) -> None:
-        """Read and report all that was launched."""
-        started = time.perf_counter()
-        done = self._settled(self.step)
-        self.train_s += time.perf_counter() - started
-        self._report(done)
-
     def _await_text(self) -> None:
         """A stream that cannot be read ends the run between two steps, with a checkpoint. All ranks agree on it."""
         if self.inputs.are_streamed:
@@ -248,51 +200,23 @@ class Training:
     def validate(self, subnet: PackedSubnetwork | MaskedSubnetwork) -> float:
         """Loss of all that has joined the model on the first eval_tokens of the validation split.
 
-        `subnet` is the stage's, whose slots serve again where it holds all of that.
+        `subnet` is the stage's, whose slots serve again if it holds all of that.
         """
-        trainer = self.config.trainer
+        trainer, joined = self.config.trainer, model_after(self.config, self.step)
         windows = validation_windows(self.tokens.val, self.config.data.seq_len, trainer.eval_tokens)
-        if not (isinstance(subnet, PackedSubnetwork) and subnet.small == self.grown):
-            subnet = self.pack(self.model, Subnetwork(self.grown), self.dtype)
+        if not (isinstance(subnet, PackedSubnetwork) and subnet.small == joined):
+            subnet = self.pack(self.model, Subnetwork(joined), self.dtype)
         with self.compiler.eager():
             return validation_loss(subnet, windows, trainer.batch_size, self.world)
 
-    def _say(self, message: str) -> None:
-        if self.world.is_main:
-            for observer in self.observers:
-                observer.say(message)
-
-    def _save(self, contents: str, is_last: bool) -> None:
-        """Write a checkpoint of "full" state, of "weights", or of "none"; see Saving."""
-
-        def state() -> State:
-            self._settle()
-            facts = {"config": as_plain(self.config), **{name: getattr(self, name) for name in _CARRIED}}
-            return self.weights(), self.moments() if contents == "full" else None, facts
-
-        if contents == "none":
-            self.saving.hear(waits=True)
-        else:
-            self.saving.save(self.step, state, is_last)
-
-
-def pack_on(world: World) -> Pack:
-    """How a subnetwork is packed: into one small model, or into one that the ranks share."""
-    if world.mesh is None:
-        return PackedSubnetwork
-    from est_cli.training.sharded import ShardedSubnetwork  # half a second, which one process never needs
-
-    return partial(ShardedSubnetwork, world=world)
-
-
-_CARRIED = ("train_s", "val_loss", "val_step", "skipped_steps")
-"""What a run that goes on knows of its past, beside its weights and moments."""
+    def _save(self, contents: Literal["full", "weights"], is_last: bool) -> None:
+        """Write a checkpoint of the full state, or only of the weights; see Saving.save."""
+        self.steps.settle()
+        facts = {"config": as_plain(self.config), **asdict(self.progress)}
+        moments = self.moments() if contents == "full" else None
+        self.saving.save(self.step, self.weights(), moments, facts, is_last)
 
 
 @phase("backward")
 def _backward(loss: Tensor) -> None:
     loss.backward()
-
-
-def _due(step: int, every: int) -> bool:
-    return every > 0 and step % every == 0

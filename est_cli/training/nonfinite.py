@@ -19,28 +19,15 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from est_cli.config import TrainConfig, as_plain
-from est_cli.errors import RunFailed
 from est_cli.kernels.dispatch import kernels_for
 from est_cli.model.transformer import Transformer
 from est_cli.subnet.plan import Plan, stage_subnetwork
 from est_cli.training.checkpoint import MODEL
 from est_cli.training.files import write_json, write_tensors
+from est_cli.training.steps import NonFinite
 from est_cli.training.subnetwork import DTYPES, MaskedSubnetwork, PackedSubnetwork
-from est_cli.training.watch import Launched
 
 BATCH, STEP = "batch.safetensors", "step.json"
-
-
-class NonFinite(RunFailed):
-    """An optimizer step that was not taken."""
-
-    def __init__(self, step: Launched):
-        super().__init__(
-            f"step {step.number} (stage {step.stage.number}) is not finite: the training loss is {step.loss}, "
-            f"the gradient norm {step.grad_norm}"
-        )
-        self.step, self.stage, self.plan = step.number, step.stage, step.plan
-        self.loss, self.grad_norm = step.loss, step.grad_norm
 
 
 def keep(
@@ -51,18 +38,19 @@ def keep(
     config: TrainConfig,
 ) -> Path:
     """Write the folder of a step; windows [n, T + 1]. Raises OSError where the disk does not take it."""
-    folder = parent / f"step-{failed.step:08d}"
+    step = failed.step
+    folder = parent / f"step-{step.number:08d}"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     write_tensors(weights, folder / MODEL)
     write_tensors({"windows": torch.from_numpy(windows)}, folder / BATCH)
     content = {
-        "step": failed.step,
+        "step": step.number,
         "seen": str(failed),
-        "loss": _finite(failed.loss),
-        "grad_norm": _finite(failed.grad_norm),
-        "stage": failed.stage.number,
-        "plan": failed.plan.as_dict(),
+        "loss": _finite(step.loss),
+        "grad_norm": _finite(step.grad_norm),
+        "stage": step.stage.number,
+        "plan": step.plan.as_dict(),
         "config": as_plain(config),
     }
     write_json(folder / STEP, content)
@@ -107,9 +95,8 @@ class Replay:
 
 def replay(kept: Kept, config: TrainConfig, device: torch.device) -> Replay:
     """Run the step again on `device`, micro-batch by micro-batch, in the precision of `config`; no update."""
-    model = Transformer(config.model, kernels=kernels_for(config.kernels, device))
+    model = Transformer(config.model, device, kernels=kernels_for(config.kernels, device))
     model.load_state_dict(kept.weights)
-    model = model.to(device)
     kind = MaskedSubnetwork if config.kernels == "masked" else PackedSubnetwork
     subnet = kind(
         model,
@@ -119,13 +106,12 @@ def replay(kept: Kept, config: TrainConfig, device: torch.device) -> Replay:
     subnet.load(kept.plan)
     micro_batches = kept.windows.to(device).split(config.trainer.batch_size)
     losses, first = [], []
-    hooks = [module.register_forward_hook(_watch(name, first)) for name, module in _modules(subnet.module, kept.plan)]
+    for name, module in _modules(subnet.module, kept.plan):
+        module.register_forward_hook(_watch(name, first))
     for batch in micro_batches:
         loss = subnet.loss(batch[:, :-1], batch[:, 1:]) / len(micro_batches)
         loss.backward()
         losses.append(_finite(loss.item() * len(micro_batches)))
-    for hook in hooks:
-        hook.remove()
     gradients = {update.name: update.gradient for update in subnet.updates()}
     norm = torch.nn.utils.get_total_norm(list(gradients.values())).item()
     return Replay(losses, _finite(norm), next(iter(first), None), _broken(kept.weights), _broken(gradients))

@@ -1,8 +1,9 @@
-"""The optimizer of the master weights: AdamW that knows which rows a step has trained."""
+"""The optimizer of the master weights: AdamW that knows which rows a step has trained, and which have joined."""
 
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import numpy as np
 import torch
@@ -12,10 +13,10 @@ from est_cli.config import ModelConfig, OptimizerConfig
 from est_cli.kernels.adamw import Hyperparameters, Move, Rows
 from est_cli.kernels.pack import upload
 from est_cli.model.transformer import Transformer, layer_of, row_kind
-from est_cli.subnet.plan import sampled_rows, whole_plan
+from est_cli.subnet.plan import Growth, n_rows, sampled_rows, whole_plan
 from est_cli.subnet.schedule import boundary_step
 from est_cli.training.profile import phase
-from est_cli.training.stacks import Stack, adjacent, rows_in, stack_master
+from est_cli.training.stacks import Stack, adjacent, as_rows, rows_in, stack_master
 from est_cli.training.subnetwork import Update
 
 
@@ -41,6 +42,8 @@ _SHAPES = {
     "sqrt": lambda progress: 1.0 - np.sqrt(progress),
 }
 """What is left of a decay's way after the fraction `progress` of its steps."""
+
+_OUTPUTS = ("attention.out.weight", "attention.out.bias", "mlp.down.weight", "mlp.down.bias")
 
 
 @dataclass
@@ -86,14 +89,10 @@ class SampledAdamW:
             names = [name for name in stack.places if layer_of(name) is None or layer_of(name) < grown.n_layers]
             if names:
                 self._states[number] = self._state(stack, names, grown, self._states.get(number))
-        own = {name: state for state in self._states.values() for name in state.moments.places}
-        for name in self.parameters:
-            if name in own:
-                place, state = own[name].moments.places[name], own[name]
-                shape = self.parameters[name].shape
-                self.moments[name] = state.moments.matrix[place].view(shape)
-                self.squares[name] = state.squares.matrix[place].view(shape)
-                self.counts[name] = state.counts[place]
+        for state in self._states.values():
+            self.moments |= state.moments.views(self.parameters)
+            self.squares |= state.squares.views(self.parameters)
+            self.counts |= {name: state.counts[place] for name, place in state.moments.places.items()}
 
     def _state(self, stack: Stack, names: list[str], grown: ModelConfig, before: _State | None) -> _State:
         n, plan = stack.places[names[-1]].stop, whole_plan(grown)
@@ -110,6 +109,48 @@ class SampledAdamW:
             state.moments.matrix[old], state.squares.matrix[old] = before.moments.matrix, before.squares.matrix
             state.counts[old] = before.counts
         return state
+
+    @torch.no_grad()
+    def grow(self, growth: Growth, moments: Literal["copy", "reset"]) -> None:
+        """Make the larger model of `growth` of the smaller one, in place: what joins starts from what was trained.
+
+        A copied layer brings its moments and step counts. With `moments="reset"` only the copy that keeps a trained
+        layer's place in the order does, and the others begin with none.
+        """
+        self.join(growth.after)
+        joined = set(growth.joined)
+        for layer, source in reversed(list(enumerate(growth.sources))):
+            for name in self._of_layer(layer) if source != layer else ():
+                if source is not None:
+                    resets = layer in joined and moments == "reset"
+                    self._copy(name.replace(f"blocks.{layer}.", f"blocks.{source}.", 1), name, resets)
+                elif growth.method == "zero" and name.endswith(_OUTPUTS):
+                    self.parameters[name].zero_()
+        self._silence_new_units(growth)
+
+    def _copy(self, source: str, name: str, resets: bool) -> None:
+        self.parameters[name].copy_(self.parameters[source])
+        for tensors in (self.moments, self.squares):
+            if resets:
+                tensors[name].zero_()
+            else:
+                tensors[name].copy_(tensors[source])
+        self.counts[name][:] = 0 if resets else self.counts[source]
+
+    def _silence_new_units(self, growth: Growth) -> None:
+        """Heads and neurons that join begin with output rows of 0: the function stays."""
+        plan = whole_plan(growth.before)
+        for layer in range(growth.before.n_layers):
+            for name in self._of_layer(layer):
+                kind = row_kind(name)
+                if kind in ("heads", "neurons") and n_rows(kind, growth.before) != n_rows(kind, growth.after):
+                    new = torch.ones(n_rows(kind, self.full), dtype=torch.bool)
+                    new[sampled_rows(kind, self.full, plan, layer)] = False
+                    rows = as_rows(name, self.parameters[name], self.full)
+                    rows[new.to(rows.device)] = 0.0
+
+    def _of_layer(self, layer: int) -> list[str]:
+        return [name for name in self.parameters if layer_of(name) == layer]
 
     @phase("norm")
     @torch.no_grad()
@@ -198,7 +239,7 @@ class SampledAdamW:
     def state(self) -> dict[str, Tensor]:
         """Every tensor that the optimizer carries between steps, by name, the widest type first.
 
-        Of what has joined; in the order in which it did.
+        Only of what has joined.
         """
         return {
             **{f"counts.{name}": torch.from_numpy(c) for name, c in self.counts.items()},

@@ -5,7 +5,7 @@ are then the mean of the others. Rows of zeros would have logits of 0, which for
 """
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,19 +22,9 @@ from est_cli.model.transformer import Transformer
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _DTYPES = ("F64", "F32", "F16", "BF16")
 _SIZES = (
-    "norm",
-    "position",
-    "mlp",
-    "n_layers",
-    "d_model",
-    "n_heads",
-    "n_kv_heads",
-    "head_dim",
-    "d_ff",
-    "bias",
-    "tie_embeddings",
-    "norm_eps",
-)
+    "norm", "position", "mlp", "n_layers", "d_model", "n_heads", "n_kv_heads", "head_dim", "d_ff", "bias",
+    "tie_embeddings", "norm_eps",
+)  # fmt: skip
 """Keys of the model that the folder decides; so do vocab_size, max_seq_len and rope_theta in their own way."""
 
 
@@ -53,17 +43,14 @@ def check_pretrained(model: ModelConfig) -> None:
         raise UserError(*problems)
 
 
+@torch.no_grad()
 def load_pretrained(model: Transformer, own: Callable[[Tensor], Tensor] = lambda whole: whole) -> None:
     """Fill the model's parameters, of each what this process holds as its `own`, from its model.init_from.
 
     Raises UserError where that does not fit.
     """
     check_pretrained(model.config)
-    _fill(model, _read_state(model.config), own)
-
-
-@torch.no_grad()
-def _fill(model: Transformer, state: Mapping[str, Tensor], own: Callable[[Tensor], Tensor]) -> None:
+    state = _read_state(model.config)
     for name, parameter in model.named_parameters():
         found = state[name]
         if name in ("embedding", "head") and len(found) < len(parameter):

@@ -1,5 +1,6 @@
 """trainer.profile=STEP:COUNT: torch.profiler's trace of a few steps of every stage, for Chrome and Perfetto."""
 
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps
@@ -8,7 +9,7 @@ from typing import TypeVar
 
 import torch
 from torch.autograd import profiler
-from torch.profiler import ProfilerAction, ProfilerActivity, record_function
+from torch.profiler import ProfilerActivity, record_function
 
 from est_cli.subnet.schedule import Stage
 
@@ -48,25 +49,22 @@ class Profile:
         Steps first … first + count − 1 of the stage are recorded, or what is left of them when a run continues among
         them. What has been recorded when the stage ends, or the run stops, is written.
         """
-        begin, end, done = stage.first_step + self.first, stage.first_step + self.first + self.count, step
+        begin, done = max(step, stage.first_step + self.first), step
+        end = stage.first_step + self.first + self.count
         if done >= end:
             yield lambda: None
             return
-
-        def action(number: int) -> ProfilerAction:
-            """What to do in the step after the next; the profiler counts from 0."""
-            at = number + step
-            if begin <= at < end:
-                return ProfilerAction.RECORD_AND_SAVE if at == end - 1 else ProfilerAction.RECORD
-            return ProfilerAction.WARMUP if at == begin - 1 else ProfilerAction.NONE
-
+        warmup = min(1, begin - step)
         activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if self.device.type == "cuda" else [])]
-        name = f"stage-{stage.number}"
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Profiler won't be using warmup")
+            steps = {"wait": begin - step - warmup, "warmup": warmup, "active": end - begin}
+            schedule = torch.profiler.schedule(**steps, repeat=1)
         with torch.profiler.profile(
             activities=activities,
-            schedule=action,
+            schedule=schedule,
             record_shapes=True,
-            on_trace_ready=lambda found: self._write(found, name),
+            on_trace_ready=lambda found: self._write(found, f"stage-{stage.number}"),
             acc_events=True,
         ) as recorder:
             self._record_memory(done == begin)
@@ -97,11 +95,3 @@ class Profile:
         finally:
             if self.device.type == "cuda":
                 torch.cuda.memory._record_memory_history(enabled=None)
-
-
-class NoProfile:
-    """Nothing is recorded."""
-
-    @contextmanager
-    def stage(self, stage: Stage, step: int) -> Iterator[Callable[[], None]]:
-        yield lambda: None

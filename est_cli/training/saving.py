@@ -7,8 +7,7 @@ it begins the next one, and before it ends. Otherwise rank 0 writes, and all ran
 import contextlib
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
-from datetime import timedelta
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +16,9 @@ from torch import Tensor
 
 from est_cli.errors import PeerLost, RunFailed, UserError
 from est_cli.training.checkpoint import Checkpoints
-from est_cli.training.distributed import World
+from est_cli.training.distributed import AS_LONG_AS_IT_TAKES, World
 
-State = tuple[Mapping[str, Tensor], Mapping[str, Tensor] | None, dict[str, Any]]
-"""Weights, moments and facts; see Checkpoints.save."""
-_AS_LONG_AS_IT_TAKES = timedelta(days=30)
-"""A slow disk must not end a run; a rank that dies is noticed at once."""
+Tensors = Mapping[str, Tensor]
 
 
 class Saving:
@@ -35,21 +31,19 @@ class Saving:
         self._writing: tuple[int, Future[Path | None]] | None = None
         self._told_of_unwritten = False
 
-    def save(self, step: int, state: Callable[[], State], is_last: bool) -> None:
-        """Write a checkpoint unless there is one of this step. A collective; the last one is written on return.
+    def save(self, step: int, weights: Tensors, moments: Tensors | None, facts: dict[str, Any], is_last: bool) -> None:
+        """Write a checkpoint unless there is one of this step; the last one is written on return. A collective.
 
         If the disk does not take it, training goes on, but cannot end: raises RunFailed.
         """
         self.hear(waits=True)
         if self.step == step:
             return
-        weights, moments, facts = state()
+        begin = self._write_by_main
         if self.world.shards > 1:
-            written = self.checkpoints.begin_sharded(step, weights, moments, facts, self._group)
-        else:
-            written = self._written_by_main(step, weights, moments, facts)
-        self._writing = step, written
-        self.hear(waits=is_last or self.world.shards == 1, is_last=is_last)
+            begin = partial(self.checkpoints.begin_sharded, group=self._group)
+        self._writing = step, begin(step, weights, moments, facts)
+        self.hear(waits=is_last, is_last=is_last)
 
     def hear(self, waits: bool = False, is_last: bool = False) -> None:
         """Say how the checkpoint that is being written ended, if it has; `waits` for that."""
@@ -59,22 +53,18 @@ class Saving:
         try:
             path = written.result()
         except OSError as error:
-            self._unwritten(step, error, is_last)
+            before = "there is none before it" if self.step is None else f"step {self.step}'s stays"
+            message = f"the checkpoint of step {step} could not be written ({error.strerror or error}); {before}"
+            if is_last:
+                raise RunFailed(message) from error
+            if not self._told_of_unwritten:
+                self.say(f"{message}; training goes on")
+            self._told_of_unwritten = True
         else:
             self.step = step
             self.say(f"checkpoint written: {path}")
 
-    def _unwritten(self, step: int, error: OSError, is_last: bool) -> None:
-        before = "there is none before it" if self.step is None else f"step {self.step}'s stays"
-        message = f"the checkpoint of step {step} could not be written ({error.strerror or error}); {before}"
-        if is_last:
-            raise RunFailed(message) from error
-        if not self._told_of_unwritten:
-            self.say(f"{message}; training goes on")
-        self._told_of_unwritten = True
-
-    def _written_by_main(self, step: int, *state: Any) -> "Future[Path | None]":
-        weights, moments, facts = state
+    def _write_by_main(self, step: int, weights: Tensors, moments: Tensors | None, facts: dict[str, Any]) -> "Future":
         weights, moments = self.world.gathered(weights), moments and self.world.gathered(moments)
         written: Future[Path | None] = Future()
         path, raised = None, None
@@ -92,14 +82,19 @@ class Saving:
 
     @cached_property
     def _group(self) -> dist.ProcessGroup:
-        """Collectives of two threads in one group could meet each other's: the thread that writes has its own."""
-        return dist.new_group(backend="gloo", timeout=_AS_LONG_AS_IT_TAKES)
+        """Collectives of two threads in one group could meet each other's: the thread that writes has its own.
+
+        A slow disk must not end a run; a rank that dies is noticed at once.
+        """
+        return dist.new_group(backend="gloo", timeout=AS_LONG_AS_IT_TAKES)
 
     def __enter__(self) -> "Saving":
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: Any) -> None:
         """Wait for the last write if all ranks end in the same way; if one is lost, what it writes is lost too."""
-        if error is None or (isinstance(error, RunFailed | UserError) and not isinstance(error, PeerLost)):
+        if error is None:
+            self.hear(waits=True)
+        elif isinstance(error, RunFailed | UserError) and not isinstance(error, PeerLost):
             with contextlib.suppress(RuntimeError):
                 self.hear(waits=True)

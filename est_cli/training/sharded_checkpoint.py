@@ -10,7 +10,6 @@ tensors lie in the whole ones; nothing is pickled on disk.
 
 import dataclasses
 import shutil
-import threading
 import warnings
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
@@ -24,6 +23,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.futures import Future as TorchFuture
 
 from est_cli.training.files import check_names, checksum
+from est_cli.training.inputs import in_thread
 
 _KINDS = ("model", "optimizer")
 
@@ -47,23 +47,19 @@ def begin(
     kinds = {**dict.fromkeys(weights, 1), **dict.fromkeys(moments or (), 2)}
     writer = _Writer(str(folder), kinds, dist.get_world_size(group), complete)
     state = {name: t.detach().to("cpu", copy=True) for name, t in {**weights, **(moments or {})}.items()}
-    result: Future[Path | None] = Future()
 
-    def write() -> None:
+    def write() -> Path | None:
         try:
             dcp.save(state, storage_writer=writer, process_group=group)
-            result.set_result(writer.completed)
         except CheckpointException as error:
             if dist.get_rank(group) == 0:
                 shutil.rmtree(folder, ignore_errors=True)  # the room is needed
             causes = [cause for cause, _ in error.failures.values()]
-            result.set_exception(next((cause for cause in causes if not isinstance(cause, OSError)), causes[0]))
-        except BaseException as error:
-            result.set_exception(error)
+            raise next((cause for cause in causes if not isinstance(cause, OSError)), causes[0]) from error
+        return writer.completed
 
-    # Unlike dcp.async_save's thread, a daemon does not keep a process from ending when another rank hangs.
-    threading.Thread(target=write, name="checkpoint", daemon=True).start()
-    return result
+    # dcp.async_save's own thread would keep a process from ending when another rank hangs.
+    return in_thread(write)
 
 
 class _Writer(HuggingFaceStorageWriter):

@@ -3,7 +3,7 @@
 Sizes depend on the stage and indices on the step, so a stage allocates its slots once and every step only
 fills them. In fp32, tensors that are not sampled share storage with the master, and with every count full the
 subnetwork is the master itself. In bf16 every slot is a bf16 copy, and a hook adds each slot's gradient to an
-fp32 accumulator. est_cli/training/sharded.py does the same on several ranks.
+fp32 accumulator. Several ranks share the small model by PyTorch's FSDP2 (ShardedSubnetwork).
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from est_cli.kernels.pack import upload
 from est_cli.model.transformer import BlockMask, Transformer, layer_of, row_kind, set_parameter
 from est_cli.subnet.plan import Plan, Subnetwork, n_rows, sampled_rows, whole_plan
+from est_cli.training.distributed import World
 from est_cli.training.profile import phase
 from est_cli.training.stacks import Stack, as_rows, new_stacks, rows_in, stack_master
 
@@ -37,41 +38,35 @@ class Update:
 class Accumulators:
     """Sums of the slots' gradients in fp32, by name, stacked as the slots are.
 
-    The slots' hooks hold these and nothing else: a cycle that leads through a hook is never collected, and would keep
-    every subnetwork of the run alive.
+    The slots' hooks hold this object, so it holds shapes and no slot: a cycle that leads through a hook is never
+    collected, and would keep every subnetwork of the run alive.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, stacks: Sequence[Stack], slots: Mapping[str, nn.Parameter]):
         self.sums: dict[str, Tensor] = {}
+        """Made by the first backward pass, so that a subnetwork that only evaluates never pays for them."""
         self._started: set[str] = set()
+        self._stacks = [(stack.matrix.shape, stack.places) for stack in stacks]
+        self._shapes = {name: slots[name].shape for stack in stacks for name in stack.places}
+        for name in self._shapes:
+            slots[name].register_post_accumulate_grad_hook(partial(self._add, name))
 
     def restart(self) -> None:
         """The next gradient of every slot begins a new sum."""
         self._started.clear()
 
-    def watch(self, stack: Stack, slots: Mapping[str, nn.Parameter]) -> None:
-        """Add every gradient of the stack's slots as soon as the backward pass has made it, and drop it."""
-        like = {name: torch.empty_like(slots[name], device="meta") for name in stack.places}
-        make = partial(_new_sums, stack.matrix.shape, stack.matrix.device, stack.places, like)
-        for name in stack.places:
-            slots[name].register_post_accumulate_grad_hook(partial(self._add, name, make))
-
-    def _add(self, name: str, make: Callable[[], dict[str, Tensor]], slot: nn.Parameter) -> None:
-        if name not in self.sums:
-            # Made by the first backward pass, so that a subnetwork that only evaluates never pays for them.
-            self.sums |= make()
+    def _add(self, name: str, slot: nn.Parameter) -> None:
+        """Add a gradient as soon as the backward pass has made it, and drop it."""
+        if not self.sums:
+            for size, places in self._stacks:
+                sums = torch.empty(size, dtype=torch.float32, device=slot.device)
+                self.sums |= {own: sums[place].view(self._shapes[own]) for own, place in places.items()}
         if name in self._started:
             self.sums[name].add_(slot.grad)
         else:
             self.sums[name].copy_(slot.grad)
             self._started.add(name)
         slot.grad = None
-
-
-def _new_sums(
-    size: torch.Size, device: torch.device, places: Mapping[str, slice], like: Mapping[str, Tensor]
-) -> dict[str, Tensor]:
-    return Stack(torch.empty(size, dtype=torch.float32, device=device), places).views(like)
 
 
 class PackedSubnetwork:
@@ -98,10 +93,9 @@ class PackedSubnetwork:
         self.rows: dict[str, np.ndarray] = {}
         """Rows of the master's parameter that each packed parameter holds, if it is sampled by rows."""
         self.names: dict[str, str] = {name: name for name in self.parameters}
-        self.accumulators = Accumulators()
-        for stack in self._slots:
-            if stack.matrix.dtype != self.master_dtype:
-                self.accumulators.watch(stack, {name: self.parameters[name] for name in stack.places})
+        """The master's name of each packed parameter: the plan chooses the layers."""
+        casting = [stack for stack in self._slots if stack.matrix.dtype != self.master_dtype]
+        self.accumulators = Accumulators(casting, self.parameters)
 
     @phase("pack")
     def load(self, plan: Plan) -> None:
@@ -113,15 +107,16 @@ class PackedSubnetwork:
             return
         if self.small.n_layers != self.full.n_layers:
             self.names = {name: _in_master(name, plan) for name in self.parameters}
-        self.rows = self._rows_of(plan)
-        self._share()
+        rows = {unit: sampled_rows(unit[0], self.full, plan, unit[1]) for unit in set(self._sampled.values())}
+        self.rows = {name: rows[unit] for name, unit in self._sampled.items()}
+        for name in self._shared:
+            source = self.master[self.names[name]]
+            if self.parameters[name].data_ptr() != source.data_ptr():
+                self.parameters[name].data = source.data
         if self.shape.is_scaled:
             self.scales.copy_(upload(plan.scales, self.device))
-        self.kernels.gather_rows(
-            [self._masters[self.names[next(iter(slots.places))]].matrix for slots in self._slots],
-            self._indices(self._slots),
-            [slots.matrix for slots in self._slots],
-        )
+        sources = [self._masters[self.names[next(iter(slots.places))]].matrix for slots in self._slots]
+        self.kernels.gather_rows(sources, self._indices(sources), [slots.matrix for slots in self._slots])
 
     def load_whole(self) -> None:
         """As `load`, where the subnetwork is all that has joined: there is nothing to choose."""
@@ -179,38 +174,94 @@ class PackedSubnetwork:
         for name, tensor in tensors.items():
             set_parameter(self.module, name, tensor)
 
-    def _share(self) -> None:
-        """Point the tensors that are not copied at the master's storage: the plan chooses the layers."""
-        for name in self._shared:
-            source = self.master[self.names[name]]
-            if self.parameters[name].data_ptr() != source.data_ptr():
-                self.parameters[name].data = source.data
-
-    def _rows_of(self, plan: Plan) -> dict[str, np.ndarray]:
-        """Sampled rows of every packed parameter."""
-        units = dict.fromkeys(self._sampled.values())
-        rows = {(kind, position): sampled_rows(kind, self.full, plan, position) for kind, position in units}
-        return {name: rows[unit] for name, unit in self._sampled.items()}
-
-    def _indices(self, slots: Sequence[Stack]) -> list[Tensor | None]:
+    def _indices(self, sources: Sequence[Tensor]) -> list[Tensor | None]:
         """The master's row of every row of the slots; None for all. They travel to the device in one copy."""
-        hosts = [np.concatenate([self._in_stack(name) for name in stack.places]) for stack in slots]
-        assert all((np.diff(host) > 0).all() for host in hosts), "a row is sampled once, and in order"
-        masters = [self._masters[self.names[next(iter(stack.places))]] for stack in slots]
-        chosen = [len(host) < len(master.matrix) for host, master in zip(hosts, masters, strict=True)]
-        sizes = [len(host) if some else 0 for host, some in zip(hosts, chosen, strict=True)]
-        if not any(chosen):
-            return [None] * len(slots)
-        parts = upload(np.concatenate([h for h, some in zip(hosts, chosen, strict=True) if some]), self.device)
-        return [part if some else None for part, some in zip(parts.split(sizes), chosen, strict=True)]
+        hosts: dict[int, np.ndarray] = {}
+        for number, (slots, source) in enumerate(zip(self._slots, sources, strict=True)):
+            masters = [(name, self._masters[self.names[name]].places[self.names[name]]) for name in slots.places]
+            host = np.concatenate([rows_in(place, self.rows.get(name)) for name, place in masters])
+            assert (np.diff(host) > 0).all(), "a row is sampled once, and in order"
+            if len(host) < len(source):
+                hosts[number] = host
+        if not hosts:
+            return [None] * len(sources)
+        parts = upload(np.concatenate(list(hosts.values())), self.device).split(list(map(len, hosts.values())))
+        found = dict(zip(hosts, parts, strict=True))
+        return [found.get(number) for number in range(len(sources))]
 
-    def _in_stack(self, name: str) -> np.ndarray:
-        """The rows of a packed parameter in the master's stack."""
-        place = self._masters[self.names[name]].places[self.names[name]]
-        return rows_in(place, self.rows.get(name))
+
+class ShardedSubnetwork(PackedSubnetwork):
+    """A PackedSubnetwork whose matrices FSDP2 spreads over the ranks of `world`; the masters are this rank's columns.
+
+    stage         every block of the small model, and the rest, becomes a group of FSDP
+    step          rows are gathered into local slots: this rank's columns, in fp32
+    micro-batch   FSDP gathers a block's columns from the ranks in the precision of the run before it computes, and
+                  averages the gradients in fp32 when the last backward pass has made them
+    update        the local gradients of local rows
+
+    Vectors are ordinary parameters, whose gradients travel with the loss (`World.combine`). A matrix shares the
+    master's storage unless its rows or its layers are sampled: a full model costs no slots.
+    """
+
+    def __init__(self, master: Transformer, shape: Subnetwork, dtype: torch.dtype, world: World):
+        self.world = world
+        super().__init__(master, shape, dtype)
+        # Matrices are shared only where the plan cannot choose another layer for them.
+        self._shared = [name for name in self._shared if self.parameters[name].dim() == 1]
+
+    def load(self, plan: Plan) -> None:
+        # Free the gathered matrices, which an evaluation leaves behind: their values are those before the step.
+        for part in (*self.module.blocks, self.module):
+            part.reshard()
+        super().load(plan)
+
+    def reduce_next(self, reduces: bool) -> None:
+        self.module.set_requires_gradient_sync(reduces)
+
+    def _update(self, name: str, parameter: nn.Parameter) -> Update:
+        if parameter.dim() == 1:
+            return super()._update(name, parameter)
+        return Update(self.names[name], self.rows.get(name), parameter.grad.to_local(), is_sharded=True)
+
+    def _is_master(self) -> bool:
+        return False
+
+    def _is_copied(self, name: str, parameter: Tensor) -> bool:
+        if parameter.dim() == 1:
+            return super()._is_copied(name, parameter)
+        return self._is_sampled(name) or (layer_of(name) is not None and self.small.n_layers != self.full.n_layers)
+
+    def _held(self, parameter: Tensor) -> Tensor:
+        return parameter if parameter.dim() == 1 else self.world.own(parameter.to(self.master_dtype))
+
+    def _place(self, tensors: Mapping[str, Tensor]) -> None:
+        # Half a second to import, which one process never needs.
+        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+        from torch.distributed.tensor import Shard
+
+        matrices = {name: tensor for name, tensor in tensors.items() if tensor.dim() == 2}
+        super()._place({name: tensor for name, tensor in tensors.items() if name not in matrices})
+        vectors = {parameter for parameter in self.module.parameters() if parameter.dim() == 1}
+        policy = MixedPrecisionPolicy(self.dtype if self.casts else None, torch.float32, cast_forward_inputs=False)
+        for part in (*self.module.blocks, self.module):
+            fully_shard(
+                part,
+                mesh=self.world.mesh,
+                # The rest, whose tables the backward pass needs first, stays gathered by itself.
+                reshard_after_forward=None if self.world.shards > 1 else False,
+                shard_placement_fn=lambda parameter: Shard(1),
+                mp_policy=policy,
+                ignored_params=vectors,
+            )
+        self.module.load_state_dict(self.world.full(matrices), strict=False, assign=True)
 
 
 Pack = Callable[[Transformer, Subnetwork, torch.dtype], PackedSubnetwork]
+
+
+def pack_on(world: World) -> Pack:
+    """How a subnetwork is packed: into one small model, or into one that the ranks share."""
+    return PackedSubnetwork if world.mesh is None else partial(ShardedSubnetwork, world=world)
 
 
 class MaskedSubnetwork:

@@ -1,4 +1,4 @@
-"""What each rank does for test_ranks.py: `python -m tests.training.many_ranks FOLDER`, started two or four times.
+"""What each rank does for test_ranks.py: two of them together, then one process, then four.
 
 Every case is a whole run of the training loop on one mesh. FOLDER/CASE-MESH gets its checkpoints,
 FOLDER/CASE-MESH-RANK.json what the rank saw: the plans, the bytes that it handed to each kind of collective in every
@@ -8,13 +8,13 @@ step, what it holds, and the records.
 import gc
 import hashlib
 import json
-import sys
 import weakref
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 import torch.distributed as dist
 from tiny import GPT2, LLAMA, RandomTokens, Recorder, train_config
@@ -23,24 +23,24 @@ from est_cli.config import DataConfig, OptimizerConfig, SchedulerConfig, Tokeniz
 from est_cli.data import streams
 from est_cli.data.tokens import prepare
 from est_cli.subnet.schedule import StageSpec
-from est_cli.training import ahead
+from est_cli.training import inputs
 from est_cli.training.checkpoint import Checkpoints
-from est_cli.training.distributed import World, _mesh, join
+from est_cli.training.distributed import Peers, World, _mesh, join, leave
 from est_cli.training.loop import Training
-from est_cli.training.peers import meet
+from tests.training.runs import CPU
 
 SEQUENCES = 8
 """Of a step, on any number of ranks."""
 GROWING = SchedulerConfig(
     (
-        StageSpec(6, 0.5, 0.5, 0.5, n_layers=2, n_heads=2),
-        StageSpec(14, 0.5, 0.5, n_layers=2),
-        StageSpec(22, 1.0, 0.5),
+        StageSpec(4, 0.5, 0.5, 0.5, n_layers=2, n_heads=2),
+        StageSpec(8, 0.5, 0.5, n_layers=2),
+        StageSpec(12, 1.0, 0.5),
         StageSpec(),
     ),
     "interleave",
 )
-"""Heads join at step 6, and at 14 a layer in the middle; the last eight steps train everything."""
+"""Heads join at step 4, and at 8 a layer in the middle; the last three steps train everything."""
 
 
 def case(model, precision: str, unsampled: str, kernels: str = "torch", **trainer) -> TrainConfig:
@@ -50,7 +50,7 @@ def case(model, precision: str, unsampled: str, kernels: str = "torch", **traine
 
 
 CASES = {
-    "llama": replace(case(LLAMA, "fp32", "zero_grad", max_steps=30), scheduler=GROWING),
+    "llama": replace(case(LLAMA, "fp32", "zero_grad"), scheduler=GROWING),
     "gpt2-freeze-recompute": case(GPT2, "fp32", "freeze", recompute="block"),
     "llama-bf16-freeze": case(LLAMA, "bf16", "freeze"),
     "gpt2-bf16": case(GPT2, "bf16", "zero_grad"),
@@ -58,7 +58,7 @@ CASES = {
     "masked-bf16": case(GPT2, "bf16", "freeze", "masked"),
 }
 STREAMED = case(LLAMA, "fp32", "zero_grad")
-CHAIN = (6, 12, 18)
+CHAIN = (3, 6, 9)
 """Steps after which a run of `llama` stops, to go on with other ranks: 1x2, one process, 4x1, 1x4."""
 RUNS = {
     2: [("llama", 1), ("llama", 2), ("gpt2-freeze-recompute", 2), ("llama-bf16-freeze", 2), ("masked", 1),
@@ -100,7 +100,7 @@ class Seen:
     def __init__(self):
         self.plans: list[str] = []
         self.bytes: list[dict[str, list[int]]] = []
-        self.sample, ahead.sample = ahead.sample, self._sample
+        self.sample, inputs.sample = inputs.sample, self._sample
         for name in COLLECTIVES.keys() & vars(dist).keys():
             self.watch(name)
 
@@ -124,14 +124,10 @@ class Seen:
 
 
 def run(name: str, config: TrainConfig, tokens, world: World, seen: Seen, folder: Path, stop_after: int = 99) -> None:
-    """A run from the start, or from where FOLDER/NAME stopped."""
-    seen.plans, seen.bytes = [], []
-    recorder, checkpoints = Recorder(), Checkpoints(folder / name)
-    training = Training(config, tokens, world, [recorder])
-    found = checkpoints.newest(lambda _: None)
-    if found is not None:
-        training.restore(found)
-    subnets, build = [], training._build
+    """A run from the start, or from where FOLDER/NAME stopped; it stops in the step after which it is asked to."""
+    seen.plans, seen.bytes, subnets = [], [], []
+    training, recorder = begin(config, tokens, world, folder / name)
+    build = training._build
 
     def built(stage):
         subnet = build(stage)
@@ -140,7 +136,7 @@ def run(name: str, config: TrainConfig, tokens, world: World, seen: Seen, folder
 
     training._build = built
     # The ranks agree in the middle of a step.
-    training.run(checkpoints, lambda: training.step + 1 >= stop_after)
+    training.run(Checkpoints(folder / name), lambda: training.step + 1 >= stop_after)
     gc.collect()
     masters = {name: p.detach() for name, p in training.model.named_parameters()}
     moments = [t for t in training.optimizer.state().values() if t.dtype == torch.float32]
@@ -155,16 +151,32 @@ def run(name: str, config: TrainConfig, tokens, world: World, seen: Seen, folder
     (folder / f"{name}-{world.rank}.json").write_text(json.dumps(found))
 
 
-def main(folder: Path) -> None:
-    torch.set_num_threads(1)
-    peers = meet()
-    world, seen = join("cpu", peers), Seen()
-    size = world.size
+def begin(config: TrainConfig, tokens, world: World, folder: Path) -> tuple[Training, Recorder]:
+    """A run at its start, or where its newest checkpoint in `folder` is."""
+    recorder = Recorder()
+    training = Training(config, tokens, world, [recorder])
+    if (found := Checkpoints(folder).newest(pytest.fail)) is not None:
+        training.restore(found)
+    return training, recorder
+
+
+def alone(config: TrainConfig, folder: Path, tokens=None, stop_after: int = 99) -> tuple[Training, list[dict]]:
+    """The same run in one process."""
+    config = on(config, 1)
+    config = replace(config, trainer=replace(config.trainer, strategy="single"))
+    training, recorder = begin(config, tokens or RandomTokens(config.model.vocab_size), CPU, folder)
+    training.run(Checkpoints(folder), lambda: training.step >= stop_after)
+    return training, recorder.records
+
+
+def together(size: int, rank: int, store: dist.Store, seen: Seen, folder: Path) -> None:
+    """All runs of so many ranks."""
+    peers = Peers(rank, size, dist.PrefixStore(str(size), store))
+    world = join("cpu", peers)
     worlds = {n: replace(world, mesh=_mesh("cpu", size, n, timedelta(minutes=2))) for n in {1, 2, size}}
     for name, shards in RUNS[size]:
-        config = on(CASES[name], size)
-        tokens = RandomTokens(config.model.vocab_size)
-        run(f"{name}-{mesh_name(size, shards)}", config, tokens, worlds[shards], seen, folder)
+        tokens = RandomTokens(CASES[name].model.vocab_size)
+        run(f"{name}-{mesh_name(size, shards)}", on(CASES[name], size), tokens, worlds[shards], seen, folder)
     tokens = RandomTokens(LLAMA.vocab_size)
     if size == 2:
         run("chain", on(CASES["llama"], 2), tokens, worlds[2], seen, folder, CHAIN[0])
@@ -173,6 +185,17 @@ def main(folder: Path) -> None:
     else:
         run("chain", on(CASES["llama"], 4), tokens, worlds[1], seen, folder, CHAIN[2])
         run("chain", on(CASES["llama"], 4, 2), tokens, worlds[4], seen, folder)
+    leave()
+
+
+def main(rank: int, store: dist.Store, folder: Path) -> None:
+    """Of four ranks the first two begin, and the first goes on with their run before all do."""
+    seen = Seen()
+    if rank < 2:
+        together(2, rank, store, seen, folder)
+    if rank == 0:
+        alone(CASES["llama"], folder / "chain", stop_after=CHAIN[1])
+    together(4, rank, store, seen, folder)
 
 
 class SmallTokens:
@@ -187,7 +210,3 @@ class SmallTokens:
 
     def windows(self, seq_len: int, seed: int, first: int, count: int) -> np.ndarray:
         return self.store.train.windows(seq_len, seed, first, count) % LLAMA.vocab_size
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))

@@ -1,13 +1,8 @@
-"""What the ranks of test_sharded_checkpoint.py do: a state made by hand, spread over a mesh as the trainers do it.
-
-A server that has imported torch, and never used it, forks the processes: a rank starts in a fraction of a second.
-"""
+"""What the ranks of test_sharded_checkpoint.py do: a state made by hand, spread over a mesh as the trainers do it."""
 
 import errno
-import multiprocessing
 import os
 import signal
-import traceback
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -21,9 +16,8 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from est_cli.training import sharded_checkpoint
 from est_cli.training.checkpoint import Checkpoints
+from tests.training.ranks import run_ranks
 
-_CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["tests.training.sharded_ranks"])
 FACTS = {"train_s": 1.5, "val_loss": 2.5}
 
 
@@ -142,30 +136,16 @@ def _not_said(message: str) -> None:
     raise AssertionError(message)
 
 
-def _rank(rank: int, shape: tuple[int, ...], folder: Path, acts: tuple[Callable[[Rank], None], ...], store: str):
-    torch.set_num_threads(1)
-    try:
-        size = torch.Size(shape).numel()
-        dist.init_process_group("gloo", f"file://{store}", timedelta(seconds=60), world_size=size, rank=rank)
-        found = Rank(rank, shape, folder)
-        for act in acts:
-            act(found)
-        dist.destroy_process_group()
-    except BaseException:
-        (folder / f"error-{rank}").write_text(traceback.format_exc())
-        os._exit(1)
+def perform(rank: int, store: dist.Store, shape: tuple[int, ...], folder: Path, acts: tuple[Callable, ...]) -> None:
+    size = torch.Size(shape).numel()
+    dist.init_process_group("gloo", store=store, timeout=timedelta(seconds=60), world_size=size, rank=rank)
+    found = Rank(rank, shape, folder)
+    for act in acts:
+        act(found)
+    dist.destroy_process_group()
 
 
 def run(shape: tuple[int, ...], folder: Path, *acts: Callable[[Rank], None]) -> list[int]:
-    """Every rank does all acts; returns the exit codes. Raises AssertionError with what a rank raised."""
+    """Every rank of a mesh does all acts; returns the exit codes."""
     folder.mkdir(parents=True, exist_ok=True)
-    store = str(folder.parent / f"store-of-{folder.name}-{'-'.join(act.__name__ for act in acts)}")
-    arguments = [(rank, shape, folder, acts, store) for rank in range(torch.Size(shape).numel())]
-    ranks = [_CONTEXT.Process(target=_rank, args=a) for a in arguments]
-    for process in ranks:
-        process.start()
-    for process in ranks:
-        process.join(120)
-    errors = [path.read_text() for path in sorted(folder.glob("error-*"))]
-    assert not errors, errors[0]
-    return [process.exitcode for process in ranks]
+    return run_ranks(torch.Size(shape).numel(), perform, shape, folder, acts)

@@ -4,18 +4,16 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tiny import LLAMA, RandomTokens, Recorder, train_config
+from tiny import LLAMA, train_config
 from torch._dynamo.testing import CompileCounter
 
 from est_cli.model.transformer import Transformer, initialise
 from est_cli.subnet.plan import subnetwork
 from est_cli.subnet.sampler import sample
 from est_cli.subnet.schedule import Rates, Stage, StageSpec
-from est_cli.training.checkpoint import Checkpoints
-from est_cli.training.compiled import Compiler
-from est_cli.training.distributed import World
-from est_cli.training.loop import Training
+from est_cli.training.device import Compiler
 from est_cli.training.subnetwork import PackedSubnetwork
+from tests.training.runs import finished
 
 STAGES = [Rates(0.5, 0.5, 0.5), Rates(0.5, 0.5, 1.0), Rates()]
 
@@ -89,10 +87,7 @@ def counter(monkeypatch) -> CompileCounter:
 
 def test_a_run_compiles_each_size_of_block_once_and_says_so_after_the_first_step_that_uses_it(counter, tmp_path):
     """Stages 1 and 2 have blocks of one size, and evaluations run eagerly."""
-    recorder = Recorder()
-    config = train_config(LLAMA, compile=True, eval_every=4, eval_tokens=40)
-    training = Training(config, RandomTokens(LLAMA.vocab_size), World(torch.device("cpu")), [recorder])
-    training.run(Checkpoints(tmp_path), stopping=lambda: False)
+    _, recorder = finished(train_config(LLAMA, compile=True, eval_every=4, eval_tokens=40), tmp_path)
     said = [message.split(" s:")[0] for message in recorder.messages if "compiled" in message]
     assert [message.split(" in ")[0] for message in said] == ["step 0: compiled", "step 7: compiled"]
     assert all(float(message.split(" in ")[1]) < 100 for message in said)
@@ -103,8 +98,7 @@ def test_sizes_of_block_beyond_torchs_limit_are_compiled_too(counter, tmp_path):
     model = replace(LLAMA, d_ff=48)
     stages = (*(StageSpec(2 * n, mlp=n / 12) for n in range(1, 12)), StageSpec())
     config = train_config(model, stages=stages, compile=True, max_steps=24)
-    training = Training(config, RandomTokens(model.vocab_size), World(torch.device("cpu")), [])
-    training.run(Checkpoints(tmp_path), stopping=lambda: False)
+    finished(config, tmp_path)
     assert counter.frame_count == 12
 
 

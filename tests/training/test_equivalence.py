@@ -7,16 +7,27 @@ from itertools import product
 import pytest
 import torch
 from adapter import assert_only_sampled, full_size, matrices, reference_plan, reference_tensors, sizes
-from reference import ReferenceAdamW, clip, loss_and_gradients
+from reference import ReferenceAdamW, ReferencePlan, clip, loss_and_gradients
+from reference import grow as reference_grow
 from tiny import GPT2, random_batch, random_master, snapshot
 from torch import Tensor
 
-from est_cli.config import ModelConfig, OptimizerConfig, SamplingConfig
-from est_cli.subnet.plan import Plan, Subnetwork, subnetwork
+from est_cli.config import ModelConfig, SamplingConfig
+from est_cli.subnet.plan import (
+    Plan,
+    Subnetwork,
+    grown_model,
+    growth_into,
+    model_after,
+    stage_subnetwork,
+    subnetwork,
+    whole_plan,
+)
 from est_cli.subnet.sampler import sample
 from est_cli.subnet.schedule import Rates, StageSpec, build_stages, stage_at
 from est_cli.training.optimizer import SampledAdamW, learning_rate
 from est_cli.training.subnetwork import MaskedSubnetwork, PackedSubnetwork
+from tests.training.runs import ARMS, OPTIMIZER, STEPS, Arm
 
 EXECUTIONS = [PackedSubnetwork, MaskedSubnetwork]
 COMBINATIONS = {
@@ -136,60 +147,95 @@ def test_a_masked_run_loses_nothing_by_dropping_unsampled_gradients():
         assert torch.equal(gradient, touched[name].nan_to_num(nan=0.0)), name
 
 
-STEPS = 20
-OPTIMIZER = OptimizerConfig(lr=5e-3, weight_decay=0.1, grad_clip=0.5, warmup=4)
-
-
-def training_case(index: int, combination: str) -> tuple[Case, list[Plan]]:
-    """Twelve steps of sampling, four of heads and MLP alone, four of the full model."""
+def sampled_arm(index: int, combination: str) -> Arm:
+    """Nine steps of sampling, three of heads and MLP alone, three of the full model."""
     case = make_case(*ARCHITECTURES[(5 * index) % len(ARCHITECTURES)], combination)
-    case = replace(case, sampling=replace(case.sampling, resample_every=1 + index % 2))
-    rates = case.rates
-    stages = build_stages([StageSpec(12, **vars(rates)), StageSpec(16, rates.heads, rates.mlp), StageSpec()], STEPS)
-    plans = [sample(index, step, stage_at(stages, step), case.model, case.sampling) for step in range(STEPS)]
-    return case, plans
+    stages = (StageSpec(9, **vars(case.rates)), StageSpec(12, case.rates.heads, case.rates.mlp), StageSpec())
+    return Arm(stages, sampling=replace(case.sampling, resample_every=1 + index % 2), model=case.model)
+
+
+TRAINED = {**ARMS, **{name: sampled_arm(index, name) for index, name in enumerate(COMBINATIONS)}}
+
+
+def reference_scales(arm: Arm, joined: ModelConfig, plan: ReferencePlan) -> dict[int, tuple[float, float, float]]:
+    """Of heads, neurons and layers, from the definitions."""
+    powers = {"none": 0.0, "sqrt": 0.5, "inverse": 1.0}
+    sampling, kept, scales = arm.sampling, len(plan.layers), {}
+    for layer in plan.layers:
+        inverse = joined.n_layers / kept
+        if sampling.layer_strategy == "increasing" and kept < joined.n_layers:
+            dropped = 2 * (joined.n_layers - kept) / joined.n_layers
+            inverse = 1 / (1 - dropped * layer / (joined.n_layers - 1))
+        heads, neurons = joined.n_heads / len(plan.heads[layer]), joined.d_ff / len(plan.neurons[layer])
+        modes = (sampling.rescale.heads, sampling.rescale.mlp, sampling.layer_rescale)
+        scales[layer] = tuple(x ** powers[mode] for x, mode in zip((heads, neurons, inverse), modes, strict=True))
+    return scales
 
 
 @cache
-def reference_run(index: int, combination: str, unsampled: str) -> dict[str, Tensor]:
-    case, plans = training_case(index, combination)
-    start = reference_tensors(case.model, snapshot(random_master(case.model)))
-    weights = {name: tensor.clone() for name, tensor in start.items()}
+def reference_run(name: str, unsampled: str) -> tuple[dict[str, Tensor], list[float]]:
+    """Weights after the run, and the loss of every step."""
+    arm, config = TRAINED[name], TRAINED[name].config()
+    weights = reference_tensors(arm.model, snapshot(random_master(arm.model)))
+    weights = {key: tensor.clone() for key, tensor in weights.items()}
     optimizer = ReferenceAdamW(
         weights, OPTIMIZER.lr, OPTIMIZER.betas, OPTIMIZER.eps, OPTIMIZER.weight_decay, matrices(weights), unsampled
     )
-    for step, plan in enumerate(plans):
-        kept, (inputs, targets) = reference_plan(plan), random_batch(case.model, seed=step)
+    losses, norms = [], []
+    for step in range(STEPS):
+        stage = stage_at(config.stages, step)
+        joined = grown_model(arm.model, stage.grown, arm.sampling.mlp_block)
+        if step == 6 and arm.sources:
+            before = grown_model(arm.model, config.stages[0].grown)
+            new_heads, new_neurons = range(before.n_heads, joined.n_heads), range(before.d_ff, joined.d_ff)
+            old = reference_plan(whole_plan(before))
+            zero, copies = arm.grow == "zero", arm.grow_moments == "copy"
+            reference_grow(weights, optimizer, old, list(arm.sources), [*new_heads], [*new_neurons], zero, copies)
+        plan = reference_plan(sample(config.seed, step, stage, arm.model, arm.sampling))
+        plan.scales = reference_scales(arm, joined, plan)
         optimizer.lr = learning_rate(OPTIMIZER, step, STEPS)
-        rescale_layers = case.sampling.rescale_layers
-        _, gradients = loss_and_gradients(sizes(case.model), weights, kept, inputs, targets, rescale_layers)
-        assert clip(gradients, OPTIMIZER.grad_clip) > OPTIMIZER.grad_clip, "clipping must be at work in this test"
-        optimizer.step(gradients, kept, sizes(case.model))
-    return weights
+        batch = random_batch(arm.model, seed=step)
+        loss, gradients = loss_and_gradients(sizes(arm.model), weights, plan, *batch, False)
+        losses.append(loss.item())
+        norms.append(clip(gradients, OPTIMIZER.grad_clip))
+        optimizer.step(gradients, plan, sizes(arm.model), reference_plan(whole_plan(joined)))
+    assert max(norms) > OPTIMIZER.grad_clip, "clipping must be at work in this test"
+    return weights, losses
 
 
 @pytest.mark.parametrize("execution", EXECUTIONS)
 @pytest.mark.parametrize("unsampled", ["zero_grad", "freeze"])
-@pytest.mark.parametrize(("index", "combination"), list(enumerate(COMBINATIONS)))
-def test_weights_after_twenty_steps_equal_the_reference(index, combination, unsampled, execution):
-    case, plans = training_case(index, combination)
-    master = random_master(case.model)
-    optimizer = SampledAdamW(master, replace(OPTIMIZER, unsampled=unsampled))
-    subnet, shape = None, None
-    for step, plan in enumerate(plans):
-        rates = case.rates if step < 12 else replace(case.rates, layers=1.0) if step < 16 else Rates()
-        if subnetwork(case.model, case.sampling, rates) != shape:
-            shape = subnetwork(case.model, case.sampling, rates)
-            subnet = execution(master, shape, torch.float64)
-        inputs, targets = random_batch(case.model, seed=step)
+@pytest.mark.parametrize("name", TRAINED)
+def test_losses_and_weights_of_a_run_equal_the_reference(name, unsampled, execution):
+    """Sampled, growing, dropping layers: in micro-batches of one sequence."""
+    arm, config = TRAINED[name], TRAINED[name].config(unsampled)
+    master = random_master(arm.model)
+    optimizer = SampledAdamW(master, config.optimizer, grown=model_after(config, 0))
+    losses = []
+    for step in range(STEPS):
+        stage = stage_at(config.stages, step)
+        if step == stage.first_step:
+            if (growth := growth_into(config, stage)) is not None:
+                assert growth.sources == list(arm.sources)
+                optimizer.grow(growth, arm.grow_moments)
+            subnet = execution(master, stage_subnetwork(arm.model, arm.sampling, stage), torch.float64)
+        plan = sample(config.seed, step, stage, arm.model, arm.sampling)
+        inputs, targets = random_batch(arm.model, seed=step)
         subnet.load(plan)
+        losses.append(0.0)
         for row in range(len(inputs)):
-            (subnet.loss(inputs[row : row + 1], targets[row : row + 1]) / len(inputs)).backward()
+            loss = subnet.loss(inputs[row : row + 1], targets[row : row + 1]) / len(inputs)
+            loss.backward()
+            losses[-1] += loss.item()
+        touched = full_size(subnet.updates(), snapshot(master))
+        assert_only_sampled(reference_tensors(arm.model, touched), reference_plan(plan))
         optimizer.step(subnet.updates(), learning_rate(OPTIMIZER, step, STEPS))
-    found = reference_tensors(case.model, snapshot(master))
-    assert_close(found, reference_run(index, combination, unsampled), 1e-8)
+    expected, expected_losses = reference_run(name, unsampled)
+    assert losses[0] == pytest.approx(expected_losses[0], abs=1e-10)
+    assert losses == pytest.approx(expected_losses, abs=1e-8)
+    assert_close(reference_tensors(arm.model, snapshot(master)), expected, 1e-8)
 
 
 def test_the_two_rules_for_unsampled_rows_train_different_weights():
-    frozen, drifting = (reference_run(0, "heads+mlp+layers", rule) for rule in ("freeze", "zero_grad"))
+    frozen, drifting = (reference_run("heads+mlp+layers", rule)[0] for rule in ("freeze", "zero_grad"))
     assert max((frozen[name] - drifting[name]).abs().max().item() for name in frozen) > 1e-4

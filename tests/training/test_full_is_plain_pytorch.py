@@ -5,17 +5,15 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tiny import FULL, GPT2, LLAMA, RandomTokens, Recorder, train_config
+from tiny import FULL, GPT2, LLAMA, RandomTokens, train_config
 from torch import Tensor
 
 from est_cli.config import ModelConfig, OptimizerConfig, SamplingConfig, TrainConfig
 from est_cli.data.batches import training_windows
 from est_cli.model.transformer import Transformer, initialise
 from est_cli.subnet.schedule import StageSpec
-from est_cli.training.checkpoint import Checkpoints
-from est_cli.training.distributed import World
-from est_cli.training.loop import Training
 from est_cli.training.optimizer import learning_rate
+from tests.training.runs import finished
 
 STEPS = 20
 CHUNK = 1 << 18
@@ -63,21 +61,12 @@ def plain_loop(config: TrainConfig, tokens: RandomTokens) -> tuple[Transformer, 
     return model, optimizer, records
 
 
-def est_loop(config: TrainConfig, tokens: RandomTokens, folder) -> tuple[Training, list[dict]]:
-    recorder = Recorder()
-    training = Training(config, tokens, World(torch.device("cpu")), [recorder])
-    outcome = training.run(Checkpoints(folder), stopping=lambda: False)
-    assert (outcome.status, outcome.steps) == ("done", config.trainer.max_steps)
-    return training, recorder.records
-
-
 def assert_same_bits(config: TrainConfig, folder) -> None:
-    tokens = RandomTokens(config.model.vocab_size)
-    training, records = est_loop(config, tokens, folder)
-    model, optimizer, expected_records = plain_loop(config, tokens)
+    training, recorder = finished(config, folder)
+    model, optimizer, expected_records = plain_loop(config, RandomTokens(config.model.vocab_size))
     clipped = [record["train/grad_norm"] > config.optimizer.grad_clip for record in expected_records]
     assert any(clipped)
-    for record, expected in zip(records, expected_records, strict=True):
+    for record, expected in zip(recorder.records, expected_records, strict=True):
         assert {key: record[key] for key in expected} == expected, f"step {record['step']}"
     found, state = dict(training.model.named_parameters()), training.optimizer.state()
     for name, parameter in model.named_parameters():

@@ -2,12 +2,11 @@
 
 import json
 import math
-from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from tiny import GPT2, LLAMA, RandomTokens, Recorder, snapshot, train_config
+from tiny import GPT2, LLAMA, snapshot, train_config
 
 from est_cli.config import OptimizerConfig
 from est_cli.data.batches import training_windows
@@ -16,20 +15,18 @@ from est_cli.subnet.plan import Plan
 from est_cli.subnet.sampler import sample
 from est_cli.subnet.schedule import StageSpec, stage_at
 from est_cli.training.checkpoint import Checkpoints
-from est_cli.training.distributed import World
 from est_cli.training.loop import Training
-from est_cli.training.nonfinite import NonFinite, keep, read, replay
-from est_cli.training.watch import Launched
+from est_cli.training.nonfinite import keep, read, replay
+from est_cli.training.steps import Launched, NonFinite
+from tests.training import runs
+from tests.training.runs import CPU, assert_same_bits, train
 
-CPU = torch.device("cpu")
 BAD_STEP = 5
 """In stage 2 of `train_config`."""
 
 
-def start(kind=Training, model=LLAMA, **trainer) -> tuple[Training, Recorder]:
-    recorder = Recorder()
-    config = train_config(model, grad_accum=2, **trainer)
-    return kind(config, RandomTokens(model.vocab_size), World(CPU), [recorder]), recorder
+def start(kind=Training, model=LLAMA, **trainer):
+    return runs.start(train_config(model, grad_accum=2, **trainer), kind)
 
 
 class BrokenGradient(Training):
@@ -51,38 +48,22 @@ class BrokenGradient(Training):
         return subnet
 
 
-def test_the_run_stops_with_weights_moments_and_counts_as_they_were_before_the_step(tmp_path):
-    sound, _ = start(max_steps=15)
-    sound.run(Checkpoints(tmp_path / "sound"), stopping=lambda: sound.step == BAD_STEP)
-    broken, recorder = start(BrokenGradient)
-    with pytest.raises(NonFinite) as caught:
-        broken.run(Checkpoints(tmp_path / "broken"), stopping=lambda: False)
-    assert (caught.value.step, caught.value.stage.number) == (BAD_STEP, 2)
-    assert math.isfinite(caught.value.loss) and not math.isfinite(caught.value.grad_norm)
-    assert "step 5 (stage 2) is not finite" in str(caught.value)
-    expected = snapshot(sound.model)
-    assert all(torch.equal(tensor, expected[name]) for name, tensor in snapshot(broken.model).items())
-    moments = sound.optimizer.state()
-    assert all(torch.equal(tensor, moments[name]) for name, tensor in broken.optimizer.state().items())
-    assert [record["step"] for record in recorder.records] == list(range(BAD_STEP))
-
-
 @pytest.mark.parametrize("unsampled", ["zero_grad", "freeze"])
-@pytest.mark.parametrize(("log_every", "behind"), [(100, 0), (100, 1), (1, 1)])
-def test_a_host_that_hears_of_the_step_late_finds_everything_as_it_was_before(tmp_path, log_every, behind, unsampled):
-    """The device refuses the step, and all that were launched after it."""
+@pytest.mark.parametrize(("log_every", "behind"), [(1, 0), (1, 1), (100, 0), (100, 1)])
+def test_the_run_stops_with_everything_as_it_was_before_the_step(tmp_path, log_every, behind, unsampled):
+    """Also if the host hears of it late: the device refuses the step, and all that were launched after it."""
     settings = {"optimizer": OptimizerConfig(unsampled=unsampled), "log_every": log_every}
     sound, _ = start(**settings)
-    sound.run(Checkpoints(tmp_path / "sound"), stopping=lambda: sound.step == BAD_STEP)
+    train(sound, tmp_path / "sound", stop_after=BAD_STEP)
     broken, recorder = start(BrokenGradient, **settings)
-    broken.behind = behind
-    with pytest.raises(NonFinite) as caught:
-        broken.run(Checkpoints(tmp_path / "broken"), stopping=lambda: False)
-    assert (caught.value.step, caught.value.stage.number, broken.step) == (BAD_STEP, 2, BAD_STEP)
-    assert caught.value.plan.as_dict() == plan_of(broken, BAD_STEP).as_dict()
-    for ours, theirs in ((broken.model, sound.model), (broken.optimizer, sound.optimizer)):
-        ours, theirs = (snapshot(x) if isinstance(x, torch.nn.Module) else x.state() for x in (ours, theirs))
-        assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
+    broken.steps.behind = behind
+    with pytest.raises(NonFinite, match=r"step 5 \(stage 2\) is not finite") as caught:
+        train(broken, tmp_path / "broken")
+    step = caught.value.step
+    assert (step.number, step.stage.number, broken.step) == (BAD_STEP, 2, BAD_STEP)
+    assert math.isfinite(step.loss) and not math.isfinite(step.grad_norm)
+    assert step.plan.as_dict() == plan_of(broken, BAD_STEP).as_dict()
+    assert_same_bits(broken, sound)
     assert [record["step"] for record in recorder.records] == ([0] if log_every == 100 else list(range(BAD_STEP)))
 
 
@@ -93,16 +74,15 @@ def test_no_checkpoint_and_no_growth_hides_a_step_that_nobody_has_heard_of(tmp_p
         settings["stages"] = (StageSpec(7, n_layers=2), StageSpec())
     broken, recorder = start(BrokenGradient, **settings)
     with pytest.raises(NonFinite, match=f"step {BAD_STEP}"):
-        broken.run(Checkpoints(tmp_path), stopping=lambda: False)
+        train(broken, tmp_path)
     assert Checkpoints(tmp_path).newest(pytest.fail) is None
-    assert broken.grown == broken.config.model or what == "growth"
     assert not any("the model" in message for message in recorder.messages), "it has not grown"
 
 
 def test_skip_leaves_the_step_out_counts_it_and_says_so_once(tmp_path):
     broken, recorder = start(BrokenGradient, on_nonfinite="skip")
     broken.bad_steps = (BAD_STEP, 9)
-    outcome = broken.run(Checkpoints(tmp_path), stopping=lambda: False)
+    outcome = train(broken, tmp_path)
     assert (outcome.status, outcome.steps, outcome.skipped_steps) == ("done", 15, 2)
     assert [record["step"] for record in recorder.records] == list(range(15))
     assert not math.isfinite(recorder.records[BAD_STEP]["train/grad_norm"])
@@ -114,11 +94,10 @@ def test_skip_leaves_the_step_out_counts_it_and_says_so_once(tmp_path):
 
 def test_the_count_of_skipped_steps_survives_a_restart(tmp_path):
     first, _ = start(BrokenGradient, on_nonfinite="skip")
-    first.run(Checkpoints(tmp_path), stopping=lambda: first.step == 8)
-    second, recorder = start(BrokenGradient, on_nonfinite="skip")
+    train(first, tmp_path, stop_after=8)
+    second, recorder = runs.resumed(first.config, tmp_path, BrokenGradient)
     second.bad_steps = (9,)
-    second.restore(Checkpoints(tmp_path).newest(pytest.fail))
-    assert second.run(Checkpoints(tmp_path), stopping=lambda: False).skipped_steps == 2
+    assert train(second, tmp_path).skipped_steps == 2
     assert not any("not finite" in message for message in recorder.messages)
 
 
@@ -128,22 +107,21 @@ def test_a_validation_loss_that_is_not_finite_is_no_result(tmp_path, monkeypatch
     monkeypatch.setattr(training, "validate", lambda subnet: math.nan)
     if ends:
         with pytest.raises(RunFailed, match="the validation loss after step 3 is nan"):
-            training.run(Checkpoints(tmp_path), stopping=lambda: False)
+            train(training, tmp_path)
         assert Checkpoints(tmp_path).newest(pytest.fail) is None
     else:
-        assert training.run(Checkpoints(tmp_path), stopping=lambda: False).status == "done"
+        assert train(training, tmp_path).status == "done"
+
+
+def keep_step(folder, training: Training, failed: NonFinite):
+    windows = training.inputs.of_all_ranks(training.step)
+    return keep(folder, failed, training.weights(), windows, training.config)
 
 
 def kept_step(tmp_path, training: Training):
     with pytest.raises(NonFinite) as caught:
-        training.run(Checkpoints(tmp_path / "checkpoints"), stopping=lambda: False)
-    return keep(
-        tmp_path / "nonfinite",
-        caught.value,
-        training.weights(),
-        training.inputs.of_all_ranks(training.step),
-        training.config,
-    )
+        train(training, tmp_path / "checkpoints")
+    return keep_step(tmp_path / "nonfinite", training, caught.value)
 
 
 def test_step_plan_and_batch_are_kept_in_files_that_run_no_code(tmp_path):
@@ -165,14 +143,12 @@ def test_step_plan_and_batch_are_kept_in_files_that_run_no_code(tmp_path):
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_replay_computes_the_steps_own_losses(tmp_path, kernels, precision):
     """The replayed mean loss and gradient norm are those of the run's own step, here one that is finite."""
-    training, recorder = start(model=GPT2)
-    config = replace(training.config, kernels=kernels, trainer=replace(training.config.trainer, precision=precision))
-    training = Training(config, training.tokens, World(CPU), [recorder])
-    training.run(Checkpoints(tmp_path), stopping=lambda: training.step == BAD_STEP)
-    step = NonFinite(Launched(BAD_STEP, stage_at(training.stages, BAD_STEP), plan_of(training, BAD_STEP), 0.0))
-    folder = keep(tmp_path, step, training.weights(), training.inputs.of_all_ranks(training.step), config)
-    training.run(Checkpoints(tmp_path), stopping=lambda: training.step == BAD_STEP + 1)
-    seen, record = replay(read(folder), config, CPU), recorder.records[BAD_STEP]
+    training, recorder = start(model=GPT2, kernels=kernels, precision=precision)
+    train(training, tmp_path, stop_after=BAD_STEP)
+    step = Launched(BAD_STEP, stage_at(training.stages, BAD_STEP), plan_of(training, BAD_STEP), 0.0)
+    folder = keep_step(tmp_path, training, NonFinite(step))
+    train(training, tmp_path, stop_after=BAD_STEP + 1)
+    seen, record = replay(read(folder), training.config, CPU.device), recorder.records[BAD_STEP]
     assert (len(seen.losses), seen.first, seen.weights, seen.gradients) == (2, None, [], [])
     assert np.mean(seen.losses) == pytest.approx(record["train/loss"], rel=1e-6)
     assert seen.grad_norm == pytest.approx(record["train/grad_norm"], rel=1e-6)
@@ -184,7 +160,7 @@ def test_a_replay_names_where_it_begins_in_the_full_models_numbering(tmp_path):
     layer = plan_of(training, 0).layers[0]
     broken = f"blocks.{layer}.mlp.down"
     dict(training.model.named_parameters())[f"{broken}.weight"].data.fill_(math.nan)
-    seen = replay(read(kept_step(tmp_path, training)), training.config, CPU)
+    seen = replay(read(kept_step(tmp_path, training)), training.config, CPU.device)
     assert (seen.first, seen.weights) == (broken, [f"{broken}.weight"])
     assert seen.losses == [None, None] and seen.grad_norm is None
     assert "embedding" in seen.gradients

@@ -6,14 +6,13 @@ from dataclasses import replace
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import FAMILIES, RandomTokens, random_batch, random_master, snapshot, train_config
+from tiny import FAMILIES, random_batch, random_master, snapshot, train_config
 
 from est_cli.errors import UserError
 from est_cli.model.huggingface import to_huggingface
 from est_cli.model.transformer import Transformer
-from est_cli.training.distributed import World
-from est_cli.training.loop import Training
 from est_cli.training.pretrained import check_pretrained, load_pretrained
+from tests.training.runs import start
 
 
 def write(folder, model):
@@ -64,7 +63,7 @@ def test_training_starts_from_the_folder(tmp_path):
     model = random_master(FAMILIES["llama"], torch.float32)
     folder = write(tmp_path / "out", model)
     config = train_config(replace(model.config, init_from=folder))
-    training = Training(config, RandomTokens(29), World(torch.device("cpu")), [])
+    training, _ = start(config)
     assert all(torch.equal(p, snapshot(model)[name]) for name, p in training.model.named_parameters())
 
 

@@ -4,23 +4,18 @@ import json
 from dataclasses import replace
 
 import pytest
-import torch
-from tiny import LLAMA, RandomTokens, Recorder, train_config
+from tiny import LLAMA, train_config
 
 from est_cli.config import as_plain, read_train_config
 from est_cli.errors import UserError
 from est_cli.training.checkpoint import Checkpoints
-from est_cli.training.distributed import World
-from est_cli.training.loop import Training
 from est_cli.training.profile import Profile
-
-CPU = World(torch.device("cpu"))
+from tests.training.runs import CPU, start, told
 
 
 def profiled(folder, steps=(0, 1), stop_after=None, resume=False, **trainer):
     """The records of a run of 15 steps in stages of 2, 5 and 8, and the phases of every stage's trace."""
-    config, recorder = train_config(LLAMA, grad_accum=2, **trainer), Recorder()
-    training = Training(config, RandomTokens(config.model.vocab_size), CPU, [recorder])
+    training, recorder = start(train_config(LLAMA, grad_accum=2, **trainer))
     checkpoints = Checkpoints(folder)
     if resume:
         training.restore(checkpoints.to_resume(15, recorder.say))
@@ -31,8 +26,7 @@ def profiled(folder, steps=(0, 1), stop_after=None, resume=False, **trainer):
         name: [event["name"] for event in trace["traceEvents"] if event.get("cat") == "user_annotation"]
         for name, trace in traces.items()
     }
-    records = [{k: v for k, v in record.items() if not k.startswith("perf/")} for record in recorder.records]
-    return records, names
+    return told(recorder), names
 
 
 @pytest.mark.parametrize(("steps", "count"), [((0, 1), 1), ((1, 1), 1), ((0, 2), 2)], ids=str)

@@ -1,65 +1,41 @@
-"""Two and four ranks train as one process, whether they replicate the masters or share them: two starts for all."""
+"""Two and four ranks train as one process, whether they replicate the masters or share them: one start for all."""
 
 import json
-import os
-from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
-from tiny import LLAMA, RandomTokens, Recorder, snapshot
+from tiny import LLAMA, snapshot
 from torch import Tensor
 
-from est_cli.config import TrainConfig
 from est_cli.model.transformer import Transformer
-from est_cli.runs.launcher import launch
 from est_cli.subnet.memory import Ranks, count_parameters, sent_bytes
 from est_cli.subnet.plan import stage_subnetwork
 from est_cli.subnet.schedule import stage_at
 from est_cli.training.checkpoint import Checkpoints
-from est_cli.training.distributed import World
-from est_cli.training.loop import Training
-from tests.training.many_ranks import CASES, CHAIN, RUNS, STREAMED, SmallTokens, mesh_name, on, stream_store
+from tests.training import many_ranks
+from tests.training.many_ranks import CASES, CHAIN, RUNS, STREAMED, SmallTokens, alone, mesh_name, on, stream_store
+from tests.training.ranks import run_ranks
 
-CPU = World(torch.device("cpu"))
 MESHES = [(name, ranks, shards) for ranks, runs in RUNS.items() for name, shards in runs]
 PACKED = [mesh for mesh in MESHES if "masked" not in mesh[0]]
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """Two ranks, then one process on the run that they have stopped, then four."""
-    folder, root = tmp_path_factory.mktemp("ranks"), Path(__file__).parents[2]
+    folder = tmp_path_factory.mktemp("ranks")
     rows = [f"row {i} " * (3 + i % 7) for i in range(60)]
     (folder / "stream.jsonl").write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
-    environment = {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{root}{os.pathsep}{root / 'tests'}"}
-    assert launch(2, ["-m", "tests.training.many_ranks", str(folder)], environment) == 0
-    alone("llama", folder / "chain", CHAIN[1])
-    assert launch(4, ["-m", "tests.training.many_ranks", str(folder)], environment) == 0
+    assert run_ranks(4, many_ranks.main, folder) == [0] * 4
     return folder
-
-
-def alone(name: str, folder: Path, stop_after: int = 99) -> tuple[Training, list[dict]]:
-    """The same run in this process, from the start or from where it stopped."""
-    return train_alone(on(CASES[name], 1), RandomTokens(CASES[name].model.vocab_size), folder, stop_after)
-
-
-def train_alone(config: TrainConfig, tokens, folder: Path, stop_after: int = 99) -> tuple[Training, list[dict]]:
-    config = replace(config, trainer=replace(config.trainer, strategy="single"))
-    recorder, checkpoints = Recorder(), Checkpoints(folder)
-    training = Training(config, tokens, CPU, [recorder])
-    if (found := checkpoints.newest(pytest.fail)) is not None:
-        training.restore(found)
-    training.run(checkpoints, lambda: training.step >= stop_after)
-    return training, recorder.records
 
 
 @pytest.fixture(scope="module")
 def expected(tmp_path_factory):
     @cache
     def run(name: str) -> tuple[dict[str, Tensor], list[dict]]:
-        training, records = alone(name, tmp_path_factory.mktemp(name))
+        training, records = alone(CASES[name], tmp_path_factory.mktemp(name))
         return snapshot(training.model), records
 
     return run
@@ -132,7 +108,7 @@ def test_what_travels_is_the_small_model_and_one_message(folder, mesh):
     name, ranks, shards = mesh
     config, run, replicas = on(CASES[name], ranks), run_name(*mesh), ranks // shards
     bf16 = config.trainer.precision == "bf16"
-    for step in (0, 8, config.trainer.max_steps - 4):  # none of them evaluates
+    for step in (0, 5, 12):  # of three stages, and without an evaluation
         handed = seen(folder, run)["bytes"][step]
         small = stage_subnetwork(config.model, config.sampling, stage_at(config.stages, step)).model
         message, whole = handed["all_reduce"][-1], sum(handed["all_reduce"][:-1])
@@ -158,5 +134,5 @@ def test_the_memory_of_a_stage_ends_with_it(folder, mesh):
 
 
 def test_a_stream_gives_two_ranks_the_samples_of_one(folder, tmp_path):
-    _, records = train_alone(on(STREAMED, 1), SmallTokens(stream_store(folder)), tmp_path)
+    _, records = alone(STREAMED, tmp_path, SmallTokens(stream_store(folder)))
     assert_same_curve(seen(folder, "streamed")["records"], records)

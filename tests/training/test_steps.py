@@ -1,25 +1,16 @@
-"""The host waits for the device where a step is logged, once, and nowhere else."""
+"""The host waits for the device where a step is logged, once, and nowhere else; reading later changes nothing."""
 
 from collections import Counter
 
 import pytest
 import torch
-from tiny import LLAMA, RandomTokens, Recorder, train_config
+from tiny import LLAMA, train_config
 
 from est_cli.config import OptimizerConfig
-from est_cli.training.checkpoint import Checkpoints
-from est_cli.training.distributed import World
-from est_cli.training.loop import Training
+from tests.training.runs import assert_same_bits, finished, start, told, train
 
-CPU = torch.device("cpu")
 WAITS = ("item", "tolist", "cpu", "numpy", "__bool__", "__int__", "__float__", "__index__")
 """Methods of a tensor with which a host waits for what a device computes."""
-
-
-def start(**options) -> tuple[Training, Recorder]:
-    recorder = Recorder()
-    tokens = RandomTokens(LLAMA.vocab_size)
-    return Training(train_config(LLAMA, **options), tokens, World(CPU), [recorder]), recorder
 
 
 @pytest.fixture
@@ -43,7 +34,7 @@ def test_a_step_waits_once_where_it_is_logged_and_never_where_it_is_not(
 ):
     """trainer.on_nonfinite=skip waits in every step: the next one needs to know which step it is."""
     options = {"log_every": log_every, "on_nonfinite": on_nonfinite, "precision": precision}
-    training, _ = start(optimizer=OptimizerConfig(unsampled=unsampled), **options)
+    training, _ = start(train_config(LLAMA, optimizer=OptimizerConfig(unsampled=unsampled), **options))
     per_step, step = Counter(), training._train_step
 
     def counted(*arguments):
@@ -52,30 +43,26 @@ def test_a_step_waits_once_where_it_is_logged_and_never_where_it_is_not(
         per_step[training.step] += len(waits) - before
 
     training._train_step = counted
-    training.run(Checkpoints(tmp_path), stopping=lambda: training.step == 14)
+    train(training, tmp_path, stop_after=14)
     expected = {n: int(n == 1 or n % log_every == 0 or on_nonfinite == "skip") for n in range(1, 15)}
     assert dict(per_step) == expected, waits
 
 
 def test_reading_a_step_after_the_next_was_launched_changes_no_record(tmp_path):
-    options = {"log_every": 2, "eval_every": 5, "checkpoint_every": 4, "save_final": "full"}
-    (ahead, late), (usual, expected) = start(**options), start(**options)
-    ahead.behind = 1
-    for number, training in enumerate((ahead, usual)):
-        training.run(Checkpoints(tmp_path / str(number)), stopping=lambda: False)
-
-    def told(recorder: Recorder) -> list[dict]:
-        return [{k: v for k, v in record.items() if not k.startswith("perf/")} for record in recorder.records]
-
+    config = train_config(LLAMA, log_every=2, eval_every=5, checkpoint_every=4, save_final="full")
+    usual, expected = finished(config, tmp_path / "usual")
+    behind, late = start(config)
+    behind.steps.behind = 1
+    train(behind, tmp_path / "behind")
     assert told(late) == told(expected)
     assert all(record["perf/step_s"] > 0 for record in late.records)
-    assert all(torch.equal(a, b) for a, b in zip(ahead.model.parameters(), usual.model.parameters(), strict=True))
+    assert_same_bits(behind, usual)
 
 
 def test_the_device_has_the_next_step_when_the_host_reads_a_loss(tmp_path):
-    training, recorder = start(log_every=1)
-    training.behind = 1
+    training, recorder = start(train_config(LLAMA, log_every=1))
+    training.steps.behind = 1
     seen = []
     recorder.log = lambda record: seen.append((record["step"], training.step))
-    training.run(Checkpoints(tmp_path), stopping=lambda: training.step == 6)
+    train(training, tmp_path, stop_after=6)
     assert seen[:5] == [(step, step + 2) for step in range(5)]

@@ -5,7 +5,8 @@ Both are pure functions of the step's number, so a run that ends loses nothing w
 
 import threading
 from collections.abc import Callable
-from typing import Generic, TypeVar
+from concurrent.futures import Future, wait
+from typing import TypeVar
 
 import numpy as np
 from torch import Tensor
@@ -19,23 +20,28 @@ from est_cli.subnet.sampler import sample
 from est_cli.subnet.schedule import stage_at
 from est_cli.training.distributed import World
 
-Made = TypeVar("Made")
+Result = TypeVar("Result")
 
 
 class Inputs:
-    """Plans and tokens of a run's steps on this rank; ahead of time for steps before `end`."""
+    """Plans and tokens of a run's steps on this rank; `end`: no step from this one on is made ahead."""
 
-    def __init__(self, config: TrainConfig, tokens: Tokens, world: World, end: int):
+    def __init__(self, config: TrainConfig, tokens: Tokens, world: World):
         self.config, self.tokens, self.world, self.stages = config, tokens.train, world, config.stages
-        self.ahead = Ahead(self._make, end)
+        self.end = config.trainer.max_steps if world.device.type == "cuda" else 0
+        self._ahead: dict[int, Future[tuple[Plan, list[Tensor]]]] = {}
+        """At most one step: a second thread must not read the text."""
 
     def of(self, step: int) -> tuple[Plan, list[Tensor]]:
         """The plan, and this rank's token windows [B, T + 1] of every micro-batch, on the host."""
-        return self.ahead.of(step)
+        wait(self._ahead.values())
+        found = self._ahead[step].result() if step in self._ahead else self._make(step)
+        self._ahead = {step + 1: in_thread(lambda: self._make(step + 1))} if step + 1 < self.end else {}
+        return found
 
     def of_all_ranks(self, step: int) -> np.ndarray:
         """The token windows of a step, of every rank and micro-batch in order: [n, T + 1]."""
-        self.ahead.finish()
+        wait(self._ahead.values())
         n = self.config.sequences_per_step
         return self._windows(step * n, n)
 
@@ -59,49 +65,15 @@ class Inputs:
         return training_windows(self.tokens, self.config.data.seq_len, self.config.seed, first, n)
 
 
-class Ahead(Generic[Made]):
-    """`make(step)` of one step after the other; the one after the step that is asked for is made in a thread.
+def in_thread(call: Callable[[], Result]) -> Future[Result]:
+    """Calls in a thread. Unlike an executor's, it is a daemon: a process that ends does not wait for it."""
+    made: Future[Result] = Future()
 
-    At most one call of `make` runs at a time, and none ahead for steps from `end` on.
-    """
-
-    def __init__(self, make: Callable[[int], Made], end: int):
-        self.make, self.end = make, end
-        self._next: _Making | None = None
-
-    def of(self, step: int) -> Made:
-        """What `make` returns for the step, or raises."""
-        made = self.finish()
-        found = made.result() if made is not None and made.step == step else self.make(step)
-        if step + 1 < self.end:
-            self._next = _Making(self.make, step + 1)
-        return found
-
-    def finish(self) -> "_Making | None":
-        """Wait for the thread, if there is one; what it made is given back once."""
-        made, self._next = self._next, None
-        if made is not None:
-            made.thread.join()
-        return made
-
-
-class _Making:
-    """A call of `make` in a thread, which a process that ends does not wait for."""
-
-    def __init__(self, make: Callable[[int], Made], step: int):
-        self.step = step
-        self._made: Made | None = None
-        self._error: BaseException | None = None
-        self.thread = threading.Thread(target=self._run, args=(make,), daemon=True)
-        self.thread.start()
-
-    def _run(self, make: Callable[[int], Made]) -> None:
+    def make() -> None:
         try:
-            self._made = make(self.step)
+            made.set_result(call())
         except BaseException as error:
-            self._error = error
+            made.set_exception(error)
 
-    def result(self) -> Made:
-        if self._error is not None:
-            raise self._error
-        return self._made
+    threading.Thread(target=make, daemon=True).start()
+    return made

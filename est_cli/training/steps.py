@@ -1,0 +1,244 @@
+"""Optimizer steps, from their launch to their line of metrics.jsonl.
+
+The device decides whether a step is finite, refuses it if not, and needs no answer to go on. The host reads what a
+step found only when it logs that step: at once on a CPU, and one step behind on a GPU, which then always has work.
+"""
+
+import math
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from est_cli.config import TrainConfig
+from est_cli.errors import RunFailed
+from est_cli.subnet.flops import config_ledger
+from est_cli.subnet.plan import Plan, stage_models
+from est_cli.subnet.schedule import Stage
+from est_cli.training.device import peak_flops
+from est_cli.training.distributed import World
+from est_cli.training.optimizer import SampledAdamW
+
+Record = dict[str, float | int | None]
+"""A line of metrics.jsonl."""
+_MOST_UNREAD = 256
+
+
+class Observer(Protocol):
+    """What the loop tells of itself, on rank 0."""
+
+    def log(self, record: Record) -> None: ...
+
+    def say(self, message: str) -> None: ...
+
+
+@dataclass
+class Launched:
+    """A step that the device was asked for; its loss and gradient norm, once they are read."""
+
+    number: int
+    stage: Stage
+    plan: Plan
+    lr: float
+    loss: float = math.nan
+    grad_norm: float = math.nan
+
+    @property
+    def is_finite(self) -> bool:
+        return math.isfinite(self.loss) and math.isfinite(self.grad_norm)
+
+
+class NonFinite(RunFailed):
+    """An optimizer step that was not taken."""
+
+    def __init__(self, step: Launched):
+        super().__init__(
+            f"step {step.number} (stage {step.stage.number}) is not finite: the training loss is {step.loss}, "
+            f"the gradient norm {step.grad_norm}"
+        )
+        self.step = step
+
+
+class Watch:
+    """What steps found, on its way from the device to the host.
+
+    `stays`: after a step that is not finite the device refuses all others too, so that the weights are those before
+    it when the host hears of it.
+    """
+
+    def __init__(self, device: torch.device, stays: bool):
+        self.stays = stays
+        self.refused = torch.zeros((), device=device)
+        """1 if the device must not take the step."""
+        self._unread: list[tuple[Launched, Tensor, torch.cuda.Event | None]] = []
+
+    @property
+    def is_full(self) -> bool:
+        """Whether it is time to read, however seldom a run logs."""
+        return len(self._unread) >= _MOST_UNREAD
+
+    def see(self, step: Launched, loss: Tensor, grad_norm: Tensor) -> Tensor:
+        """Decide on the device whether the step is refused: a scalar tensor, 1 or 0."""
+        broken = ((loss + grad_norm) * 0 != 0).to(self.refused.dtype)
+        self.refused = torch.maximum(self.refused, broken) if self.stays else broken
+        found, event = torch.stack([loss, grad_norm]), None
+        if found.is_cuda:
+            found = torch.empty(2, dtype=found.dtype, pin_memory=True).copy_(found, non_blocking=True)
+            event = torch.cuda.Event()
+            event.record()
+        self._unread.append((step, found, event))
+        return self.refused
+
+    def read(self, end: int) -> list[Launched]:
+        """The steps before number `end` that were not read yet. Waits for the last of them, not for later ones."""
+        n = sum(step.number < end for step, _, _ in self._unread)
+        read, self._unread = self._unread[:n], self._unread[n:]
+        if not read:
+            return []
+        if (event := read[-1][2]) is not None:
+            event.synchronize()
+        numbers = torch.stack([found for _, found, _ in read]).tolist()
+        for (step, _, _), (loss, norm) in zip(read, numbers, strict=True):
+            step.loss, step.grad_norm = loss, norm
+        return [step for step, _, _ in read]
+
+
+@dataclass
+class Progress:
+    """How far a run has come: what its checkpoints hold beside weights and moments."""
+
+    step: int = 0
+    """Steps that were launched; all of them are done when a checkpoint is written."""
+    train_s: float = 0.0
+    """Seconds of all steps, without evaluations and checkpoints."""
+    val_loss: float | None = None
+    val_step: int | None = None
+    """Steps that were done when the validation loss was computed."""
+    skipped_steps: int = 0
+    """Steps that were not taken because their loss or gradient was not finite."""
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on from what a checkpoint's state.json holds; an old one may lack some of it."""
+        vars(self).update({field.name: state[field.name] for field in fields(self) if field.name in state})
+
+    @contextmanager
+    def timed(self) -> Iterator[None]:
+        """Add the time of the block to train_s."""
+        started = time.perf_counter()
+        yield
+        self.train_s += time.perf_counter() - started
+
+
+class Steps:
+    """The steps of a run: those that were launched are read, counted and logged here."""
+
+    def __init__(self, config: TrainConfig, world: World, optimizer: SampledAdamW, observers: Sequence[Observer]):
+        self.config, self.optimizer, self.observers = config, optimizer, observers
+        self.progress = Progress()
+        self.watch = Watch(world.device, stays=config.trainer.on_nonfinite == "stop")
+        self.behind = int(world.device.type == "cuda")
+        """Steps that the device goes on with while the host reads and logs the one before."""
+        self.ledger, self.joined = config_ledger(config), stage_models(config)
+        peak = peak_flops(world.device, config.trainer.precision, config.trainer.peak_flops)
+        self.peak = peak and peak * world.size
+        self._unlogged: list[Launched] = []
+        self._logged = (0, 0.0)
+        """Steps, and their seconds in all, when something was logged last."""
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on from a checkpoint's state.json."""
+        self.progress.restore(state)
+        self._logged = (self.progress.step, self.progress.train_s)
+
+    def evaluates(self, done: int) -> bool:
+        """Whether the model is evaluated after so many steps."""
+        return done == self.config.trainer.max_steps or is_due(done, self.config.trainer.eval_every)
+
+    def _logs(self, done: int) -> bool:
+        return self.evaluates(done) or done == 1 or is_due(done, self.config.trainer.log_every)
+
+    def read(self) -> None:
+        """Read what is to be logged now. Raises NonFinite."""
+        done = self.progress.step
+        if self.evaluates(done) or not self.watch.stays:
+            self._read(done)
+        elif self._logs(done - self.behind) or self.watch.is_full:
+            self._read(done - self.behind)
+
+    def _read(self, end: int) -> None:
+        """Read the steps before `end`; waits for the device. The optimizer hears whether each was taken."""
+        for step in self.watch.read(end):
+            if step.is_finite:
+                self.optimizer.confirm()
+            else:
+                self.optimizer.forget()
+                self._miss(step)
+            self._unlogged.append(step)
+
+    def _miss(self, step: Launched) -> None:
+        missed = NonFinite(step)
+        if self.watch.stays:
+            self.progress.step = step.number
+            raise missed
+        self.progress.skipped_steps += 1
+        if self.progress.skipped_steps == 1:
+            self.say(f"{missed}: skipped (trainer.on_nonfinite=skip); the summary counts all that will be")
+
+    def log(self) -> None:
+        """Tell the observers what was read."""
+        steps, self._unlogged = self._unlogged, []
+        if steps:
+            done, train_s = steps[-1].number + 1, self.progress.train_s
+            step_s = (train_s - self._logged[1]) / (done - self._logged[0])
+            self._logged = done, train_s
+            for record in (self._record(step, step_s) for step in steps if self._logs(step.number + 1)):
+                for observer in self.observers:
+                    observer.log(record)
+
+    def settle(self) -> None:
+        """Read and log everything that was launched. Raises NonFinite."""
+        with self.progress.timed():
+            self._read(self.progress.step)
+        self.log()
+
+    def say(self, message: str) -> None:
+        for observer in self.observers:
+            observer.say(message)
+
+    def _record(self, step: Launched, step_s: float) -> Record:
+        """The keys of DESIGN section 3; `step_s` is the mean seconds of a step since something was logged last."""
+        config, full, plan, stage = self.config, self.config.model, step.plan, step.stage.number - 1
+        done, joined = step.number + 1, self.joined[stage]
+        record = {
+            "step": step.number,
+            "tokens": done * config.tokens_per_step,
+            "stage": step.stage.number,
+            "train/loss": step.loss,
+            "train/lr": step.lr,
+            "train/grad_norm": step.grad_norm,
+            "val/loss": self.progress.val_loss if self.progress.val_step == done else None,
+            "subnet/heads": plan.heads.shape[1] / full.n_heads,
+            "subnet/mlp": plan.neurons.shape[1] / full.d_ff,
+            "subnet/layers": len(plan.layers) / full.n_layers,
+        }
+        if any(part != full for part in self.joined):
+            record |= {
+                "grown/heads": joined.n_heads / full.n_heads,
+                "grown/mlp": joined.d_ff / full.d_ff,
+                "grown/layers": joined.n_layers / full.n_layers,
+            }
+        return {
+            **record,
+            **self.ledger.record(step.number),
+            "perf/step_s": step_s,
+            "perf/tokens_per_s": config.tokens_per_step / step_s,
+            "perf/mfu": self.ledger.per_step[stage].total / step_s / self.peak if self.peak else None,
+        }
+
+
+def is_due(done: int, every: int) -> bool:
+    return every > 0 and done % every == 0
