@@ -55,7 +55,9 @@ def progress_line(name: str) -> Progress:
         taken = now - began
         left = f"about {format_clock(taken * (total - done) / done)} left" if done else "begins"
         text = f"{name}: {done} of {total}, {left if done < total else f'took {format_clock(taken)}'}"
-        print(f"{text:<60}", end="\r" if done < total and sys.stderr.isatty() else "\n", file=sys.stderr, flush=True)
+        rewrites = sys.stderr.isatty()
+        end = "\r" if rewrites and done < total else "\n"
+        print(f"{text:<60}" if rewrites else text, end=end, file=sys.stderr, flush=True)
 
     return tell
 

@@ -68,13 +68,7 @@ def _loss(opened: "evaluation.run.OpenRun", request: Request) -> dict[str, Any]:
     seq_len = None if data is None or data.seq_len == "auto" else data.seq_len
     store = evaluation.run.run_store(opened, say, data)
     n_tokens = request.tokens or config.trainer.eval_tokens
-    loss = evaluation.loss.evaluate(opened, store.val, store.val_bytes, n_tokens, seq_len)
-    return {
-        "val_loss": loss.val_loss,
-        "perplexity": loss.perplexity,
-        "bits_per_byte": loss.bits_per_byte,
-        "tokens": loss.tokens,
-    }
+    return evaluation.loss.evaluate(opened, store.val, store.val_bytes, n_tokens, seq_len)
 
 
 def _tasks(opened: "evaluation.run.OpenRun", request: Request) -> dict[str, Any]:

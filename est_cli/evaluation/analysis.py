@@ -2,7 +2,7 @@
 
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict
 from itertools import pairwise
 from typing import Any
 
@@ -11,9 +11,10 @@ import torch
 
 from est_cli.data.batches import validation_windows
 from est_cli.evaluation import Measures
-from est_cli.evaluation.loss import Spread, spread
+from est_cli.evaluation.loss import mean_and_std, spread
 from est_cli.evaluation.run import OpenRun, load_model
 from est_cli.evaluation.sharpness import hessian_product, largest_eigenvalue, loss_rises
+from est_cli.model.transformer import Transformer
 from est_cli.subnet.schedule import Rates, Stage, stage_at
 from est_cli.tracking.metrics import METRICS_NAME, iterate_metrics
 from est_cli.training.checkpoint import Checkpoints
@@ -22,76 +23,57 @@ from est_cli.training.validation import mean_loss
 Say = Callable[[str], None]
 
 
-@dataclass(frozen=True)
-class Measured:
-    """The losses of the full model and of its subnetworks, with the weights of one checkpoint."""
-
-    updates: int
-    full_loss: float
-    spreads: list[Spread]
-
-    def losses(self, rates: Rates) -> np.ndarray:
-        """One for each plan of some rates; for full rates only the full model's."""
-        if rates == Rates():
-            return np.array([self.full_loss])
-        return np.array(next(found.losses for found in self.spreads if found.rates == rates))
-
-
 def analyze(run: OpenRun, val: np.ndarray, rates: Sequence[Rates], measures: Measures, say: Say) -> dict[str, Any]:
     """Everything about one run, as plain numbers.
 
     val [n] of the validation split; `rates` are those of the subnetworks to sample, the run's included.
     """
-    windows = validation_windows(val, run.config.data.seq_len, measures.tokens)
-    updates = run.checkpoint.step
-    say(f"{run.folder}: sharpness after {updates} updates")
-    sharpness, perturbation = _sharpness(run, val, measures), _perturbation(run, windows, measures)
-    measured = [_measure(run, updates, windows, rates, measures, say)]
-    if measures.checkpoints == "all":
-        measured += _measure_earlier(run, windows, rates, measures, say)
-    measured.reverse()
+    config, windows = run.config, validation_windows(val, run.config.data.seq_len, measures.tokens)
+    say(f"{run.folder}: sharpness after {run.checkpoint.step} updates")
+    sharpness = _sharpness(run, val, measures)
+    batch_size, noise = config.trainer.batch_size, (measures.norms, measures.draws, measures.seed)
+    perturbation = loss_rises(run.model, lambda: mean_loss(run.model, windows, batch_size), *noise)
+    checkpoints = []
+    for updates, model in _models(run, measures, say):
+        say(f"{run.folder}: losses after {updates} updates")
+        spreads = [
+            spread(model, config.sampling, each, windows, batch_size, measures.plans, measures.seed) for each in rates
+        ]
+        entry = {"step": updates - 1, "stage": stage_at(config.stages, updates - 1).number}
+        entry |= {"full_loss": mean_loss(model, windows, batch_size), "subnetworks": spreads}
+        checkpoints.insert(0, entry)
     return {
-        "step": updates - 1,
+        "step": run.checkpoint.step - 1,
         "tokens": windows[:, 1:].size,
-        "transitions": _transitions(run, measured, measures.window),
-        "checkpoints": [_checkpoint_facts(run, entry) for entry in measured],
+        "transitions": _transitions(run, checkpoints, measures.window),
+        "checkpoints": checkpoints,
         "sharpness": sharpness,
         "perturbation": perturbation,
     }
 
 
-def _measure_earlier(
-    run: OpenRun, windows: np.ndarray, rates: Sequence[Rates], measures: Measures, say: Say
-) -> Iterator[Measured]:
-    """The newest first."""
-    for checkpoint in Checkpoints(run.folder / "checkpoints").sound(say):
-        if checkpoint.step < run.checkpoint.step:
-            model = load_model(run.config, checkpoint)
-            yield _measure(replace(run, model=model), checkpoint.step, windows, rates, measures, say)
+def _models(run: OpenRun, measures: Measures, say: Say) -> Iterator[tuple[int, Transformer]]:
+    """Numbers of updates, and the model after them; the newest first."""
+    yield run.checkpoint.step, run.model
+    if measures.checkpoints == "all":
+        for checkpoint in Checkpoints(run.folder / "checkpoints").sound(say):
+            if checkpoint.step < run.checkpoint.step:
+                yield checkpoint.step, load_model(run.config, checkpoint)
 
 
-def _measure(
-    run: OpenRun, updates: int, windows: np.ndarray, rates: Sequence[Rates], measures: Measures, say: Say
-) -> Measured:
-    say(f"{run.folder}: losses after {updates} updates")
-    batch_size = run.config.trainer.batch_size
-    full_loss = mean_loss(run.model, windows, batch_size)
-    sampling, plans, seed = run.config.sampling, measures.plans, measures.seed
-    spreads = [spread(run.model, sampling, each, windows, batch_size, plans, seed) for each in rates]
-    return Measured(updates, full_loss, spreads)
+def _sharpness(run: OpenRun, val: np.ndarray, measures: Measures) -> dict[str, Any]:
+    windows = validation_windows(val, run.config.data.seq_len, measures.hessian_tokens)
+    parameters = list(run.model.parameters())
+    generator = torch.Generator().manual_seed(measures.seed)
+    start = torch.randn(sum(p.numel() for p in parameters), generator=generator).to(parameters[0])
+    found = largest_eigenvalue(hessian_product(run.model, windows), start, measures.iterations)
+    return {**found, "tokens": windows[:, 1:].size}
 
 
-def _checkpoint_facts(run: OpenRun, measured: Measured) -> dict[str, Any]:
-    last_step = measured.updates - 1
-    stage = stage_at(run.config.stages, last_step).number
-    subnetworks = [found.facts() for found in measured.spreads]
-    return {"step": last_step, "stage": stage, "full_loss": measured.full_loss, "subnetworks": subnetworks}
-
-
-def _transitions(run: OpenRun, measured: list[Measured], window: int) -> list[dict[str, Any]]:
+def _transitions(run: OpenRun, checkpoints: list[dict[str, Any]], window: int) -> list[dict[str, Any]]:
     """For each one, what the run logged around it, and what its checkpoint shows if there is one."""
     stages = run.config.stages
-    at = {entry.updates: entry for entry in measured}
+    at = {entry["step"] + 1: entry for entry in checkpoints}
     logged = transitions(stages, iterate_metrics(run.folder / METRICS_NAME), window)
     return [
         {
@@ -125,17 +107,17 @@ def transitions(stages: Sequence[Stage], records: Iterable[Mapping[str, Any]], w
         if record["val/loss"] is not None:
             val.append({"updates": record["step"] + 1, "loss": record["val/loss"]})
     return [
-        {"train_loss": _step(list(last[old.number]), first[new.number]), "val_loss": _around(val, old.end)}
+        {"train_loss": _change(last[old.number], first[new.number]), "val_loss": _around(val, old.end)}
         for old, new in pairwise(stages)
     ]
 
 
-def _step(before: list[float], after: list[float]) -> dict[str, float] | None:
+def _change(before: Sequence[float], after: Sequence[float]) -> dict[str, float] | None:
     if not before or not after:
         return None
-    variances = [np.var(side, ddof=1) / len(side) if len(side) > 1 else 0.0 for side in (before, after)]
-    error = float(np.sqrt(sum(variances)))
-    return {"before": float(np.mean(before)), "after": float(np.mean(after)), "standard_error": error}
+    old, new = mean_and_std(before), mean_and_std(after)
+    error = np.hypot(old["std"] / np.sqrt(len(before)), new["std"] / np.sqrt(len(after)))
+    return {"before": old["mean"], "after": new["mean"], "standard_error": float(error)}
 
 
 def _around(val: list[dict[str, Any]], end: int) -> list[dict[str, Any]] | None:
@@ -144,39 +126,20 @@ def _around(val: list[dict[str, Any]], end: int) -> list[dict[str, Any]] | None:
     return [before[-1], after[0]] if before and after else None
 
 
-def _larger(measured: Measured, old: Stage, new: Stage) -> dict[str, float]:
+def _larger(entry: dict[str, Any], old: Stage, new: Stage) -> dict[str, float]:
     """What only the larger subnetworks do to the loss, with equal weights; compared plan by plan."""
-    before, after = measured.losses(old.rates), measured.losses(new.rates)
+    before, after = (_losses(entry, stage.rates) for stage in (old, new))
     drops = before - after
-    error = drops.std(ddof=1) / np.sqrt(len(drops)) if len(drops) > 1 else 0.0
     return {
-        "full_loss": measured.full_loss,
+        "full_loss": entry["full_loss"],
         "before": float(before.mean()),
         "after": float(after.mean()),
-        "standard_error": float(error),
+        "standard_error": float(mean_and_std(drops)["std"] / np.sqrt(len(drops))),
     }
 
 
-def _sharpness(run: OpenRun, val: np.ndarray, measures: Measures) -> dict[str, Any]:
-    windows = validation_windows(val, run.config.data.seq_len, measures.hessian_tokens)
-    parameter = next(run.model.parameters())
-    size = sum(p.numel() for p in run.model.parameters())
-    start = torch.randn(size, generator=torch.Generator().manual_seed(measures.seed)).to(parameter)
-    found = asdict(largest_eigenvalue(hessian_product(run.model, windows), start, measures.iterations))
-    return {"largest_eigenvalue": found.pop("value"), **found, "tokens": windows[:, 1:].size}
-
-
-def _perturbation(run: OpenRun, windows: np.ndarray, measures: Measures) -> list[dict[str, Any]]:
-    def loss() -> float:
-        return mean_loss(run.model, windows, run.config.trainer.batch_size)
-
-    return [
-        {
-            "relative_norm": found.relative_norm,
-            "norm": found.norm,
-            "mean": float(np.mean(found.rises)),
-            "std": float(np.std(found.rises, ddof=1)) if len(found.rises) > 1 else 0.0,
-            "rises": list(found.rises),
-        }
-        for found in loss_rises(run.model, loss, measures.norms, measures.draws, measures.seed)
-    ]
+def _losses(entry: dict[str, Any], rates: Rates) -> np.ndarray:
+    """One for each plan of some rates; for full rates only the full model's."""
+    if rates == Rates():
+        return np.array([entry["full_loss"]])
+    return np.array(next(found["losses"] for found in entry["subnetworks"] if found["rates"] == asdict(rates)))

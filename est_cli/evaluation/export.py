@@ -4,8 +4,7 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import tokenizers
@@ -24,6 +23,11 @@ TOLERANCE = 1e-5
 
 _SPECIAL_TOKENS = 32
 """Control tokens of a given tokenizer that are tried within a text, at most."""
+_SPACE_MARK = "\u2581"
+_END_OF_TEXT = "<|endoftext|>"
+_Piece = sentencepiece_model_pb2.ModelProto.SentencePiece
+_TEXT = (_Piece.NORMAL, _Piece.USER_DEFINED)
+_CONTROL = (_Piece.CONTROL, _Piece.UNKNOWN)
 
 
 def check_free(out: Path) -> None:
@@ -98,9 +102,6 @@ def _write_json(path: Path, content: dict) -> None:
     path.write_text(json.dumps(content, indent=1) + "\n", "utf-8")
 
 
-_SPACE_MARK = "\u2581"
-_END_OF_TEXT = "<|endoftext|>"
-
 SAMPLES = (
     "",
     "a",
@@ -125,8 +126,9 @@ def save_tokenizer_files(tokenizer: Tokenizer, folder: Path, max_seq_len: int) -
         tokenizer.save_as_trained(folder)
         eos = tokenizer.eos_token
     else:
-        converted, eos = convert(tokenizer)
+        converted = convert(tokenizer)
         converted.save(str(folder / "tokenizer.json"))
+        eos = converted.id_to_token(tokenizer.eot)
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "eos_token": eos,
@@ -139,92 +141,24 @@ def save_tokenizer_files(tokenizer: Tokenizer, folder: Path, max_seq_len: int) -
         "add_bos_token": False,
         "add_eos_token": False,
     }
-    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=1) + "\n", "utf-8")
+    _write_json(folder / "tokenizer_config.json", config)
 
 
-def convert(tokenizer: Tokenizer) -> tuple[tokenizers.Tokenizer, str]:
-    """A `tokenizers.Tokenizer` with equal ids for every text, and the token that ends a document. Raises UserError.
+def convert(tokenizer: Tokenizer) -> tokenizers.Tokenizer:
+    """A `tokenizers.Tokenizer` with equal ids for every text. Raises UserError.
 
     SentencePiece's BPE and that of the `tokenizers` library are the same algorithm. Pieces have real spaces in place of
     SentencePiece's mark U+2581, so no normaliser is needed; a U+2581 in the text falls back to its bytes, as in ours.
     """
-    pieces = _sentencepieces(tokenizer) if isinstance(tokenizer, SentencePieceTokenizer) else _bytes()
-    return _checked(_build(pieces), tokenizer), pieces.names[tokenizer.eot]
-
-
-@dataclass
-class _Pieces:
-    """A vocabulary with real spaces."""
-
-    names: list[str] = field(default_factory=list)
-    """In the order of their ids."""
-    merged: list[tuple[float, str]] = field(default_factory=list)
-    """Pieces made by merging, with their scores: the highest is merged first."""
-    specials: list[str] = field(default_factory=list)
-    whole: list[str] = field(default_factory=list)
-    """Texts that are always one token."""
-    unknown: str | None = None
-    dummy_prefix: bool = False
-    """The tokenizer adds a space before the text."""
-
-
-def _bytes() -> _Pieces:
-    return _Pieces([*(f"<0x{byte:02X}>" for byte in range(256)), _END_OF_TEXT], specials=[_END_OF_TEXT])
-
-
-def _sentencepieces(tokenizer: SentencePieceTokenizer) -> _Pieces:
-    model = sentencepiece_model_pb2.ModelProto.FromString(tokenizer.proto)
-    kinds = sentencepiece_model_pb2.ModelProto.SentencePiece
-    if model.trainer_spec.model_type != sentencepiece_model_pb2.TrainerSpec.BPE:
-        raise UserError("this SentencePiece model is not a BPE model: tokenizer.json is written for BPE only")
-    found = _Pieces(dummy_prefix=model.normalizer_spec.add_dummy_prefix)
-    for piece in model.pieces:
-        is_text = piece.type in (kinds.NORMAL, kinds.USER_DEFINED)
-        name = piece.piece.replace(_SPACE_MARK, " ") if is_text else piece.piece
-        found.names.append(name)
-        if piece.type == kinds.NORMAL:
-            found.merged.append((piece.score, name))
-        elif piece.type == kinds.USER_DEFINED and len(name) > 1:
-            found.whole.append(name)
-        elif piece.type in (kinds.CONTROL, kinds.UNKNOWN):
-            found.specials.append(name)
-            found.unknown = name if piece.type == kinds.UNKNOWN else found.unknown
-    return found
-
-
-def _build(pieces: _Pieces) -> tokenizers.Tokenizer:
-    bpe = tokenizers.Tokenizer(
-        models.BPE(
-            vocab={name: i for i, name in enumerate(pieces.names)},
-            merges=list(_merges(pieces.merged)),
-            unk_token=pieces.unknown,
-            byte_fallback="<0x00>" in pieces.names,
-            fuse_unk=pieces.unknown is not None,
-        )
-    )
-    steps = [decoders.ByteFallback(), decoders.Fuse()]
-    if pieces.dummy_prefix:
-        # In ours, a text that begins with the mark itself starts with the mark's bytes.
-        bpe.normalizer = normalizers.Replace(Regex(f"\\A(?=[^{_SPACE_MARK}])"), " ")
-        steps.append(decoders.Strip(" ", 1, 0))
-    bpe.decoder = decoders.Sequence(steps)
-    bpe.add_special_tokens([AddedToken(name, normalized=False, special=True) for name in pieces.specials])
-    bpe.add_tokens([AddedToken(name, normalized=False) for name in pieces.whole])
-    return bpe
-
-
-def _merges(merged: list[tuple[float, str]]) -> Iterator[tuple[str, str]]:
-    """Every way to make a piece of two others: SentencePiece merges any two that make a piece, the best first."""
-    known = {name for _, name in merged}
-    for _, piece in sorted(merged, key=lambda scored: -scored[0]):
-        for cut in range(1, len(piece)):
-            left, right = piece[:cut], piece[cut:]
-            if left in known and right in known:
-                yield left, right
-
-
-def _checked(converted: tokenizers.Tokenizer, tokenizer: Tokenizer) -> tokenizers.Tokenizer:
-    converted.encode_special_tokens = True
+    if isinstance(tokenizer, SentencePieceTokenizer):
+        model = sentencepiece_model_pb2.ModelProto.FromString(tokenizer.proto)
+        if model.trainer_spec.model_type != sentencepiece_model_pb2.TrainerSpec.BPE:
+            raise UserError("this SentencePiece model is not a BPE model: tokenizer.json is written for BPE only")
+        pieces, has_dummy_prefix = model.pieces, model.normalizer_spec.add_dummy_prefix
+    else:
+        pieces = [_Piece(piece=f"<0x{byte:02X}>", type=_Piece.BYTE) for byte in range(256)]
+        pieces, has_dummy_prefix = [*pieces, _Piece(piece=_END_OF_TEXT, type=_Piece.CONTROL)], False
+    converted = _build(pieces, has_dummy_prefix)
     for text in SAMPLES:
         ours, theirs = tokenizer.encode(text), converted.encode(text, add_special_tokens=False).ids
         if ours != theirs:
@@ -233,3 +167,42 @@ def _checked(converted: tokenizers.Tokenizer, tokenizer: Tokenizer) -> tokenizer
                 f"would be {theirs[:8]}, and are {ours[:8]}"
             )
     return converted
+
+
+def _build(pieces: Sequence[_Piece], has_dummy_prefix: bool) -> tokenizers.Tokenizer:
+    """`has_dummy_prefix`: a space is added before a text."""
+    names = [p.piece.replace(_SPACE_MARK, " ") if p.type in _TEXT else p.piece for p in pieces]
+    unknown = next((p.piece for p in pieces if p.type == _Piece.UNKNOWN), None)
+    bpe = tokenizers.Tokenizer(
+        models.BPE(
+            vocab={name: i for i, name in enumerate(names)},
+            merges=list(
+                _merges({name: p.score for name, p in zip(names, pieces, strict=True) if p.type == _Piece.NORMAL})
+            ),
+            unk_token=unknown,
+            byte_fallback="<0x00>" in names,
+            fuse_unk=unknown is not None,
+        )
+    )
+    steps = [decoders.ByteFallback(), decoders.Fuse()]
+    if has_dummy_prefix:
+        # In ours, a text that begins with the mark itself starts with the mark's bytes.
+        bpe.normalizer = normalizers.Replace(Regex(f"\\A(?=[^{_SPACE_MARK}])"), " ")
+        steps.append(decoders.Strip(" ", 1, 0))
+    bpe.decoder = decoders.Sequence(steps)
+    bpe.add_special_tokens([AddedToken(p.piece, normalized=False, special=True) for p in pieces if p.type in _CONTROL])
+    always_whole = [
+        name for name, p in zip(names, pieces, strict=True) if p.type == _Piece.USER_DEFINED and len(name) > 1
+    ]
+    bpe.add_tokens([AddedToken(name, normalized=False) for name in always_whole])
+    bpe.encode_special_tokens = True
+    return bpe
+
+
+def _merges(scores: dict[str, float]) -> Iterator[tuple[str, str]]:
+    """Every way to make a piece of two others: SentencePiece merges any two that make a piece, the best first."""
+    for piece in sorted(scores, key=lambda name: -scores[name]):
+        for cut in range(1, len(piece)):
+            left, right = piece[:cut], piece[cut:]
+            if left in scores and right in scores:
+                yield left, right

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
@@ -19,29 +19,15 @@ from est_cli.training.distributed import World
 from est_cli.training.subnetwork import DTYPES, PackedSubnetwork
 from est_cli.training.validation import mean_loss, validation_loss
 
-
-@dataclass(frozen=True)
-class Loss:
-    val_loss: float
-    """Nats per token."""
-    tokens: int
-    bytes: int
-    """UTF-8 bytes of the predicted tokens."""
-
-    @property
-    def perplexity(self) -> float:
-        return math.exp(self.val_loss)
-
-    @property
-    def bits_per_byte(self) -> float:
-        return self.val_loss * self.tokens / self.bytes / math.log(2)
+QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 
 
 def evaluate(
     run: OpenRun, tokens: np.ndarray, token_bytes: np.ndarray, n_tokens: int, seq_len: int | None = None
-) -> Loss:
-    """Evaluates as the run itself does: with its batch size and precision, and its sequence length by default.
+) -> dict[str, float]:
+    """`val_loss` in nats per token, `perplexity`, `bits_per_byte` of UTF-8, and the number of `tokens` predicted.
 
+    Evaluates as the run itself does: with its batch size and precision, and its sequence length by default.
     tokens [n] of the validation split; token_bytes [V]; n_tokens is how many of them to predict. Raises UserError
     if there are too few.
     """
@@ -59,30 +45,9 @@ def evaluate(
     windows = validation_windows(tokens, seq_len, n_tokens)
     world = World(next(run.model.parameters()).device)
     whole = PackedSubnetwork(run.model, Subnetwork(run.model.config), DTYPES[config.trainer.precision])
-    loss = validation_loss(whole, windows, config.trainer.batch_size, world)
-    targets = windows[:, 1:]
-    return Loss(loss, targets.size, round(token_bytes[targets].sum()))
-
-
-QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
-
-
-@dataclass(frozen=True)
-class Spread:
-    """Losses of subnetworks with the same rates, one for each plan."""
-
-    rates: Rates
-    losses: tuple[float, ...]
-
-    def facts(self) -> dict[str, Any]:
-        """Plain numbers; `std` is the sample standard deviation, 0 for a single plan."""
-        return {
-            "rates": asdict(self.rates),
-            "mean": float(np.mean(self.losses)),
-            "std": float(np.std(self.losses, ddof=1)) if len(self.losses) > 1 else 0.0,
-            "quantiles": {f"{q:g}": float(np.quantile(self.losses, q)) for q in QUANTILES},
-            "losses": list(self.losses),
-        }
+    loss, targets = validation_loss(whole, windows, config.trainer.batch_size, world), windows[:, 1:]
+    bits_per_byte = loss * targets.size / round(token_bytes[targets].sum()) / math.log(2)
+    return {"val_loss": loss, "perplexity": math.exp(loss), "bits_per_byte": bits_per_byte, "tokens": targets.size}
 
 
 def spread(
@@ -93,20 +58,25 @@ def spread(
     batch_size: int,
     plans: int,
     seed: int,
-) -> Spread:
-    """Losses of `plans` subnetworks as training runs them, rescale included.
+) -> dict[str, Any]:
+    """Losses of `plans` subnetworks as training runs them, rescale included, with their mean, std and quantiles.
 
     Plan n uses the same random numbers for all rates, so that losses of two rates can be compared in pairs.
     """
     sampling = replace(sampling, resample_every=1)
     stage = Stage(1, 0, plans, rates)
-    dtype = next(model.parameters()).dtype
-    packed = PackedSubnetwork(model, subnetwork(model.config, sampling, rates), dtype)
+    packed = PackedSubnetwork(model, subnetwork(model.config, sampling, rates), next(model.parameters()).dtype)
     losses = []
     for step in range(plans):
         packed.load(sample(seed, step, stage, model.config, sampling))
         losses.append(mean_loss(packed.module, windows, batch_size))
-    return Spread(rates, tuple(losses))
+    quantiles = {f"{q:g}": float(np.quantile(losses, q)) for q in QUANTILES}
+    return {"rates": asdict(rates), **mean_and_std(losses), "quantiles": quantiles, "losses": losses}
+
+
+def mean_and_std(values: Sequence[float]) -> dict[str, float]:
+    """`std` is the sample standard deviation, 0 for a single value."""
+    return {"mean": float(np.mean(values)), "std": float(np.std(values, ddof=1)) if len(values) > 1 else 0.0}
 
 
 def partial_rates(stages: Sequence[Stage]) -> list[Rates]:

@@ -4,7 +4,7 @@ P parameters, as one vector
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from est_cli.evaluation.loss import mean_and_std
 from est_cli.model.transformer import Transformer
 
 _TOKENS_AT_ONCE = 2048
@@ -21,28 +22,6 @@ _TOLERANCE = 1e-3
 
 Product = Callable[[Tensor], Tensor]
 """v [P] → H v [P]"""
-
-
-@dataclass(frozen=True)
-class Eigenvalue:
-    value: float
-    residual: float
-    """‖H v − λ v‖ / |λ| for its unit vector v: 0 for an exact eigenvector."""
-    iterations: int
-    """Hessian-vector products used."""
-    settled: bool
-    """Whether the last iteration changed it by less than 0.1%."""
-
-
-@dataclass(frozen=True)
-class Rise:
-    """How random noise of a given size changes the loss."""
-
-    relative_norm: float
-    """Norm of the noise as a share of the weights' norm, in every tensor and therefore in total."""
-    norm: float
-    rises: tuple[float, ...]
-    """Loss with the noise minus loss without it, one for each draw."""
 
 
 def hessian_product(model: Transformer, windows: np.ndarray) -> Product:
@@ -69,20 +48,23 @@ def hessian_product(model: Transformer, windows: np.ndarray) -> Product:
     return product
 
 
-def largest_eigenvalue(product: Product, start: Tensor, max_iterations: int) -> Eigenvalue:
-    """The largest eigenvalue of a symmetric matrix by power iteration from `start` [P].
+def largest_eigenvalue(product: Product, start: Tensor, max_iterations: int) -> dict[str, Any]:
+    """The `largest_eigenvalue` of a symmetric matrix by power iteration from `start` [P].
+
+    `residual`: ‖H v − λ v‖ / |λ| for its unit vector v, 0 for an exact eigenvector. `iterations`: products used.
+    `settled`: whether the last iteration changed it by less than 0.1%.
 
     Power iteration finds the eigenvalue of largest magnitude. If that is negative, a second round on the matrix minus
     that value, which has no negative eigenvalues, finds the largest.
     """
     found = _power_iteration(product, start, max_iterations)
-    if found.value >= 0:
+    if found["largest_eigenvalue"] >= 0:
         return found
-    above = _power_iteration(product, start, max_iterations, shift=found.value)
-    return replace(above, iterations=found.iterations + above.iterations)
+    above = _power_iteration(product, start, max_iterations, shift=found["largest_eigenvalue"])
+    return {**above, "iterations": found["iterations"] + above["iterations"]}
 
 
-def _power_iteration(product: Product, start: Tensor, max_iterations: int, shift: float = 0.0) -> Eigenvalue:
+def _power_iteration(product: Product, start: Tensor, max_iterations: int, shift: float = 0.0) -> dict[str, Any]:
     """Iterates on the matrix minus `shift`; returns an eigenvalue of the matrix itself."""
     image, values, settled = start, [], False
     while not settled and len(values) < max_iterations:
@@ -92,20 +74,21 @@ def _power_iteration(product: Product, start: Tensor, max_iterations: int, shift
         residual = (image - values[-1] * vector).norm().item() / abs(values[-1])
         settled = len(values) > 1 and abs(values[-1] - values[-2]) <= _TOLERANCE * abs(values[-1])
         image = image - shift * vector
-    return Eigenvalue(values[-1], residual, len(values), settled)
+    return {"largest_eigenvalue": values[-1], "residual": residual, "iterations": len(values), "settled": settled}
 
 
 def loss_rises(
     model: Transformer, loss: Callable[[], float], relative_norms: Sequence[float], draws: int, seed: int
-) -> list[Rise]:
+) -> list[dict[str, Any]]:
     """How much `loss()` rises when Gaussian noise is added to the model's weights. Restores the weights afterwards.
 
-    The noise of each tensor has `relative_norm` times the tensor's norm. All norms use the same directions.
+    The noise of each tensor has `relative_norm` times the tensor's norm, so that all of it has `norm`. All norms use
+    the same directions. `rises`: loss with the noise minus loss without it, one for each draw.
     """
     weights = [(p, p.detach().clone()) for p in model.parameters()]
     total = torch.stack([saved.norm() for _, saved in weights]).norm().item()
     calm = loss()
-    rises = [[] for _ in relative_norms]
+    rises: list[list[float]] = [[] for _ in relative_norms]
     try:
         for draw in range(draws):
             for relative, found in zip(relative_norms, rises, strict=True):
@@ -115,7 +98,10 @@ def loss_rises(
     finally:
         for parameter, saved in weights:
             parameter.data.copy_(saved)
-    return [Rise(r, r * total, tuple(found)) for r, found in zip(relative_norms, rises, strict=True)]
+    return [
+        {"relative_norm": relative, "norm": relative * total, **mean_and_std(found), "rises": found}
+        for relative, found in zip(relative_norms, rises, strict=True)
+    ]
 
 
 def _directions(weights: list[tuple[Tensor, Tensor]], seed: int, draw: int) -> Iterator[Tensor]:

@@ -17,7 +17,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from est_cli.data.tokenizers import Tokenizer
 from est_cli.errors import UserError, nearest
-from est_cli.evaluation.generation import Decoding, generate_tokens
+from est_cli.evaluation.generation import Decoding, generate_text
 from est_cli.evaluation.run import OpenRun
 from est_cli.model.transformer import Transformer
 
@@ -144,17 +144,15 @@ class Adapter(TemplateLM):
 
     def _generate(self, context: str, settings: dict[str, Any]) -> str:
         until = settings.get("until") or []
-        until = [until] if isinstance(until, str) else until
+        until = list(filter(None, [until] if isinstance(until, str) else until))
         budget = settings.get("max_gen_toks", _MAX_GENERATED)
         temperature = settings.get("temperature", 1.0) if settings.get("do_sample") else 0.0
         decoding = Decoding(max_tokens=budget, temperature=temperature, top_k=settings.get("top_k"))
-        prompt = self.tok_encode(context)
-        start, ids, text = len(self.text.decode(prompt)), list(prompt), ""
-        for token in generate_tokens(self.model, prompt, self.text.vocab_size, self.text.eot, decoding):
-            ids.append(token)
-            text = self.text.decode(ids)[start:]
+        text = ""
+        for piece, _ in generate_text(self.model, self.text, context, decoding):
+            text += piece
             if any(stop in text for stop in until):
                 break
         for stop in until:
-            text = text.split(stop)[0] if stop else text
+            text = text.split(stop)[0]
         return text

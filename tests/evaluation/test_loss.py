@@ -9,7 +9,7 @@ from reference import loss as reference_loss
 from tiny import FAMILIES, FULL, LLAMA, THREE_STAGES, random_master, snapshot, train_config
 
 from est_cli.config import SamplingConfig
-from est_cli.evaluation.loss import Spread, partial_rates, spread
+from est_cli.evaluation.loss import mean_and_std, partial_rates, spread
 from est_cli.subnet.sampler import sample
 from est_cli.subnet.schedule import Rates, Stage
 from est_cli.training.validation import mean_loss
@@ -36,8 +36,8 @@ def test_each_loss_is_the_references_for_a_plan_of_its_own(family, sampling):
         ).item()
         for step in range(3)
     ]
-    assert found.losses == pytest.approx(expected)
-    assert len(set(found.losses)) == 3
+    assert found["losses"] == pytest.approx(expected)
+    assert len(set(found["losses"])) == 3
 
 
 def test_the_full_models_loss_is_the_mean_over_all_windows():
@@ -65,11 +65,11 @@ def test_plans_of_two_rates_share_what_both_keep():
 
 
 def test_the_numbers_of_a_spread_are_numpys():
-    found = Spread(STAGE_1, (1.0, 2.0, 3.0, 4.0)).facts()
-    assert (found["mean"], found["std"]) == (2.5, pytest.approx(np.std([1, 2, 3, 4], ddof=1)))
-    assert found["quantiles"]["0.5"] == 2.5
-    assert found["quantiles"]["0.05"] == pytest.approx(1.15)
-    assert Spread(STAGE_1, (1.0,)).facts()["std"] == 0.0
+    found = spread(random_master(LLAMA), SamplingConfig(), STAGE_1, WINDOWS, batch_size=2, plans=4, seed=0)
+    losses = found["losses"]
+    assert (found["mean"], found["std"]) == (np.mean(losses), np.std(losses, ddof=1))
+    assert list(found["quantiles"].values()) == np.quantile(losses, [0.05, 0.25, 0.5, 0.75, 0.95]).tolist()
+    assert mean_and_std([1.0])["std"] == 0.0
 
 
 def test_only_rates_that_sample_are_measured_each_once():
