@@ -7,6 +7,7 @@ Windows follow each other in the stream and are shuffled within blocks of `BLOCK
 permutation(block)[n % BLOCK_WINDOWS] of block n // BLOCK_WINDOWS, a pure function of (seed, n) as without streaming.
 """
 
+import atexit
 import bisect
 import dataclasses
 import hashlib
@@ -41,6 +42,7 @@ BLOCK_WINDOWS = 1024
 _BATCH_TEXTS = 64
 _SHARDS_AHEAD = 4
 _WAIT_S = 0.02
+_STOPPING_S = 10
 _KEYS = "val-keys.bin"
 
 
@@ -174,13 +176,18 @@ class ShardWriter:
         self._folder, self._dtype = folder, token_dtype(tokenizer.vocab_size)
         self._next = 0
 
-    def write(self, number: int) -> None:
-        """Raises OSError, and UserError or the dataset's own exception if it cannot be read."""
+    def write(self, number: int, stopped: Callable[[], bool]) -> None:
+        """Writes nothing if `stopped` becomes true meanwhile.
+
+        Raises OSError, UserError, and RunFailed if the dataset cannot be read.
+        """
         if number != self._next:
             for feed, state in zip(self._feeds, _shard_record(self._folder, number - 1)["feeds"], strict=True):
                 feed.go_to(state)
         documents, n_tokens = [], 0
         while n_tokens < SHARD_TOKENS:
+            if stopped():
+                return
             feed = min(self._feeds, key=lambda feed: feed.taken / feed.weight)
             documents.append(feed.next_document().astype(self._dtype))
             n_tokens += len(documents[-1])
@@ -204,6 +211,8 @@ class StreamedTokens:
         self._ahead = _SHARDS_AHEAD
         self._wish = threading.Event()
         self._thread: threading.Thread | None = None
+        self._writing = threading.Lock()
+        self._stopped = threading.Event()
         self._error: BaseException | None = None
 
     def windows(self, seq_len: int, seed: int, first: int, count: int) -> np.ndarray:
@@ -245,6 +254,12 @@ class StreamedTokens:
         if self._thread is None:
             self._thread = threading.Thread(target=self._write_ahead, daemon=True)
             self._thread.start()
+            atexit.register(self._stop)
+
+    def _stop(self) -> None:
+        """Ends writing. If Python ended a thread inside a tokenizer's C++ code, that would abort the process."""
+        self._stopped.set()
+        self._writing.acquire(timeout=_STOPPING_S)
 
     def _write_ahead(self) -> None:
         writer, number = None, 0
@@ -255,8 +270,9 @@ class StreamedTokens:
                 with filelock.FileLock(self._folder / "stream.lock"):
                     while number < self._wanted:
                         if _shard_record(self._folder, number) is None:
-                            writer = writer or self._open_writer()
-                            writer.write(number)
+                            with self._writing:
+                                writer = writer or self._open_writer()
+                                writer.write(number, self._stopped.is_set)
                         number += 1
                 # Only the process that has the dataset open writes ahead; the others fill in missing shards.
                 self._ahead = _SHARDS_AHEAD if writer else 0

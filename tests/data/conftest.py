@@ -1,5 +1,7 @@
 """Small corpora and tokenizers that the tests of est_cli.data share."""
 
+from functools import partial
+
 import pytest
 import tiny_corpora
 from tiny_corpora import prose
@@ -56,16 +58,17 @@ def said():
 @pytest.fixture
 def text_data(tmp_path):
     """Makes a DataConfig of kind text whose cache is the test's own."""
+    return partial(_data, "text", str(tmp_path / "cache"))
 
-    def make(path, **options) -> DataConfig:
-        return DataConfig(
-            kind="text",
-            path=path if isinstance(path, tuple) else str(path),
-            cache_dir=str(tmp_path / "cache"),
-            **options,
-        )
 
-    return make
+@pytest.fixture
+def hf_data(tmp_path):
+    """Makes a DataConfig of kind hf whose cache is the test's own."""
+    return partial(_data, "hf", str(tmp_path / "cache"))
+
+
+def _data(kind: str, cache: str, path, **options) -> DataConfig:
+    return DataConfig(kind=kind, path=path if isinstance(path, tuple) else str(path), cache_dir=cache, **options)
 
 
 @pytest.fixture(autouse=True)

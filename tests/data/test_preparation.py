@@ -8,18 +8,15 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from tiny_corpora import Documents, prose, texts
+from tiny_corpora import BYTE, PIECES, Documents, documents, jsonl, prepared, prose, texts
 
-from est_cli.config import DataConfig, SourceConfig, TokenizerConfig
+from est_cli.config import DataConfig, SourceConfig
 from est_cli.config.checks import clashes
 from est_cli.data import preparation
 from est_cli.data.preparation import Counts, Shard, TokenStream, choose_workers, interleave
 from est_cli.data.splits import open_sources, split_corpus, split_sources
-from est_cli.data.tokens import cache_folder, inspect, prepare
+from est_cli.data.tokens import cache_folder, current_text, inspect
 from est_cli.errors import UserError
-
-BYTE = TokenizerConfig("byte")
-PIECES = TokenizerConfig("sentencepiece", vocab_size=400)
 
 
 @pytest.fixture(autouse=True)
@@ -50,7 +47,7 @@ def test_processes_and_shards_do_not_change_the_token_files(tokenizer, corpus_fo
     for place, num_workers, shard_bytes in (("a", 1, 10_000), ("b", 2, 10_000), ("c", "auto", 10**7)):
         monkeypatch.setattr(preparation, "SHARD_BYTES", shard_bytes)
         data = replace(text_data(corpus_folder), cache_dir=str(tmp_path / place), num_workers=num_workers)
-        stores.append(prepare(data, tokenizer, 512, lambda _: None, False))
+        stores.append(prepared(data, tokenizer))
     assert [store.manifest["tokenizing"]["processes"] for store in stores] == [1, 2, 1]
     assert len({store.fingerprint for store in stores}) == 1
     for name in ("train.bin", "val.bin"):
@@ -82,11 +79,11 @@ def test_a_preparation_that_was_killed_goes_on_where_it_was(corpus_folder, text_
 
     written, said, write = [], [], Shard.write
     monkeypatch.setattr(Shard, "write", lambda shard, *rest: (written.append(shard.file.name), write(shard, *rest)))
-    store = prepare(data, PIECES, 512, said.append, False)
+    store = prepared(data, PIECES, say=said.append)
     assert not any("training" in line for line in said[:-1])
     assert any("2 of 8 shards were there" in line for line in said), said
     assert written == [f"train-0-{i:06}.bin" for i in range(2, 7)] + ["val-0-000000.bin"]
-    whole = prepare(replace(data, cache_dir=str(tmp_path / "whole")), PIECES, 512, said.append, False)
+    whole = prepared(replace(data, cache_dir=str(tmp_path / "whole")), PIECES)
     for name in ("train.bin", "val.bin", "tokenizer.model"):
         assert (store.folder / name).read_bytes() == (whole.folder / name).read_bytes()
     assert sorted(path.name for path in store.folder.iterdir()) == sorted(path.name for path in whole.folder.iterdir())
@@ -110,11 +107,11 @@ def test_a_full_disk_keeps_what_was_tokenized_and_says_where(corpus_folder, text
     data, said = text_data(corpus_folder), []
     with monkeypatch.context() as patch, pytest.raises(UserError, match=r"data\.cache_dir=.*No space left"):
         patch.setattr(preparation, "interleave", full)
-        prepare(data, BYTE, 512, said.append, False)
+        prepared(data, say=said.append)
     (kept,) = (path for path in cache_folder(data).iterdir() if path.is_dir())
     assert str(kept) in said[-1]
     said.clear()
-    prepare(data, BYTE, 512, said.append, False)
+    prepared(data, say=said.append)
     assert any("8 of 8 shards were there" in line for line in said)
 
 
@@ -129,7 +126,7 @@ def test_a_worker_that_cannot_read_its_text_ends_the_preparation_with_its_messag
 
     monkeypatch.setattr(preparation, "choose_workers", shorten)
     with pytest.raises(UserError, match="became shorter"):
-        prepare(replace(text_data(file), num_workers=2), BYTE, 512, lambda _: None, False)
+        prepared(text_data(file, num_workers=2))
 
 
 def test_auto_starts_processes_for_large_text_only(monkeypatch):
@@ -139,36 +136,24 @@ def test_auto_starts_processes_for_large_text_only(monkeypatch):
     assert [choose_workers(3, n_shards, 10, 1000) for n_shards in (0, 2, 9)] == [1, 2, 3]
 
 
-def test_the_manifest_says_how_fast_it_went(corpus_folder, text_data):
-    store = prepare(text_data(corpus_folder), BYTE, 512, lambda _: None, False)
-    tokenizing = json.loads((store.folder / "manifest.json").read_text())["tokenizing"]
-    assert tokenizing["mb_per_s"] > 0 < tokenizing["seconds"]
-
-
-datasets = pytest.importorskip("datasets")
-
-
-@pytest.fixture(autouse=True)
-def quiet():
-    datasets.disable_progress_bars()
-    yield
-    datasets.enable_progress_bars()
-
-
-@pytest.fixture
-def mix(tmp_path):
+@pytest.fixture(scope="module")
+def mix(tmp_path_factory):
     """A mixture of prose and code, 600 and 200 rows."""
-    prose, code = tmp_path / "prose.jsonl", tmp_path / "code.jsonl"
-    prose.write_text("".join(json.dumps({"text": f"prose {i} " * (3 + i % 5)}) + "\n" for i in range(600)))
-    code.write_text("".join(json.dumps({"content": f"code({i})\n" * (2 + i % 9)}) + "\n" for i in range(200)))
+    folder = tmp_path_factory.mktemp("mix")
+    prose, code = folder / "prose.jsonl", folder / "code.jsonl"
+    prose.write_bytes(jsonl(f"prose {i} " * (3 + i % 5) for i in range(600)))
+    code.write_bytes(jsonl((f"code({i})\n" * (2 + i % 9) for i in range(200)), column="content"))
     sources = (SourceConfig(str(prose), 7), SourceConfig(str(code), 3, column="content"))
-    return DataConfig(kind="hf", sources=sources, val_fraction=0.1, cache_dir=str(tmp_path / "cache"))
+    return DataConfig(kind="hf", sources=sources, val_fraction=0.1, cache_dir=str(folder / "cache"))
 
 
-def documents(store, name: str) -> list[str]:
-    tokens = getattr(store, name)
-    ends = np.flatnonzero(tokens == store.tokenizer.eot)
-    return [store.tokenizer.decode(part[:-1].tolist()) for part in np.split(tokens, ends + 1)[:-1]]
+@pytest.fixture(scope="module")
+def mixed(mix):
+    """The token files of the mixture, and what was told."""
+    said = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(preparation, "SHARD_BYTES", 10_000)
+        return prepared(mix, say=said.append), said
 
 
 def share_of_code(tokens: list[str]) -> float:
@@ -176,71 +161,69 @@ def share_of_code(tokens: list[str]) -> float:
     return code / sum(len(text) + 1 for text in tokens)
 
 
-def test_every_stretch_of_both_splits_has_the_weights(mix):
-    store = prepare(mix, BYTE, 512, lambda _: None, False)
-    for name, within in (("train", 0.02), ("val", 0.1)):
-        texts = documents(store, name)
-        assert share_of_code(texts) == pytest.approx(0.3, abs=within)
-        assert share_of_code(texts[: len(texts) // 2]) == pytest.approx(0.3, abs=within)
-    assert not set(documents(store, "train")) & set(documents(store, "val"))
+def test_every_stretch_of_both_splits_has_the_weights(mixed):
+    store, _ = mixed
+    train, val = documents(store, store.train), documents(store, store.val)
+    for read, within in ((train, 0.02), (val, 0.1)):
+        assert share_of_code(read) == pytest.approx(0.3, abs=within)
+        assert share_of_code(read[: len(read) // 2]) == pytest.approx(0.3, abs=within)
+    assert not set(train) & set(val)
 
 
-def test_no_text_is_left_out_and_a_source_that_ends_starts_again(mix, said):
-    store = prepare(mix, BYTE, 512, said.append, False)
-    texts = documents(store, "train") + documents(store, "val")
-    assert len(set(texts)) == 800
+def test_no_text_is_left_out_and_a_source_that_ends_starts_again(mixed):
+    store, said = mixed
+    train = documents(store, store.train)
+    assert len({*train, *documents(store, store.val)}) == 800
     prose, code = store.manifest["mixture"]
     assert prose["splits"]["train"]["passes"] == pytest.approx(1, abs=0.01)
     assert code["splits"]["train"]["passes"] > 1.05
-    again = [text for text in documents(store, "train") if text.startswith("code")]
+    again = [text for text in train if text.startswith("code")]
     n_codes = len(set(again))
     assert again[n_codes:] == again[: len(again) - n_codes]
     (line,) = (line for line in said if "code.jsonl" in line and "used" in line)
     assert f"used {code['splits']['train']['passes']:.2f} times" in line
 
 
-def test_the_achieved_weights_are_in_the_manifest_and_the_inspection(mix):
-    store = prepare(mix, BYTE, 512, lambda _: None, False)
+def test_the_achieved_weights_are_in_the_manifest_and_the_inspection(mixed, mix):
+    store, _ = mixed
     facts = json.loads(json.dumps(inspect(store)))
     train = store.manifest["splits"]["train"]
-    for i, source in enumerate(facts["mixture"]):
+    for source, given, weight in zip(facts["mixture"], mix.sources, (0.7, 0.3), strict=True):
         own = source["splits"]["train"]
-        assert source["path"] == mix.sources[i].path
-        assert source["weight"] == pytest.approx((0.7, 0.3)[i])
+        assert (source["path"], source["weight"]) == (given.path, pytest.approx(weight))
         assert own["share"] == own["tokens"] / train["tokens"] == pytest.approx(source["weight"], abs=0.02)
-    texts = documents(store, "train")
-    assert train["documents"] == len(texts)
-    assert train["tokens"] == len(store.train)
+    texts = documents(store, store.train)
+    assert (train["documents"], train["tokens"]) == (len(texts), len(store.train))
     assert train["bytes"] == pytest.approx(sum(map(len, texts)), rel=0.01)
     assert [source["column"] for source in facts["source"]["sources"]] == ["text", "content"]
+    assert facts["tokenizing"]["mb_per_s"] > 0 < facts["tokenizing"]["seconds"]
 
 
-def test_a_mixture_is_the_same_with_several_processes(mix, tmp_path, monkeypatch):
-    monkeypatch.setattr("est_cli.data.preparation.SHARD_BYTES", 3000)
-    one = prepare(mix, BYTE, 512, lambda _: None, False)
-    two = prepare(replace(mix, cache_dir=str(tmp_path / "two"), num_workers=2), BYTE, 512, lambda _: None, False)
+def test_a_mixture_is_the_same_with_several_processes(mixed, mix, tmp_path, monkeypatch):
+    monkeypatch.setattr(preparation, "SHARD_BYTES", 3000)
+    one, two = mixed[0], prepared(replace(mix, cache_dir=str(tmp_path), num_workers=2))
     assert one.fingerprint == two.fingerprint
     assert one.train.tobytes() == two.train.tobytes()
 
 
-def test_sources_and_weights_decide_the_fingerprint_but_their_scale_does_not(mix):
+def test_sources_and_weights_decide_the_fingerprint_but_their_scale_does_not(mixed, mix):
     def fingerprint(*weights):
         sources = tuple(replace(source, weight=weight) for source, weight in zip(mix.sources, weights, strict=True))
-        return prepare(replace(mix, sources=sources), BYTE, 512, lambda _: None, False).fingerprint
+        return current_text(replace(mix, sources=sources)).fingerprint
 
-    assert fingerprint(7, 3) == fingerprint(0.7, 0.3) != fingerprint(5, 5)
+    assert fingerprint(7, 3) == fingerprint(0.7, 0.3) == mixed[0].text.fingerprint != fingerprint(5, 5)
 
 
 def test_a_tokenizer_for_a_mixture_is_trained_on_all_sources(mix):
-    store = prepare(mix, TokenizerConfig("sentencepiece", vocab_size=300), 512, lambda _: None, False)
+    tokenizer = prepared(mix, replace(PIECES, vocab_size=300)).tokenizer
     for text in ("prose 17 prose 17 ", "code(17)\n"):
-        assert len(store.tokenizer.encode(text)) < len(text)
+        assert len(tokenizer.encode(text)) < len(text)
 
 
 def test_text_that_one_source_validates_on_is_not_in_the_training_split_of_another(mix, tmp_path):
     other = tmp_path / "other.jsonl"
-    rows = [json.dumps({"text": f"prose {i} " * (3 + i % 5)}) for i in range(0, 600, 3)]
-    other.write_text("\n".join([*rows, *(json.dumps({"text": f"other {i}"}) for i in range(900))]))
+    rows = [f"prose {i} " * (3 + i % 5) for i in range(0, 600, 3)]
+    other.write_bytes(jsonl([*rows, *(f"other {i}" for i in range(900))]))
     data = replace(mix, sources=(mix.sources[0], SourceConfig(str(other), 1)))
     trains, vals = split_sources(open_sources(data, print), data.val_fraction)
     held_out, trained = (
@@ -249,29 +232,40 @@ def test_text_that_one_source_validates_on_is_not_in_the_training_split_of_anoth
     assert not held_out & trained
 
 
-def test_the_next_document_comes_from_the_source_that_is_furthest_behind(tmp_path):
-    a, b = tmp_path / "a", tmp_path / "b"
-    np.array([1, 0, 2, 2, 0, 3, 0], "<u2").tofile(a)
-    np.array([9, 9, 9, 0], "<u2").tofile(b)
-    streams = [TokenStream([a], Counts(3, 4, 7), 0.5), TokenStream([b], Counts(1, 3, 4), 0.5)]
-    interleave(streams, 0, np.dtype("<u2"), tmp_path / "out")
-    assert np.fromfile(tmp_path / "out", "<u2").tolist() == [1, 0, 9, 9, 9, 0, 2, 2, 0, 9, 9, 9, 0, 3, 0, 1, 0]
-    assert [(stream.taken, stream.documents, stream.passes) for stream in streams] == [(9, 4, 9 / 7), (8, 2, 2)]
+def files_of(folder, name: str, *parts: list[int]) -> list:
+    """Token files, one for each part."""
+    files = [folder / f"{name}{i}" for i in range(len(parts))]
+    for file, tokens in zip(files, parts, strict=True):
+        np.array(tokens, "<u2").tofile(file)
+    return files
 
 
-def test_a_document_that_goes_on_in_the_next_file_stays_whole(tmp_path):
-    parts = [tmp_path / name for name in "abc"]
-    for part, tokens in zip(parts, ([1, 0, 2], [2, 2], [2, 0]), strict=True):
-        np.array(tokens, "<u2").tofile(part)
-    np.array([9, 0], "<u2").tofile(tmp_path / "other")
-    streams = [TokenStream(parts, Counts(2, 5, 7), 0.5), TokenStream([tmp_path / "other"], Counts(1, 1, 2), 0.5)]
+@pytest.mark.parametrize(
+    ("first", "second", "mixed", "used"),
+    [
+        (
+            [[1, 0, 2, 2, 0, 3, 0]],
+            [9, 9, 9, 0],
+            [1, 0, 9, 9, 9, 0, 2, 2, 0, 9, 9, 9, 0, 3, 0, 1, 0],
+            [(9, 4, 9 / 7), (8, 2, 2)],
+        ),
+        ([[1, 0, 2], [2, 2], [2, 0]], [9, 0], [1, 0, 9, 0, 2, 2, 2, 2, 0, *[9, 0] * 3], [(7, 2, 1), (8, 4, 4)]),
+    ],
+    ids=["the source that is furthest behind is next", "a document that goes on in the next file stays whole"],
+)
+def test_sources_are_mixed_document_by_document(first, second, mixed, used, tmp_path):
+    streams = [
+        TokenStream(files_of(tmp_path, "a", *first), Counts(3, 4, 7), 0.5),
+        TokenStream(files_of(tmp_path, "b", second), Counts(1, 3, len(second)), 0.5),
+    ]
     interleave(streams, 0, np.dtype("<u2"), tmp_path / "out")
-    assert np.fromfile(tmp_path / "out", "<u2").tolist() == [1, 0, 9, 0, 2, 2, 2, 2, 0, *[9, 0] * 3]
+    assert np.fromfile(tmp_path / "out", "<u2").tolist() == mixed
+    assert [(stream.taken, stream.documents, stream.passes) for stream in streams] == used
 
 
 def problems(data: DataConfig) -> tuple[str, ...]:
     with pytest.raises(UserError) as caught:
-        prepare(data, BYTE, 512, lambda _: None, False)
+        prepared(data)
     return caught.value.problems
 
 
@@ -285,7 +279,7 @@ def test_problems_name_their_source_and_come_together(mix, tmp_path, monkeypatch
     assert "data.sources=[{path:./nowhere.jsonl,weight:7}," in override
     columns = replace(mix, sources=(mix.sources[0], replace(mix.sources[1], column="text")))
     assert problems(columns)[0].startswith("data.sources[1].column=text: must be one of content")
-    (tmp_path / "empty.jsonl").write_text('{"text": ""}\n')
+    (tmp_path / "empty.jsonl").write_bytes(jsonl([""]))
     empty = replace(mix, sources=(*mix.sources, SourceConfig(str(tmp_path / "empty.jsonl"), 1)))
     assert problems(empty) == ("data.sources[2]: holds no text",)
 

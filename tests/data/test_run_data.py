@@ -4,8 +4,7 @@ import json
 import shutil
 
 import pytest
-from test_tokens import BYTE, PIECES, prepare_quietly
-from tiny_corpora import prose
+from tiny_corpora import BYTE, PIECES, prepared, prose
 
 from est_cli.data.run_data import RECORD, RunData, keep
 from est_cli.data.tokens import prepare, stored
@@ -25,7 +24,7 @@ def corpus(tmp_path):
 def begun(tmp_path, corpus, text_data):
     """The folder of a run that has begun on `corpus`, its data config and its token files."""
     data = text_data(corpus, val_fraction=0.2)
-    store = prepare_quietly(data, PIECES)
+    store = prepared(data, PIECES)
     folder = tmp_path / "run"
     folder.mkdir()
     keep(folder, store, begins=True)
@@ -63,7 +62,7 @@ def test_a_changed_text_is_refused_and_taken_with_the_runs_tokenizer_when_told_s
     new = go_on(folder, accepted, lines.append)
     assert any(said in line for line in lines)
     assert new.tokenizer.definition == store.tokenizer.definition
-    assert prepare_quietly(data, PIECES).fingerprint != new.fingerprint
+    assert prepared(data, PIECES).fingerprint != new.fingerprint
     keep(folder, new, begins=False)
     assert RunData(folder, "sentencepiece").record["earlier"][0]["fingerprint"] == store.text.fingerprint
     assert go_on(folder, data).fingerprint == new.fingerprint
@@ -95,7 +94,7 @@ def test_the_runs_files_are_read_from_the_cache_when_its_text_is_gone(begun, cor
 def test_the_tokenizer_is_written_once(begun, text_data, corpus):
     folder, data, store = begun
     add(corpus)
-    other = prepare_quietly(data, PIECES)
+    other = prepared(data, PIECES)
     assert other.tokenizer.definition != store.tokenizer.definition
     keep(folder, other, begins=False)
     assert (folder / "tokenizer" / "tokenizer.model").read_bytes() == store.tokenizer.proto

@@ -1,20 +1,20 @@
 """data.streaming=true: training windows of a stream are a pure function, whoever reads it and wherever one began."""
 
-import json
+import subprocess
+import sys
 from dataclasses import replace
 
 import numpy as np
 import pytest
+from tiny_corpora import BYTE, PIECES, documents, jsonl, prepared
 
-from est_cli.config import DataConfig, SourceConfig, TokenizerConfig
+from est_cli.config import DataConfig, SourceConfig
 from est_cli.data import streams
 from est_cli.data.batches import training_windows
 from est_cli.data.streams import shard_file
-from est_cli.data.tokens import TokenStore, prepare
+from est_cli.data.tokens import TokenStore
 from est_cli.errors import UserError
 
-datasets = pytest.importorskip("datasets")
-BYTE = TokenizerConfig("byte")
 ROWS = [f"row {i} " * (3 + i % 7) for i in range(400)]
 SEQ_LEN = 32
 
@@ -27,30 +27,24 @@ def small(monkeypatch):
 
 
 @pytest.fixture
-def data(tmp_path):
-    rows = [*ROWS[:200], None, "", ROWS[0], *ROWS[200:]]
-    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in rows))
-    return DataConfig(kind="hf", path=str(tmp_path / "a.jsonl"), streaming=True, cache_dir=str(tmp_path / "cache"))
+def data(tmp_path, hf_data):
+    (tmp_path / "a.jsonl").write_bytes(jsonl([*ROWS[:200], None, "", ROWS[0], *ROWS[200:]]))
+    return hf_data(tmp_path / "a.jsonl", streaming=True)
 
 
 def opened(data: DataConfig, tokenizer=BYTE) -> TokenStore:
-    store = prepare(data, tokenizer, 512, lambda _: None, False)
+    store = prepared(data, tokenizer)
     store.check(SEQ_LEN, 10**6)
     return store
 
 
-def documents(tokens: np.ndarray, store: TokenStore) -> list[str]:
-    ends = np.flatnonzero(tokens == store.tokenizer.eot)
-    return [store.tokenizer.decode(part[:-1].tolist()) for part in np.split(tokens, ends + 1)[:-1]]
-
-
 def test_a_stream_is_its_documents_in_order_over_and_over_without_those_of_validation(data):
     store = opened(data)
-    val = documents(store.val, store)
+    val = documents(store, store.val)
     assert val == ROWS[: len(val)]
     assert 2000 <= sum(map(len, val)) < 2100
     rest = ROWS[len(val) :]
-    read = documents(store.train.read(0, 40_000), store)
+    read = documents(store, store.train.read(0, 40_000))
     assert len(read) > 1.5 * len(rest)
     assert read == (rest * 3)[: len(read)]
 
@@ -102,11 +96,11 @@ def test_two_readers_of_one_cache_see_the_same_stream(data):
 
 def test_a_streamed_mixture_has_its_weights_and_goes_on_exactly(data, tmp_path):
     code = tmp_path / "code.jsonl"
-    code.write_text("".join(json.dumps({"content": f"code({i})\n" * 5}) + "\n" for i in range(100)))
+    code.write_bytes(jsonl((f"code({i})\n" * 5 for i in range(100)), column="content"))
     sources = (SourceConfig(data.path, 7), SourceConfig(str(code), 3, column="content"))
     store = opened(replace(data, path=None, sources=sources))
     tokens = store.train.read(0, 30_000)
-    texts = documents(tokens, store)
+    texts = documents(store, tokens)
     assert sum(len(text) + 1 for text in texts if text.startswith("code")) / 30_000 == pytest.approx(0.3, abs=0.01)
     for number in range(5, 30):
         shard_file(store.folder, number).with_suffix(".json").unlink(missing_ok=True)
@@ -115,18 +109,19 @@ def test_a_streamed_mixture_has_its_weights_and_goes_on_exactly(data, tmp_path):
 
 
 def test_a_tokenizer_is_trained_on_the_head_of_the_stream(data):
-    store = opened(data, TokenizerConfig("sentencepiece", vocab_size=300, train_bytes=3000))
-    assert documents(store.train.read(0, 2000), store)[0] == ROWS[len(documents(store.val, store))]
+    store = opened(data, replace(PIECES, vocab_size=300, train_bytes=3000))
+    assert documents(store, store.train.read(0, 2000))[0] == ROWS[len(documents(store, store.val))]
 
 
 def test_a_split_of_its_own_validates(tmp_path, data):
     folder = tmp_path / "set"
     folder.mkdir()
     for name, rows in (("train", ROWS[:300]), ("validation", ROWS[300:])):
-        datasets.Dataset.from_dict({"text": rows}).to_parquet(str(folder / f"{name}-0.parquet"))
+        (folder / f"{name}.jsonl").write_bytes(jsonl(rows))
     store = opened(replace(data, path=str(folder), val_split="validation"))
-    assert documents(store.val, store) == ROWS[300 : 300 + len(documents(store.val, store))]
-    assert documents(store.train.read(0, 3000), store)[0] == ROWS[0]
+    val = documents(store, store.val)
+    assert val == ROWS[300 : 300 + len(val)]
+    assert documents(store, store.train.read(0, 3000))[0] == ROWS[0]
 
 
 def test_what_goes_wrong_while_training_reaches_the_one_who_waits(data, monkeypatch):
@@ -158,3 +153,19 @@ def test_streams_that_cannot_be_are_refused(data, tmp_path, monkeypatch):
     monkeypatch.setattr(streams, "VAL_BYTES", 10**6)
     with pytest.raises(UserError, match=r"has no more; use data\.streaming=false"):
         opened(data)
+
+
+def test_a_process_that_ends_while_a_shard_is_written_ends_in_silence(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(jsonl(f"{row}\n" * 300 for row in ROWS))
+    script = (
+        "import sys\n"
+        "from est_cli.config import DataConfig, TokenizerConfig\n"
+        "from est_cli.data import streams, tokens\n"
+        "streams.VAL_BYTES = 2000\n"
+        "data = DataConfig(kind='hf', path=sys.argv[1], streaming=True, cache_dir=sys.argv[2])\n"
+        "pieces = TokenizerConfig('sentencepiece', vocab_size=300)\n"
+        "tokens.prepare(data, pieces, 512, print, False).train.read(0, 100)\n"
+    )
+    command = [sys.executable, "-c", script, str(tmp_path / "a.jsonl"), str(tmp_path / "cache")]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert (ended.returncode, ended.stderr) == (0, "")

@@ -3,35 +3,22 @@
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 import threading
 from dataclasses import replace
-from pathlib import Path
 
 import filelock
 import numpy as np
 import platformdirs
 import pytest
-from tiny_corpora import prose
+from tiny_corpora import BYTE, PIECES, documents, prepared, prose
 
 from est_cli.config import DataConfig, TokenizerConfig
 from est_cli.data.batches import training_windows
 from est_cli.data.tokens import TokenStore, cache_folder, count_tokens, inspect, prepare, unigram_entropy
 from est_cli.errors import UserError
-
-BYTE = TokenizerConfig("byte")
-PIECES = TokenizerConfig("sentencepiece", vocab_size=400)
-
-
-def prepare_quietly(data, tokenizer=BYTE, model_vocab_size=512, say=lambda _: None) -> TokenStore:
-    return prepare(data, tokenizer, model_vocab_size, say, show_progress=False)
-
-
-def documents(tokens: np.ndarray, store: TokenStore) -> list[str]:
-    ends = np.flatnonzero(tokens == store.tokenizer.eot)
-    assert ends[-1] == len(tokens) - 1
-    return [store.tokenizer.decode(part[:-1].tolist()) for part in np.split(tokens, ends[:-1] + 1)]
 
 
 def is_built(said: list[str]) -> bool:
@@ -40,55 +27,44 @@ def is_built(said: list[str]) -> bool:
 
 @pytest.mark.parametrize("tokenizer", [BYTE, PIECES], ids=["byte", "sentencepiece"])
 def test_token_files_hold_every_document_once_with_its_end(tokenizer, corpus_folder, text_data):
-    store = prepare_quietly(text_data(corpus_folder, val_fraction=0.1), tokenizer)
-    read = documents(store.train, store), documents(store.val, store)
+    store = prepared(text_data(corpus_folder, val_fraction=0.1), tokenizer)
+    read = documents(store, store.train), documents(store, store.val)
     assert sorted(read[0] + read[1]) == sorted(file.read_text() for file in corpus_folder.rglob("*.txt"))
     for texts, name in zip(read, ("train", "val"), strict=True):
         counts = store.manifest["splits"][name]
         assert counts["documents"] == len(texts)
         assert counts["bytes"] == sum(len(text.encode()) for text in texts)
-        assert counts["tokens"] == len(getattr(store, name))
+        assert counts["tokens"] == len(getattr(store, name)) == (store.folder / f"{name}.bin").stat().st_size / 2
+        assert getattr(store, name)[-1] == store.tokenizer.eot
         assert store.tokenizer.token_bytes[getattr(store, name)].sum() == counts["bytes"]
 
 
 def test_the_manifest_says_what_a_reader_needs(corpus_folder, text_data):
-    store = prepare_quietly(text_data(corpus_folder))
+    store = prepared(text_data(corpus_folder))
     manifest = json.loads((store.folder / "manifest.json").read_text())
-    assert manifest["source"] == {"kind": "text", "path": str(corpus_folder)}
-    assert (manifest["tokenizer"], manifest["vocab_size"], manifest["eot"]) == ("byte", 257, 256)
-    assert manifest["dtype"] == "<u2"
-    assert manifest["fingerprint"] == store.fingerprint
-    raw = (store.folder / "train.bin").read_bytes()
-    assert np.array_equal(np.frombuffer(raw, "<u2"), store.train)
+    said = {"source": {"kind": "text", "path": str(corpus_folder)}, "fingerprint": store.fingerprint}
+    assert {**manifest, **said, "tokenizer": "byte", "vocab_size": 257, "eot": 256, "dtype": "<u2"} == manifest
 
 
 def test_a_vocabulary_above_65536_takes_four_bytes(corpus_folder, text_data, monkeypatch):
     monkeypatch.setattr("est_cli.data.tokenizers.ByteTokenizer.vocab_size", 1 << 17)
-    assert prepare_quietly(text_data(corpus_folder), model_vocab_size=1 << 17).train.dtype == np.uint32
+    assert prepared(text_data(corpus_folder), model_vocab_size=1 << 17).train.dtype == np.uint32
 
 
-def test_the_cache_is_used_again_and_follows_what_decides_it(corpus_folder, text_data, tmp_path):
+def test_the_cache_is_used_again_and_follows_what_decides_it(corpus_folder, text_data, tmp_path, said):
     data = text_data(corpus_folder)
-    first = prepare_quietly(data)
-    said = []
-    assert prepare_quietly(data, say=said.append).folder == first.folder
-    assert not is_built(said)
-    assert len(said) == 1
+    first = prepared(data)
+    copy = shutil.copytree(corpus_folder, tmp_path / "copy")
+    for same in (data, text_data(copy)):
+        assert prepared(same, say=said.append).folder == first.folder
+    assert len(said) == 2 and not is_built(said)
     changed = [
-        prepare_quietly(replace(data, val_fraction=0.2)),
-        prepare_quietly(data, PIECES),
-        prepare_quietly(data, replace(PIECES, train_bytes=1000)),
-        prepare_quietly(replace(data, path=str(corpus_folder / "sub"))),
+        prepared(replace(data, val_fraction=0.2)),
+        prepared(data, PIECES),
+        prepared(data, replace(PIECES, train_bytes=1000)),
+        prepared(replace(data, path=str(corpus_folder / "sub"))),
     ]
     assert len({store.folder for store in [first, *changed]}) == 5
-
-
-def test_a_copy_of_the_text_elsewhere_is_the_same_corpus(corpus_folder, text_data, tmp_path):
-    copy = tmp_path / "copy"
-    subprocess.run(["cp", "-r", str(corpus_folder), str(copy)], check=True)
-    first, said = prepare_quietly(text_data(corpus_folder)), []
-    assert prepare_quietly(text_data(copy), say=said.append).folder == first.folder
-    assert not is_built(said)
 
 
 @pytest.mark.parametrize(
@@ -104,12 +80,13 @@ def test_a_copy_of_the_text_elsewhere_is_the_same_corpus(corpus_folder, text_dat
 )
 def test_a_cache_cut_short_is_told_and_made_again(damage, corpus_folder, text_data):
     data, said = text_data(corpus_folder), []
-    store = prepare_quietly(data, PIECES)
+    store = prepared(data, PIECES)
     before = store.train.tobytes()
+    assert TokenStore(store.folder).tokenizer.definition == store.tokenizer.definition
     damage(store.folder)
     with pytest.raises(UserError, match="cut short"):
         TokenStore(store.folder)
-    assert prepare_quietly(data, PIECES, say=said.append).train.tobytes() == before
+    assert prepared(data, PIECES, say=said.append).train.tobytes() == before
     assert any("cut short" in line for line in said)
 
 
@@ -122,24 +99,24 @@ def test_what_an_interrupted_process_left_is_cleared(corpus_folder, text_data, m
     with monkeypatch.context() as patch:
         patch.setattr("est_cli.data.tokenizers.ByteTokenizer.save", interrupt)
         with pytest.raises(KeyboardInterrupt):
-            prepare_quietly(data)
+            prepared(data)
     cache = cache_folder(data)
     assert not [path for path in cache.iterdir() if path.is_dir()]
-    store = prepare_quietly(data)
+    store = prepared(data)
     left = store.folder.with_name(store.folder.name + ".partial")
     store.folder.rename(left)
-    prepare_quietly(data)
+    prepared(data)
     assert [path for path in cache.iterdir() if path.is_dir()] == [store.folder]
 
 
 def test_at_most_train_bytes_train_the_pieces(corpus_folder, text_data, said):
-    prepare_quietly(text_data(corpus_folder), replace(PIECES, train_bytes=20_000), say=said.append)
+    prepared(text_data(corpus_folder), replace(PIECES, train_bytes=20_000), say=said.append)
     assert "tokenizer: training 400 pieces on 0.0 M characters" in said
 
 
 def test_problems_of_the_tokenizer_and_of_the_text_come_together(text_data, tmp_path):
     with pytest.raises(UserError) as caught:
-        prepare_quietly(text_data(tmp_path / "no text"), TokenizerConfig("sentencepiece", path="no.model"))
+        prepared(text_data(tmp_path / "no text"), TokenizerConfig("sentencepiece", path="no.model"))
     assert [problem.split("=")[0] for problem in caught.value.problems] == ["tokenizer.path", "data.path"]
 
 
@@ -153,15 +130,8 @@ def test_two_processes_that_start_at_once_make_it_once(corpus_folder, text_data)
         "store = prepare(data, TokenizerConfig('sentencepiece', vocab_size=400), 512, print, False)\n"
         "print(int(store.train.sum()), int(store.val.sum()))\n"
     )
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", script, str(corpus_folder), data.cache_dir],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for _ in range(2)
-    ]
+    command = [sys.executable, "-c", script, str(corpus_folder), data.cache_dir]
+    processes = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)]
     outputs = [process.communicate(timeout=60) for process in processes]
     assert [process.returncode for process in processes] == [0, 0], outputs
     assert sum("data: tokenizing" in output for output, _ in outputs) == 1
@@ -176,10 +146,10 @@ def test_a_process_that_waits_for_another_says_so(corpus_folder, text_data):
         if "waiting" in line:
             waiting.set()
 
-    folder = prepare_quietly(data).folder
+    folder = prepared(data).folder
     (folder / "manifest.json").unlink()
     with filelock.FileLock(f"{folder}.lock"):
-        other = threading.Thread(target=prepare_quietly, args=(data,), kwargs={"say": say})
+        other = threading.Thread(target=prepared, args=(data,), kwargs={"say": say})
         other.start()
         assert waiting.wait(timeout=20)
     other.join(timeout=20)
@@ -191,7 +161,7 @@ def test_a_process_that_waits_for_another_says_so(corpus_folder, text_data):
 def test_a_cache_that_cannot_be_written_is_named(place, corpus_folder, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"data\.cache_dir="):
-        prepare_quietly(DataConfig(kind="text", path=str(corpus_folder), cache_dir=str(tmp_path / place)))
+        prepared(DataConfig(kind="text", path=str(corpus_folder), cache_dir=str(tmp_path / place)))
 
 
 def test_a_full_disk_is_named_and_leaves_nothing(corpus_folder, text_data, monkeypatch):
@@ -201,7 +171,7 @@ def test_a_full_disk_is_named_and_leaves_nothing(corpus_folder, text_data, monke
     monkeypatch.setattr("est_cli.data.tokens.os.replace", full)
     data = text_data(corpus_folder)
     with pytest.raises(UserError, match=r"data\.cache_dir=.*No space left"):
-        prepare_quietly(data)
+        prepared(data)
     assert not [path for path in cache_folder(data).iterdir() if path.is_dir()]
 
 
@@ -215,25 +185,18 @@ def test_the_cache_is_the_users_unless_told_otherwise(monkeypatch, tmp_path):
 
 def test_invalid_utf8_is_replaced_and_told_once(tmp_path, text_data, said):
     (tmp_path / "a.txt").write_bytes(b"one \xff line\n" * 100 + b"\0 and more\n" * 50)
-    store = prepare_quietly(text_data(tmp_path / "a.txt"), say=said.append)
+    store = prepared(text_data(tmp_path / "a.txt"), say=said.append)
     assert [line for line in said if "UTF-8" in line] == ["data: replaced 100 invalid UTF-8 sequences by U+FFFD"]
-    assert documents(store.train, store)[0].startswith("one \ufffd line\n")
-    assert "\0 and more" in documents(store.val, store)[0]
+    assert documents(store, store.train)[0].startswith("one \ufffd line\n")
+    assert "\0 and more" in documents(store, store.val)[0]
 
 
-@pytest.mark.parametrize("tokenizer", [BYTE, PIECES], ids=["byte", "sentencepiece"])
-def test_a_long_single_line_keeps_every_character(tokenizer, tmp_path, text_data):
-    line = "é value, " * 300_000
-    (tmp_path / "line.txt").write_text(line)
-    store = prepare_quietly(text_data(tmp_path / "line.txt"), tokenizer)
-    assert documents(store.train, store)[0] + documents(store.val, store)[0] == line
-
-
-def test_a_long_document_has_one_dummy_prefix_under_a_given_model(tmp_path, text_data, llama_file):
-    text = prose(40_000)
+@pytest.mark.parametrize("tokenizer", [BYTE, PIECES, None], ids=["byte", "sentencepiece", "with a dummy prefix"])
+@pytest.mark.parametrize("text", ["é value, " * 200_000, prose(30_000)], ids=["one line", "lines"])
+def test_a_long_document_keeps_every_character(text, tokenizer, tmp_path, text_data, llama_file):
     (tmp_path / "long.txt").write_text(text)
-    store = prepare_quietly(text_data(tmp_path / "long.txt"), TokenizerConfig("sentencepiece", path=str(llama_file)))
-    assert documents(store.train, store)[0] + documents(store.val, store)[0] == text
+    store = prepared(text_data(tmp_path / "long.txt"), tokenizer or replace(PIECES, path=str(llama_file)))
+    assert documents(store, store.train)[0] + documents(store, store.val)[0] == text
 
 
 def test_progress_goes_to_standard_error_and_only_when_asked(corpus_folder, text_data, capsys, monkeypatch):
@@ -248,7 +211,7 @@ def test_progress_goes_to_standard_error_and_only_when_asked(corpus_folder, text
 
 def test_a_text_too_small_for_a_step_names_the_keys_and_numbers(tmp_path, text_data):
     (tmp_path / "a.txt").write_text("0123456789" * 100)
-    store = prepare_quietly(text_data(tmp_path / "a.txt", val_fraction=0.1))
+    store = prepared(text_data(tmp_path / "a.txt", val_fraction=0.1))
     train, val = len(store.train), len(store.val)
     store.check(seq_len=val - 1, sequences_per_step=(train - 1) // (val - 1))
     with pytest.raises(UserError) as caught:
@@ -261,8 +224,8 @@ def test_a_text_too_small_for_a_step_names_the_keys_and_numbers(tmp_path, text_d
 
 
 def test_training_on_the_first_tokens_alone_leaves_the_files_and_validation_as_they_are(corpus_folder, text_data):
-    store = prepare_quietly(text_data(corpus_folder))
-    few = prepare_quietly(text_data(corpus_folder, train_tokens=100))
+    store = prepared(text_data(corpus_folder))
+    few = prepared(text_data(corpus_folder, train_tokens=100))
     assert few.folder == store.folder
     assert np.array_equal(few.train, store.train[:100])
     assert np.array_equal(few.val, store.val)
@@ -271,13 +234,6 @@ def test_training_on_the_first_tokens_alone_leaves_the_files_and_validation_as_t
     few.check(seq_len=9, sequences_per_step=11)
     with pytest.raises(UserError, match=r"data.seq_len=9: .* has 100; use a larger data.train_tokens, fewer"):
         few.check(seq_len=9, sequences_per_step=12)
-
-
-def test_a_store_opens_by_its_folder_alone(corpus_folder, text_data):
-    store = prepare_quietly(text_data(corpus_folder), PIECES)
-    again = TokenStore(Path(store.folder))
-    assert np.array_equal(again.val, store.val)
-    assert again.tokenizer.definition == store.tokenizer.definition
 
 
 def test_data_imports_no_torch():
@@ -297,7 +253,7 @@ def test_bytes_of_validation_are_those_of_the_text_where_the_tokenizer_drops_som
     lossy.save(str(tmp_path / "tokenizer.json"))
     given = TokenizerConfig("hf", path=str(tmp_path / "tokenizer.json"))
     for tokenizer in (BYTE, given):
-        store = prepare_quietly(text_data(corpus_folder, val_fraction=0.1), tokenizer)
+        store = prepared(text_data(corpus_folder, val_fraction=0.1), tokenizer)
         assert store.val_bytes[store.val].sum() == pytest.approx(store.manifest["splits"]["val"]["bytes"])
 
 
@@ -309,7 +265,7 @@ def test_unigram_entropy_is_that_of_the_frequencies(monkeypatch):
 
 
 def test_an_inspection_is_plain_and_says_what_is_there(corpus_folder, text_data):
-    store = prepare(text_data(corpus_folder), TokenizerConfig("sentencepiece", vocab_size=400), 512, print, False)
+    store = prepared(text_data(corpus_folder), PIECES)
     report = json.loads(json.dumps(inspect(store, n_samples=2, sample_tokens=20)))
     train = report["splits"]["train"]
     assert (train["tokens"], report["tokenizer"]["vocab_size"]) == (len(store.train), 400)

@@ -1,13 +1,19 @@
-"""Corpora that fit in a line, and SentencePiece models of them."""
+"""Corpora that fit in a line, SentencePiece models and token files of them."""
 
 import hashlib
 import io
+import json
 import re
 
 import numpy as np
 import sentencepiece
 
+from est_cli.config import DataConfig, TokenizerConfig
 from est_cli.data.splits import Split
+from est_cli.data.tokens import TokenStore, prepare
+
+BYTE = TokenizerConfig("byte")
+PIECES = TokenizerConfig("sentencepiece", vocab_size=400)
 
 WORDS = re.findall(r"\w+", "def return self the value of a list is not None and in for while class import raise error")
 
@@ -18,6 +24,20 @@ def prose(n_lines: int, seed: int = 0) -> str:
         " ".join(WORDS[(seed + i * (j + 3) + j * j) % len(WORDS)] for j in range(9)) + f" {seed} {i}\n"
         for i in range(n_lines)
     )
+
+
+def jsonl(rows, column: str = "text", **more) -> bytes:
+    return "".join(json.dumps({column: row, **more}) + "\n" for row in rows).encode()
+
+
+def prepared(data: DataConfig, tokenizer=BYTE, model_vocab_size=512, say=lambda _: None) -> TokenStore:
+    return prepare(data, tokenizer, model_vocab_size, say, show_progress=False)
+
+
+def documents(store: TokenStore, tokens: np.ndarray) -> list[str]:
+    """The documents that end in `tokens`."""
+    ends = np.flatnonzero(tokens == store.tokenizer.eot)
+    return [store.tokenizer.decode(part[:-1].tolist()) for part in np.split(tokens, ends + 1)[:-1]]
 
 
 class Documents:
