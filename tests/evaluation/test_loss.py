@@ -18,41 +18,34 @@ WINDOWS = np.random.default_rng(0).integers(29, size=(5, 9))
 STAGE_1, STAGE_2 = Rates(0.5, 0.5, 0.5), Rates(0.5, 0.5)
 
 
+def expected_loss(model, weights, plan, rescale_layers: bool = False) -> float:
+    """The reference's, over all windows at once."""
+    tokens = torch.from_numpy(WINDOWS)
+    named = reference_tensors(model.config, weights)
+    return reference_loss(sizes(model.config), named, plan, tokens[:, :-1], tokens[:, 1:], rescale_layers).item()
+
+
 @pytest.mark.parametrize("sampling", [SamplingConfig(resample_every=5), SamplingConfig(rescale_layers=True)])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_each_loss_is_the_references_for_a_plan_of_its_own(family, sampling):
+def test_each_loss_is_the_references_for_a_plan_of_its_own_and_the_weights_stay(family, sampling):
     model = random_master(FAMILIES[family])
+    before = snapshot(model)
     found = spread(model, sampling, STAGE_1, WINDOWS, batch_size=2, plans=3, seed=7)
-    tokens = torch.from_numpy(WINDOWS)
-    weights = reference_tensors(model.config, snapshot(model))
-    expected = [
-        reference_loss(
-            sizes(model.config),
-            weights,
-            reference_plan(sample(7, step, Stage(1, 0, 3, STAGE_1), model.config, SamplingConfig())),
-            tokens[:, :-1],
-            tokens[:, 1:],
-            sampling.rescale_layers,
-        ).item()
-        for step in range(3)
-    ]
-    assert found["losses"] == pytest.approx(expected)
-    assert len(set(found["losses"])) == 3
+    stage = Stage(1, 0, 3, STAGE_1)
+    plans = [reference_plan(sample(7, step, stage, model.config, SamplingConfig())) for step in range(3)]
+    losses = found["losses"]
+    assert losses == pytest.approx([expected_loss(model, before, plan, sampling.rescale_layers) for plan in plans])
+    assert len(set(losses)) == 3
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+    assert (found["mean"], found["std"]) == (np.mean(losses), np.std(losses, ddof=1))
+    assert list(found["quantiles"].values()) == np.quantile(losses, [0.05, 0.25, 0.5, 0.75, 0.95]).tolist()
+    assert mean_and_std(losses[:1]) == {"mean": losses[0], "std": 0.0}
 
 
 def test_the_full_models_loss_is_the_mean_over_all_windows():
-    model, tokens = random_master(LLAMA), torch.from_numpy(WINDOWS)
-    every = full_plan(sizes(LLAMA))
-    weights = reference_tensors(LLAMA, snapshot(model))
-    expected = reference_loss(sizes(LLAMA), weights, every, tokens[:, :-1], tokens[:, 1:], False)
-    assert mean_loss(model, WINDOWS, batch_size=2) == pytest.approx(expected.item())
-
-
-def test_the_weights_stay():
     model = random_master(LLAMA)
-    before = snapshot(model)
-    spread(model, SamplingConfig(), STAGE_1, WINDOWS, batch_size=2, plans=2, seed=0)
-    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+    expected = expected_loss(model, snapshot(model), full_plan(sizes(LLAMA)))
+    assert mean_loss(model, WINDOWS, batch_size=2) == pytest.approx(expected)
 
 
 def test_plans_of_two_rates_share_what_both_keep():
@@ -62,14 +55,6 @@ def test_plans_of_two_rates_share_what_both_keep():
         for position, layer in enumerate(small.layers.tolist()):
             assert (small.heads[position] == large.heads[layer]).all()
             assert (small.neurons[position] == large.neurons[layer]).all()
-
-
-def test_the_numbers_of_a_spread_are_numpys():
-    found = spread(random_master(LLAMA), SamplingConfig(), STAGE_1, WINDOWS, batch_size=2, plans=4, seed=0)
-    losses = found["losses"]
-    assert (found["mean"], found["std"]) == (np.mean(losses), np.std(losses, ddof=1))
-    assert list(found["quantiles"].values()) == np.quantile(losses, [0.05, 0.25, 0.5, 0.75, 0.95]).tolist()
-    assert mean_and_std([1.0])["std"] == 0.0
 
 
 def test_only_rates_that_sample_are_measured_each_once():
