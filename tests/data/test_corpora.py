@@ -8,12 +8,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tiny_corpora import Documents, prose
+from tiny_corpora import PIECES, Documents, prepared, prose
 
-from est_cli.config import DataConfig, TokenizerConfig
+from est_cli.config import DataConfig
 from est_cli.data.corpora import find_stdlib_files, find_text_files, join_near_copies, site_packages
 from est_cli.data.splits import open_corpus, split_corpus
-from est_cli.data.tokens import inspect, prepare
+from est_cli.data.tokens import inspect
 from est_cli.errors import UserError
 
 
@@ -23,17 +23,8 @@ def test_stdlib_is_source_without_tests_tables_and_installed_packages():
     names = [file.relative_to(root).as_posix() for file in files]
     assert {"argparse.py", "json/decoder.py", "logging/__init__.py"} <= set(names)
     assert source["kind"] == "stdlib"
-    unwanted = (
-        "test/",
-        "idlelib/idle_test/",
-        "site-packages/",
-        "dist-packages/",
-        "encodings/",
-        "pydoc_data/",
-        "_sysconfigdata",
-    )
-    assert not [name for name in names if name.startswith(unwanted) or "/tests/" in name]
-    assert "html/entities.py" not in names
+    unwanted = "test idlelib/idle_test site-packages dist-packages encodings pydoc_data _sysconfigdata html/entities.py"
+    assert not [name for name in names if name.startswith(tuple(unwanted.split())) or "/tests/" in name]
     assert sum(file.stat().st_size for file in files) > 5_000_000
 
 
@@ -51,21 +42,16 @@ def test_an_interpreter_without_source_is_told(monkeypatch, tmp_path):
         find_stdlib_files()
 
 
-def test_a_folder_is_read_recursively_in_order_without_hidden_files(corpus_folder, tmp_path, said):
+def test_a_folder_is_read_recursively_in_order_without_hidden_files_and_circles(corpus_folder, tmp_path, said):
     (tmp_path / "link").symlink_to(corpus_folder)
+    (tmp_path / "again").symlink_to(tmp_path)
     (tmp_path / ".hidden").mkdir()
-    (tmp_path / ".hidden" / "a.txt").write_text("no")
-    (tmp_path / ".b.txt").write_text("no")
+    for hidden in (".hidden/a.txt", ".b.txt"):
+        (tmp_path / hidden).write_text("no")
     files = find_text_files(str(tmp_path), said.append)
     assert len(files) == 40
     assert files == sorted(files, key=lambda file: (file.parent, file.name))
     assert said == []
-
-
-def test_linked_folders_that_go_in_circles_end(tmp_path):
-    (tmp_path / "a.txt").write_text("text")
-    (tmp_path / "again").symlink_to(tmp_path)
-    assert len(find_text_files(str(tmp_path), print)) == 1
 
 
 def test_dead_links_empty_files_and_binaries_in_a_folder_are_skipped_and_told(tmp_path, said):
@@ -83,26 +69,18 @@ def test_dead_links_empty_files_and_binaries_in_a_folder_are_skipped_and_told(tm
         "(binary)",
         "(special files)",
         "dead.txt",
-        "image.png",
+        "image",
     ):
         assert words in told
+    assert len(find_text_files(str(tmp_path / "image.png"), said.append)) == 1, "a file that is named itself is read"
 
 
-def test_a_file_named_by_itself_is_read_whatever_it_holds(tmp_path, said):
-    (tmp_path / "zeros").write_bytes(bytes(100))
-    assert len(find_text_files(str(tmp_path / "zeros"), said.append)) == 1
-
-
-def test_lists_and_globs_name_each_file_once(corpus_folder):
+def test_lists_and_globs_name_each_file_once_relative_to_the_current_folder_and_home(corpus_folder, monkeypatch):
     paths = (str(corpus_folder / "**" / "0*.txt"), str(corpus_folder / "00.txt"))
     assert len(find_text_files(paths, print)) == 10
-
-
-def test_paths_are_relative_to_the_current_folder_and_know_home(corpus_folder, monkeypatch):
     monkeypatch.chdir(corpus_folder)
     monkeypatch.setenv("HOME", str(corpus_folder / "sub"))
-    assert find_text_files("00.txt", print) == [Path("00.txt")]
-    assert find_text_files("~/01.txt", print) == [corpus_folder / "sub" / "01.txt"]
+    assert find_text_files(("00.txt", "~/01.txt"), print) == [Path("00.txt"), corpus_folder / "sub" / "01.txt"]
 
 
 @pytest.mark.parametrize(
@@ -111,6 +89,7 @@ def test_paths_are_relative_to_the_current_folder_and_know_home(corpus_folder, m
         ("corpus/sud/00.txt", ["data.path=corpus/sud/00.txt", "did you mean 'sub'?"]),
         ("corpsu", ["data.path=corpsu", "did you mean 'corpus'?"]),
         ("corpus/*.md", ["data.path=corpus/*.md", "no file matches"]),
+        ("corpus", ["data.path=corpus: holds no text"]),
         ("~nobody-here/x", ["data.path=~nobody-here/x"]),
         ("a" * 5000, ["data.path=aaa"]),
         ("a\0b", ["data.path=a"]),
@@ -121,28 +100,16 @@ def test_paths_are_relative_to_the_current_folder_and_know_home(corpus_folder, m
 )
 def test_a_missing_path_is_named_with_the_nearest_that_exists(path, words, tmp_path, monkeypatch):
     (tmp_path / "corpus" / "sub").mkdir(parents=True)
+    (tmp_path / "corpus" / "sub" / "empty.txt").write_text("")
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError) as caught:
-        find_text_files(path, print)
+        find_text_files(path, lambda _: None)
     assert all(word in str(caught.value) for word in words)
 
 
-@pytest.mark.parametrize("content", [None, ""])
-def test_no_text_at_all_is_refused(content, tmp_path):
-    if content is not None:
-        (tmp_path / "empty.txt").write_text(content)
+def test_a_folder_without_files_is_refused(tmp_path):
     with pytest.raises(UserError, match="holds no text"):
-        find_text_files(str(tmp_path), lambda _: None)
-
-
-def test_the_fingerprint_follows_content_and_not_place(tmp_path):
-    def fingerprint(folder: str, text: str) -> str:
-        (tmp_path / folder).mkdir(exist_ok=True)
-        (tmp_path / folder / "a.txt").write_text(text)
-        return open_corpus(DataConfig(kind="text", path=str(tmp_path / folder)), print).fingerprint
-
-    assert fingerprint("one", "text") == fingerprint("two", "text")
-    assert fingerprint("one", "text") != fingerprint("one", "texts")
+        find_text_files(str(tmp_path), print)
 
 
 def test_a_file_that_shrinks_while_it_is_read_is_told(tmp_path):
@@ -188,68 +155,43 @@ def packages_of(split) -> set[str]:
 
 
 def test_the_running_environment_is_found():
-    import numpy
-
-    assert any(root.joinpath("numpy/__init__.py").samefile(numpy.__file__) for root in site_packages())
+    assert any(root.joinpath("numpy/__init__.py").samefile(np.__file__) for root in site_packages())
 
 
-def test_packages_and_single_modules_are_read(environment):
-    environment("single.py", source(100))
+def test_source_is_read_also_of_single_modules_and_of_folders_named_like_other_packages(environment):
+    more = [
+        ("single.py", source(100)),
+        ("package00/setuptools/a.py", source(101)),
+        ("package00/testing/a.py", source(102)),
+        ("package00/nodes.py", '"""Nodes generated by the parser."""\n' + source(103)),
+    ]
+    for place, text in more:
+        environment(place, text)
     corpus = open_corpus(DATA, print)
     assert set(corpus.packages) == {f"package{i:02}" for i in range(20)} | {"single"}
-    assert sorted(texts(corpus)) == sorted(source(i) for i in [*range(40), 100])
+    assert sorted(texts(corpus)) == sorted([*map(source, range(40)), *(text for _, text in more)])
 
 
-@pytest.mark.parametrize(
-    "place",
-    [
-        "est_cli/train.py",
-        "pip/main.py",
-        "setuptools/dist.py",
-        "pkg_resources/__init__.py",
-        "_virtualenv.py",
-        "__editable___est_cli_finder.py",
-        "_editable_impl_est_cli.py",
-        "package00/tests/test_a.py",
-        "package00/_vendor/six.py",
-        "package00/third_party/six.py",
-        "package00/__pycache__/a.py",
-        "package00-1.0.dist-info/a.py",
-        "package00/table.txt",
-    ],
-)
-def test_what_is_no_package_of_its_own_is_left_out(environment, place):
-    before = open_corpus(DATA, print).fingerprint
-    environment(place, source(100))
-    assert open_corpus(DATA, print).fingerprint == before
-
-
-def test_a_package_may_bring_its_own_setuptools_and_testing_modules(environment):
-    environment("package00/setuptools/a.py", source(100))
-    environment("package00/testing/a.py", source(101))
-    assert {source(100), source(101)} <= set(texts(open_corpus(DATA, print)))
+def test_what_is_no_package_of_its_own_is_left_out(environment):
+    before = open_corpus(DATA, print)
+    top = "est_cli/train pip/main setuptools/dist pkg_resources/__init__ _virtualenv __editable___est_cli_finder"
+    inside = "tests/test_a _vendor/six third_party/six __pycache__/a"
+    places = [*top.split(), "_editable_impl_est_cli", *(f"package00/{place}" for place in inside.split())]
+    for i, place in enumerate([*(f"{place}.py" for place in places), "package00-1.dist-info/a.py", "package00/a.txt"]):
+        environment(place, source(100 + i))
+    assert open_corpus(DATA, print).files == before.files
 
 
 def test_copies_generated_files_and_what_is_no_text_are_left_out_and_counted(environment, said):
-    environment("another/copy.py", source(0))
-    environment("package01/again.py", source(0))
-    environment("package01/latin.py", "é = 1\n".encode("latin-1"))
-    environment("package01/zeros.py", b"\0" * 100)
-    environment("package01/empty.py", b"")
-    environment(
-        "package01/proto_pb2.py", "# -*- coding: utf-8 -*-\n# Generated by the compiler.  DO NOT EDIT!\n" + source(9)
-    )
+    generated = "# -*- coding: utf-8 -*-\n# Generated by the compiler.  DO NOT EDIT!\n" + source(9)
+    odd = {"latin.py": b"\xe9 = 1\n", "zeros.py": b"\0" * 100, "empty.py": b"", "proto_pb2.py": generated}
+    for place, text in {"again.py": source(0), "copy.py": source(0), **odd}.items():
+        environment(f"another/{place}", text)
     corpus = open_corpus(DATA, said.append)
     assert corpus.source["left_out"] == {"empty or binary": 2, "exact copies": 2, "generated": 1, "not UTF-8": 1}
     assert "2 exact copies" in said[0]
     assert len(np.unique(corpus.keys)) == len(corpus.files) == 40
     assert corpus.packages[texts(corpus).index(source(0))] == "another"  # the first in order
-
-
-def test_code_that_speaks_of_generated_code_is_read(environment):
-    text = '"""Nodes generated by the parser."""\n' + source(100)
-    environment("package00/nodes.py", text)
-    assert text in texts(open_corpus(DATA, print))
 
 
 def test_the_fingerprint_follows_content_and_packages_and_not_the_place(environment, tmp_path, monkeypatch):
@@ -264,20 +206,16 @@ def test_the_fingerprint_follows_content_and_packages_and_not_the_place(environm
     assert len({first.fingerprint, renamed, open_corpus(DATA, print).fingerprint}) == 3
 
 
-def test_a_package_is_on_one_side_and_none_makes_up_validation(environment):
+def test_packages_lie_mixed_each_on_one_side_and_none_makes_up_validation(environment):
     environment("large/a.py", source(100, 600))
     corpus = open_corpus(DATA, print)
+    assert len(set(corpus.packages[:10])) > 5
     train, val = split_corpus(corpus, 0.3)
     assert not packages_of(train) & packages_of(val)
     assert packages_of(train) | packages_of(val) == set(corpus.packages)
     assert len(packages_of(val)) >= 4
     assert "large" not in packages_of(val)
     assert val.n_bytes / corpus.sizes.sum() == pytest.approx(0.3, abs=0.05)
-
-
-def test_packages_lie_mixed(environment):
-    corpus = open_corpus(DATA, print)
-    assert len(set(corpus.packages[:10])) > 5
 
 
 def test_packages_that_share_text_stay_together(environment):
@@ -292,14 +230,6 @@ def test_packages_that_share_text_stay_together(environment):
     assert len(np.unique(files.groups)) == 2
 
 
-def test_groups_are_drawn_whole_and_by_their_hash():
-    groups = np.arange(100, dtype=np.uint64) // np.uint64(5)
-    documents = [b"%03d " % i * 30 for i in range(100)]
-    train, val = split_corpus(Documents(*documents, groups=groups), 0.2)
-    assert not set(groups[train.documents]) & set(groups[val.documents])
-    assert set(groups[val.documents]) == {0, 1, 2, 3}
-
-
 def test_packages_with_a_common_phrase_do_not_stay_together(environment):
     phrases = "".join(f"raise ValueError('a phrase that many small packages use, {i}')\n" for i in range(30))
     for i in range(10):
@@ -308,12 +238,17 @@ def test_packages_with_a_common_phrase_do_not_stay_together(environment):
     assert len(np.unique(open_corpus(DATA, print).groups)) == 31
 
 
-def test_no_group_is_more_than_a_quarter_of_validation():
-    sizes = [1000, *[300] * 60]
-    groups = np.arange(61, dtype=np.uint64)
-    corpus = Documents(*(b"a" * size for size in sizes), groups=groups)
-    _, val = split_corpus(corpus, 0.1)
-    assert set(val.documents) == {1, 2, 3, 4, 5, 6}
+@pytest.mark.parametrize(
+    ("sizes", "group_size", "fraction", "expected"),
+    [([120] * 100, 5, 0.2, {0, 1, 2, 3}), ([1000, *[300] * 60], 1, 0.1, {1, 2, 3, 4, 5, 6})],
+    ids=["whole, by their hash", "none is more than a quarter of validation"],
+)
+def test_groups_are_drawn(sizes, group_size, fraction, expected):
+    groups = np.arange(len(sizes), dtype=np.uint64) // np.uint64(group_size)
+    documents = [f"{i:04} ".encode() * (size // 5) for i, size in enumerate(sizes)]
+    train, val = split_corpus(Documents(*documents, groups=groups), fraction)
+    assert not set(groups[train.documents]) & set(groups[val.documents])
+    assert set(groups[val.documents]) == expected
 
 
 def test_too_few_packages_for_a_split_are_refused(environment):
@@ -330,16 +265,13 @@ def test_an_environment_without_source_is_told(text, tmp_path, monkeypatch):
         open_corpus(DATA, print)
 
 
-def test_the_corpus_is_prepared_and_shows_its_packages(environment, tmp_path, said):
+def test_the_corpus_is_prepared_and_shows_its_packages(environment, tmp_path):
     data = replace(DATA, cache_dir=str(tmp_path / "cache"))
-    tokenizer = TokenizerConfig("sentencepiece", vocab_size=400)
-    store = prepare(data, tokenizer, 512, said.append, False)
+    store = prepared(data, PIECES)
     report = json.loads(json.dumps(inspect(store)))
     assert store.folder.name.startswith("packages-")
-    sizes = report["packages"]
-    assert len(sizes["train"]) + len(sizes["val"]) == 20
-    assert {name: sum(own.values()) for name, own in sizes.items()} == {
+    assert sum(map(len, report["packages"].values())) == report["source"]["packages"] == 20
+    assert {name: sum(own.values()) for name, own in report["packages"].items()} == {
         name: split["bytes"] for name, split in report["splits"].items()
     }
-    assert report["source"]["packages"] == 20
-    assert prepare(data, tokenizer, 512, said.append, False).folder == store.folder
+    assert prepared(data, PIECES).folder == store.folder

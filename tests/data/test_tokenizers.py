@@ -5,16 +5,16 @@ import json
 import numpy as np
 import pytest
 import sentencepiece
+import tokenizers
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from tiny_corpora import Documents, prose
+from tiny_corpora import PIECES, Documents, prose, sentencepiece_model
 
 from est_cli.config import TokenizerConfig
 from est_cli.data.splits import split_corpus
 from est_cli.data.tokenizers import (
     ByteTokenizer,
     HFTokenizer,
-    SentencePieceTokenizer,
     SentencePieceTraining,
     choose_tokenizer,
     load_tokenizer,
@@ -36,8 +36,10 @@ TRICKY = [
 ]
 
 
-def sample_of(*texts: str, n_bytes: int = 20_000_000) -> list[str]:
-    return split_corpus(Documents(*(text.encode() for text in texts)), 0.1)[0].sample(n_bytes)
+def train(*texts: str, vocab_size: int | str = 400, model_vocab_size: int = 512, say=lambda _: None):
+    """What tokenizer=sentencepiece trains on the training split of `texts`."""
+    sample = split_corpus(Documents(*(text.encode() for text in texts)), 0.1)[0].sample(20_000_000)
+    return SentencePieceTraining(TokenizerConfig("sentencepiece", vocab_size), model_vocab_size).train(sample, say)
 
 
 @pytest.mark.parametrize("text", TRICKY)
@@ -87,30 +89,34 @@ def test_a_text_encoded_in_chunks_has_the_tokens_of_the_whole(text, trained, lla
         assert np.concatenate(tokenizer.encode_batch([text[:cut], text[cut:]], [False, True])).tolist() == whole
 
 
-def test_training_is_repeatable(trained, corpus_folder):
+def test_training_is_repeatable(corpus_folder):
     texts = [file.read_text() for file in sorted(corpus_folder.rglob("*.txt"))]
-    config = TokenizerConfig("sentencepiece", vocab_size=300)
-    first, second = (SentencePieceTraining(config, 512).train(sample_of(*texts), print) for _ in range(2))
+    first, second = (train(*texts, vocab_size=300) for _ in range(2))
     assert first.definition == second.definition
     assert first.vocab_size == 300
 
 
 @pytest.mark.parametrize("text", ["hello world, hello", "\u2585" * 100, "\t\n" * 100, "\0" * 100, " " * 100])
 def test_a_small_text_lowers_the_vocabulary_and_says_so(text, said):
-    training = SentencePieceTraining(TokenizerConfig("sentencepiece"), 32000)
-    tokenizer = training.train(sample_of(text), said.append)
+    tokenizer = train(text, vocab_size="auto", model_vocab_size=32000, say=said.append)
     assert 256 < tokenizer.vocab_size < 300
     assert any("tokenizer.vocab_size: lowered from 4096 to" in line for line in said)
     assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
-def test_more_kinds_of_characters_than_pieces_train_a_tokenizer_that_loses_nothing(said):
+def test_more_kinds_of_characters_than_pieces_train_a_tokenizer_that_loses_nothing():
     text = "".join(chr(0x4E00 + i % 3000 * (i % 7) % 3000) for i in range(20_000))
-    tokenizer = SentencePieceTraining(TokenizerConfig("sentencepiece", vocab_size=400), 400).train(
-        sample_of(text), said.append
-    )
+    tokenizer = train(text)
     assert tokenizer.vocab_size == 400
     assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+@pytest.mark.parametrize("separator", ["", " "], ids=["never", "once"])
+def test_a_space_that_is_rare_comes_back_as_a_space(separator):
+    texts = ["".join(chr(0x4E00 + (i * 7 + number) % 400) for i in range(800)) for number in range(4)]
+    texts[0] += separator
+    tokenizer = SentencePieceTraining(PIECES, 512).train(texts, lambda _: None)
+    assert tokenizer.decode(tokenizer.encode("a b  \u4e00 c")) == "a b  \u4e00 c"
 
 
 def test_auto_takes_the_models_size_up_to_4096():
@@ -118,20 +124,6 @@ def test_auto_takes_the_models_size_up_to_4096():
         return choose_tokenizer(TokenizerConfig("sentencepiece"), model_vocab_size).vocab_size
 
     assert (auto(512), auto(4096), auto(50304)) == (512, 4096, 4096)
-
-
-@pytest.mark.parametrize(
-    ("config", "model_vocab_size", "words"),
-    [
-        (TokenizerConfig("sentencepiece", vocab_size=100), 512, ["tokenizer.vocab_size=100", "at least 262"]),
-        (TokenizerConfig("sentencepiece"), 200, ["model.vocab_size=200", "at least 262", "257"]),
-        (TokenizerConfig("byte"), 256, ["tokenizer=byte", "257", "model.vocab_size=256"]),
-    ],
-)
-def test_sizes_that_do_not_fit_are_refused_with_both_numbers(config, model_vocab_size, words):
-    with pytest.raises(UserError) as caught:
-        choose_tokenizer(config, model_vocab_size)
-    assert all(word in str(caught.value) for word in words)
 
 
 def test_a_given_model_is_used_as_it_is(llama_file, llama_model, tmp_path):
@@ -144,53 +136,13 @@ def test_a_given_model_is_used_as_it_is(llama_file, llama_model, tmp_path):
     assert load_tokenizer("sentencepiece", tmp_path).definition == tokenizer.definition
 
 
-def test_a_given_model_larger_than_the_models_vocabulary_is_refused(llama_file):
-    with pytest.raises(UserError, match=r"tokenizer\.path=.* has 400 ids.*model\.vocab_size=399"):
-        choose_tokenizer(TokenizerConfig("sentencepiece", path=str(llama_file)), 399)
-
-
-@pytest.mark.parametrize("content", [b"", b"not a model\n" * 50, b'{"model": {}}', bytes(300), None])
-def test_a_file_that_is_no_sentencepiece_model_is_refused_in_silence(content, llama_model, tmp_path, capfd):
-    file = tmp_path / "tokenizer.model"
-    file.write_bytes(llama_model[:-50] if content is None else content)
-    with pytest.raises(UserError, match=r"tokenizer\.path=.*must be a SentencePiece model"):
-        choose_tokenizer(TokenizerConfig("sentencepiece", path=str(file)), 512)
-    assert capfd.readouterr().err == ""
-
-
-def test_a_missing_model_names_the_nearest(llama_file):
-    with pytest.raises(UserError, match=r"did you mean 'tokenizer\.model'"):
-        choose_tokenizer(TokenizerConfig("sentencepiece", path=str(llama_file.with_name("tokeniser.model"))), 512)
-
-
-def test_a_model_without_an_end_is_refused(corpus_folder, tmp_path):
-    sentencepiece.SentencePieceTrainer.train(
-        input=str(corpus_folder / "00.txt"), model_prefix=str(tmp_path / "m"), vocab_size=35, eos_id=-1, minloglevel=2
-    )
-    with pytest.raises(UserError, match="end-of-sentence"):
-        SentencePieceTokenizer.open(str(tmp_path / "m.model"))
-
-
-@pytest.mark.parametrize("separator", ["", " "], ids=["never", "once"])
-def test_a_space_that_is_rare_comes_back_as_a_space(separator):
-    texts = ["".join(chr(0x4E00 + (i * 7 + number) % 400) for i in range(800)) for number in range(4)]
-    texts[0] += separator
-    tokenizer = SentencePieceTraining(TokenizerConfig("sentencepiece", vocab_size=300), 512).train(
-        texts, lambda _: None
-    )
-    assert tokenizer.decode(tokenizer.encode("a b  \u4e00 c")) == "a b  \u4e00 c"
-
-
-tokenizers = pytest.importorskip("tokenizers")
-
-
-def byte_level(special_tokens: list[str], vocab_size: int = 400):
+def byte_level(special_tokens: list[str]):
     """A byte-level BPE tokenizer as GPT-2's."""
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = tokenizers.decoders.ByteLevel()
     trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=vocab_size,
+        vocab_size=400,
         special_tokens=special_tokens,
         show_progress=False,
         initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
@@ -214,20 +166,6 @@ def gpt2(gpt2_file):
     return HFTokenizer.open(str(gpt2_file))
 
 
-def llama_json(folder):
-    """A tokenizer.json of Llama's kind: spaces as U+2581, byte fallback."""
-    vocab = {"<unk>": 0, "<s>": 1, "</s>": 2, "<0xC3>": 3, "<0xA9>": 4, "\u2581": 5, "a": 6, "\u2581a": 7}
-    tokenizer = tokenizers.Tokenizer(
-        tokenizers.models.BPE(vocab=vocab, merges=[("\u2581", "a")], unk_token="<unk>", byte_fallback=True)
-    )
-    tokenizer.normalizer = tokenizers.normalizers.Replace(" ", "\u2581")
-    tokenizer.decoder = tokenizers.decoders.Sequence(
-        [tokenizers.decoders.Replace("\u2581", " "), tokenizers.decoders.ByteFallback(), tokenizers.decoders.Fuse()]
-    )
-    tokenizer.add_special_tokens(["<unk>", "<s>", "</s>"])
-    tokenizer.save(str(folder / "tokenizer.json"))
-
-
 @given(st.text(st.characters(exclude_categories=["Cs"]), max_size=100))
 @settings(max_examples=100)
 def test_byte_level_bpe_loses_nothing_and_counts_its_bytes(gpt2, text):
@@ -236,27 +174,24 @@ def test_byte_level_bpe_loses_nothing_and_counts_its_bytes(gpt2, text):
     assert gpt2.token_bytes[ids].sum() == len(text.encode())
 
 
-def test_truncation_and_padding_of_the_file_are_not_applied(gpt2):
-    long, short = gpt2.encode_batch([prose(20), "a"])
-    assert gpt2.decode(long) == prose(20)
-    assert gpt2.decode(short) == "a"
-
-
-def test_one_thread_gives_the_ids_of_all(gpt2):
-    texts = [prose(5, seed) for seed in range(6)] + [""]
-    for one, all_ in zip(gpt2.encode_batch(texts, threads=1), gpt2.encode_batch(texts), strict=True):
-        assert one.tolist() == all_.tolist()
-
-
-def test_a_special_token_in_a_text_stays_text(gpt2):
-    ids = gpt2.encode("a<|endoftext|>b")
-    assert gpt2.eot not in ids
-    assert gpt2.decode(ids) == "a<|endoftext|>b"
+def test_no_setting_of_the_file_and_no_special_token_in_the_text_changes_a_batch(gpt2):
+    texts = [prose(20), "a", "a<|endoftext|>b", ""]
+    batch = gpt2.encode_batch(texts)
+    assert [gpt2.decode(ids) for ids in batch] == texts
+    assert [ids.tolist() for ids in batch] == [ids.tolist() for ids in gpt2.encode_batch(texts, threads=1)]
+    assert gpt2.eot not in batch[2]
     assert gpt2.token_bytes[gpt2.eot] == 0
 
 
 def test_byte_fallback_pieces_count_one_byte(tmp_path):
-    llama_json(tmp_path)
+    vocab = {"<unk>": 0, "<s>": 1, "</s>": 2, "<0xC3>": 3, "<0xA9>": 4, "\u2581": 5, "a": 6, "\u2581a": 7}
+    model = tokenizers.models.BPE(vocab=vocab, merges=[("\u2581", "a")], unk_token="<unk>", byte_fallback=True)
+    llama = tokenizers.Tokenizer(model)
+    llama.normalizer = tokenizers.normalizers.Replace(" ", "\u2581")
+    decoders = tokenizers.decoders
+    llama.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()])
+    llama.add_special_tokens(["<unk>", "<s>", "</s>"])
+    llama.save(str(tmp_path / "tokenizer.json"))
     tokenizer = HFTokenizer.open(str(tmp_path))
     assert tokenizer.eot == 2
     assert tokenizer.token_bytes.tolist() == [0, 0, 0, 1, 1, 1, 1, 2]
@@ -272,24 +207,6 @@ def test_the_end_of_text_is_what_the_config_beside_it_says(tmp_path):
     HFTokenizer.open(str(tmp_path)).save(tmp_path / "copy")
     copy = load_tokenizer("hf", tmp_path / "copy")
     assert (copy.eot, copy.definition) == (1, HFTokenizer.open(str(tmp_path)).definition)
-
-
-def test_a_file_without_an_end_of_text_is_refused(tmp_path):
-    byte_level([]).save(str(tmp_path / "tokenizer.json"))
-    with pytest.raises(UserError, match=r"tokenizer\.path=.*<\|endoftext\|>"):
-        HFTokenizer.open(str(tmp_path))
-
-
-@pytest.mark.parametrize("content", ["", "{}", "no json", '{"model": {"type": "BPE"}}', "\x00"])
-def test_a_file_that_is_no_tokenizer_is_refused(content, tmp_path):
-    (tmp_path / "tokenizer.json").write_text(content)
-    with pytest.raises(UserError, match=r"tokenizer\.path=.*must be a Hugging Face tokenizer\.json"):
-        HFTokenizer.open(str(tmp_path))
-
-
-def test_a_missing_file_is_named(tmp_path):
-    with pytest.raises(UserError, match=r"tokenizer\.path="):
-        HFTokenizer.open(str(tmp_path / "tokenizer.json"))
 
 
 def test_a_name_on_the_hub_is_looked_for_here_then_there(gpt2_file, tmp_path, monkeypatch):
@@ -331,11 +248,34 @@ def test_a_path_that_is_no_name_is_not_looked_for_on_the_hub(path, monkeypatch):
         HFTokenizer.open(path)
 
 
-def test_more_ids_than_the_model_are_refused(gpt2_file):
-    config = TokenizerConfig("hf", path=str(gpt2_file))
-    size = choose_tokenizer(config, 50304).vocab_size
-    with pytest.raises(UserError, match=f"has {size} ids.*model.vocab_size={size - 1}"):
-        choose_tokenizer(config, size - 1)
+NO_MODEL, NO_JSON = "must be a SentencePiece model", r"must be a Hugging Face tokenizer\.json"
+REFUSED = [
+    ("sentencepiece", "tokenizer.model", b"", NO_MODEL),
+    ("sentencepiece", "tokenizer.model", b"not a model\n" * 50, NO_MODEL),
+    ("sentencepiece", "tokenizer.model", b'{"model": {}}', NO_MODEL),
+    ("sentencepiece", "tokenizer.model", bytes(300), NO_MODEL),
+    ("sentencepiece", "tokenizer.model", lambda: sentencepiece_model(50, vocab_size=35)[:-50], NO_MODEL),
+    ("sentencepiece", "tokenizer.model", lambda: sentencepiece_model(50, vocab_size=35, eos_id=-1), "end-of-sentence"),
+    ("sentencepiece", "tokenizer.model", lambda: sentencepiece_model(50, vocab_size=35), "has 35 ids.*vocab_size=34"),
+    ("sentencepiece", "tokeniser.model", b"", r"did you mean 'tokeniser\.model'"),
+    ("hf", "tokenizer.json", b"", NO_JSON),
+    ("hf", "tokenizer.json", b"{}", NO_JSON),
+    ("hf", "tokenizer.json", b"no json", NO_JSON),
+    ("hf", "tokenizer.json", b'{"model": {"type": "BPE"}}', NO_JSON),
+    ("hf", "tokenizer.json", b"\0", NO_JSON),
+    ("hf", "tokenizer.json", lambda: byte_level([]).to_str().encode(), r"<\|endoftext\|>"),
+    ("hf", "tokenizer.json", lambda: byte_level(["</s>"]).to_str().encode(), "has 376 ids.*model.vocab_size=34"),
+    ("hf", "other.json", b"", "cannot be read"),
+]
+
+
+@pytest.mark.parametrize(("kind", "name", "content", "message"), REFUSED)
+def test_a_file_that_cannot_be_used_is_refused_in_one_message(kind, name, content, message, tmp_path, capfd):
+    (tmp_path / name).write_bytes(content() if callable(content) else content)
+    path = tmp_path / {"sentencepiece": "tokenizer.model", "hf": "tokenizer.json"}[kind]
+    with pytest.raises(UserError, match=rf"^tokenizer\.path={path}: .*{message}"):
+        choose_tokenizer(TokenizerConfig(kind, path=str(path)), 34)
+    assert capfd.readouterr().err == ""
 
 
 @pytest.mark.parametrize("content", ['{"eos_token": ', "[]", '{"eos_token": 3}'])
@@ -344,3 +284,17 @@ def test_a_broken_config_beside_the_tokenizer_is_named(gpt2_file, tmp_path, cont
     (tmp_path / "tokenizer_config.json").write_text(content)
     with pytest.raises(UserError, match=r"tokenizer\.path=\S+: \S+tokenizer_config\.json"):
         HFTokenizer.open(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("config", "model_vocab_size", "words"),
+    [
+        (TokenizerConfig("sentencepiece", vocab_size=100), 512, ["tokenizer.vocab_size=100", "at least 262"]),
+        (TokenizerConfig("sentencepiece"), 200, ["model.vocab_size=200", "at least 262", "257"]),
+        (TokenizerConfig("byte"), 256, ["tokenizer=byte", "257", "model.vocab_size=256"]),
+    ],
+)
+def test_sizes_that_do_not_fit_are_refused_with_both_numbers(config, model_vocab_size, words):
+    with pytest.raises(UserError) as caught:
+        choose_tokenizer(config, model_vocab_size)
+    assert all(word in str(caught.value) for word in words)
