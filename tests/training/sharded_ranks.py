@@ -1,4 +1,4 @@
-"""What the ranks of test_sharded_checkpoint.py do: a state made by hand, spread over a mesh as the trainers do it."""
+"""What the ranks of test_checkpoint.py do: a state made by hand, spread over a mesh as the trainers do it."""
 
 import errno
 import os

@@ -1,4 +1,7 @@
-"""Checkpoints round-trip bit for bit, and a damaged one is noticed, named and passed over."""
+"""Checkpoints round-trip bit for bit, and a damaged one is noticed, named and passed over.
+
+In both forms: as one process writes them, and as ranks that share the state do; any number of ranks reads either.
+"""
 
 import errno
 import json
@@ -6,12 +9,16 @@ import math
 import os
 import resource
 import shutil
+import signal
 import struct
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
 from tiny import GPT2, LLAMA, random_batch, random_master, snapshot, train_config
+from torch import Tensor
 
 from est_cli.config import OptimizerConfig
 from est_cli.errors import UserError
@@ -19,36 +26,47 @@ from est_cli.model.transformer import Transformer
 from est_cli.subnet.plan import subnetwork
 from est_cli.subnet.sampler import sample
 from est_cli.subnet.schedule import Rates, Stage
-from est_cli.training.checkpoint import Checkpoints
+from est_cli.training.checkpoint import Checkpoints, damage
+from est_cli.training.files import checksum
 from est_cli.training.optimizer import SampledAdamW
 from est_cli.training.subnetwork import PackedSubnetwork
+from tests.training import sharded_ranks
+from tests.training.sharded_ranks import FACTS, run
 
-FACTS = {"train_s": 1.5, "val_loss": 2.5}
-FILES = ["checksums.json", "model.safetensors", "optimizer.safetensors", "state.json"]
+WHOLE = ["checksums.json", "model.safetensors", "optimizer.safetensors", "state.json"]
+PARTS = [
+    "checksums.json", "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors",
+    "optimizer-00001-of-00002.safetensors", "optimizer-00002-of-00002.safetensors", "state.json",
+]  # fmt: skip
+
+
+def step(model: Transformer, optimizer: SampledAdamW, number: int, rates: Rates) -> None:
+    sampling = train_config().sampling
+    subnet = PackedSubnetwork(model, subnetwork(LLAMA, sampling, rates), torch.float32)
+    subnet.load(sample(0, number, Stage(1, 0, 9, rates), LLAMA, sampling))
+    subnet.loss(*random_batch(LLAMA, seed=number)).backward()
+    optimizer.step(subnet.updates(), 1e-3)
 
 
 def trained(seed: int = 0) -> tuple[Transformer, SampledAdamW]:
     """A model after a few steps that froze rows: its moments and step counts differ from row to row."""
     model = random_master(LLAMA, torch.float32, seed)
     optimizer = SampledAdamW(model, OptimizerConfig(unsampled="freeze"))
-    config, rates = train_config(LLAMA), Rates(0.5, 0.5, 0.5)
-    subnet = PackedSubnetwork(model, subnetwork(LLAMA, config.sampling, rates), torch.float32)
-    for step in range(3):
-        subnet.load(sample(seed, step, Stage(1, 0, 3, rates), LLAMA, config.sampling))
-        subnet.loss(*random_batch(LLAMA, seed=step)).backward()
-        optimizer.step(subnet.updates(), 1e-3)
+    for number in range(3):
+        step(model, optimizer, number, Rates(0.5, 0.5, 0.5))
     return model, optimizer
 
 
-def state(seed: int = 0) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+@cache
+def state(seed: int = 0) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     model, optimizer = trained(seed)
     return snapshot(model), optimizer.state()
 
 
-def saved(folder: Path, *steps: int, keep: int = 10) -> Checkpoints:
-    checkpoints = Checkpoints(folder, keep)
+def saved(folder: Path, *steps: int, facts: dict | None = None, **options) -> Checkpoints:
+    checkpoints = Checkpoints(folder, **{"keep": 10, **options})
     for step in steps:
-        checkpoints.save(step, *state(step), FACTS)
+        checkpoints.save(step, *state(), facts or FACTS)
     return checkpoints
 
 
@@ -60,7 +78,7 @@ def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
-def test_weights_moments_and_counts_come_back_bit_for_bit(tmp_path):
+def test_a_restored_run_has_every_bit_and_takes_the_same_next_step(tmp_path):
     model, optimizer = trained()
     Checkpoints(tmp_path).save(7, snapshot(model), optimizer.state(), FACTS)
     found = Checkpoints(tmp_path).newest(silent)
@@ -68,32 +86,16 @@ def test_weights_moments_and_counts_come_back_bit_for_bit(tmp_path):
     found.load_model(other_model)
     found.load_moments(other_optimizer.state())
     assert (found.step, found.can_resume, found.state["val_loss"]) == (7, True, 2.5)
-    expected, moments = snapshot(model), optimizer.state()
-    assert len({count.item() for name, counts in moments.items() if "counts" in name for count in counts}) > 2
-    assert all(torch.equal(tensor, expected[name]) for name, tensor in snapshot(other_model).items())
-    assert all(torch.equal(tensor, moments[name]) for name, tensor in other_optimizer.state().items())
-
-
-def test_a_restored_optimizer_takes_the_same_next_step(tmp_path):
-    model, optimizer = trained()
-    Checkpoints(tmp_path).save(3, snapshot(model), optimizer.state(), FACTS)
-    other_model, other_optimizer = trained(seed=1)
-    found = Checkpoints(tmp_path).newest(silent)
-    found.load_model(other_model)
-    found.load_moments(other_optimizer.state())
-    for m, o in ((model, optimizer), (other_model, other_optimizer)):
-        subnet = PackedSubnetwork(m, subnetwork(LLAMA, train_config().sampling, Rates()), torch.float32)
-        subnet.load(sample(0, 3, Stage(2, 3, 4, Rates()), LLAMA, train_config().sampling))
-        subnet.loss(*random_batch(LLAMA)).backward()
-        o.step(subnet.updates(), 1e-3)
-    expected = snapshot(model)
-    assert all(torch.equal(tensor, expected[name]) for name, tensor in snapshot(other_model).items())
-
-
-def test_weights_alone_cannot_resume(tmp_path):
-    folder = Checkpoints(tmp_path).save(7, state()[0], None, FACTS)
-    assert names(folder) == ["checksums.json", "model.safetensors", "state.json"]
-    assert not Checkpoints(tmp_path).newest(silent).can_resume
+    counts = [count for name, tensor in optimizer.state().items() if "counts" in name for count in tensor.tolist()]
+    assert len(set(counts)) > 2
+    for advance in (False, True):
+        if advance:
+            step(model, optimizer, 3, Rates())
+            step(other_model, other_optimizer, 3, Rates())
+        expected = snapshot(model) | optimizer.state()
+        assert all(
+            torch.equal(t, expected[name]) for name, t in (snapshot(other_model) | other_optimizer.state()).items()
+        )
 
 
 def test_there_may_be_no_checkpoint(tmp_path):
@@ -108,32 +110,29 @@ def test_the_newest_is_the_highest_step_not_the_last_name_or_the_last_written(tm
     assert checkpoints.newest(silent).step == 100_000_000
 
 
-def test_only_the_newest_stay(tmp_path):
-    saved(tmp_path, 10, 20, 30, 40, keep=2)
-    assert names(tmp_path) == ["step-00000030", "step-00000040"]
+@pytest.mark.parametrize(
+    ("options", "stay"),
+    [({"keep": 2}, [40, 50]), ({"keep": 1, "lasting": frozenset({10, 30})}, [10, 30, 50])],
+    ids=["the newest", "lasting steps"],
+)
+def test_of_all_checkpoints_some_stay(tmp_path, options, stay):
+    saved(tmp_path, 10, 20, 30, 40, 50, **options)
+    assert names(tmp_path) == [f"step-{step:08d}" for step in stay]
 
 
 def test_the_best_stays_too_where_that_is_asked_for(tmp_path):
-    checkpoints = Checkpoints(tmp_path, keep=1, keep_best=True)
-    for step, loss in ((10, 3.0), (20, 1.0), (30, 2.0), (40, math.nan)):
-        checkpoints.save(step, *state(step), {"val_loss": loss, "val_step": step})
-    # The loss of another step says nothing of this one.
-    checkpoints.save(50, *state(50), {"val_loss": 0.5, "val_step": 45})
+    """The loss of another step says nothing of step 50."""
+    for step, loss, val_step in ((10, 3.0, 10), (20, 1.0, 20), (30, 2.0, 30), (40, math.nan, 40), (50, 0.5, 45)):
+        facts = {"val_loss": loss, "val_step": val_step}
+        checkpoints = saved(tmp_path, step, facts=facts, keep=1, keep_best=True)
     assert names(tmp_path) == ["step-00000020", "step-00000050"]
     assert checkpoints.newest(silent).step == 50
-
-
-def test_those_at_lasting_steps_stay(tmp_path):
-    checkpoints = Checkpoints(tmp_path, keep=1, lasting=frozenset({10, 30}))
-    for step in (10, 20, 30, 40, 50):
-        checkpoints.save(step, *state(step), FACTS)
-    assert names(tmp_path) == ["step-00000010", "step-00000030", "step-00000050"]
 
 
 def test_a_checkpoint_that_was_just_written_is_never_dropped_for_a_damaged_one(tmp_path):
     """Step 20 is damaged, the run goes on from 10, and is stopped at 15."""
     saved(tmp_path, 10, 20)
-    truncate(tmp_path / "step-00000020", "model.safetensors")
+    truncate(tmp_path / "step-00000020" / "model.safetensors")
     checkpoints = saved(tmp_path, 15, keep=1)
     assert checkpoints.newest(lambda message: None).step == 15
 
@@ -152,24 +151,26 @@ def test_a_process_that_dies_while_it_removes_a_checkpoint_leaves_no_half_of_one
     assert names(tmp_path) == ["step-00000020", "step-00000030"]
 
 
-def full_disk(tensors, path):
-    path.write_bytes(b"the first bytes")
-    raise OSError(errno.ENOSPC, "No space left on device")
-
-
-def test_a_full_disk_leaves_the_checkpoints_of_before_and_no_half_of_one(tmp_path, monkeypatch):
-    checkpoints = saved(tmp_path, 10, 20)
-    monkeypatch.setattr("est_cli.training.checkpoint.write_tensors", full_disk)
-    with pytest.raises(OSError, match="No space left on device"):
-        saved(tmp_path, 30)
-    assert names(tmp_path) == ["step-00000010", "step-00000020"]
-    assert checkpoints.newest(silent).step == 20
+def test_what_the_disk_refuses_leaves_the_checkpoints_of_before_and_no_half_of_one(tmp_path):
+    saved(tmp_path, 10)
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limit[1]))
+    try:
+        with pytest.raises(OSError, match="File too large") as error:
+            saved(tmp_path, 20)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert error.value.errno == errno.EFBIG
+    assert names(tmp_path) == ["step-00000010"]
+    assert Checkpoints(tmp_path).newest(silent).step == 10
 
 
 def test_weights_alone_are_passed_over_by_a_run_that_has_steps_to_go(tmp_path):
     """A run with trainer.save_final=weights was killed before its summary, and is started again with more steps."""
     checkpoints, said = saved(tmp_path, 10), []
-    checkpoints.save(15, state()[0], None, FACTS)
+    folder = checkpoints.save(15, state()[0], None, FACTS)
+    assert names(folder) == ["checksums.json", "model.safetensors", "state.json"]
+    assert not checkpoints.newest(silent).can_resume
     assert checkpoints.to_resume(15, silent).step == 15
     assert checkpoints.to_resume(20, said.append).step == 10
     assert len(said) == 1 and "step-00000015: holds weights alone" in said[0]
@@ -180,59 +181,64 @@ def test_weights_alone_are_passed_over_by_a_run_that_has_steps_to_go(tmp_path):
 
 def test_a_checkpoint_says_which_code_wrote_it(tmp_path):
     code = {"commit": "0123abc", "dirty": False}
-    Checkpoints(tmp_path, code=code).save(7, *state(), {**FACTS, "config": {"seed": 3}})
-    found = Checkpoints(tmp_path).newest(silent).state
+    found = saved(tmp_path, 7, facts={**FACTS, "config": {"seed": 3}}, code=code).newest(silent).state
     assert (found["code"], found["config"]) == (code, {"seed": 3})
     assert set(found["versions"]) == {"est_cli", "torch", "numpy"}
 
 
-def truncate(folder: Path, name: str) -> None:
-    content = (folder / name).read_bytes()
-    (folder / name).write_bytes(content[: len(content) // 2])
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
-def flip_a_bit(folder: Path, name: str) -> None:
-    content = bytearray((folder / name).read_bytes())
+def flip_a_bit(path: Path) -> None:
+    content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 0x80
-    (folder / name).write_bytes(content)
+    path.write_bytes(content)
 
 
-def remove(folder: Path, name: str) -> None:
-    (folder / name).unlink()
+def empty(path: Path) -> None:
+    path.write_bytes(b"")
 
 
-def empty(folder: Path, name: str) -> None:
-    (folder / name).write_bytes(b"")
+def holding(text: str) -> Callable[[Path], None]:
+    return lambda path: path.write_text(text)
 
 
-@pytest.mark.parametrize("name", FILES)
-@pytest.mark.parametrize("damage", [truncate, flip_a_bit, remove, empty])
-def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_is_taken(tmp_path, damage, name):
-    checkpoints, said = saved(tmp_path, 10, 20), []
-    damage(tmp_path / "step-00000020", name)
-    assert checkpoints.newest(said.append).step == 10
-    assert len(said) == 1
-    assert "step-00000020" in said[0]
-    assert name in said[0]
+def changing(old: str, new: str) -> Callable[[Path], None]:
+    def change(path: Path) -> None:
+        assert old in path.read_text()
+        path.write_text(path.read_text().replace(old, new))
+
+    return change
 
 
-@pytest.mark.parametrize("key", ["train_s", "step"])
-def test_a_changed_digit_in_the_state_is_noticed(tmp_path, key):
-    checkpoints, said = saved(tmp_path, 10, 20), []
-    path = tmp_path / "step-00000020" / "state.json"
-    state = json.loads(path.read_text())
-    path.write_text(path.read_text().replace(f'"{key}": {state[key]}', f'"{key}": {state[key] + 1}'))
-    assert checkpoints.newest(said.append).step == 10
-    assert "step-00000020" in said[0]
+HARMS = [
+    *((form, name, harm) for form, files in (("whole", WHOLE), ("parts", PARTS)) for name in files
+      for harm in (truncate, flip_a_bit, Path.unlink, empty)),
+    *(("whole", name, holding(text)) for name in ("state.json", "checksums.json")
+      for text in ("[]", "{}", '{"step": 7}', "5", "null")),
+    ("whole", "state.json", changing('"train_s": 1.5', '"train_s": 2.5')),
+    ("whole", "state.json", changing('"step": 7', '"step": 8')),
+]  # fmt: skip
 
 
-@pytest.mark.parametrize("name", ["state.json", "checksums.json"])
-@pytest.mark.parametrize("content", ["[]", "{}", '{"step": 20}', "5", "null"])
-def test_json_that_says_something_else_is_damage(tmp_path, content, name):
-    checkpoints, said = saved(tmp_path, 10, 20), []
-    (tmp_path / "step-00000020" / name).write_text(content)
-    assert checkpoints.newest(said.append).step == 10
-    assert "step-00000020" in said[0]
+@pytest.fixture(scope="module")
+def forms(tmp_path_factory) -> dict[str, Path]:
+    """Checkpoints of steps 3 and 7, of one process and of two ranks; the ranks found no room in between."""
+    folder = tmp_path_factory.mktemp("forms")
+    saved(folder / "whole", 3, 7)
+    assert run((2,), folder / "parts", sharded_ranks.save_and_go_on, sharded_ranks.no_room) == [0, 0]
+    return {name: folder / name for name in ("whole", "parts")}
+
+
+@pytest.mark.parametrize(("form", "name", "harm"), HARMS)
+def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_is_taken(forms, tmp_path, form, name, harm):
+    folder, said = tmp_path / "checkpoints", []
+    shutil.copytree(forms[form], folder)
+    harm(folder / "step-00000007" / name)
+    assert Checkpoints(folder).newest(said.append).step == 3
+    assert len(said) == 1 and "step-00000007" in said[0]
+    assert name in said[0] or harm not in (truncate, flip_a_bit, Path.unlink, empty)
 
 
 def test_half_a_folder_is_no_checkpoint(tmp_path):
@@ -241,7 +247,7 @@ def test_half_a_folder_is_no_checkpoint(tmp_path):
     half = tmp_path / ".writing-step-00000020"
     (tmp_path / "step-00000010").rename(half)
     assert checkpoints.newest(silent) is None
-    remove(half, "state.json")
+    (half / "state.json").unlink()
     saved(tmp_path, 20)
     assert names(tmp_path) == ["step-00000020"]
     assert checkpoints.newest(silent).step == 20
@@ -249,53 +255,111 @@ def test_half_a_folder_is_no_checkpoint(tmp_path):
 
 def test_where_all_are_damaged_the_run_refuses_to_start_over(tmp_path):
     checkpoints, said = saved(tmp_path, 10, 20), []
-    truncate(tmp_path / "step-00000010", "model.safetensors")
-    remove(tmp_path / "step-00000020", "state.json")
-    with pytest.raises(UserError) as error:
+    truncate(tmp_path / "step-00000010" / "model.safetensors")
+    (tmp_path / "step-00000020" / "state.json").unlink()
+    with pytest.raises(UserError, match=r"(?s)step-00000020.*step-00000010") as error:
         checkpoints.newest(said.append)
     assert len(error.value.problems) == 3
-    assert "step-00000010" in str(error.value)
-    assert "step-00000020" in str(error.value)
+
+
+def header(path: Path) -> dict:
+    """Of a .safetensors file."""
+    content = path.read_bytes()
+    return json.loads(content[8 : 8 + struct.unpack("<Q", content[:8])[0]])
 
 
 def test_files_hold_tensors_only_in_a_fixed_order(tmp_path):
-    """safetensors without metadata, JSON, and nothing that runs code when it is read."""
+    """safetensors without metadata, JSON, and nothing that runs code when it is read; readable as any file is."""
     folders = [saved(tmp_path / name, 10).newest(silent).folder for name in ("a", "b")]
+    (tmp_path / "any").touch()
     for folder in folders:
-        assert names(folder) == FILES
-        for name in FILES[1:3]:
-            content = (folder / name).read_bytes()
-            (length,) = struct.unpack("<Q", content[:8])
-            header = json.loads(content[8 : 8 + length])
-            assert "__metadata__" not in header
-            assert all(set(entry) == {"dtype", "shape", "data_offsets"} for entry in header.values())
+        assert names(folder) == WHOLE
+        for name in WHOLE[1:3]:
+            assert all(set(entry) == {"dtype", "shape", "data_offsets"} for entry in header(folder / name).values())
         assert set(json.loads((folder / "state.json").read_text())) >= {"step", "versions"}
-        assert sorted(json.loads((folder / "checksums.json").read_text())) == FILES[1:]
-    for name in FILES[1:3]:
+        assert sorted(json.loads((folder / "checksums.json").read_text())) == WHOLE[1:]
+        assert {(folder / name).stat().st_mode for name in WHOLE} == {(tmp_path / "any").stat().st_mode}
+    for name in WHOLE[1:3]:
         assert (folders[0] / name).read_bytes() == (folders[1] / name).read_bytes()
 
 
-@pytest.mark.parametrize("name", FILES)
-def test_others_may_read_what_they_may_read_of_any_file(tmp_path, name):
-    """The library would let only the owner."""
-    folder = saved(tmp_path, 10).newest(silent).folder
-    (tmp_path / "any").touch()
-    assert (folder / name).stat().st_mode == (tmp_path / "any").stat().st_mode
+def test_ranks_write_safetensors_and_json_and_nothing_else(forms):
+    folder = forms["parts"] / "step-00000007"
+    assert names(folder) == PARTS
+    assert sorted(json.loads((folder / "checksums.json").read_text())) == PARTS[1:]
+    for name in PARTS[1:5]:
+        tensors = header(folder / name)
+        offsets = json.loads(tensors.pop("__metadata__")["DCP_SHARDING_INFO"])
+        assert offsets.keys() == tensors.keys()
+        for tensor, entry in tensors.items():
+            if entry["dtype"] == "F32" and len(entry["shape"]) == 2:
+                assert entry["shape"][1] == 4, "half of the columns"
+                assert offsets[tensor]["saved_offsets"] == [0, 4 * int("00002-of" in name)]
 
 
-def test_what_the_disk_refuses_is_an_error_of_the_system(tmp_path):
-    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limit[1]))
-    try:
-        with pytest.raises(OSError, match="File too large") as error:
-            saved(tmp_path, 10)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
-    assert error.value.errno == errno.EFBIG
-    assert names(tmp_path) == []
-
-
-def test_a_checkpoint_of_another_model_is_refused(tmp_path):
-    found = saved(tmp_path, 10).newest(silent)
+def test_a_checkpoint_of_another_model_is_refused(forms):
     with pytest.raises(ValueError, match="differ in"):
-        found.load_model(random_master(GPT2, torch.float32))
+        Checkpoints(forms["whole"]).newest(silent).load_model(random_master(GPT2, torch.float32))
+    found, weights = Checkpoints(forms["parts"]).newest(silent), sharded_ranks.state(0)[0]
+    with pytest.raises(ValueError, match=r"differ in \['b.0.norm'\]"):
+        found.load_weights({name: tensor for name, tensor in weights.items() if name != "b.0.norm"})
+    with pytest.raises(ValueError, match=r"b.0.norm has shape \(8,\), expected \(9,\)"):
+        found.load_weights({**weights, "b.0.norm": torch.zeros(9)})
+
+
+def assert_loads(folder: Path, seed: int) -> None:
+    """In one process, the newest is the ranks' state of this seed."""
+    found = Checkpoints(folder).newest(silent)
+    ranks = zip(sharded_ranks.state(seed), sharded_ranks.state(seed + 1), strict=True)
+    for load, (expected, other) in zip((found.load_weights, found.load_moments), ranks, strict=True):
+        load(other)
+        assert all(torch.equal(tensor, expected[name]) for name, tensor in other.items())
+
+
+def test_two_ranks_write_their_parts_and_one_process_reads_them(forms, tmp_path):
+    """Each holds the state of its step though training went on. Another run adopts all parts as links."""
+    assert names(forms["parts"]) == ["step-00000003", "step-00000007"]
+    newest = Checkpoints(forms["parts"]).newest(silent)
+    assert (newest.step, newest.can_resume, newest.state["val_loss"]) == (7, True, 2.5)
+    for step in (3, 7):
+        folder = forms["parts"] / f"step-{step:08d}"
+        Checkpoints(tmp_path / str(step)).adopt(folder)
+        adopted = tmp_path / str(step) / folder.name
+        assert damage(adopted) is None
+        assert all((adopted / name).samefile(folder / name) for name in PARTS)
+        assert_loads(tmp_path / str(step), seed=step)
+
+
+def as_before(folder: Path) -> None:
+    """Put the tensors in the order of the parameters, as est-cli wrote them before the library did."""
+    for name, tensors in zip(("model.safetensors", "optimizer.safetensors"), sharded_ranks.state(1), strict=True):
+        entries, content = {}, b""
+        for key, tensor in tensors.items():
+            data = tensor.contiguous().numpy().tobytes()
+            kind = "F32" if tensor.is_floating_point() else "I64"
+            offsets = [len(content), len(content) + len(data)]
+            entries[key] = {"dtype": kind, "shape": list(tensor.shape), "data_offsets": offsets}
+            content += data
+        encoded = json.dumps(entries, separators=(",", ":")).encode()
+        encoded += b" " * (-len(encoded) % 8)
+        written = struct.pack("<Q", len(encoded)) + encoded + content
+        assert written != (folder / name).read_bytes()
+        (folder / name).write_bytes(written)
+    checksums = {name: checksum(folder / name) for name in names(folder) if name != "checksums.json"}
+    (folder / "checksums.json").write_text(json.dumps(checksums))
+
+
+def test_four_ranks_and_two_replicas_go_on_from_two_ranks_and_from_one_process(forms, tmp_path):
+    shutil.copytree(forms["parts"], tmp_path / "all" / "two")
+    Checkpoints(tmp_path / "all" / "one").save(5, *sharded_ranks.state(1), FACTS)
+    as_before(tmp_path / "all" / "one" / "step-00000005")
+    assert_loads(tmp_path / "all" / "one", seed=1)
+    assert run((2, 2), tmp_path / "all", sharded_ranks.load_both_forms) == [0, 0, 0, 0]
+    assert_loads(tmp_path / "all" / "four", seed=8)
+    assert run((2, 1), tmp_path / "all", sharded_ranks.only_load) == [0, 0]
+
+
+def test_a_rank_that_is_killed_while_it_writes_leaves_the_checkpoint_before(tmp_path):
+    assert run((2,), tmp_path / "killed", sharded_ranks.killed) == [0, -signal.SIGKILL]
+    assert names(tmp_path / "killed") == [".writing-step-00000009", "step-00000003"]
+    assert_loads(tmp_path / "killed", seed=3)

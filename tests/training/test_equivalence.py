@@ -118,22 +118,6 @@ def test_loss_and_every_gradient_equal_the_reference(execution, attention, mlp, 
         assert torch.equal(parameter, weights[name]), f"{name} moved without an optimizer step"
 
 
-@pytest.mark.parametrize("execution", EXECUTIONS)
-def test_micro_batches_add_up_to_the_gradient_of_their_mean_loss(execution):
-    case = make_case("group", "swiglu", False, "heads+mlp+layers")
-    master, plan = random_master(case.model), scattered_plan(case)
-    inputs, targets = random_batch(case.model, batch=6)
-    subnet = execution(master, case.shape, torch.float64)
-    subnet.load(plan)
-    for part in (slice(0, 2), slice(2, 4), slice(4, 6)):
-        (subnet.loss(inputs[part], targets[part]) / 3).backward()
-    found = reference_tensors(case.model, full_size(subnet.updates(), snapshot(master)))
-    _, expected = loss_and_gradients(
-        sizes(case.model), reference_tensors(case.model, snapshot(master)), reference_plan(plan), inputs, targets, False
-    )
-    assert_close({name: gradient.nan_to_num() for name, gradient in found.items()}, expected, 1e-10)
-
-
 def test_a_masked_run_loses_nothing_by_dropping_unsampled_gradients():
     """What `updates` leaves out is exactly zero in the full model's own gradients."""
     case = make_case("group", "swiglu", False, "heads+mlp+layers")
