@@ -4,60 +4,42 @@ import errno
 import os
 import signal
 from collections.abc import Callable
-from datetime import timedelta
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint
 from torch import Tensor
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor import DTensor
 
 from est_cli.training import sharded_checkpoint
 from est_cli.training.checkpoint import Checkpoints
+from est_cli.training.distributed import Peers, World, join, leave
 from tests.training.ranks import run_ranks
 
 FACTS = {"train_s": 1.5, "val_loss": 2.5}
 
 
 def state(seed: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Whole weights and moments; as in training, the matrices of two layers are views of one stack."""
+    """Whole weights and moments."""
     draw = torch.Generator().manual_seed(seed)
-    stack = torch.randn(10, 8, generator=draw)
-    weights = {"b.0.mlp": stack[:5], "b.1.mlp": stack[5:], "b.0.norm": torch.randn(8, generator=draw)}
+    shapes = {"b.0.mlp": (5, 8), "b.1.mlp": (5, 8), "b.0.norm": (8,)}
+    weights = {name: torch.randn(shape, generator=draw) for name, shape in shapes.items()}
     moments = {f"moments.{name}": torch.randn(t.shape, generator=draw) for name, t in weights.items()}
     counts = {f"counts.{name}": torch.randint(99, t.shape[:1], generator=draw) for name, t in weights.items()}
     return weights, {**counts, **moments}
 
 
 class Rank:
-    """One of `shape`'s ranks; a mesh of (replicas, shards), or of (shards,)."""
+    """One of the ranks of a mesh."""
 
-    def __init__(self, rank: int, shape: tuple[int, ...], folder: Path):
-        self.rank, self.folder = rank, folder
-        self.mesh = init_device_mesh("cpu", shape)
+    def __init__(self, world: World, folder: Path):
+        self.world, self.rank, self.folder = world, world.rank, folder
         self.group = dist.new_group(backend="gloo")
 
     def spread(self, whole: dict[str, Tensor]) -> dict[str, Tensor]:
-        """What this rank holds, as DTensors; views of one stack stay views of one."""
-        found, stacks = {}, {}
-        for name, tensor in whole.items():
-            if not tensor.is_floating_point():
-                found[name] = tensor
-                continue
-            placements = [Replicate()] * self.mesh.ndim
-            if tensor.dim() == 2:
-                placements[-1] = Shard(1)
-                columns = tensor.untyped_storage().data_ptr()
-                if columns not in stacks:
-                    base = tensor if tensor._base is None else tensor._base
-                    parts = base.chunk(self.mesh.size(self.mesh.ndim - 1), dim=1)
-                    stacks[columns] = parts[self.mesh.get_local_rank(self.mesh.ndim - 1)].contiguous()
-                first = tensor.storage_offset() // tensor.shape[1]
-                tensor = stacks[columns][first : first + len(tensor)]
-            found[name] = DTensor.from_local(tensor, self.mesh, placements, run_check=False)
-        return found
+        """What this rank holds of whole tensors, as DTensors."""
+        return self.world.full({name: self.world.own(tensor) for name, tensor in whole.items()})
 
     def begin(self, step: int, seed: int):
         held = [self.spread(part) for part in state(seed)]
@@ -136,16 +118,15 @@ def _not_said(message: str) -> None:
     raise AssertionError(message)
 
 
-def perform(rank: int, store: dist.Store, shape: tuple[int, ...], folder: Path, acts: tuple[Callable, ...]) -> None:
-    size = torch.Size(shape).numel()
-    dist.init_process_group("gloo", store=store, timeout=timedelta(seconds=60), world_size=size, rank=rank)
-    found = Rank(rank, shape, folder)
+def perform(rank: int, store: dist.Store, size: int, shards: int, folder: Path, acts: tuple[Callable, ...]) -> None:
+    found = Rank(join("cpu", Peers(rank, size, store), 60, shards), folder)
     for act in acts:
         act(found)
-    dist.destroy_process_group()
+    leave()
 
 
-def run(shape: tuple[int, ...], folder: Path, *acts: Callable[[Rank], None]) -> list[int]:
-    """Every rank of a mesh does all acts; returns the exit codes."""
+def run(shape: tuple[int, int], folder: Path, *acts: Callable[[Rank], None]) -> list[int]:
+    """Every rank of a mesh of (replicas, shards) does all acts; returns the exit codes."""
     folder.mkdir(parents=True, exist_ok=True)
-    return run_ranks(torch.Size(shape).numel(), perform, shape, folder, acts)
+    size = shape[0] * shape[1]
+    return run_ranks(size, perform, size, shape[1], folder, acts)

@@ -227,7 +227,7 @@ def forms(tmp_path_factory) -> dict[str, Path]:
     """Checkpoints of steps 3 and 7, of one process and of two ranks; the ranks found no room in between."""
     folder = tmp_path_factory.mktemp("forms")
     saved(folder / "whole", 3, 7)
-    assert run((2,), folder / "parts", sharded_ranks.save_and_go_on, sharded_ranks.no_room) == [0, 0]
+    assert run((1, 2), folder / "parts", sharded_ranks.save_and_go_on, sharded_ranks.no_room) == [0, 0]
     return {name: folder / name for name in ("whole", "parts")}
 
 
@@ -360,6 +360,6 @@ def test_four_ranks_and_two_replicas_go_on_from_two_ranks_and_from_one_process(f
 
 
 def test_a_rank_that_is_killed_while_it_writes_leaves_the_checkpoint_before(tmp_path):
-    assert run((2,), tmp_path / "killed", sharded_ranks.killed) == [0, -signal.SIGKILL]
+    assert run((1, 2), tmp_path / "killed", sharded_ranks.killed) == [0, -signal.SIGKILL]
     assert names(tmp_path / "killed") == [".writing-step-00000009", "step-00000003"]
     assert_loads(tmp_path / "killed", seed=3)

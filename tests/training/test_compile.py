@@ -4,23 +4,34 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tiny import LLAMA, train_config
+from tiny import LLAMA, random_batch, random_master, train_config
 from torch._dynamo.testing import CompileCounter
 
 from est_cli.model.transformer import Transformer, initialise
-from est_cli.subnet.plan import subnetwork
+from est_cli.subnet.plan import stage_subnetwork, subnetwork
 from est_cli.subnet.sampler import sample
 from est_cli.subnet.schedule import Rates, Stage, StageSpec
 from est_cli.training.device import Compiler
 from est_cli.training.subnetwork import PackedSubnetwork
-from tests.training.runs import finished
+from tests.training.runs import ARMS, finished
 
 STAGES = [Rates(0.5, 0.5, 0.5), Rates(0.5, 0.5, 1.0), Rates()]
+SCALED = ARMS["layer_drop"]
+"""The scales of its layers differ from step to step."""
 
 
 def packed(rates: Rates, dtype: torch.dtype = torch.float32) -> PackedSubnetwork:
     master = initialise(Transformer(LLAMA), 0)
     return PackedSubnetwork(master, subnetwork(LLAMA, train_config().sampling, rates), dtype)
+
+
+def counted(subnet: PackedSubnetwork) -> tuple[CompileCounter, PackedSubnetwork]:
+    """Its blocks are compiled by a counter of graphs."""
+    torch._dynamo.reset()
+    counter = CompileCounter()
+    for block in subnet.module.blocks:
+        block.compile(dynamic=False, backend=counter)
+    return counter, subnet
 
 
 def step(subnet: PackedSubnetwork, rates: Rates, number: int) -> dict[str, torch.Tensor]:
@@ -32,12 +43,22 @@ def step(subnet: PackedSubnetwork, rates: Rates, number: int) -> dict[str, torch
 
 @pytest.mark.parametrize("rates", STAGES)
 def test_twenty_plans_share_one_graph(rates):
-    torch._dynamo.reset()
-    counter, subnet = CompileCounter(), packed(rates)
-    for block in subnet.module.blocks:
-        block.compile(dynamic=False, backend=counter)
+    counter, subnet = counted(packed(rates))
     for number in range(20):
         step(subnet, rates, number)
+    assert counter.frame_count == 1
+
+
+def test_plans_with_other_scales_of_their_layers_share_it_too():
+    """The scales are data of the graph."""
+    stage = SCALED.config().stages[0]
+    shape = stage_subnetwork(SCALED.model, SCALED.sampling, stage)
+    counter, subnet = counted(PackedSubnetwork(random_master(SCALED.model, torch.float32), shape, torch.float32))
+    plans = [sample(0, step, stage, SCALED.model, SCALED.sampling) for step in range(5)]
+    for plan in plans:
+        subnet.load(plan)
+        subnet.loss(*random_batch(SCALED.model)).backward()
+    assert len({str(plan.scales) for plan in plans}) > 1
     assert counter.frame_count == 1
 
 

@@ -1,6 +1,6 @@
 """Packed and masked subnetworks are EST as the reference spells it out: loss, gradients, and trained weights."""
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cache
 from itertools import product
 
@@ -13,18 +13,9 @@ from tiny import GPT2, random_batch, random_master, snapshot
 from torch import Tensor
 
 from est_cli.config import ModelConfig, SamplingConfig
-from est_cli.subnet.plan import (
-    Plan,
-    Subnetwork,
-    grown_model,
-    growth_into,
-    model_after,
-    stage_subnetwork,
-    subnetwork,
-    whole_plan,
-)
+from est_cli.subnet.plan import Plan, grown_model, growth_into, model_after, stage_subnetwork, whole_plan
 from est_cli.subnet.sampler import sample
-from est_cli.subnet.schedule import Rates, StageSpec, build_stages, stage_at
+from est_cli.subnet.schedule import Rates, StageSpec, stage_at
 from est_cli.training.optimizer import SampledAdamW, learning_rate
 from est_cli.training.subnetwork import MaskedSubnetwork, PackedSubnetwork
 from tests.training.runs import ARMS, OPTIMIZER, STEPS, Arm
@@ -39,20 +30,12 @@ HEADS = {"mha": (4, 4), "group": (6, 3), "query": (6, 2)}
 ARCHITECTURES = list(product(HEADS, ("gelu", "swiglu"), (True, False)))
 
 
-@dataclass(frozen=True)
-class Case:
-    model: ModelConfig
-    sampling: SamplingConfig
-    rates: Rates
+def sampled_arm(attention: str, mlp: str, tied: bool, combination: str, resample_every: int = 1) -> Arm:
+    """Nine steps of sampling, three of heads and MLP alone, three of the full model.
 
-    @property
-    def shape(self) -> Subnetwork:
-        return subnetwork(self.model, self.sampling, self.rates)
-
-
-def make_case(attention: str, mlp: str, tied: bool, combination: str) -> Case:
-    """The other settings follow from these, each in both its values: GPT-2, Llama, and mixtures of them."""
-    n_heads, n_kv_heads = HEADS[attention]
+    The other settings follow from these, each in both its values: GPT-2, Llama, and mixtures of them.
+    """
+    (n_heads, n_kv_heads), rates = HEADS[attention], COMBINATIONS[combination]
     model = replace(
         GPT2,
         n_heads=n_heads,
@@ -72,13 +55,15 @@ def make_case(attention: str, mlp: str, tied: bool, combination: str) -> Case:
         mlp_block=2 if tied else 1,
         gqa="query" if attention == "query" else "group",
         rescale_layers=tied == (mlp == "swiglu"),
+        resample_every=resample_every,
     )
-    return Case(model, sampling, COMBINATIONS[combination])
+    stages = (StageSpec(9, **vars(rates)), StageSpec(12, rates.heads, rates.mlp), StageSpec())
+    return Arm(stages, sampling=sampling, model=model)
 
 
-def scattered_plan(case: Case) -> Plan:
+def scattered_plan(case: Arm) -> Plan:
     """A plan that is no prefix in any sampled dimension: wrong rows could not pass for right ones."""
-    (stage,) = build_stages([StageSpec(None, **vars(case.rates))], 100)
+    stage = replace(case.config().stages[0], end=100)
     for step in range(stage.end):
         plan = sample(0, step, stage, case.model, case.sampling)
         kept = (plan.layers, *plan.heads, *plan.neurons)
@@ -99,10 +84,10 @@ def assert_close(found: dict[str, Tensor], expected: dict[str, Tensor], toleranc
 @pytest.mark.parametrize(("attention", "mlp", "tied"), ARCHITECTURES)
 @pytest.mark.parametrize("execution", EXECUTIONS)
 def test_loss_and_every_gradient_equal_the_reference(execution, attention, mlp, tied, combination):
-    case = make_case(attention, mlp, tied, combination)
+    case = sampled_arm(attention, mlp, tied, combination)
     master, plan = random_master(case.model), scattered_plan(case)
     weights, (inputs, targets) = snapshot(master), random_batch(case.model)
-    subnet = execution(master, case.shape, torch.float64)
+    subnet = execution(master, stage_subnetwork(case.model, case.sampling, case.stages[0]), torch.float64)
     subnet.load(plan)
     loss = subnet.loss(inputs, targets)
     loss.backward()
@@ -120,9 +105,9 @@ def test_loss_and_every_gradient_equal_the_reference(execution, attention, mlp, 
 
 def test_a_masked_run_loses_nothing_by_dropping_unsampled_gradients():
     """What `updates` leaves out is exactly zero in the full model's own gradients."""
-    case = make_case("group", "swiglu", False, "heads+mlp+layers")
+    case = sampled_arm("group", "swiglu", False, "heads+mlp+layers")
     master, plan = random_master(case.model), scattered_plan(case)
-    subnet = MaskedSubnetwork(master, case.shape, torch.float64)
+    subnet = MaskedSubnetwork(master, stage_subnetwork(case.model, case.sampling, case.stages[0]), torch.float64)
     subnet.load(plan)
     subnet.loss(*random_batch(case.model)).backward()
     whole = {name: parameter.grad for name, parameter in master.named_parameters()}
@@ -131,14 +116,10 @@ def test_a_masked_run_loses_nothing_by_dropping_unsampled_gradients():
         assert torch.equal(gradient, touched[name].nan_to_num(nan=0.0)), name
 
 
-def sampled_arm(index: int, combination: str) -> Arm:
-    """Nine steps of sampling, three of heads and MLP alone, three of the full model."""
-    case = make_case(*ARCHITECTURES[(5 * index) % len(ARCHITECTURES)], combination)
-    stages = (StageSpec(9, **vars(case.rates)), StageSpec(12, case.rates.heads, case.rates.mlp), StageSpec())
-    return Arm(stages, sampling=replace(case.sampling, resample_every=1 + index % 2), model=case.model)
-
-
-TRAINED = {**ARMS, **{name: sampled_arm(index, name) for index, name in enumerate(COMBINATIONS)}}
+TRAINED = ARMS | {
+    name: sampled_arm(*ARCHITECTURES[(5 * index) % len(ARCHITECTURES)], name, resample_every=1 + index % 2)
+    for index, name in enumerate(COMBINATIONS)
+}
 
 
 def reference_scales(arm: Arm, joined: ModelConfig, plan: ReferencePlan) -> dict[int, tuple[float, float, float]]:

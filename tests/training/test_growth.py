@@ -12,8 +12,7 @@ from torch import Tensor
 
 from est_cli.config import ModelConfig, SchedulerConfig
 from est_cli.model.transformer import Transformer, layer_of
-from est_cli.subnet.plan import Growth, Subnetwork, grown_model, stage_subnetwork
-from est_cli.subnet.sampler import sample
+from est_cli.subnet.plan import Growth, Subnetwork, grown_model
 from est_cli.subnet.schedule import StageSpec
 from est_cli.training.optimizer import SampledAdamW
 from est_cli.training.subnetwork import PackedSubnetwork
@@ -128,27 +127,3 @@ def test_a_run_that_dies_in_the_middle_of_a_growth_goes_on_to_the_same_bits(tmp_
     assert second.step == 6
     train(second, tmp_path / "parts")
     assert_same_bits(second, finished(config, tmp_path / "whole")[0])
-
-
-def test_a_compiled_run_keeps_one_graph_while_the_scales_of_its_layers_change():
-    """The scales are data of the graph: a plan with other ones compiles nothing new."""
-    arm, graphs = ARMS["layer_drop"], []
-    config = arm.config()
-    master = random_master(arm.model, torch.float32)
-    subnet = PackedSubnetwork(master, stage_subnetwork(arm.model, arm.sampling, config.stages[0]), torch.float32)
-    torch._dynamo.reset()
-
-    def backend(graph, inputs):
-        graphs.append(graph)
-        return graph.forward
-
-    for block in subnet.module.blocks:
-        block.compile(dynamic=False, backend=backend)
-    seen = set()
-    for step in range(5):
-        plan = sample(0, step, config.stages[0], arm.model, arm.sampling)
-        seen.add(str(plan.scales))
-        subnet.load(plan)
-        subnet.loss(*random_batch(arm.model)).backward()
-    assert len(seen) > 1
-    assert len(graphs) == 1
