@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 from est_cli.benchmark.case import PRESETS, THREE_STAGES, Case
-from est_cli.benchmark.kernels import OPERATIONS, all_checks, measure_roofs, timings, works
+from est_cli.benchmark.kernels import OPERATIONS, all_checks, measure_roofs, time_operation
 from est_cli.benchmark.measure import from_own_process, markdown, measure, shown, stage_cells
 from est_cli.benchmark.steps import Stepper
 from est_cli.kernels.dispatch import has_triton, triton_kernels
@@ -100,10 +100,8 @@ def check(operation: str, here: Machine) -> dict[str, Any]:
 
 def operations(operation: str, model: str, here: Machine) -> list[dict[str, Any]]:
     """The versions of one operation, against the roofs."""
-    case = here.case(model)
-    device = torch.device(here.device)
-    found = works(operation, model, case, measure_roofs(device))
-    return [{"work": work.name, **timing} for work in found for timing in timings(work, device, here.rounds)]
+    roofs = measure_roofs(torch.device(here.device))
+    return list(time_operation(operation, model, here.case(model), roofs, here.rounds))
 
 
 def steps(model: str, setup: str, here: Machine) -> dict[str, Any]:

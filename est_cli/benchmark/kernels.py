@@ -35,6 +35,9 @@ _MOVED = ("parameter", "moment", "square")
 _SLEEP_CYCLES = 20_000_000
 """About 10 ms of a GPU: meanwhile the host can queue a whole call."""
 
+Calls = dict[str, Callable[[], object]]
+"""Version → one call of it."""
+
 
 @dataclass(frozen=True)
 class Matrix:
@@ -229,18 +232,6 @@ def all_checks(
             yield replace(check, name=f"{what}: {check.name}")
 
 
-@dataclass(frozen=True)
-class Work:
-    """One operation on one input: the versions that do it, and its cost."""
-
-    name: str
-    versions: dict[str, Callable[[], object]]
-    cost: float
-    """Bytes, or FLOPs for the loss."""
-    roof: float
-    """Bytes or FLOPs a second that the machine reaches."""
-
-
 def measure_roofs(device: torch.device) -> dict[str, float]:
     """Bytes a second of a `copy`, read and written, that no cache holds; FLOPs a second of a large matrix product."""
     is_gpu = device.type == "cuda"
@@ -253,69 +244,73 @@ def measure_roofs(device: torch.device) -> dict[str, float]:
     return roofs
 
 
-def works(operation: str, model: str, case: Case, roofs: dict[str, float]) -> Iterator[Work]:
-    """One of OPERATIONS at the sizes of a case, whose model has a name: every stage, precision and setting."""
-    config, tokens, device = case.model, case.tokens, torch.device(case.device)
-    kernels = {"torch": TORCH} | ({"triton": triton_kernels()} if has_triton(device) else {})
+def time_operation(
+    operation: str, model: str, case: Case, roofs: dict[str, float], rounds: int
+) -> Iterator[dict[str, Any]]:
+    """Medians of one of OPERATIONS at the sizes of a case: every stage, precision, setting and version."""
     if operation == "loss":
-        functions = {"plain": plain_loss} | {name: k.linear_cross_entropy for name, k in kernels.items()}
-        for precision, dtype in DTYPES.items():
-            inputs = head_case(tokens, config.d_model, config.vocab_size, dtype, device)
-            versions = {name: partial(loss_and_gradients, function, *inputs) for name, function in functions.items()}
-            cost = 6 * tokens * config.d_model * config.vocab_size
-            yield Work(f"loss {model} {tokens} tokens {precision}", versions, cost, roofs[precision])
-        return
-    for number, stage in enumerate(THREE_STAGES, 1):
-        matrices = model_matrices(config, stage.rates)
-        for setting in DTYPES if operation == "pack" else ("zero_grad", "freeze"):
-            make = _pack if operation == "pack" else _adamw
-            work = make(
-                f"{operation} {model} stage {number} {setting}", matrices, setting, kernels, roofs["copy"], device
-            )
-            if work.cost:
-                yield work
+        works = [
+            (f"{case.tokens} tokens {precision}", precision, partial(_loss, case, precision)) for precision in DTYPES
+        ]
+    else:
+        make, settings = (_pack, DTYPES) if operation == "pack" else (_adamw, ("zero_grad", "freeze"))
+        works = [
+            (f"stage {number} {setting}", "copy", partial(make, model_matrices(case.model, stage.rates), setting))
+            for number, stage in enumerate(THREE_STAGES, 1)
+            for setting in settings
+        ]
+    device = torch.device(case.device)
+    kernels = {"torch": TORCH} | ({"triton": triton_kernels()} if has_triton(device) else {})
+    unit, scale = ("TFLOP/s", 1e12) if operation == "loss" else ("GB/s", 1e9)
+    for setting, roof, make in works:
+        versions, cost = make(kernels, device)
+        if not cost:
+            continue
+        times = interleaved({name: partial(timed, call, device) for name, call in versions.items()}, rounds, 2)
+        for name, pairs in times.items():
+            seconds, host = (statistics.median(column) for column in zip(*pairs, strict=True))
+            yield {
+                "work": f"{operation} {model} {setting}",
+                "version": name,
+                "ms": seconds * 1e3,
+                "host_ms": host * 1e3,
+                "rate": f"{cost / seconds / scale:.4g} {unit}",
+                "of_roof": cost / seconds / roofs[roof],
+                "over_torch": statistics.median(a[0] / b[0] for a, b in zip(pairs, times["torch"], strict=True)),
+            }
+
+
+def _loss(case: Case, precision: str, kernels: dict[str, Kernels], device: torch.device) -> tuple[Calls, float]:
+    inputs = head_case(case.tokens, case.model.d_model, case.model.vocab_size, DTYPES[precision], device)
+    functions = {"plain": plain_loss} | {name: version.linear_cross_entropy for name, version in kernels.items()}
+    calls = {name: partial(loss_and_gradients, function, *inputs) for name, function in functions.items()}
+    return calls, 6 * case.tokens * case.model.d_model * case.model.vocab_size
 
 
 def _pack(
-    name: str, matrices: list[Matrix], precision: str, kernels: dict[str, Kernels], roof: float, device: torch.device
-) -> Work:
+    matrices: list[Matrix], precision: str, kernels: dict[str, Kernels], device: torch.device
+) -> tuple[Calls, float]:
     case = pack_case(matrices, DTYPES[precision], device)
-    functions = {"plain": plain_pack} | {version: k.gather_rows for version, k in kernels.items()}
+    functions = {"plain": plain_pack} | {name: version.gather_rows for name, version in kernels.items()}
     cost = sum(slot.numel() * (4 + slot.element_size()) for slot in case.slots)
-    return Work(name, {version: partial(function, *case) for version, function in functions.items()}, cost, roof)
+    return {name: partial(function, *case) for name, function in functions.items()}, cost
 
 
 def _adamw(
-    name: str, matrices: list[Matrix], unsampled: str, kernels: dict[str, Kernels], roof: float, device: torch.device
-) -> Work:
+    matrices: list[Matrix], unsampled: str, kernels: dict[str, Kernels], device: torch.device
+) -> tuple[Calls, float]:
     """Bytes: parameter and moments in and out, and the gradient in."""
     freeze, clip = unsampled == "freeze", torch.tensor(0.5, device=device)
     moves = adamw_case(matrices, freeze, device)
-    versions = {version: partial(k.adamw_step, moves, clip) for version, k in kernels.items()}
+    calls: Calls = {name: partial(version.adamw_step, moves, clip) for name, version in kernels.items()}
     if not freeze and all(m.sampled is None for m in matrices):
         # torch.optim.AdamW in its fastest form, on every element: no clipping, no sampled rows.
         parameters = [torch.zeros(m.rows, m.columns, device=device, requires_grad=True) for m in matrices]
         for parameter in parameters:
             parameter.grad = torch.randn_like(parameter)
-        versions = {"fused": torch.optim.AdamW(parameters, fused=True).step} | versions
+        calls = {"fused": torch.optim.AdamW(parameters, fused=True).step} | calls
     moved = sum(m.trained if freeze else m.rows * m.columns for m in matrices)
-    return Work(name, versions, 24 * moved + 4 * sum(m.trained for m in matrices), roof)
-
-
-def timings(work: Work, device: torch.device, rounds: int) -> Iterator[dict[str, Any]]:
-    """The versions, timed in turns: medians."""
-    times = interleaved({name: partial(timed, call, device) for name, call in work.versions.items()}, rounds, 2)
-    unit, scale = ("TFLOP/s", 1e12) if work.name.startswith("loss") else ("GB/s", 1e9)
-    for name, pairs in times.items():
-        seconds, host = (statistics.median(column) for column in zip(*pairs, strict=True))
-        yield {
-            "version": name,
-            "ms": seconds * 1e3,
-            "host_ms": host * 1e3,
-            "rate": f"{work.cost / seconds / scale:.4g} {unit}",
-            "of_roof": work.cost / seconds / work.roof,
-            "over_torch": statistics.median(a[0] / b[0] for a, b in zip(pairs, times["torch"], strict=True)),
-        }
+    return calls, 24 * moved + 4 * sum(m.trained for m in matrices)
 
 
 def timed(call: Callable[[], object], device: torch.device) -> tuple[float, float]:

@@ -1,6 +1,6 @@
 """What the paper argues from, measured on a run: its stage transitions, the spread over subnetworks, the sharpness."""
 
-from collections import defaultdict, deque
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from itertools import pairwise
@@ -42,10 +42,11 @@ def analyze(run: OpenRun, val: np.ndarray, rates: Sequence[Rates], measures: Mea
         entry = {"step": updates - 1, "stage": stage_at(config.stages, updates - 1).number}
         entry |= {"full_loss": mean_loss(model, windows, batch_size), "subnetworks": spreads}
         checkpoints.insert(0, entry)
+    records = iterate_metrics(run.folder / METRICS_NAME)
     return {
         "step": run.checkpoint.step - 1,
         "tokens": windows[:, 1:].size,
-        "transitions": _transitions(run, checkpoints, measures.window),
+        "transitions": transitions(config.stages, records, checkpoints, measures.window),
         "checkpoints": checkpoints,
         "sharpness": sharpness,
         "perturbation": perturbation,
@@ -70,44 +71,34 @@ def _sharpness(run: OpenRun, val: np.ndarray, measures: Measures) -> dict[str, A
     return {**found, "tokens": windows[:, 1:].size}
 
 
-def _transitions(run: OpenRun, checkpoints: list[dict[str, Any]], window: int) -> list[dict[str, Any]]:
-    """For each one, what the run logged around it, and what its checkpoint shows if there is one."""
-    stages = run.config.stages
-    at = {entry["step"] + 1: entry for entry in checkpoints}
-    logged = transitions(stages, iterate_metrics(run.folder / METRICS_NAME), window)
-    return [
-        {
-            "step": old.end,
-            "from_stage": old.number,
-            "to_stage": new.number,
-            **found,
-            "at_checkpoint": _larger(at[old.end], old, new) if old.end in at else None,
-        }
-        for (old, new), found in zip(pairwise(stages), logged, strict=True)
-    ]
-
-
-def transitions(stages: Sequence[Stage], records: Iterable[Mapping[str, Any]], window: int) -> list[dict[str, Any]]:
+def transitions(
+    stages: Sequence[Stage], records: Iterable[Mapping[str, Any]], checkpoints: Sequence[dict[str, Any]], window: int
+) -> list[dict[str, Any]]:
     """The losses around the end of every stage but the last, from `records`, the lines of metrics.jsonl.
 
     `train_loss`: means over up to `window` logged steps of each stage's own subnetworks, `before` and `after` the
     transition, and the `standard_error` of their difference from the scatter of the steps. None if one side is empty.
     `val_loss`: the full model's, the last before the new stage and the first within it, each with its number of
     `updates`. None if one is missing.
+    `at_checkpoint`: the losses that one of `checkpoints` has there. None if there is none.
     """
-    first: dict[int, list[float]] = defaultdict(list)
-    last: dict[int, deque[float]] = defaultdict(lambda: deque(maxlen=window))
+    losses: dict[int, list[float]] = defaultdict(list)
     val: list[dict[str, Any]] = []
     for record in records:
-        stage, loss = record["stage"], record["train/loss"]
-        if loss is not None:
-            last[stage].append(loss)
-            if len(first[stage]) < window:
-                first[stage].append(loss)
+        if record["train/loss"] is not None:
+            losses[record["stage"]].append(record["train/loss"])
         if record["val/loss"] is not None:
             val.append({"updates": record["step"] + 1, "loss": record["val/loss"]})
+    at = {entry["step"] + 1: entry for entry in checkpoints}
     return [
-        {"train_loss": _change(last[old.number], first[new.number]), "val_loss": _around(val, old.end)}
+        {
+            "step": old.end,
+            "from_stage": old.number,
+            "to_stage": new.number,
+            "train_loss": _change(losses[old.number][-window:], losses[new.number][:window]),
+            "val_loss": _around(val, old.end),
+            "at_checkpoint": _larger(at[old.end], old, new) if old.end in at else None,
+        }
         for old, new in pairwise(stages)
     ]
 
@@ -121,9 +112,9 @@ def _change(before: Sequence[float], after: Sequence[float]) -> dict[str, float]
 
 
 def _around(val: list[dict[str, Any]], end: int) -> list[dict[str, Any]] | None:
-    before = [entry for entry in val if entry["updates"] <= end]
-    after = [entry for entry in val if entry["updates"] > end]
-    return [before[-1], after[0]] if before and after else None
+    before = [entry for entry in val if entry["updates"] <= end][-1:]
+    after = [entry for entry in val if entry["updates"] > end][:1]
+    return before + after if before and after else None
 
 
 def _larger(entry: dict[str, Any], old: Stage, new: Stage) -> dict[str, float]:

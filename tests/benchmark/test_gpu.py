@@ -34,7 +34,7 @@ def test_every_kind_of_row_is_measured_on_a_cpu_and_what_needs_a_gpu_is_said_to_
     monkeypatch.setattr(gpu, "measure_roofs", lambda *_: {"copy": 1e10, "fp32": 1e11, "bf16": 2e11})
     monkeypatch.setattr("est_cli.benchmark.measure.peak_in_own_process", lambda case, index: 1 << 20)
     monkeypatch.setattr(gpu, "find_spec", lambda name: None)  # no transformers
-    others = ("compiled", "operation pack tinyllama", "operation adamw gpt2", "operation loss tinyllama")
+    others = ("compiled", "operation pack tinyllama", "operation adamw gpt2", "operation loss tinyllama", "trace")
     asked = [row for name, row in ROWS.items() if not any(part in name for part in others)]
     said = []
     in_this_process = lambda row, here, seconds: {"result": json.loads(json.dumps(row.measure(here)))}  # noqa: E731
@@ -42,7 +42,6 @@ def test_every_kind_of_row_is_measured_on_a_cpu_and_what_needs_a_gpu_is_said_to_
     records = {record["row"]: record for record in read_rows(here.folder / "rows.jsonl")}
     skipped = {name for name, record in records.items() if "skipped" in record}
     assert skipped == {name for name in records if "triton" in name or name.startswith("check")}
-    assert len(list(here.folder.glob("trace-gpt2/*.json"))) == 3
     text = (here.folder / "results.md").read_text()
     for part in ("tiny sizes", "| gpt2 eager | 3 |", "| tinyllama eager | 1 |", "adamw tinyllama stage 2 freeze",
                  "10 GB/s", "- steps gpt2 triton: skipped, needs a GPU with triton"):  # fmt: skip
@@ -53,6 +52,7 @@ def test_every_kind_of_row_is_measured_on_a_cpu_and_what_needs_a_gpu_is_said_to_
 def test_a_row_has_a_process_of_its_own_whose_failure_is_its_result(here, monkeypatch):
     row = ROWS["trace gpt2"]
     assert len(gpu.in_own_process(row, here, 100)["result"]) == 3
+    assert len(list(here.folder.glob("trace-gpt2/*.json"))) == 3
     assert "took more than" in gpu.in_own_process(row, here, 0.01)["error"]
     monkeypatch.setattr(gpu.sys, "executable", "false")
     assert gpu.in_own_process(row, here, 100) == {"error": "exit code 1"}

@@ -152,7 +152,7 @@ RECORDS = [record(step, 100.0 - step, val=50.0 - step if step % 4 == 3 else None
     ],
 )
 def test_a_transitions_sides_are_steps_of_its_stages(records, window, transition, expected):
-    found = transitions(STAGES, records, window)[transition]["train_loss"]
+    found = transitions(STAGES, records, [], window)[transition]["train_loss"]
     assert found is None if expected is None else tuple(found.values()) == pytest.approx(expected)
 
 
@@ -170,9 +170,9 @@ def test_a_transitions_sides_are_steps_of_its_stages(records, window, transition
     ],
 )
 def test_the_full_models_loss_is_the_last_before_and_the_first_within(records, expected):
-    found = [transition["val_loss"] for transition in transitions(STAGES, records, 3)]
+    found = [transition["val_loss"] for transition in transitions(STAGES, records, [], 3)]
     assert [own and [(entry["updates"], entry["loss"]) for entry in own] for own in found] == expected
 
 
 def test_one_stage_has_no_transition():
-    assert transitions(STAGES[:1], RECORDS, 3) == []
+    assert transitions(STAGES[:1], RECORDS, [], 3) == []
