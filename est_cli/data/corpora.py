@@ -21,18 +21,7 @@ import numpy as np
 import platformdirs
 
 from est_cli.config import DataConfig
-from est_cli.data import Say
-from est_cli.data.files import (
-    Skipped,
-    hash_files,
-    is_readable,
-    matching,
-    missing,
-    path_entries,
-    show_paths,
-    tell_skipped,
-    walk,
-)
+from est_cli.data import Say, disk
 from est_cli.errors import UserError
 
 # Tests repeat themselves, tables are not prose, and the rest does not belong to the standard library.
@@ -107,7 +96,7 @@ class FileCorpus(Corpus):
         self.files = files
         self.source = source
         self.sizes = np.array([file.stat().st_size for file in files], dtype=np.int64)
-        digests = hash_files(files) if digests is None else digests
+        digests = disk.hash_files(files) if digests is None else digests
         self.fingerprint = hashlib.sha256(b"".join(digests)).hexdigest()
         self.keys = _keys(digests)
 
@@ -137,7 +126,8 @@ class PackageCorpus(FileCorpus):
     """
 
     def __init__(self, say: Say):
-        found = find_package_files()
+        roots = site_packages()
+        found = find_package_files(roots)
         left_out: Counter[str] = Counter()
         first: dict[bytes, str] = {}
         with ThreadPoolExecutor() as pool:
@@ -147,7 +137,10 @@ class PackageCorpus(FileCorpus):
                 elif first.setdefault(digest, place) != place:
                     left_out["exact copies"] += 1
         if not first:
-            raise UserError("data=packages: the installed packages hold no text; use data=stdlib")
+            raise UserError(
+                f"data=packages: there is no Python source in {', '.join(map(str, roots))}; install packages there, "
+                "or use data=stdlib"
+            )
         places = [first[digest] for digest in sorted(first)]
         self.packages = np.array([place.split("/")[0].removesuffix(".py") for place in places])
         n_packages = len(np.unique(self.packages))
@@ -223,19 +216,13 @@ def site_packages() -> list[Path]:
     return [Path(path) for path in dict.fromkeys(map(os.path.realpath, paths))]
 
 
-def find_package_files() -> dict[str, Path]:
-    """The Python source of installed packages, keyed by relative path (`numpy/ma/core.py`), sorted."""
-    roots = site_packages()
+def find_package_files(roots: Iterable[Path]) -> dict[str, Path]:
+    """The Python source of packages in `roots`, keyed by relative path (`numpy/ma/core.py`), sorted."""
     files: dict[str, Path] = {}
     for root in roots:
         for place in _python_files(root, lambda name: name.isidentifier() and not _FOLDERS_LEFT_OUT.fullmatch(name)):
             if not _PACKAGES_LEFT_OUT.fullmatch(place.parts[0].removesuffix(".py")):
                 files.setdefault(place.as_posix(), root / place)
-    if not files:
-        raise UserError(
-            f"data=packages: there is no Python source in {', '.join(map(str, roots))}; install packages there, "
-            "or use data=stdlib"
-        )
     return dict(sorted(files.items()))
 
 
@@ -268,24 +255,24 @@ def find_text_files(paths: str | tuple[str, ...] | None, say: Say) -> list[Path]
     In folders and globs, skips hidden files, dead links and binary files, and says so. A file that is named itself
     is always read.
     """
-    skipped: Skipped = defaultdict(list)
+    skipped: disk.Skipped = defaultdict(list)
     files: dict[str, Path] = {}
-    for entry in path_entries(paths):
+    for entry in disk.path_entries(paths):
         path = os.path.expanduser(entry)
         found = [Path(path)]
         if not os.path.isfile(path):
-            several = walk(path) if os.path.isdir(path) else matching(path)
+            several = disk.walk(path) if os.path.isdir(path) else disk.matching(path)
             if not several:
-                raise missing(entry)
-            found = [file for file in several if is_readable(file, _looks_like_text, "binary", skipped)]
+                raise disk.no_such_path(entry)
+            found = [file for file in several if disk.is_readable(file, _looks_like_text, "binary", skipped)]
         for file in found:
             files.setdefault(os.path.realpath(file), file)
     filled = [file for file in files.values() if file.stat().st_size]
     if empty := [file for file in files.values() if not file.stat().st_size]:
         skipped["empty"] = empty
-    tell_skipped(skipped, say)
+    disk.tell_skipped(skipped, say)
     if not filled:
-        raise UserError(f"data.path={show_paths(paths)}: holds no text")
+        raise UserError(f"data.path={disk.show_paths(paths)}: holds no text")
     return filled
 
 

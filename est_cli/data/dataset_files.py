@@ -30,19 +30,7 @@ import yaml
 import zstandard
 
 from est_cli.config import DataConfig
-from est_cli.data import Say, reason
-from est_cli.data.files import (
-    FORMATS,
-    Skipped,
-    count_files,
-    is_readable,
-    matching,
-    missing,
-    path_entries,
-    show_file,
-    tell_skipped,
-    walk,
-)
+from est_cli.data import Say, disk, reason
 from est_cli.errors import UserError, nearest
 
 _READERS = {
@@ -79,18 +67,18 @@ def find_dataset_files(data: DataConfig, say: Say) -> list[DatasetFile]:
 
     Raises UserError if a path is missing or holds nothing that can be read.
     """
-    entries = path_entries(data.path)
+    entries = disk.path_entries(data.path)
     files: dict[str, DatasetFile] = {}
-    skipped: Skipped = defaultdict(list)
+    skipped: disk.Skipped = defaultdict(list)
     for entry in entries:
         found = _expand(entry, data.name, skipped)
         if not found and (len(entries) > 1 or _must_be_local(entry)):
-            raise missing(entry)
+            raise disk.no_such_path(entry)
         for file in found:
             if os.path.realpath(file.path) in files:
                 skipped["named twice"].append(file.path)
             files.setdefault(os.path.realpath(file.path), file)
-    tell_skipped(skipped, say)
+    disk.tell_skipped(skipped, say)
     return list(files.values())
 
 
@@ -103,7 +91,7 @@ def files_of_split(files: list[DatasetFile], key: str, name: str) -> list[Datase
         if chosen := [file for file in files if file.split == alias]:
             return chosen
     splits = {file.split: file for file in reversed(files)}
-    there = ", ".join(f"'{split}' ({show_file(file.path)})" for split, file in sorted(splits.items()))
+    there = ", ".join(f"'{split}' ({disk.show_file(file.path)})" for split, file in sorted(splits.items()))
     raise UserError(
         f"{key}: must be a split of the files, which is one of {there}{nearest(alias, splits)}. Files in a folder "
         "belong to the split that they are named for; files that data.path names are of 'train'"
@@ -116,35 +104,35 @@ def describe_files(files: list[DatasetFile], chosen: list[DatasetFile]) -> str:
     others = Counter(file.split for file in files if file not in chosen)
     what = ", ".join(f"{count} {reader}" for reader, count in sorted(readers.items()))
     left_out = ", ".join(f"{count} of split {split}" for split, count in sorted(others.items()))
-    return f"data: reads {count_files(chosen)} ({what}) in the order of their names" + (
+    return f"data: reads {disk.count_files(chosen)} ({what}) in the order of their names" + (
         f"; left out: {left_out}" if left_out else ""
     )
 
 
-def _expand(entry: str, name: str | None, skipped: Skipped) -> list[DatasetFile]:
+def _expand(entry: str, name: str | None, skipped: disk.Skipped) -> list[DatasetFile]:
     path = os.path.expanduser(entry)
     if os.path.isdir(path):
         files = _saved(Path(path)) or _readable(_in_folder(Path(path), name), skipped)
         if not files:
-            raise UserError(f"data.path={entry}: the folder holds no {FORMATS} files")
+            raise UserError(f"data.path={entry}: the folder holds no {disk.FORMATS} files")
         return files
     is_file = os.path.isfile(path)
-    matches = [Path(path)] if is_file else matching(path)
+    matches = [Path(path)] if is_file else disk.matching(path)
     if name is not None and matches:
         raise UserError(f"data.name={name}: must be null for files; it names a part of a dataset on the hub")
     if is_file and reader_of(matches[0]) is None:
-        raise UserError(f"data.path={entry}: must be {FORMATS} files (also {', '.join(sorted(_OPENERS))})")
+        raise UserError(f"data.path={entry}: must be {disk.FORMATS} files (also {', '.join(sorted(_OPENERS))})")
     files = _readable(((file, "train") for file in matches), skipped)
     if matches and not files:
-        raise UserError(f"data.path={entry}: matches no {FORMATS} files")
+        raise UserError(f"data.path={entry}: matches no {disk.FORMATS} files")
     return files
 
 
-def _readable(files: Iterable[tuple[Path, str]], skipped: Skipped) -> list[DatasetFile]:
+def _readable(files: Iterable[tuple[Path, str]], skipped: disk.Skipped) -> list[DatasetFile]:
     return [
         DatasetFile(file, reader_of(file), split)
         for file, split in files
-        if is_readable(file, reader_of, "of other formats", skipped)
+        if disk.is_readable(file, reader_of, "of other formats", skipped)
     ]
 
 
@@ -179,14 +167,14 @@ def _in_folder(root: Path, name: str | None) -> Iterable[tuple[Path, str]]:
         raise UserError(f"data.name={name}: must be one of {', '.join(configs)}{nearest(name, configs)}")
     declared = configs[name].get("data_files") if configs else None
     if declared is None:
-        return ((file, split_of(file.relative_to(root))) for file in walk(str(root)))
+        return ((file, split_of(file.relative_to(root))) for file in disk.walk(str(root)))
     if not isinstance(declared, list) or not all(isinstance(part, dict) for part in declared):
         declared = [{"split": "train", "path": declared}]
     return (
         (file, str(part["split"]))
         for part in declared
         for pattern in ([part["path"]] if isinstance(part["path"], str) else part["path"])
-        for file in matching(os.path.join(glob.escape(str(root)), pattern))
+        for file in disk.matching(os.path.join(glob.escape(str(root)), pattern))
     )
 
 

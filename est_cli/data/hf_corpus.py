@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from est_cli.config import DataConfig
-from est_cli.data import Say, hub, reason
+from est_cli.data import Say, disk, hub, reason
 from est_cli.data.corpora import Corpus, cache_folder, grouped
 from est_cli.data.dataset_files import (
     Broken,
@@ -32,7 +32,6 @@ from est_cli.data.dataset_files import (
     read_rows,
     text_bytes,
 )
-from est_cli.data.files import hash_files, path_entries, replacing
 from est_cli.errors import RunFailed, UserError
 
 _BATCH_BYTES = 16 << 20
@@ -112,7 +111,7 @@ def _split_keys(data: DataConfig) -> list[str]:
 
 def _describe_origin(data: DataConfig, local: bool) -> dict:
     """What the manifest says about a dataset."""
-    revision = None if local else hub.dataset_commit(path_entries(data.path)[0], data.revision)
+    revision = None if local else hub.dataset_commit(disk.path_entries(data.path)[0], data.revision)
     facts = {key: getattr(data, key) for key in ("path", "name", "split", "val_split")}
     return {"kind": "hf", **facts, "revision": revision, "column": data.column}
 
@@ -129,7 +128,7 @@ class LocalRows:
         self._parts = [_parts(data, files, key) for key in _split_keys(data)]
         chosen = dict.fromkeys(file for own in self._parts for part, _, _ in own for file in part)
         say(describe_files(files, list(chosen)))
-        self._digests = dict(zip(chosen, hash_files([file.path for file in chosen]), strict=True))
+        self._digests = dict(zip(chosen, disk.hash_files([file.path for file in chosen]), strict=True))
         self.fingerprint = _digest(
             [[[self._key_of(part), low, high] for part, low, high in own] for own in self._parts]
         )
@@ -173,7 +172,7 @@ class LocalRows:
         broken = Broken(self._data.on_broken)
         n_rows = n_empty = 0
         schema = pa.schema([("text", pa.large_binary())])
-        with replacing(cached) as partial, pa.ipc.new_file(str(partial), schema) as out:
+        with disk.replacing(cached) as partial, pa.ipc.new_file(str(partial), schema) as out:
             rows = (text for file in files for _, text in read_rows(file, self._data.column, broken))
             for texts in grouped(rows, lambda text: len(text or b"") + 16, _BATCH_BYTES):
                 n_rows += len(texts)

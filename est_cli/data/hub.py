@@ -8,9 +8,8 @@ from pathlib import Path
 import huggingface_hub
 
 from est_cli.config import DataConfig
-from est_cli.data import reason
+from est_cli.data import disk, reason
 from est_cli.data.corpora import cache_folder
-from est_cli.data.files import FORMATS, path_entries, show_paths
 from est_cli.errors import UserError
 
 _TIMEOUT_S = 4
@@ -74,10 +73,10 @@ def load_split(data: DataConfig, split: str, streaming: bool = False):
 
     # The library would log what it raises; we report it once.
     datasets.logging.set_verbosity(logging.CRITICAL)
-    name = path_entries(data.path)[0]
+    name = disk.path_entries(data.path)[0]
     if name in datasets.packaged_modules._PACKAGED_DATASETS_MODULES:
         # load_dataset("json") would read any JSON in the current folder.
-        raise UserError(f"data.path={name}: must be a dataset's name on the hub, or local {FORMATS} files")
+        raise UserError(f"data.path={name}: must be a dataset's name on the hub, or local {disk.FORMATS} files")
     cache = None if data.cache_dir is None else str(cache_folder(data) / "huggingface")
     # The library itself would retry for half a minute if the hub cannot be reached.
     before = datasets.config.HF_HUB_OFFLINE
@@ -94,7 +93,7 @@ def load_split(data: DataConfig, split: str, streaming: bool = False):
 
 def _explain(error: Exception, data: DataConfig, split: str) -> UserError:
     said = reason(error.__cause__ or error)
-    path = show_paths(data.path)
+    path = disk.show_paths(data.path)
     if "split" in said and split in said:
         key = "data.split" if split == data.split else "data.val_split"
         return UserError(f"{key}={split}: {said}")
@@ -103,6 +102,6 @@ def _explain(error: Exception, data: DataConfig, split: str) -> UserError:
     why = f"gives no such dataset ({said})" if answers() else "could not be reached"
     return UserError(
         f"data.path={path}: there is no such file or folder, and the Hugging Face hub {why}. "
-        f"{how_to_place(path, '--repo-type dataset', 'data.path')}. It must hold {FORMATS} files with a column "
+        f"{how_to_place(path, '--repo-type dataset', 'data.path')}. It must hold {disk.FORMATS} files with a column "
         f"'{data.column}'"
     )

@@ -12,11 +12,10 @@ import os
 import shutil
 import signal
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
-from functools import reduce
 from pathlib import Path
 
 import numpy as np
@@ -24,9 +23,8 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from est_cli.config import DataConfig
-from est_cli.data import Say
+from est_cli.data import Say, disk
 from est_cli.data.corpora import Corpus, Source, grouped
-from est_cli.data.files import replacing
 from est_cli.data.splits import Split, sample_sources, split_sources
 from est_cli.data.tokenizers import (
     SentencePieceTokenizer,
@@ -62,6 +60,10 @@ class Counts:
         return Counts(*(a + b for a, b in zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True)))
 
 
+def _total(counts: Iterable[Counts]) -> Counts:
+    return sum(counts, start=Counts())
+
+
 def token_dtype(vocab_size: int) -> np.dtype:
     """The smallest of uint16 and uint32 (little-endian) that holds every id."""
     return np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
@@ -87,14 +89,14 @@ def write_store(
     dtype = token_dtype(tokenizer.vocab_size)
     shards = {name: _shards(work, name, own) for name, own in splits.items()}
     speed = _tokenize(shards, tokenizer, work / "tokenizer", sources, data, say, show_progress)
-    streams = {
-        name: [TokenStream.of(part, source.weight, dtype) for part, source in zip(own, sources, strict=True)]
-        for name, own in shards.items()
-    }
-    for name, own in streams.items():
-        interleave(own, tokenizer.eot, dtype, folder / f"{name}.bin")
-    counts = {name: reduce(Counts.__add__, (stream.mixed_counts() for stream in own)) for name, own in streams.items()}
-    if replaced := sum(count.replaced for count in counts.values()):
+    streams: dict[str, list[TokenStream]] = {name: [] for name in SPLITS}
+    for name, own in shards.items():
+        for part, source in zip(own, sources, strict=True):
+            counts = _total(shard.find(dtype.itemsize) for shard in part)
+            streams[name].append(TokenStream([shard.file for shard in part], counts, source.weight))
+        interleave(streams[name], tokenizer.eot, dtype, folder / f"{name}.bin")
+    totals = {name: _total(stream.mixed_counts() for stream in own) for name, own in streams.items()}
+    if replaced := sum(total.replaced for total in totals.values()):
         say(f"data: replaced {replaced} invalid UTF-8 sequences by U+FFFD")
     mixture = _describe_mixture(sources, streams) if len(sources) > 1 else []
     for source in mixture:
@@ -107,7 +109,7 @@ def write_store(
         "source": {"kind": data.kind, "sources": origins} if mixture else origins[0],
         "val_fraction": data.val_fraction,
         **tokenizer_facts(tokenizer),
-        "splits": {name: dataclasses.asdict(count) for name, count in counts.items()},
+        "splits": {name: dataclasses.asdict(total) for name, total in totals.items()},
         "mixture": mixture,
         "packages": _package_bytes(splits) if sources[0].corpus.packages is not None else {},
         "tokenizing": speed,
@@ -179,7 +181,7 @@ class Shard:
         Raises OSError if the file cannot be written.
         """
         counts, dtype = Counts(), token_dtype(tokenizer.vocab_size)
-        with replacing(self.file) as partial, partial.open("wb") as out:
+        with disk.replacing(self.file) as partial, partial.open("wb") as out:
             for batch in grouped(self.split.pieces(), lambda piece: piece.n_bytes, _BATCH_BYTES):
                 ids = tokenizer.encode_batch(
                     [piece.text for piece in batch], [piece.continued for piece in batch], threads
@@ -192,7 +194,7 @@ class Shard:
                 n_bytes, replaced = (sum(getattr(piece, key) for piece in batch) for key in ("n_bytes", "replaced"))
                 counts += Counts(sum(piece.last for piece in batch), n_bytes, len(tokens), replaced)
                 advance(n_bytes)
-        with replacing(self._record) as partial:
+        with disk.replacing(self._record) as partial:
             partial.write_text(json.dumps(dataclasses.asdict(counts)), "utf-8")
 
     @property
@@ -341,11 +343,6 @@ class TokenStream:
     """Tokens that went into the mixture."""
     documents: int = 0
     """Documents that went into the mixture."""
-
-    @classmethod
-    def of(cls, shards: Sequence[Shard], weight: float, dtype: np.dtype) -> "TokenStream":
-        counts = reduce(Counts.__add__, (shard.find(dtype.itemsize) for shard in shards))
-        return cls([shard.file for shard in shards], counts, weight)
 
     @property
     def tokens_per_weight(self) -> float:

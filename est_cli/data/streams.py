@@ -23,10 +23,9 @@ import filelock
 import numpy as np
 
 from est_cli.config import DataConfig
-from est_cli.data import Say
+from est_cli.data import Say, disk
 from est_cli.data.batches import permute
-from est_cli.data.corpora import Source
-from est_cli.data.files import replacing
+from est_cli.data.corpora import Source, grouped
 from est_cli.data.preparation import Counts, token_dtype, tokenizer_facts
 from est_cli.data.tokenizers import SentencePieceTraining, Tokenizer
 from est_cli.errors import UserError
@@ -54,8 +53,7 @@ def write_streamed_store(
     Raises UserError for streams that cannot be read or are too short.
     """
     say(f"data: reading {VAL_BYTES / 1e6:.1f} MB of the stream for validation")
-    vals = [_head(source.corpus.val_texts().one_pass(), int(VAL_BYTES * source.weight)) for source in sources]
-    texts = [text for own in vals for text in own]
+    texts = [text for source in sources for text in _head(source, source.corpus.val_texts().one_pass(), VAL_BYTES)]
     (folder / _KEYS).write_bytes(b"".join(sorted({_text_key(text) for text in texts})))
     skipped = _read_keys(folder)
     training = isinstance(chosen, SentencePieceTraining)
@@ -76,8 +74,8 @@ def write_streamed_store(
 
 
 def _training_head(source: Source, skipped: frozenset[bytes], n_bytes: int) -> list[str]:
-    texts = (text for text in source.corpus.training_texts().one_pass() if _text_key(text) not in skipped)
-    head = _head(texts, int(n_bytes * source.weight))
+    texts = source.corpus.training_texts().one_pass()
+    head = _head(source, (text for text in texts if _text_key(text) not in skipped), n_bytes)
     if not head:
         raise UserError(
             f"data.streaming=true: validation takes {VAL_BYTES:,} bytes at the head, and the stream of "
@@ -86,15 +84,9 @@ def _training_head(source: Source, skipped: frozenset[bytes], n_bytes: int) -> l
     return head
 
 
-def _head(texts: Iterable[str], n_bytes: int) -> list[str]:
-    """The first texts, until they reach `n_bytes`."""
-    head = []
-    for text in texts:
-        head.append(text)
-        n_bytes -= _n_bytes(text)
-        if n_bytes <= 0:
-            break
-    return head
+def _head(source: Source, texts: Iterable[str], n_bytes: int) -> list[str]:
+    """The first texts of a source, until they reach its share of `n_bytes`."""
+    return next(grouped(texts, _n_bytes, int(n_bytes * source.weight)), [])
 
 
 def _n_bytes(text: str) -> int:
@@ -192,9 +184,9 @@ class ShardWriter:
             documents.append(feed.next_document().astype(self._dtype))
             n_tokens += len(documents[-1])
         file = shard_file(self._folder, number)
-        with replacing(file) as partial, partial.open("wb") as out:
+        with disk.replacing(file) as partial, partial.open("wb") as out:
             np.concatenate(documents).tofile(out)
-        with replacing(file.with_suffix(".json")) as partial:
+        with disk.replacing(file.with_suffix(".json")) as partial:
             record = {"tokens": n_tokens, "feeds": [feed.state() for feed in self._feeds]}
             partial.write_text(json.dumps(record), "utf-8")
         self._next = number + 1

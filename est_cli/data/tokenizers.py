@@ -139,17 +139,13 @@ class SentencePieceTokenizer(Tokenizer):
                     chunk = ""
                 inner.append(chunk)
             bounds.append(len(inner))
-        threads = threads or n_cores()
-        ids = self._encode(self._inner, inner, threads)
-        for place, own in zip(firsts, self._encode(self._first, list(firsts.values()), threads), strict=True):
+        as_arrays = {"out_type": "numpy", "num_threads": threads or n_cores()}
+        ids = self._inner.encode(inner, **as_arrays)
+        for place, own in zip(firsts, self._first.encode(list(firsts.values()), **as_arrays), strict=True):
             ids[place] = own
         for place in marks:
             ids[place] = self._mark
         return [np.concatenate([_NOTHING, *ids[a:b]]) for a, b in itertools.pairwise(bounds)]
-
-    @staticmethod
-    def _encode(processor: sentencepiece.SentencePieceProcessor, chunks: list[str], threads: int) -> list[np.ndarray]:
-        return processor.encode(chunks, out_type="numpy", num_threads=threads) if chunks else []
 
     def decode(self, ids: Sequence[int]) -> str:
         return self._first.decode([int(i) for i in ids])
@@ -161,17 +157,12 @@ class SentencePieceTokenizer(Tokenizer):
         """Parts of `text` that can be encoded separately; each space mark is a part of its own."""
         parts = re.split(f"({_SPACE_MARK})", text) if self._mark is not None and _SPACE_MARK in text else [text]
         for part in parts:
-            start = 0
+            start, longest = 0, len(part) if self._boundary is None else _LONGEST_CHUNK
             while start < len(part):
-                end = self._chunk_end(part, start)
+                at = self._boundary and self._boundary.search(part, start + _CHUNK_CHARACTERS, start + longest)
+                end = at.end() if at else start + longest
                 yield part[start:end]
                 start = end
-
-    def _chunk_end(self, text: str, start: int) -> int:
-        if self._boundary is None:
-            return len(text)
-        boundary = self._boundary.search(text, start + _CHUNK_CHARACTERS, start + _LONGEST_CHUNK)
-        return boundary.end() if boundary else min(start + _LONGEST_CHUNK, len(text))
 
     def _find_boundary(self) -> re.Pattern | None:
         """Matches the end of text that can be cut off without changing tokens: a newline, or a word before a space."""

@@ -19,9 +19,8 @@ import filelock
 import numpy as np
 
 from est_cli.config import DataConfig, TokenizerConfig
-from est_cli.data import Say
+from est_cli.data import Say, disk
 from est_cli.data.corpora import Source, cache_folder
-from est_cli.data.files import sync
 from est_cli.data.preparation import discard_work, has_work, write_store
 from est_cli.data.run_data import RunData, Text
 from est_cli.data.splits import open_sources
@@ -245,7 +244,7 @@ def _build(folder: Path, fingerprint: str, write: Callable[[Path], dict], say: S
         manifest["files"] = {file.name: file.stat().st_size for file in sorted(partial.iterdir()) if file.is_file()}
         (partial / _MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", "utf-8")
         for path in (*partial.iterdir(), partial):
-            sync(path)
+            disk.sync(path)
         discard_work(partial)
         os.replace(partial, folder)
     except BaseException:
@@ -254,7 +253,7 @@ def _build(folder: Path, fingerprint: str, write: Callable[[Path], dict], say: S
         else:
             shutil.rmtree(partial, ignore_errors=True)
         raise
-    sync(folder.parent)
+    disk.sync(folder.parent)
 
 
 def _read_manifest(folder: Path) -> dict | None:

@@ -2,6 +2,7 @@
 
 from functools import partial
 
+import hypothesis
 import pytest
 import tiny_corpora
 from tiny_corpora import prose
@@ -10,6 +11,10 @@ from est_cli.config import DataConfig, TokenizerConfig
 from est_cli.data.corpora import FileCorpus
 from est_cli.data.splits import split_corpus
 from est_cli.data.tokenizers import SentencePieceTokenizer, SentencePieceTraining
+
+# A machine that does other work too is no error.
+hypothesis.settings.register_profile("without deadline", deadline=None)
+hypothesis.settings.load_profile("without deadline")
 
 
 @pytest.fixture(scope="session")

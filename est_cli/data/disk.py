@@ -28,7 +28,7 @@ def show_paths(paths: str | tuple[str, ...]) -> str:
     return paths if isinstance(paths, str) else paths[0] if len(paths) == 1 else f"[{','.join(paths)}]"
 
 
-def missing(entry: str) -> UserError:
+def no_such_path(entry: str) -> UserError:
     """The error for a path that does not exist, with the nearest name that does."""
     if glob.has_magic(entry):
         return UserError(f"data.path={entry}: no file matches")
