@@ -28,7 +28,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 import est_cli
-from est_cli.data.files import sync
+from est_cli.data.disk import sync
 from est_cli.errors import UserError
 from est_cli.model.transformer import Transformer
 from est_cli.training.files import check_names, checksum, read_json, write_json, write_tensors
