@@ -6,12 +6,10 @@ A real est-train of a tiny model, W&B offline included, is looked at from outsid
 """
 
 import argparse
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -25,15 +23,8 @@ WARM = 0.3
 """Share of the run that is left out: stages 1 and 2 lie in it, with their own slots and times."""
 
 
-@dataclass(frozen=True)
-class Look:
-    step: int
-    rss_mb: float
-    handles: int
-
-
-def train(folder: Path, steps: int) -> tuple[list[Look], np.ndarray]:
-    """Looks at a run, and the seconds of each of its steps."""
+def train(folder: Path, steps: int) -> tuple[np.ndarray, np.ndarray]:
+    """Looks at a run [n, 3]: step, megabytes, file handles; and the seconds of each of its steps."""
     write_corpus(folder / "corpus")
     overrides = (
         *TINY, "model.n_layers=2", "logger=wandb", "data=text", "data.path=corpus", f"trainer.max_steps={steps}",
@@ -48,36 +39,34 @@ def train(folder: Path, steps: int) -> tuple[list[Look], np.ndarray]:
         run_dir, looks = folder / "outputs" / "est" / "flat", []
         while process.poll() is None:
             if (path := run_dir / "metrics.jsonl").exists():
-                looks.append(_look(process.pid, path.read_bytes().count(b"\n") - 1))
-                print(f"\r{looks[-1].step:>6}/{steps}  {looks[-1].rss_mb:.1f} MB  {looks[-1].handles} handles", end="")
+                step, (rss_mb, handles) = path.read_bytes().count(b"\n") - 1, _memory_and_handles(process.pid)
+                looks.append((step, rss_mb, handles))
+                print(f"\r{step:>6}/{steps}  {rss_mb:.1f} MB  {handles} handles", end="", flush=True)
             time.sleep(LOOK_EVERY_S)
     print()
     if process.returncode != 0:
         sys.exit((folder / "output.txt").read_text()[-4000:])
-    return [look for look in looks if look.step < steps - 1], np.array([r["perf/step_s"] for r in metrics(run_dir)])
+    step_s = np.array([record["perf/step_s"] for record in metrics(run_dir)])
+    return np.array([look for look in looks if look[0] < steps - 1]), step_s
 
 
-def _look(pid: int, step: int) -> Look:
+def _memory_and_handles(pid: int) -> tuple[float, int]:
     status = Path(f"/proc/{pid}/status").read_text()
     rss_kb = next((int(line.split()[1]) for line in status.splitlines() if line.startswith("VmRSS")), 0)
-    return Look(step, rss_kb / 1024, len(list(Path(f"/proc/{pid}/fd").iterdir())))
+    return rss_kb / 1024, len(list(Path(f"/proc/{pid}/fd").iterdir()))
 
 
-def growth(looks: list[Look], step_s: np.ndarray) -> dict[str, tuple[float, float]]:
+def growth(looks: np.ndarray, step_s: np.ndarray) -> dict[str, tuple[float, float]]:
     """Medians over the first and the last tenth of the part that is looked at, by quantity."""
-    steps = len(step_s)
-    first, last = (WARM, WARM + 0.1), (0.9, 1.0)
-    parts = [[look for look in looks if low * steps <= look.step < high * steps] for low, high in (first, last)]
-    return {
-        "memory, MB": tuple(statistics.median(look.rss_mb for look in part) for part in parts),
-        "file handles": tuple(statistics.median(look.handles for look in part) for part in parts),
-        "step time, ms": tuple(
-            1e3 * float(np.median(step_s[int(low * steps) : int(high * steps)])) for low, high in (first, last)
-        ),
-    }
+    medians = []
+    for low, high in ((WARM, WARM + 0.1), (0.9, 1.0)):
+        first, end = int(low * len(step_s)), int(high * len(step_s))
+        part = looks[(first <= looks[:, 0]) & (looks[:, 0] < end)]
+        medians.append((*np.median(part[:, 1:], axis=0), 1e3 * np.median(step_s[first:end])))
+    return dict(zip(("memory, MB", "file handles", "step time, ms"), zip(*medians, strict=True), strict=True))
 
 
-def draw(looks: list[Look], step_s: np.ndarray, file: Path) -> None:
+def draw(looks: np.ndarray, step_s: np.ndarray, file: Path) -> None:
     import matplotlib
 
     matplotlib.use("svg")
@@ -87,8 +76,8 @@ def draw(looks: list[Look], step_s: np.ndarray, file: Path) -> None:
     size = max(1, len(step_s) // 200)
     blocks = step_s[: len(step_s) // size * size].reshape(-1, size)
     panels = (
-        ("memory (MB)", [look.step for look in kept], [look.rss_mb for look in kept]),
-        ("file handles", [look.step for look in kept], [look.handles for look in kept]),
+        ("memory (MB)", kept[:, 0], kept[:, 1]),
+        ("file handles", kept[:, 0], kept[:, 2]),
         (f"step time (ms), median of {size}", np.arange(len(blocks)) * size, 1e3 * np.median(blocks, axis=1)),
     )
     figure, axes = pyplot.subplots(3, 1, sharex=True, figsize=(7, 5.5), layout="constrained")

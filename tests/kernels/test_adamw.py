@@ -69,17 +69,6 @@ def test_zero_grad_is_torch_adamw_with_explicit_zero_gradients_bit_for_bit(chunk
         assert torch.equal(ours, theirs)
 
 
-def test_zero_grad_moves_unsampled_rows_on_decay_and_momentum(chunk):
-    state, (rows, gradient) = fresh(), sampled(0)
-    for step, arguments in ((1, (gradient, rows)), (2, (None, None))):
-        before = state.parameter.clone()
-        move(state, *arguments, step)
-        assert (state.parameter != before).any(dim=1).all(), "decay moves every row, sampled or not"
-    others = np.setdiff1d(np.arange(R), rows.host)
-    assert state.moment[rows.device].any(dim=1).all()
-    assert not state.moment[others].any()
-
-
 def freeze_step(state: Move, counts: np.ndarray, step: int, clip: Tensor | None) -> np.ndarray:
     """One step on sampled rows, which raises their counts; returns their indices."""
     rows, gradient = sampled(step, *state.parameter.shape)

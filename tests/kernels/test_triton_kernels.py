@@ -174,7 +174,7 @@ OPTIMIZER = OptimizerConfig(grad_clip=0.5, weight_decay=0.1, eps=1e-4)
 
 
 def trained(kernels: Kernels, family: str, dtype: torch.dtype, unsampled: str) -> dict[str, torch.Tensor]:
-    """Weights after steps of two micro-batches, at the rates of all three stages."""
+    """Weights after steps at the rates of all three stages."""
     config, sampling = FAMILIES[family], SamplingConfig()
     master = random_master(config, torch.float32).to(DEVICE)
     master.kernels = kernels
@@ -182,9 +182,7 @@ def trained(kernels: Kernels, family: str, dtype: torch.dtype, unsampled: str) -
     for step, rates in enumerate(STEPS):
         subnet = PackedSubnetwork(master, subnetwork(config, sampling, rates), dtype)
         subnet.load(sample(0, step, Stage(1, 0, len(STEPS), rates), config, sampling))
-        for micro in range(2):
-            inputs, targets = (t.to(DEVICE) for t in random_batch(config, seed=2 * step + micro))
-            (subnet.loss(inputs, targets) / 2).backward()
+        subnet.loss(*(t.to(DEVICE) for t in random_batch(config, seed=step))).backward()
         optimizer.step(subnet.updates(), LR)
     return snapshot(master)
 

@@ -12,7 +12,7 @@ import torch
 from tiny import FAMILIES, GPT2, LLAMA, random_batch, random_master, snapshot
 
 from est_cli.config import ModelConfig
-from est_cli.model.transformer import Transformer, initialise, layer_of, rope_tables, row_kind
+from est_cli.model.transformer import Transformer, initialise, rope_tables
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -46,24 +46,6 @@ def test_rotary_angles_are_as_exact_as_the_dtype_allows(dtype, tolerance):
         expected = torch.tensor(angles, dtype=torch.float64)
         torch.testing.assert_close(cosine[:, 0, feature].double(), expected.cos(), rtol=0, atol=tolerance)
         torch.testing.assert_close(sine[:, 0, feature].double(), expected.sin(), rtol=0, atol=tolerance)
-
-
-@pytest.mark.parametrize(
-    ("name", "kind", "layer"),
-    [
-        ("blocks.11.attention.qkv.bias", "qkv", 11),
-        ("blocks.0.attention.out.weight", "heads", 0),
-        ("blocks.0.attention.out.bias", None, 0),
-        ("blocks.3.mlp.up.weight", "up", 3),
-        ("blocks.3.mlp.down.weight", "neurons", 3),
-        ("blocks.3.mlp.down.bias", None, 3),
-        ("blocks.3.norm1.weight", None, 3),
-        ("embedding", None, None),
-        ("norm.weight", None, None),
-    ],
-)
-def test_a_parameters_name_says_what_of_it_is_sampled(name, kind, layer):
-    assert (row_kind(name), layer_of(name)) == (kind, layer)
 
 
 def drawn(config: ModelConfig, seed: int = 0) -> dict[str, torch.Tensor]:

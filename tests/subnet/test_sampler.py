@@ -14,7 +14,7 @@ from est_cli.errors import UserError
 from est_cli.subnet.plan import Plan, subnetwork, whole_plan
 from est_cli.subnet.sampler import sample
 from est_cli.subnet.schedule import Rates, Stage, StageSpec, build_stages, stage_at
-from est_cli.subnet.strategies import STRATEGIES, Draw
+from est_cli.subnet.strategies import STRATEGIES
 
 STAGES = build_stages([StageSpec(20, 0.5, 0.5, 0.5), StageSpec(70, 0.5, 0.5), StageSpec()], 150)
 GROUPED = replace(LLAMA, n_heads=8, n_kv_heads=2)
@@ -138,17 +138,6 @@ def test_a_new_stage_draws_anew():
 
 def test_the_full_stage_keeps_everything():
     assert text(plan_at(100)) == text(whole_plan(LLAMA))
-
-
-def odd_units(draw: Draw, total: int, kept: int) -> np.ndarray:
-    """A strategy of a person's own, unsorted."""
-    return np.arange(total - 1, total - 1 - kept, -1)
-
-
-def test_a_persons_own_strategy_is_called_by_its_dotted_path_and_sorted():
-    plan = sample(0, 0, STAGES[0], LLAMA, SamplingConfig(strategy=f"{__name__}.odd_units"))
-    assert plan.layers.tolist() == [1, 2]
-    assert plan.neurons[0].tolist() == list(range(8, 16))
 
 
 @pytest.mark.parametrize(

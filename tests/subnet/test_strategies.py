@@ -20,16 +20,10 @@ GROUPED = replace(LLAMA, n_heads=8, n_kv_heads=2)
 
 def test_words_are_pinned():
     first = Draw(seed=0, stage_start=0, number=0, layer=0, dimension="heads")
-    assert first.words(4).tolist() == [0x2F4BA6408E4D89B, 0x3DD62B0B9CA8C5B2, 0x1C8667A55D902E79, 0x907D7A052FD5B4DC]
+    words = [0x2F4BA6408E4D89B, 0x3DD62B0B9CA8C5B2, 0x1C8667A55D902E79, 0x907D7A052FD5B4DC]
+    assert first.words(4).tolist() == first.words(9).tolist()[:4] == words, "however many are asked for"
     last = Draw(seed=2**63 - 1, stage_start=20000, number=12345, layer=7, dimension="mlp", group=3)
     assert last.words(3).tolist() == [0x2A57AC09B2A1B2F3, 0x2BD18DD37E857B64, 0xBA0896271CEF653C]
-
-
-def test_words_come_from_no_global_generator():
-    expected = DRAW.words(5).tolist()
-    np.random.seed(0)
-    assert DRAW.words(5).tolist() == expected
-    assert DRAW.words(9).tolist()[:5] == expected, "how many are asked for does not change them"
 
 
 def test_layers_steps_seeds_stages_and_dimensions_draw_independently():
@@ -41,11 +35,6 @@ def test_layers_steps_seeds_stages_and_dimensions_draw_independently():
     for other in others:
         agree = sum(set(random(a, 4, 2)) == set(random(b, 4, 2)) for a, b in zip(draws, other, strict=True))
         assert chisquare([agree, 1200 - agree], [200, 1000]).pvalue > 1e-3, (other[0], agree)
-
-
-def test_random_takes_the_ranks_of_the_words():
-    words = DRAW.words(8).tolist()
-    assert sorted(random(DRAW, 8, 3).tolist()) == sorted(sorted(range(8), key=words.__getitem__)[:3])
 
 
 @pytest.mark.parametrize("gqa", ["group", "query"])
