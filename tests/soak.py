@@ -19,6 +19,7 @@ from pathlib import Path
 
 from tests.commands.cli import metrics, without_speed, write_corpus
 from tests.kills import PLACES, RUN, Kill, run, start
+from tests.tracking.wandb_file import read_wandb_file, values
 
 STEPS = 120
 SIZES = (
@@ -90,28 +91,22 @@ class Soak:
         return self.folder / "outputs" / "est" / name
 
     def _differences(self, name: str) -> list[str]:
-        """What a killed run has not in common with the whole one."""
-        ours, theirs = (self._run_dir(n) for n in (name, "whole"))
-        found = []
-        if without_speed(metrics(ours)) != without_speed(metrics(theirs)):
-            found.append(f"{name}: metrics.jsonl differs")
-        for file in ("model.safetensors", "optimizer.safetensors"):
-            checkpoint = f"checkpoints/step-{STEPS:08d}/{file}"
-            if (ours / checkpoint).read_bytes() != (theirs / checkpoint).read_bytes():
-                found.append(f"{name}: {file} differs")
-        return found + (self._wandb_differences(name) if self.logger == "wandb" else [])
+        """What a killed run does not share with the whole one."""
+        ours, theirs = (self._run_dir(run) for run in (name, "whole"))
+        checkpoint, whole = f"checkpoints/step-{STEPS:08d}", metrics(theirs)
+        same = {"metrics.jsonl": without_speed(metrics(ours)) == without_speed(whole)}
+        for file in (f"{checkpoint}/model.safetensors", f"{checkpoint}/optimizer.safetensors"):
+            same[file] = (ours / file).read_bytes() == (theirs / file).read_bytes()
+        if self.logger == "wandb":
+            same["W&B's history"] = self._losses_in_wandb(name) == [(r["step"], r["train/loss"]) for r in whole]
+        return [f"{name}: {what} differs" for what, is_same in same.items() if not is_same]
 
-    def _wandb_differences(self, name: str) -> list[str]:
-        from tests.tracking.wandb_file import read_wandb_file, values
-
-        folders = list((self._run_dir(name) / "wandb").glob("offline-run-*"))
-        if len(folders) != 1:
-            return [f"{name}: {len(folders)} W&B folders"]
-        [file] = folders[0].glob("*.wandb")
-        history = [values(r.history.item) for r in read_wandb_file(file) if r.WhichOneof("record_type") == "history"]
-        losses = [(entry["step"], entry["train/loss"]) for entry in history]
-        expected = [(record["step"], record["train/loss"]) for record in metrics(self._run_dir("whole"))]
-        return [] if losses == expected else [f"{name}: W&B's history differs"]
+    def _losses_in_wandb(self, name: str) -> list[tuple[int, float]]:
+        """Step and loss of every line of history; nothing unless there is one W&B run."""
+        files = list(self._run_dir(name).glob("wandb/offline-run-*/*.wandb"))
+        records = read_wandb_file(files[0]) if len(files) == 1 else []
+        history = [values(record.history.item) for record in records if record.WhichOneof("record_type") == "history"]
+        return [(entry["step"], entry["train/loss"]) for entry in history]
 
 
 def main() -> None:
