@@ -251,6 +251,7 @@ def sampled_rows(name: str, plan: ReferencePlan) -> list[Row]:
     return [...]
 
 
+@dataclass
 class ReferenceAdamW:
     """torch.optim.AdamW's arithmetic, row after row, with what happens to unsampled rows written out.
 
@@ -261,22 +262,19 @@ class ReferenceAdamW:
     parameters) and `steps` (by name and row) are the state.
     """
 
-    def __init__(
-        self,
-        parameters: Tensors,
-        lr: float,
-        betas: tuple[float, float],
-        eps: float,
-        weight_decay: float,
-        decayed: set[str],
-        unsampled: str,
-    ) -> None:
-        assert unsampled in ("zero_grad", "freeze"), unsampled
-        assert decayed <= set(parameters), decayed - set(parameters)
-        self.parameters, self.decayed, self.unsampled = parameters, decayed, unsampled
-        self.lr, self.betas, self.eps, self.weight_decay = lr, betas, eps, weight_decay
-        self.first = {name: torch.zeros_like(tensor) for name, tensor in parameters.items()}
-        self.second = {name: torch.zeros_like(tensor) for name, tensor in parameters.items()}
+    parameters: Tensors
+    lr: float
+    betas: tuple[float, float]
+    eps: float
+    weight_decay: float
+    decayed: set[str]
+    unsampled: str
+
+    def __post_init__(self) -> None:
+        assert self.unsampled in ("zero_grad", "freeze"), self.unsampled
+        assert self.decayed <= set(self.parameters), self.decayed - set(self.parameters)
+        self.first = {name: torch.zeros_like(tensor) for name, tensor in self.parameters.items()}
+        self.second = {name: torch.zeros_like(tensor) for name, tensor in self.parameters.items()}
         self.steps: dict[tuple[str, Row], int] = defaultdict(int)
 
     @torch.no_grad()

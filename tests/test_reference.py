@@ -339,14 +339,6 @@ def test_clip_is_torchs(max_norm):
     assert_equal(tensors, {name: leaf.grad for name, leaf in zip(tensors, leaves, strict=True)}, 1e-12)
 
 
-def test_a_gradient_on_an_unsampled_row_is_refused():
-    parameters, plan = random_parameters(GPT2), random_plan(GPT2, 1)
-    optimizer = ReferenceAdamW(parameters, **ADAMW, decayed=matrices(GPT2), unsampled="zero_grad")
-    gradients = {name: torch.ones_like(tensor) for name, tensor in parameters.items()}
-    with pytest.raises(AssertionError, match="not sampled"):
-        optimizer.step(gradients, plan, GPT2)
-
-
 @pytest.mark.parametrize(
     ("norm", "position", "activation", "n_kv_heads"),
     list(product(("layernorm", "rmsnorm"), ("learned", "rope"), ("gelu", "swiglu"), (4, 2))),

@@ -82,7 +82,7 @@ class _ChunkedLoss(torch.autograd.Function):
         scale = scale / len(hidden_gradient)
         hidden_gradient = (hidden_gradient.to(scale.dtype) * scale).to(ctx.dtype)
         if weight_gradient.dtype == ctx.dtype:
-            # In place, where autograd watches: a second backward of the same graph raises.
+            # Autograd sees that this changes what it saved: a second backward of the same graph raises.
             return hidden_gradient, weight_gradient.mul_(scale), None, None
         rounded = torch.empty_like(weight_gradient, dtype=ctx.dtype)
         for part, exact_part in _blocks(rounded, weight_gradient):

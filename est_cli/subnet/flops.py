@@ -59,7 +59,7 @@ class Ledger:
         return 1.0 - self.spent(steps).total / (steps * self.full.total)
 
     def saved_blocks(self, steps: int) -> float:
-        """The same on the transformer blocks alone: the paper's accounting."""
+        """The same for the transformer blocks only: the paper's accounting."""
         return 1.0 - self.spent(steps).blocks / (steps * self.full.blocks)
 
     def stage_saved(self, number: int) -> float:
@@ -67,7 +67,7 @@ class Ledger:
         return 1.0 - self.per_step[number - 1].total / self.full.total
 
     def stage_saved_blocks(self, number: int) -> float:
-        """The same on the transformer blocks alone."""
+        """The same for the transformer blocks only."""
         return 1.0 - self.per_step[number - 1].blocks / self.full.blocks
 
     def record(self, step: int) -> dict[str, float | int]:

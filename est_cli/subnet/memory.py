@@ -71,7 +71,7 @@ def count_parameters(model: ModelConfig) -> Parameters:
 
 
 def checkpoint_bytes(model: ModelConfig) -> tuple[int, int]:
-    """Size of a checkpoint: weights alone, and with the optimizer's two moments."""
+    """Size of a checkpoint: the weights only, and with the optimizer's two moments."""
     weights = 4 * count_parameters(model).total
     return weights, 3 * weights
 

@@ -311,7 +311,7 @@ No source lies above its target, so that copying from the last layer down overwr
 
 
 def layer_sources(method: str, old: int, new: int) -> list[int | None]:
-    """What the named growth, ours or a person's own, starts each of the `new` layers from. Raises UserError."""
+    """The layer that each of the `new` layers starts from, by a growth of ours or a person's own. Raises UserError."""
     if old == 0 and method in ("stack", "interleave", "middle"):
         raise UserError(f"scheduler.grow={method}: there is no layer to copy from 0; must be zero or random")
     found = list(named_function(method, GROWTHS, "scheduler.grow")(old, new))

@@ -11,22 +11,8 @@ import pytest
 import torch
 from tiny import FAMILIES, random_batch, random_master, snapshot
 
+from est_cli.benchmark import kernels as cases
 from est_cli.benchmark.case import PRESETS
-from est_cli.benchmark.kernels import (
-    ALIGNED,
-    HEADS,
-    ODD,
-    SETS,
-    Matrix,
-    adamw_case,
-    check_adamw,
-    check_loss,
-    check_pack,
-    copied,
-    head_case,
-    loss_and_gradients,
-    model_matrices,
-)  # fmt: skip
 from est_cli.config import OptimizerConfig, SamplingConfig
 from est_cli.kernels import triton_kernels as triton
 from est_cli.kernels.adamw import Move
@@ -38,18 +24,20 @@ from est_cli.training.optimizer import SampledAdamW
 from est_cli.training.subnetwork import PackedSubnetwork
 from kernels.device import DEVICE, HAS_GPU
 
+SETS, HEADS = dict(cases.SETS), list(cases.HEADS)
 DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if HAS_GPU else [])]
 FREEZE = pytest.mark.parametrize("freeze", [False, True], ids=["zero_grad", "freeze"])
 if HAS_GPU:  # the sizes of GPT-2 too
     LAYERS = replace(PRESETS["gpt2"], n_layers=2)
-    HALF, FULL = (model_matrices(LAYERS, rates) for rates in (Rates(0.5, 0.5, 0.5), Rates()))
-    SETS, HEADS = SETS | {"gpt2 half": HALF, "gpt2": FULL}, [*HEADS, (999, LAYERS.d_model, LAYERS.vocab_size)]
+    HALF, FULL = (cases.model_matrices(LAYERS, rates) for rates in (Rates(0.5, 0.5, 0.5), Rates()))
+    SETS |= {"gpt2 half": HALF, "gpt2": FULL}
+    HEADS += [(999, LAYERS.d_model, LAYERS.vocab_size)]
 
 
 @pytest.mark.parametrize("matrices", SETS.values(), ids=SETS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_slots_equal_those_that_torch_fills(matrices, dtype):
-    for check in check_pack(triton_kernels(), matrices, dtype, DEVICE):
+    for check in cases.check_pack(triton_kernels(), matrices, dtype, DEVICE):
         assert check.passed, check
 
 
@@ -63,8 +51,8 @@ def test_matrices_and_indices_may_start_at_any_address(shift):
 
 
 def test_more_matrices_than_one_power_of_two():
-    matrices = [Matrix(3 + number, 16, 2) for number in range(37)]
-    for check in check_pack(triton_kernels(), matrices, torch.float32, DEVICE):
+    matrices = [cases.Matrix(3 + number, 16, 2) for number in range(37)]
+    for check in cases.check_pack(triton_kernels(), matrices, torch.float32, DEVICE):
         assert check.passed, check
 
 
@@ -77,7 +65,7 @@ def test_nothing_to_pack_and_nothing_to_move_are_no_errors():
 @pytest.mark.parametrize("clip", [None, 0.37], ids=["unclipped", "clipped"])
 @FREEZE
 def test_steps_are_as_close_to_the_truth_as_torchs(matrices, clip, freeze):
-    for check in check_adamw(triton_kernels(), matrices, freeze, clip, DEVICE):
+    for check in cases.check_adamw(triton_kernels(), matrices, freeze, clip, DEVICE):
         assert check.passed, check
 
 
@@ -88,8 +76,8 @@ def same(a: Sequence[Move], b: Sequence[Move]) -> bool:
 
 
 def test_frozen_rows_and_their_moments_are_untouched_bit_for_bit():
-    moves = adamw_case(ODD + ALIGNED, True, DEVICE)
-    before = copied(moves, torch.float32)
+    moves = cases.adamw_case(cases.ODD + cases.ALIGNED, True, DEVICE)
+    before = cases.copied(moves, torch.float32)
     triton.adamw_step(moves, None)
     assert any(move.rows is not None for move in moves)
     for old, new in zip(before, moves, strict=True):
@@ -100,25 +88,13 @@ def test_frozen_rows_and_their_moments_are_untouched_bit_for_bit():
             assert (x[sampled] != y[sampled]).any(dim=1).all()
 
 
-def test_zero_grad_moves_rows_without_a_gradient_as_a_gradient_of_zero_does():
-    moves = adamw_case(ODD + ALIGNED, False, DEVICE)
-    explicit = []
-    for move in copied(moves, torch.float32):
-        gradient = torch.zeros_like(move.parameter)
-        if move.gradients:
-            gradient[slice(None) if move.rows is None else move.rows.device] = move.gradients[0]
-        explicit.append(replace(move, gradients=[gradient], rows=None))
-    triton.adamw_step(moves, None)
-    triton.adamw_step(explicit, None)
-    assert same(moves, explicit)
-
-
 def test_rows_that_joined_late_step_beside_tensors_whose_rows_all_have_one_count():
     """zero_grad after a growth of heads: some moves have a count, others one for every row."""
-    moves = adamw_case(ODD, False, DEVICE)
-    late = [replace(m, counts=np.arange(1, 1 + len(m.parameter))) for m in adamw_case(ALIGNED[3:4], True, DEVICE)]
-    both = [*moves[:3], *late, *moves[3:]]
-    found, usual = copied(both, torch.float32), copied(both, torch.float32)
+    moves = cases.adamw_case(cases.ODD, False, DEVICE)
+    (one,) = cases.adamw_case(cases.ALIGNED[3:4], True, DEVICE)
+    late = replace(one, counts=np.arange(1, 1 + len(one.parameter)))
+    both = [*moves[:3], late, *moves[3:]]
+    found, usual = cases.copied(both, torch.float32), cases.copied(both, torch.float32)
     triton.adamw_step(found, None)
     TORCH.adamw_step(usual, None)
     for ours, theirs in zip(found, usual, strict=True):
@@ -127,8 +103,8 @@ def test_rows_that_joined_late_step_beside_tensors_whose_rows_all_have_one_count
 
 @FREEZE
 def test_the_device_refuses_a_step(freeze):
-    moves = adamw_case(ODD + ALIGNED, freeze, DEVICE)
-    before = copied(moves, torch.float32)
+    moves = cases.adamw_case(cases.ODD + cases.ALIGNED, freeze, DEVICE)
+    before = cases.copied(moves, torch.float32)
     triton.adamw_step(moves, torch.tensor(torch.nan, device=DEVICE), torch.ones((), device=DEVICE))
     assert same(before, moves)
     triton.adamw_step(moves, None, torch.zeros((), device=DEVICE))
@@ -146,14 +122,14 @@ def test_the_shapes_that_are_checked_have_less_than_a_block_exactly_one_and_more
 @pytest.mark.parametrize("shape", HEADS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_loss_and_gradients_are_as_close_to_the_truth_as_the_plain_paths(shape, dtype):
-    for check in check_loss(triton_kernels(), shape, dtype, DEVICE):
+    for check in cases.check_loss(triton_kernels(), shape, dtype, DEVICE):
         assert check.passed, check
-    ours = loss_and_gradients(triton.linear_cross_entropy, *head_case(*shape, dtype, DEVICE))
+    ours = cases.loss_and_gradients(triton.linear_cross_entropy, *cases.head_case(*shape, dtype, DEVICE))
     assert [t.dtype for t in ours] == [torch.float32, dtype, dtype]
 
 
 def test_targets_may_be_a_view_with_gaps():
-    hidden, weight, _ = head_case(6, 4, 9, torch.float32, DEVICE)
+    hidden, weight, _ = cases.head_case(6, 4, 9, torch.float32, DEVICE)
     gapped = (torch.arange(12, device=DEVICE) % 9)[::2]
     assert not gapped.is_contiguous()
     losses = [triton.linear_cross_entropy(hidden, weight, targets) for targets in (gapped, gapped.clone())]
