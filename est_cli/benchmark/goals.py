@@ -20,6 +20,7 @@ from est_cli.benchmark.case import PRESETS, THREE_STAGES, Case
 from est_cli.benchmark.measure import (
     Progress,
     interleaved,
+    machine,
     markdown,
     measure,
     peak_in_own_process,
@@ -67,20 +68,12 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
-    print(f"{machine()}; medians [quartiles], of steps over {arguments.rounds} interleaved rounds\n")
+    print(f"{machine('cpu')}; medians [quartiles], of steps over {arguments.rounds} interleaved rounds\n")
     first = 0
     for name in arguments.only:
         for row in GROUPS[name](arguments.rounds, progress_line(name)):
             print(*markdown([row.cells()])[first:], sep="\n", flush=True)
             first = 2
-
-
-def machine() -> str:
-    """The processor, its threads, and torch."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    name = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "a CPU")
-    return f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}"
 
 
 def steps(case: Case, precision: str, where: str, rounds: int, progress: Progress) -> Iterator[Row]:

@@ -24,7 +24,7 @@ import torch
 
 from est_cli.benchmark.case import PRESETS, THREE_STAGES, Case
 from est_cli.benchmark.kernels import OPERATIONS, all_checks, measure_roofs, time_operation
-from est_cli.benchmark.measure import from_own_process, markdown, measure, shown, stage_cells
+from est_cli.benchmark.measure import from_own_process, machine, markdown, measure, shown, stage_cells
 from est_cli.benchmark.steps import Stepper
 from est_cli.kernels.dispatch import has_triton, triton_kernels
 from est_cli.subnet.schedule import Stage
@@ -54,8 +54,7 @@ class Machine:
     @property
     def name(self) -> str:
         """Rows of different names do not belong in one table."""
-        name = torch.cuda.get_device_name() if self.device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-        return f"{name}, torch {torch.__version__}, {self.rounds} rounds{', tiny sizes' if self.tiny else ''}"
+        return f"{machine(self.device)}, {self.rounds} rounds{', tiny sizes' if self.tiny else ''}"
 
     def case(self, model: str, setup: str = "eager") -> Case:
         kernels, compiled = SETUPS[setup]

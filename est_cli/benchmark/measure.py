@@ -20,7 +20,7 @@ import torch
 from est_cli.benchmark.case import Case
 from est_cli.benchmark.peer import fastest, find_peer
 from est_cli.benchmark.steps import PHASES, Stepper
-from est_cli.training.device import keep_freed_memory, peak_flops, peak_memory_bytes, reset_peak_memory
+from est_cli.training.device import cpu_name, keep_freed_memory, peak_flops, peak_memory_bytes, reset_peak_memory
 from est_cli.units import format_bytes, format_clock, format_flops, format_interval, format_percent, format_step_time
 
 Name, Result = TypeVar("Name"), TypeVar("Result")
@@ -129,6 +129,12 @@ def _stage(case: Case, seconds: np.ndarray, index: int) -> dict[str, Any]:
         "peak_memory_bytes": None,
         "mfu": flops[index] / float(np.median(totals[index])) / peak if peak else None,
     }
+
+
+def machine(device: str) -> str:
+    """What numbers depend on: the device, the threads of a CPU, and torch."""
+    name = torch.cuda.get_device_name() if device == "cuda" else f"{cpu_name()}, {torch.get_num_threads()} threads"
+    return f"{name}, torch {torch.__version__}"
 
 
 def stage_cells(stage: Mapping[str, Any]) -> dict[str, str]:

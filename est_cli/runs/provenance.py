@@ -15,6 +15,7 @@ import torch
 
 from est_cli.runs.cooldown import Trunk
 from est_cli.runs.directory import write_whole
+from est_cli.training.device import cpu_name
 
 PACKAGES = (
     "est-cli", "torch", "triton", "numpy", "hydra-core", "omegaconf", "safetensors", "sentencepiece", "tokenizers",
@@ -70,20 +71,12 @@ def machine() -> dict[str, Any]:
     return {
         "host": platform.node(),
         "system": platform.platform(),
-        "cpu": _cpu_name(),
+        "cpu": cpu_name(),
         "cpu_count": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "gpus": gpus,
         "cuda": torch.version.cuda,
     }
-
-
-def _cpu_name() -> str:
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
 
 
 def _version(name: str) -> str | None:

@@ -3,6 +3,7 @@
 import contextlib
 import ctypes
 import os
+import platform
 import shutil
 import sys
 from importlib.util import find_spec
@@ -169,3 +170,12 @@ def set_threads(threads: int | None) -> None:
     """CPU threads of this process; None leaves torch's own choice."""
     if threads is not None:
         torch.set_num_threads(threads)
+
+
+def cpu_name() -> str:
+    """The processor's model, as far as the system tells."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
