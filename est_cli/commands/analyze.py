@@ -1,22 +1,21 @@
 """est-analyze: stage transitions, the spread over subnetworks and the sharpness of one run or of several."""
 
 import json
-import os
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from est_cli import evaluation, reports
-from est_cli.commands.entry import read_only
+from est_cli.commands.entry import read_only, read_request
 from est_cli.commands.evaluate import short_names
 from est_cli.config import Format
 from est_cli.errors import UserError, say
 from est_cli.evaluation import Measures
-from est_cli.runs.directory import CONFIG, METRICS
-from est_cli.schema import read
+from est_cli.runs.directory import CONFIG, METRICS, check_writable
 
 _JSON = "analysis.json"
 _MISSING = "–"
@@ -25,36 +24,37 @@ _WITHOUT_CHECKPOINT = (
 )
 
 
+@dataclass(frozen=True)
+class Request(Measures):
+    run: str | tuple[str, ...] | None
+    out: str | None
+    format: Format
+
+
 def main() -> None:
     read_only("analyze", run)
 
 
-def run(plain: dict[str, Any]) -> None:
+def run(composed: dict[str, Any]) -> None:
     """Measure what `run=` names, and write JSON and figures; raises UserError for bad input."""
-    problems: list[str] = []
-    plain = dict(plain)
-    given = read(str | tuple[str, ...] | None, plain.pop("run"), "run", problems)
-    out = read(str | None, plain.pop("out"), "out", problems)
-    kind = read(Format, plain.pop("format"), "format", problems)
-    measures = read(Measures, plain, "", problems)
-    if not given and not problems:
-        problems.append("run: is missing; must be a run directory, or a list of them")
-    if problems:
-        raise UserError(*problems)
-    folders = [Path(folder).expanduser() for folder in ([given] if isinstance(given, str) else given)]
+    request = read_request(Request, composed, run="a run directory, or a list of them")
+    single = isinstance(request.run, str)
+    folders = [Path(folder).expanduser() for folder in ([request.run] if single else request.run)]
     _check_runs(folders)
-    destination = Path(out).expanduser() if out else _default_out(folders)
-    _check_writable(destination)
-    runs = _analyze(folders, measures)
-    facts = runs[0] if isinstance(given, str) else {"runs": runs}
-    files = _write(facts, runs, folders, destination)
-    if kind == "json":
-        print(json.dumps({**facts, "out": str(destination), "png": [str(path) for path in files]}))
+    beside = folders[0] / "analysis" if len(folders) == 1 else Path("analysis")
+    out = Path(request.out).expanduser() if request.out else beside
+    check_writable(out, "out")
+    runs = _analyze(folders, request)
+    facts = runs[0] if single else {"runs": runs}
+    out.mkdir(parents=True, exist_ok=True)
+    (out / _JSON).write_text(json.dumps(facts, indent=1) + "\n")
+    figures = reports.analysis_figures.write_figures(runs, reports.records.load_runs(folders), out)
+    if request.format == "json":
+        print(json.dumps({**facts, "out": str(out), "png": [str(path) for path in figures]}))
         return
-    console = Console()
-    print_analysis(runs, console)
-    for path in (destination / _JSON, *files):
-        console.print(path, soft_wrap=True, highlight=False, markup=False)
+    print_analysis(runs, Console())
+    for path in (out / _JSON, *figures):
+        print(path)
 
 
 def _check_runs(folders: Sequence[Path]) -> None:
@@ -70,18 +70,6 @@ def _check_runs(folders: Sequence[Path]) -> None:
         raise UserError(*problems)
 
 
-def _default_out(folders: Sequence[Path]) -> Path:
-    """Within the run where there is one; here where there are several."""
-    return folders[0] / "analysis" if len(folders) == 1 else Path("analysis")
-
-
-def _check_writable(out: Path) -> None:
-    """Before anything is measured."""
-    taken = next(path for path in (out, *out.absolute().parents) if path.exists())
-    if not taken.is_dir() or not os.access(taken, os.W_OK):
-        raise UserError(f"out={out}: cannot be written; must be a folder, or the name of a new one")
-
-
 def _analyze(folders: Sequence[Path], measures: Measures) -> list[dict[str, Any]]:
     """All runs, each with the rates of all, so that full training stands beside EST."""
     configs = [evaluation.run.read_run_config(folder) for folder in folders]
@@ -94,13 +82,6 @@ def _analyze(folders: Sequence[Path], measures: Measures) -> list[dict[str, Any]
             {"run": str(folder), "name": name, **evaluation.analysis.analyze(opened, val, rates, measures, say)}
         )
     return found
-
-
-def _write(facts: dict[str, Any], runs: list[dict[str, Any]], folders: Sequence[Path], out: Path) -> list[Path]:
-    """The JSON, and the figures, whose paths are returned."""
-    out.mkdir(parents=True, exist_ok=True)
-    (out / _JSON).write_text(json.dumps(facts, indent=1) + "\n")
-    return reports.analysis_figures.write_figures(runs, reports.records.load_runs(folders), out)
 
 
 def print_analysis(runs: Sequence[dict[str, Any]], console: Console) -> None:
@@ -184,7 +165,5 @@ def _eigenvalue(run: dict[str, Any]) -> str:
 
 def _table(title: str, named: bool, *texts: str, numbers: Sequence[str]) -> Table:
     """With a column for the run's name where there are several."""
-    table = Table(*(["run"] if named else []), *texts, title=title, title_justify="left")
-    for name in numbers:
-        table.add_column(name, justify="right", overflow="fold")
-    return table
+    columns = (Column(name, justify="right", overflow="fold") for name in numbers)
+    return Table(*(["run"] if named else []), *texts, *columns, title=title, title_justify="left")

@@ -1,45 +1,40 @@
 """est-bench: what a step of every stage costs in time and memory, against its FLOPs."""
 
 import json
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from rich.console import Console
 from rich.progress import Progress
-from rich.table import Table
+from rich.table import Column, Table
 
 from est_cli import benchmark, training
-from est_cli.commands.entry import read_only
-from est_cli.config import Count, Natural, auto, read_train_config
-from est_cli.errors import UserError
-from est_cli.schema import read
+from est_cli.commands.entry import read_only, read_request_and_config
+from est_cli.config import Count, Natural, auto
 from est_cli.units import format_step_time
 
-_OPTIONS = {
-    "rounds": Count,
-    "warmup": Natural,
-    "against": Literal["transformers", "nanogpt", "litgpt"] | None,
-    "against_path": str | None,
-    "memory": bool,
-}
-"""What `measure` takes."""
+
+@dataclass(frozen=True)
+class Request:
+    """What `measure` takes."""
+
+    rounds: Count
+    warmup: Natural
+    against: Literal["transformers", "nanogpt", "litgpt"] | None
+    against_path: str | None
+    memory: bool
 
 
 def main() -> None:
     read_only("bench", run)
 
 
-def run(plain: dict[str, Any]) -> None:
+def run(composed: dict[str, Any]) -> None:
     """Measure the composed config and print a table or JSON; raises UserError for bad input."""
-    problems: list[str] = []
-    options = {key: read(kind, plain.pop(key), key, problems) for key, kind in _OPTIONS.items()}
-    if options["against_path"] is not None and options["against"] is None and not problems:
-        problems.append(f"against_path={options['against_path']}: needs against=nanogpt or against=litgpt")
-    try:
-        config = read_train_config(plain)
-    except UserError as error:
-        raise UserError(*problems, *error.problems) from None
-    if problems:
-        raise UserError(*problems)
+    path, problems = composed.get("against_path"), []
+    if path is not None and composed.get("against") is None:
+        problems.append(f"against_path={path}: needs against=nanogpt or against=litgpt")
+    request, config = read_request_and_config(Request, composed, problems)
     config, notes = auto.choose(config, training.device.available_device(config.trainer, config.kernels))
     training.device.set_threads(config.trainer.threads)
     console = Console(stderr=True)
@@ -48,7 +43,7 @@ def run(plain: dict[str, Any]) -> None:
     with Progress(console=console, transient=True) as bar:
         task = bar.add_task("interleaved steps", total=None)
         advance = lambda done, total: bar.update(task, completed=done, total=total)  # noqa: E731
-        result = benchmark.measure.measure(benchmark.case.case_of(config), **options, progress=advance)
+        result = benchmark.measure.measure(benchmark.case.case_of(config), **vars(request), progress=advance)
     if config.format == "json":
         print(json.dumps(result))
     else:
@@ -71,9 +66,8 @@ def _print(result: dict[str, Any], console: Console) -> None:
 
 
 def _table(title: str, rows: list[dict[str, str]]) -> Table:
-    table = Table(title=title, title_justify="left")
-    for column in rows[0]:
-        table.add_column(column, justify="left" if column == "stage" else "right")
+    columns = (Column(name, justify="left" if name == "stage" else "right") for name in rows[0])
+    table = Table(*columns, title=title, title_justify="left")
     for row in rows:
         table.add_row(*row.values())
     return table

@@ -2,40 +2,38 @@
 
 import json
 import sys
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from rich.console import Console
 from rich.panel import Panel
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from est_cli import data
-from est_cli.commands.entry import read_only
-from est_cli.config import Natural, read_train_config
+from est_cli.commands.entry import read_only, read_request_and_config
+from est_cli.config import Natural
 from est_cli.errors import UserError, say
-from est_cli.schema import read
+
+
+@dataclass(frozen=True)
+class Request:
+    samples: Natural
+    """Decoded excerpts to show."""
 
 
 def main() -> None:
     read_only("prepare", run)
 
 
-def run(plain: dict[str, Any]) -> None:
+def run(composed: dict[str, Any]) -> None:
     """Prepare (or find) the token files of the composed config and print what they hold. Raises UserError."""
-    problems: list[str] = []
-    samples = read(Natural, plain.pop("samples"), "samples", problems)
-    try:
-        config = read_train_config(plain)
-    except UserError as error:
-        raise UserError(*problems, *error.problems) from None
-    if problems:
-        raise UserError(*problems)
+    request, config = read_request_and_config(Request, composed)
     if config.data.streaming:
         raise UserError("data.streaming=true: leaves nothing to prepare; est-train reads the stream as it goes")
     corpus = replace(config.data, train_tokens=None)  # how much of it a run trains on is no matter of the corpus
     store = data.tokens.prepare(corpus, config.tokenizer, config.model.vocab_size, say, sys.stderr.isatty())
-    facts = data.tokens.inspect(store, samples)
+    facts = data.tokens.inspect(store, request.samples)
     if config.format == "json":
         print(json.dumps(facts))
     else:
@@ -43,12 +41,9 @@ def run(plain: dict[str, Any]) -> None:
 
 
 def _print(facts: dict[str, Any], console: Console) -> None:
-    table = Table(
-        title=f"{facts['tokenizer']['vocab_size']:,} ids ({facts['tokenizer']['kind']})", title_justify="left"
-    )
-    table.add_column("split")
-    for column in ("documents", "tokens", "bytes", "bytes/token", "unigram entropy"):
-        table.add_column(column, justify="right")
+    title = f"{facts['tokenizer']['vocab_size']:,} ids ({facts['tokenizer']['kind']})"
+    numbers = _numbers("documents", "tokens", "bytes", "bytes/token", "unigram entropy")
+    table = Table("split", *numbers, title=title, title_justify="left")
     for name, split in facts["splits"].items():
         table.add_row(
             name,
@@ -75,10 +70,7 @@ def _print(facts: dict[str, Any], console: Console) -> None:
 
 def _package_table(packages: dict[str, dict[str, int]]) -> Table:
     """How many packages each split has, and which are the largest."""
-    table = Table(title="packages", title_justify="left")
-    table.add_column("split")
-    table.add_column("packages", justify="right")
-    table.add_column("the largest, MB")
+    table = Table("split", *_numbers("packages"), "the largest, MB", title="packages", title_justify="left")
     for name, sizes in packages.items():
         largest = ", ".join(f"{package} {n_bytes / 1e6:.1f}" for package, n_bytes in list(sizes.items())[:4])
         table.add_row(name, f"{len(sizes):,}", Text(largest))
@@ -87,12 +79,14 @@ def _package_table(packages: dict[str, dict[str, int]]) -> Table:
 
 def _mixture_table(mixture: list[dict[str, Any]]) -> Table:
     """What each source of a mixture was to get of the tokens, and got."""
-    table = Table(title="mixture", title_justify="left")
-    table.add_column("source")
-    for column in ("weight", "train", "used", "val", "used"):
-        table.add_column(column, justify="right")
+    numbers = _numbers("weight", "train", "used", "val", "used")
+    table = Table("source", *numbers, title="mixture", title_justify="left")
     for source in mixture:
         splits = (source["splits"][name] for name in ("train", "val"))
         cells = [cell for split in splits for cell in (f"{split['share']:.2%}", f"{split['passes']:.2f} times")]
         table.add_row(Text(str(source["path"])), f"{source['weight']:.2%}", *cells)
     return table
+
+
+def _numbers(*names: str) -> list[Column]:
+    return [Column(name, justify="right") for name in names]

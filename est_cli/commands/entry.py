@@ -1,48 +1,77 @@
-"""What every command shares: flags, composition, help, exit codes.
+"""What every command shares: flags, requests, help, exit codes.
 
-A command's `main` reads the flags and either answers what they ask (--help, --cfg, --info) or composes the config and
-calls the command. Whatever happens, the process ends with the contract's exit code and one message.
+A command's `main` reads the flags, composes the config and calls the command's `run`. However it ends, the process
+leaves with the contract's exit code and one message.
 """
 
 import argparse
-import contextlib
-import io
+import dataclasses
 import os
 import re
 import sys
 import traceback
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
 from string import Template
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import hydra
 from omegaconf import DictConfig, OmegaConf
 
 import est_cli
-from est_cli.composition import hydra_internals
-from est_cli.composition.composer import Composer, compose, conf_dir, plain
+from est_cli.composition.composer import Composer, conf_dir, plain
+from est_cli.composition.hydra_internals import hydra_flags
 from est_cli.composition.typed_text import as_typed
+from est_cli.config import TrainConfig, read_train_config
 from est_cli.errors import BAD_INPUT, DONE, FAILED, INTERRUPTED, PROBLEM, RunFailed, UserError, problems_text
+from est_cli.schema import read
+from est_cli.tracking.display import LastingFile
 
 AddFlags = Callable[[argparse.ArgumentParser], None]
 """Adds the flags that only one command has."""
-_KEY = re.compile(r"(?P<indent> *)(?P<key>\w+):")
+_Request = TypeVar("_Request")
+_KEY = re.compile(r"(?P<indent>|  )(?P<key>\w+):")
+"""A key of the composed config, or of one of its sections."""
 _COMMENTED = re.compile(r"(?P<key>\w+):.*?\s# (?P<comment>.+)")
 _COMMENT_COLUMN = 34
 
 
-class _Lossy(io.TextIOWrapper):
-    """A stream of messages that nobody may be able to read: what cannot be written is dropped."""
+def read_only(config_name: str, call: Callable[[dict[str, Any]], None]) -> NoReturn:
+    """A command that makes no run directory: compose and `call(plain config)`; with -m, once for every job."""
+    arguments = read_arguments()
 
-    def write(self, text: str) -> int:
-        with contextlib.suppress(OSError):
-            return super().write(text)
-        return len(text)
+    def command() -> None:
+        with Composer(config_name, arguments) as composer:
+            if answers_flag(composer):
+                return
+            if arguments.multirun:
+                composer.compose_sweep()
+                composer.run(lambda config: call(plain(config)))
+                return
+            composed = plain(composer.compose())
+        call(composed)
 
-    def flush(self) -> None:
-        with contextlib.suppress(OSError, ValueError):
-            super().flush()
+    exit_with(command)
+
+
+def read_arguments(add_flags: AddFlags | None = None) -> argparse.Namespace:
+    """Hydra's flags and the overrides of the command line.
+
+    Also appends the current directory to the path, so that a config can name a person's own functions there, as with
+    python -m. It is the last entry, so local files cannot shadow installed packages.
+    """
+    if not {"", os.getcwd()} & set(sys.path):
+        sys.path.append(os.getcwd())
+    open_standard_streams()
+    # Figures only go to files. A notebook's own backend need not exist here.
+    os.environ["MPLBACKEND"] = "agg"
+    parser = hydra_flags()
+    versions = f"est-cli {est_cli.__version__} (Hydra {hydra.__version__})"
+    next(action for action in parser._actions if action.dest == "version").version = versions
+    if add_flags is not None:
+        add_flags(parser)
+    arguments = parser.parse_intermixed_args()
+    arguments.overrides = as_typed(arguments.overrides, arguments.multirun)
+    return arguments
 
 
 def open_standard_streams() -> None:
@@ -57,43 +86,36 @@ def open_standard_streams() -> None:
         sys.stdout = sys.__stdout__ = open(1, "w", closefd=False)  # noqa: SIM115
     if sys.stderr is None:
         sys.stderr = sys.__stderr__ = open(2, "w", closefd=False)  # noqa: SIM115
-    elif sys.stderr is sys.__stderr__ and not isinstance(sys.stderr, _Lossy):
-        encoding = sys.stderr.encoding
-        buffer = sys.stderr.detach()
-        sys.stderr = sys.__stderr__ = _Lossy(buffer, encoding, "backslashreplace", line_buffering=True)
+    elif sys.stderr is sys.__stderr__ and not isinstance(sys.stderr, LastingFile):
+        sys.stderr = sys.__stderr__ = LastingFile(sys.stderr)
 
 
-def read_arguments(add_flags: AddFlags | None = None) -> argparse.Namespace:
-    """Hydra's flags and the overrides of the command line.
+def read_request(kind: type[_Request], composed: Mapping[str, Any], **required: str) -> _Request:
+    """The composed keys as the frozen dataclass `kind`. `required` says what a key must be that has no default.
 
-    Also puts the current directory on the path, so that a config can name a person's own functions there, as with
-    python -m. Appended last, so local files cannot shadow installed packages.
+    Raises UserError with every problem.
     """
-    if not {"", os.getcwd()} & set(sys.path):
-        sys.path.append(os.getcwd())
-    open_standard_streams()
-    # Figures only go to files. A notebook's own backend need not exist here.
-    os.environ["MPLBACKEND"] = "agg"
-    parser = hydra_internals.hydra_flags()
-    versions = f"est-cli {est_cli.__version__} (Hydra {hydra.__version__})"
-    next(action for action in parser._actions if action.dest == "version").version = versions
-    if add_flags is not None:
-        add_flags(parser)
-    arguments = parser.parse_intermixed_args()
-    arguments.overrides = as_typed(arguments.overrides, arguments.multirun)
-    return arguments
+    problems = [f"{key}: is missing; must be {what}" for key, what in required.items() if not composed.get(key)]
+    request = read(kind, composed, "", problems)
+    if problems:
+        raise UserError(*problems)
+    return request
 
 
-def read_only(config_name: str, call: Callable[[dict[str, Any]], int | None]) -> NoReturn:
-    """A command that makes no run directory: compose, then `call(plain config)`."""
-    arguments = read_arguments()
-
-    def task(config: DictConfig) -> None:
-        call(plain(config))
-
-    if needs_hydra(arguments):
-        hand_to_hydra(config_name, arguments, task)
-    exit_with(lambda: call(compose(config_name, arguments)[0]))
+def read_request_and_config(
+    kind: type[_Request], composed: Mapping[str, Any], problems: Sequence[str] = ()
+) -> tuple[_Request, TrainConfig]:
+    """The keys that are fields of `kind`, and the rest as a run's config. Raises UserError with every problem."""
+    found = list(problems)
+    names = {field.name for field in dataclasses.fields(kind)}
+    request = read(kind, {key: value for key, value in composed.items() if key in names}, "", found)
+    try:
+        config = read_train_config({key: value for key, value in composed.items() if key not in names})
+    except UserError as error:
+        found += error.problems
+    if found:
+        raise UserError(*found)
+    return request, config
 
 
 def exit_with(call: Callable[[], int | None]) -> NoReturn:
@@ -101,7 +123,8 @@ def exit_with(call: Callable[[], int | None]) -> NoReturn:
     try:
         code = call() or DONE
     except UserError as error:
-        print_problems(error)
+        if error.problems:
+            print(problems_text(error), file=sys.stderr)
         code = BAD_INPUT
     except RunFailed as error:
         if str(error):
@@ -124,111 +147,68 @@ def exit_with(call: Callable[[], int | None]) -> NoReturn:
     sys.exit(code)
 
 
-def print_problems(error: UserError) -> None:
-    """One message on standard error, a line a problem."""
-    if error.problems:
-        print(problems_text(error), file=sys.stderr)
+def answers_flag(composer: Composer) -> bool:
+    """Whether a flag asks for words (--help, --hydra-help, --cfg, --info, --shell-completion), which are then printed.
 
-
-def needs_hydra(arguments: Any) -> bool:
-    """Whether a flag asks for what Hydra does itself, sweeps included."""
-    return arguments.multirun or asks_hydra(arguments)
-
-
-def asks_hydra(arguments: Any) -> bool:
-    """Whether a flag asks for words of Hydra's: help, --cfg, --info."""
-    flags = ("help", "hydra_help", "cfg", "info", "shell_completion", "resolve")
-    return any(getattr(arguments, flag) for flag in flags)
-
-
-def hand_to_hydra(config_name: str, arguments: Any, task: Callable[[DictConfig], Any]) -> NoReturn:
-    if arguments.help:
-        exit_with(lambda: print(help_text(config_name, arguments)))
-    exit_with(lambda: _check_and_run_hydra(config_name, arguments, task))
-
-
-def _check_and_run_hydra(config_name: str, arguments: argparse.Namespace, task: Callable[[DictConfig], Any]) -> None:
-    """Raises UserError for a mistake: Hydra would tell of it in its own words, and exit with 1."""
-    alone = [f"--{flag}" for flag in ("multirun", "cfg", "info", "shell_completion") if getattr(arguments, flag)]
-    if len(alone) > 1:
-        raise UserError(f"{' '.join(alone)}: only one of them at a time")
-    if not (arguments.hydra_help or arguments.shell_completion):
-        with Composer(config_name, arguments) as composer:
-            composer.compose_sweep() if arguments.multirun else composer.compose()
-    run_hydra(config_name, task)
-
-
-def run_in_directory(config_name: str, arguments: argparse.Namespace, task: Callable[[DictConfig], int]) -> int:
-    """Hydra makes the run directory, and calls `task` with the composed config; returns what that returns."""
-    outcome: list[int] = []
-    with Composer(config_name, arguments) as composer, _passed_by_hydra(task) as guarded:
-        composer.hydra.run(composer.config_name, lambda config: outcome.append(guarded(config)), arguments.overrides)
-    return outcome[0]
-
-
-def run_hydra(config_name: str, task: Callable[[DictConfig], Any]) -> None:
-    """Hydra's own main.
-
-    A UserError and a RunFailed pass through, where Hydra would print a traceback and exit with 1.
+    Raises UserError, also for overrides that cannot be composed: Hydra would report them in its own words and exit
+    with 1.
     """
-    # Hydra parses the command line itself.
-    sys.argv[1:] = [text if text.startswith("-") else as_typed([text])[0] for text in sys.argv[1:]]
-    with _passed_by_hydra(task) as guarded:
-        hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name=config_name)(guarded)()
-
-
-@contextlib.contextmanager
-def _passed_by_hydra(task: Callable[[DictConfig], Any]) -> Iterator[Callable[[DictConfig], Any]]:
-    """The task for Hydra to call; what it raises is raised in the end, past Hydra's own words on errors."""
-    errors: list[Exception] = []
-
-    def guarded(config: DictConfig) -> Any:
-        try:
-            return task(config)
-        except Exception as error:
-            errors.append(error)
-
-    yield guarded
-    if errors:
-        raise errors[0]
-
-
-def help_text(config_name: str, arguments: Any) -> str:
-    """What the command does, its config groups, and the composed config. Raises UserError for bad overrides."""
-    with Composer(config_name, arguments) as composer:
+    arguments, name, overrides = composer.arguments, composer.config_name, composer.arguments.overrides
+    given = [f"--{flag}" for flag in ("multirun", "cfg", "info", "shell_completion") if getattr(arguments, flag)]
+    if len(given) > 1:
+        raise UserError(f"{' '.join(given)}: only one of them at a time")
+    if arguments.resolve and not (arguments.cfg or arguments.help):
+        raise UserError("--resolve: goes with --cfg")
+    if arguments.help:
+        print(help_text(composer))
+    elif arguments.hydra_help:
+        composer.hydra.hydra_help(name, hydra_flags(), arguments)
+    elif arguments.shell_completion:
+        composer.hydra.shell_completion(name, overrides)
+    elif arguments.cfg:
         config = composer.compose()
-        groups = composer.hydra.format_config_groups(lambda name: not name.startswith("hydra"))
+        if arguments.resolve:
+            plain(config)  # raises UserError for a value that cannot be resolved
+        composer.hydra.show_cfg(name, overrides, arguments.cfg, arguments.package, arguments.resolve)
+    elif arguments.info:
+        composer.compose()
+        composer.hydra.show_info(arguments.info, name, overrides)
+    else:
+        return False
+    return True
+
+
+def help_text(composer: Composer) -> str:
+    """What the command does, its config groups, and the composed config. Raises UserError for bad overrides."""
+    config = composer.compose()
+    groups = composer.hydra.format_config_groups(lambda name: not name.startswith("hydra"))
     keys = OmegaConf.to_yaml(OmegaConf.masked_copy(config, [key for key in config if key != "hydra"]))
-    top_level = _comments([conf_dir() / f"{name}.yaml" for name in (config_name, "base")])
-    sections = {
-        group: _comments([conf_dir() / group / f"{option}.yaml", *sorted((conf_dir() / group).glob("*.yaml"))])
-        for group, option in config.hydra.runtime.choices.items()
-        if "/" not in group
-    }
     template = Template(config.hydra.help.template)
-    return template.substitute(APP_CONFIG_GROUPS=groups, CONFIG=_annotated(keys, top_level, sections))
+    return template.substitute(APP_CONFIG_GROUPS=groups, CONFIG=_annotated(keys, _comments(composer, config)))
 
 
-def _annotated(yaml: str, top_level: dict[str, str], sections: dict[str, dict[str, str]]) -> str:
+def _annotated(yaml: str, comments: dict[str, str]) -> str:
     """The lines of a composed config, each with the comment of its key."""
-    lines, section = [], {}
+    lines, section = [], ""
     for line in yaml.splitlines():
         comment = None
         if found := _KEY.match(line):
-            depth, key = len(found["indent"]) // 2, found["key"]
-            if depth == 0:
-                section, comment = sections.get(key, {}), top_level.get(key)
-            elif depth == 1:
-                comment = section.get(key)
+            section = section if found["indent"] else found["key"]
+            comment = comments.get(f"{section}.{found['key']}" if found["indent"] else section)
         lines.append(line if comment is None else f"{line:<{_COMMENT_COLUMN}}# {comment}")
     return "\n".join(lines) + "\n"
 
 
-def _comments(paths: list[Path]) -> dict[str, str]:
-    """The comment behind each key; of several files the first that has one."""
+def _comments(composer: Composer, config: DictConfig) -> dict[str, str]:
+    """The comments behind the keys in conf/, by `key` and `section.key`; the chosen option's before other options'."""
+    files = [("", conf_dir() / f"{name}.yaml") for name in (composer.config_name, "base")]
+    for group, option in config.hydra.runtime.choices.items():
+        if "/" not in group:
+            folder = conf_dir() / group
+            files += [(f"{group}.", path) for path in (folder / f"{option}.yaml", *sorted(folder.glob("*.yaml")))]
     comments: dict[str, str] = {}
-    for path in filter(Path.is_file, paths):
-        for line in path.read_text("utf-8").splitlines():
+    for prefix, path in files:
+        for line in path.read_text("utf-8").splitlines() if path.is_file() else ():
             if found := _COMMENTED.match(line):
-                comments.setdefault(found["key"], found["comment"])
+                comments.setdefault(prefix + found["key"], found["comment"])
     return comments

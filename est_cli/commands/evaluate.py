@@ -7,19 +7,20 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from est_cli import evaluation
-from est_cli.commands.entry import read_only
+from est_cli.commands.entry import read_only, read_request
 from est_cli.config import Count, DataConfig, Format, Natural, as_plain, read_train_config
 from est_cli.errors import UserError, say
-from est_cli.schema import read
 
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """What to evaluate the runs on."""
+    """The runs, and what to evaluate them on."""
 
+    run: str | tuple[str, ...] | None
+    format: Format
     tokens: Count | None
     tasks: tuple[str, ...]
     tasks_dir: str | None
@@ -32,23 +33,15 @@ def main() -> None:
     read_only("eval", run)
 
 
-def run(plain: dict[str, Any]) -> None:
+def run(composed: dict[str, Any]) -> None:
     """Print the evaluation of what `run=` names; raises UserError for bad input."""
-    problems: list[str] = []
-    plain = dict(plain)
-    given = read(str | tuple[str, ...] | None, plain.pop("run"), "run", problems)
-    kind = read(Format, plain.pop("format"), "format", problems)
-    request = read(Request, plain, "", problems)
-    if not given and not problems:
-        problems.append("run: is missing; must be a run directory, or a list of them")
-    if problems:
-        raise UserError(*problems)
-    folders = [given] if isinstance(given, str) else list(given)
+    request = read_request(Request, composed, run="a run directory, or a list of them")
+    folders = [request.run] if isinstance(request.run, str) else list(request.run)
     found = [_evaluate(folder, request) for folder in folders]
-    if kind == "text":
+    if request.format == "text":
         table = _tasks_table if request.tasks else _loss_table
         Console().print(table(short_names(folders), found))
-    elif isinstance(given, str):
+    elif isinstance(request.run, str):
         print(json.dumps(found[0]))
     else:
         runs = [{"run": folder, **facts} for folder, facts in zip(folders, found, strict=True)]
@@ -91,9 +84,8 @@ def short_names(folders: list[str]) -> list[str]:
 
 
 def _loss_table(names: list[str], found: list[dict[str, Any]]) -> Table:
-    table = Table("run")
-    for column in ("step", "val loss", "perplexity", "bits per byte", "tokens"):
-        table.add_column(column, justify="right")
+    numbers = ("step", "val loss", "perplexity", "bits per byte", "tokens")
+    table = Table("run", *(Column(name, justify="right") for name in numbers))
     for name, facts in zip(names, found, strict=True):
         table.add_row(
             name,
@@ -107,9 +99,7 @@ def _loss_table(names: list[str], found: list[dict[str, Any]]) -> Table:
 
 
 def _tasks_table(names: list[str], found: list[dict[str, Any]]) -> Table:
-    table = Table("task", "metric")
-    for name in names:
-        table.add_column(name, justify="right", overflow="fold")
+    table = Table("task", "metric", *(Column(name, justify="right", overflow="fold") for name in names))
     for task, metrics in found[0]["tasks"].items():
         for metric in (name for name in metrics if "_stderr" not in name):
             table.add_row(task, metric, *(_with_error(facts["tasks"][task], metric) for facts in found))

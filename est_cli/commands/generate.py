@@ -3,19 +3,30 @@
 import json
 import re
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from est_cli import evaluation
-from est_cli.commands.entry import read_only
+from est_cli.commands.entry import read_only, read_request
 from est_cli.config import Count, Format, Natural, NotNegative
-from est_cli.errors import UserError, say
-from est_cli.schema import read
+from est_cli.errors import say
+
+
+@dataclass(frozen=True)
+class Request:
+    run: str | None
+    prompt: str
+    max_tokens: Count
+    temperature: NotNegative
+    top_k: Count | None
+    seed: Natural
+    format: Format
 
 
 def main() -> None:
     prompt = take_prompt(sys.argv)
-    read_only("generate", lambda plain: run(plain if prompt is None else {**plain, "prompt": prompt}))
+    read_only("generate", lambda composed: run(composed if prompt is None else {**composed, "prompt": prompt}))
 
 
 def take_prompt(arguments: list[str]) -> str | None:
@@ -29,27 +40,18 @@ def take_prompt(arguments: list[str]) -> str | None:
     return taken[-1].removeprefix("prompt=") if taken else None
 
 
-def run(plain: dict[str, Any]) -> None:
+def run(composed: dict[str, Any]) -> None:
     """Continue `prompt=`, printed as it comes; raises UserError for bad input."""
-    problems: list[str] = []
-    folder = read(str | None, plain["run"], "run", problems)
-    types = {"max_tokens": Count, "temperature": NotNegative, "top_k": Count | None, "seed": Natural}
-    decoding = {key: read(type_, plain[key], key, problems) for key, type_ in types.items()}
-    prompt = "" if plain["prompt"] is None else str(plain["prompt"])
-    kind = read(Format, plain["format"], "format", problems)
-    if folder is None:
-        problems.append("run: is missing; must be a run directory")
-    if problems:
-        raise UserError(*problems)
-    opened = evaluation.run.open_run(Path(folder), say)
+    request = read_request(Request, composed, run="a run directory")
+    opened = evaluation.run.open_run(Path(request.run), say)
     tokenizer = evaluation.run.run_tokenizer(opened, say)
-    decoding = evaluation.generation.Decoding(**decoding)
-    pieces = evaluation.generation.generate_text(opened.model, tokenizer, prompt, decoding)
-    if kind == "json":
+    decoding = evaluation.generation.Decoding(request.max_tokens, request.temperature, request.top_k, request.seed)
+    pieces = evaluation.generation.generate_text(opened.model, tokenizer, request.prompt, decoding)
+    if request.format == "json":
         texts, counts = zip(*pieces, strict=True) if (pieces := list(pieces)) else ((), ())
-        print(json.dumps({"prompt": prompt, "text": "".join(texts), "tokens": sum(counts)}))
+        print(json.dumps({"prompt": request.prompt, "text": "".join(texts), "tokens": sum(counts)}))
         return
-    print(prompt, end="", flush=True)
+    print(request.prompt, end="", flush=True)
     for text, _ in pieces:
         print(text, end="", flush=True)
     print()

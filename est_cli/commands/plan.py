@@ -2,7 +2,7 @@
 
 import json
 import shlex
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from textwrap import shorten
 from typing import Any
 
@@ -11,10 +11,9 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from est_cli.commands.entry import read_only
-from est_cli.config import TrainConfig, auto, read_train_config
+from est_cli.commands.entry import read_only, read_request_and_config
+from est_cli.config import TrainConfig, auto
 from est_cli.errors import UserError
-from est_cli.schema import read
 from est_cli.subnet.flops import config_ledger, scale_boundaries, with_boundaries
 from est_cli.subnet.memory import Ranks, count_parameters, sent_bytes, training_bytes
 from est_cli.subnet.plan import effective_rates, stage_models, stage_subnetwork
@@ -29,43 +28,41 @@ _LONGEST = 40
 """Characters of a list of indices that people are shown."""
 
 
+@dataclass(frozen=True)
+class Request:
+    step: int | None
+    target_saved_blocks: float | None
+    device_memory: int | None
+    """Bytes."""
+
+
 def main() -> None:
     read_only("plan", run)
 
 
-def run(plain: dict[str, Any]) -> None:
+def run(composed: dict[str, Any]) -> None:
     """Print the plan of the composed config; raises UserError for bad input."""
-    problems: list[str] = []
-    step = read(int | None, plain.pop("step"), "step", problems)
-    target = read(float | None, plain.pop("target_saved_blocks"), "target_saved_blocks", problems)
-    device_memory = _device_memory(plain.pop("device_memory"), problems)
-    try:
-        config = read_train_config(plain)
-    except UserError as error:
-        raise UserError(*problems, *error.problems) from None
-    if problems:
-        raise UserError(*problems)
-    if device_memory is not None and config.trainer.device == "auto":
+    problems, memory = [], composed.get("device_memory")
+    if memory is not None:
+        try:
+            composed["device_memory"] = parse_bytes(str(memory))
+        except ValueError as error:
+            problems.append(f"device_memory={memory}: {error}")
+            composed["device_memory"] = None
+    request, config = read_request_and_config(Request, composed, problems)
+    if request.device_memory is not None and config.trainer.device == "auto":
         config = replace(config, trainer=replace(config.trainer, device="cuda"))
     config, notes = auto.choose(config, auto.expected_device(config))
     check_strategy(config)
     console = Console()
-    if target is not None:
-        _solve(config, target, console)
-    elif step is not None:
-        _print_step(config, step, console)
+    if request.target_saved_blocks is not None:
+        _solve(config, request.target_saved_blocks, console)
+    elif request.step is not None:
+        _print_step(config, request.step, console)
     elif config.format == "json":
-        print(json.dumps(describe(config, device_memory)))
+        print(json.dumps(describe(config, request.device_memory)))
     else:
-        _print_plan(config, notes, console, device_memory)
-
-
-def _device_memory(text: Any, problems: list[str]) -> int | None:
-    try:
-        return None if text is None else parse_bytes(str(text))
-    except ValueError as error:
-        problems.append(f"device_memory={text}: {error}")
-        return None
+        _print_plan(config, notes, console, request.device_memory)
 
 
 def describe(config: TrainConfig, device_memory: int | None = None) -> dict[str, Any]:
@@ -243,7 +240,7 @@ def _solve(config: TrainConfig, target: float, console: Console) -> None:
     if config.format == "json":
         print(json.dumps({"overrides": overrides, **facts}))
         return
-    console.print(shlex.join(overrides), soft_wrap=True, highlight=False, markup=False)
+    print(shlex.join(overrides))
     console.print(
         f"saves {facts['saved_blocks']:.2%} of the blocks' FLOPs (the paper's accounting), "
         f"{facts['saved']:.2%} of the whole model's",

@@ -1,50 +1,44 @@
 """est-report: one or many runs → an HTML page, PNG figures and CSV tables, or a report in the terminal."""
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from rich.console import Console
 
 from est_cli import reports
-from est_cli.commands.entry import read_only
+from est_cli.commands.entry import read_only, read_request
 from est_cli.errors import UserError
-from est_cli.schema import read
 
-_FORMATS = Literal["text", "terminal", "json"]
+
+@dataclass(frozen=True)
+class Request:
+    runs: str | tuple[str, ...] | None
+    out: str | None
+    format: Literal["text", "terminal", "json"]
 
 
 def main() -> None:
     read_only("report", run)
 
 
-def run(plain: dict[str, Any]) -> None:
+def run(composed: dict[str, Any]) -> None:
     """Write the report of `runs=`; raises UserError for bad input."""
-    problems: list[str] = []
-    runs = read(str | tuple[str, ...] | None, plain["runs"], "runs", problems)
-    out = read(str | None, plain["out"], "out", problems)
-    kind = read(_FORMATS, plain["format"], "format", problems)
-    if not runs and not problems:
-        problems.append("runs: is missing; must be a run or sweep folder, or a list of them")
-    if problems:
-        raise UserError(*problems)
-    folders = [Path(folder).expanduser() for folder in ([runs] if isinstance(runs, str) else runs)]
+    request = read_request(Request, composed, runs="a run or sweep folder, or a list of them")
+    folders = [Path(f).expanduser() for f in ([request.runs] if isinstance(request.runs, str) else request.runs)]
     records = reports.records.load_runs(folders)
-    if kind == "terminal":
+    if request.format == "terminal":
         reports.terminal.terminal_report(records, Console())
         return
-    destination = Path(out).expanduser() if out else _default_out(folders)
+    beside = folders[0] / "report" if len(folders) == 1 else Path("report")
+    out = Path(request.out).expanduser() if request.out else beside
     try:
-        files = reports.report.write_report(records, destination)
+        files = reports.report.write_report(records, out)
     except OSError as error:
-        raise UserError(f"out={destination}: cannot be written ({error.strerror})") from error
-    if kind == "json":
+        raise UserError(f"out={out}: cannot be written ({error.strerror})") from error
+    if request.format == "json":
         print(json.dumps({name: str(path) for name, path in files.items()}))
         return
     for name, path in files.items():
-        Console().print(f"{name}: {path}", soft_wrap=True, highlight=False, markup=False)
-
-
-def _default_out(folders: list[Path]) -> Path:
-    """Beside the run where there is one; here where there are several."""
-    return folders[0] / "report" if len(folders) == 1 else Path("report")
+        print(f"{name}: {path}")

@@ -15,7 +15,6 @@ import yaml
 from hydra.core.config_loader import ConfigLoader
 from hydra.core.override_parser.types import Override, Transformer
 from hydra.errors import HydraException
-from hydra.plugins.launcher import Launcher
 from hydra.types import RunMode
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -86,7 +85,7 @@ def compose(config_name: str, arguments: argparse.Namespace) -> tuple[dict[str, 
 
 
 class Composer:
-    """Composes one command's configuration; `with` it, since Hydra keeps a global."""
+    """Composes one command's configuration, and runs tasks with it as Hydra does. Hydra keeps a global: use `with`."""
 
     def __init__(self, config_name: str, arguments: argparse.Namespace):
         _check_flags(arguments)
@@ -106,19 +105,33 @@ class Composer:
 
     def compose(self) -> DictConfig:
         """The composed config, `hydra` node included. Raises UserError naming every bad override."""
-        with self._mistakes_told(lambda: [self.arguments.overrides], sweeps=False):
-            return _checked(self._compose(self.arguments.overrides))
+        overrides = self.arguments.overrides
+        with self._mistakes_told([overrides], sweeps=False):
+            return _checked(self._compose(overrides))
+
+    def compose_run(self) -> DictConfig | None:
+        """The same for one run; None if -m, or a config with hydra.mode=MULTIRUN, asks for a sweep."""
+        if self.arguments.multirun:
+            return None
+        try:
+            config = self.compose()
+        except UserError:
+            # Several values of a key are a mistake, unless the config asks for a sweep.
+            if self.hydra.get_mode(self.config_name, self.arguments.overrides) == RunMode.MULTIRUN:
+                return None
+            raise
+        return None if config.hydra.mode == RunMode.MULTIRUN else config
 
     def compose_sweep(self) -> DictConfig:
         """The config that the jobs of a sweep share. Raises UserError naming every override that no job can compose."""
         overrides = self.arguments.overrides
-        with self._mistakes_told(lambda: _every_value_once(overrides, self.loader)):
-            master = self._compose(overrides, RunMode.MULTIRUN)
-            for job in _every_value_once(overrides, self.loader):
+        jobs = _every_value_once(overrides, self.loader)
+        with self._mistakes_told(jobs):
+            master = self.compose_master(overrides)
+            for job in jobs:
                 _checked(self.compose_job(job))
         problems: list[str] = []
-        for text in overrides:
-            override = parse(text, self.loader)
+        for override in (parse(text, self.loader) for text in overrides):
             if override.is_discrete_sweep():
                 for value in override.sweep_iterator(transformer=Transformer.identity):
                     check_value(override.key_or_group, getattr(value, "text", value), problems)
@@ -126,13 +139,39 @@ class Composer:
             raise UserError(*problems)
         return master
 
-    def is_sweep(self) -> bool:
-        """Whether the config itself asks for several jobs, with hydra.mode=MULTIRUN. Raises UserError."""
-        with self._mistakes_told(lambda: [self.arguments.overrides], sweeps=False):
-            return self.hydra.get_mode(self.config_name, self.arguments.overrides) == RunMode.MULTIRUN
+    def compose_master(self, overrides: list[str]) -> DictConfig:
+        """The config that the jobs of a sweep with these overrides share."""
+        return self._compose(overrides, RunMode.MULTIRUN)
+
+    def compose_job(self, overrides: list[str]) -> DictConfig:
+        """One job of a sweep."""
+        return self._compose([*overrides, "hydra.mode=RUN"])
+
+    def _compose(self, overrides: list[str], mode: RunMode = RunMode.RUN) -> DictConfig:
+        """Raises what Hydra raises for mistakes."""
+        return self.hydra.compose_config(self.config_name, overrides, run_mode=mode)
+
+    def run(self, task: Callable[[DictConfig], Any]) -> Any:
+        """Let Hydra make the run directory and call `task`, with -m once for every job; returns what it returned last.
+
+        What `task` raises is raised at the end, without Hydra's own words.
+        """
+        returned, errors = [], []
+
+        def guarded(config: DictConfig) -> None:
+            try:
+                returned.append(task(config))
+            except Exception as error:
+                errors.append(error)
+
+        start = self.hydra.multirun if self.arguments.multirun else self.hydra.run
+        start(self.config_name, guarded, self.arguments.overrides)
+        if errors:
+            raise errors[0]
+        return returned[-1]
 
     @contextlib.contextmanager
-    def _mistakes_told(self, jobs: Callable[[], list[list[str]]], sweeps: bool = True) -> Iterator[None]:
+    def _mistakes_told(self, jobs: list[list[str]], sweeps: bool = True) -> Iterator[None]:
         """Raises UserError in the place of what Hydra, OmegaConf and the YAML reader raise for a person's mistake."""
         try:
             yield
@@ -143,23 +182,8 @@ class Composer:
         except (HydraException, OmegaConfBaseException, ValueError, yaml.YAMLError) as error:
             if isinstance(error, UserError):
                 raise
-            problems = dict.fromkeys(line for job in jobs() for line in self._problems(job, sweeps))
+            problems = dict.fromkeys(line for job in jobs for line in self._problems(job, sweeps))
             raise UserError(*(problems or [_first_line(error)])) from error
-
-    def compose_master(self, overrides: list[str]) -> DictConfig:
-        """The config that the jobs of a sweep share, of other overrides than the command line's."""
-        return self._compose(overrides, RunMode.MULTIRUN)
-
-    def compose_job(self, overrides: list[str]) -> DictConfig:
-        """One job of a sweep. What Hydra says about mistakes passes through."""
-        return self._compose([*overrides, "hydra.mode=RUN"])
-
-    def launcher(self, overrides: list[str], task: Callable[[DictConfig], Any]) -> Launcher:
-        """What runs a list of jobs."""
-        return hydra_internals.launcher(self.hydra, self.config_name, overrides, task)
-
-    def _compose(self, overrides: list[str], mode: RunMode = RunMode.RUN) -> DictConfig:
-        return self.hydra.compose_config(self.config_name, overrides, run_mode=mode, with_log_configuration=False)
 
     def _problems(self, overrides: list[str], sweeps: bool = True) -> Iterator[str]:
         """One line for each override that cannot be what was meant; a sweep's only where there are several jobs."""

@@ -16,7 +16,8 @@ from hydra.core.config_search_path import SearchPathQuery
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.plugins import Plugins
 from hydra.plugins.launcher import Launcher
-from hydra.types import HydraContext, RunMode, TaskFunction
+from hydra.types import HydraContext, TaskFunction
+from omegaconf import DictConfig
 
 
 def open_hydra(conf: str, own: str | None) -> Hydra:
@@ -35,8 +36,7 @@ def close_hydra() -> None:
     GlobalHydra.instance().clear()
 
 
-def launcher(hydra: Hydra, config_name: str, overrides: list[str], task: TaskFunction) -> Launcher:
+def launcher(hydra: Hydra, master: DictConfig, task: TaskFunction) -> Launcher:
     """What runs the jobs of a sweep, for a list of jobs that no sweeper can make."""
-    config = hydra.compose_config(config_name, overrides, run_mode=RunMode.MULTIRUN)
-    context = HydraContext(config_loader=hydra.config_loader, callbacks=Callbacks(config))
-    return Plugins.instance().instantiate_launcher(hydra_context=context, task_function=task, config=config)
+    context = HydraContext(config_loader=hydra.config_loader, callbacks=Callbacks(master))
+    return Plugins.instance().instantiate_launcher(hydra_context=context, task_function=task, config=master)

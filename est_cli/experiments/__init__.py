@@ -1,10 +1,11 @@
 """Many runs: a sweep, and the comparison of ways to train.
 
 arms          one config, trained in several ways
+naming        what a sweep's overrides ask for, and the folder names made from them
 comparison    which jobs compare the arms fairly, and in which order they run
 sweep         runs jobs, one folder each
 job           one job of a sweep
-result        what became of a sweep
+result        one table and report of a sweep's jobs
 saving        what an arm saves at equal loss
 verdict       what the runs of a comparison say
 """

@@ -5,10 +5,12 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from est_cli import runs
-from est_cli.config import TrainConfig, read_train_config
+from est_cli import training
+from est_cli.config import TrainConfig, auto, read_train_config
 from est_cli.errors import UserError, nearest
+from est_cli.runs.cooldown import Trunk, take_trunk
 from est_cli.subnet.flops import config_ledger, training_flops
+from est_cli.subnet.sampler import check_strategy
 from est_cli.subnet.schedule import StageSpec, boundary_step
 
 EST, FULL, FULL_SAME_FLOPS, SMALL = "est", "full", "full_same_flops", "small"
@@ -16,13 +18,21 @@ DENSE = (FULL, FULL_SAME_FLOPS, SMALL)
 """Arms that train one model from the first step to the last; every other arm evolves."""
 
 
-def read_config(composed: dict[str, Any], hydra_node: DictConfig) -> tuple[TrainConfig, list[str]]:
-    """The config with numbers that suit this machine's device, and what was chosen. Raises UserError."""
+def read_config(composed: dict[str, Any], hydra_node: DictConfig) -> tuple[TrainConfig, list[str], Trunk | None]:
+    """A composed config as it is trained on this machine, what was chosen for it, and a cooldown's trunk.
+
+    Raises UserError.
+    """
     arm, flops = composed.pop("arm", None), composed.pop("arm_flops", None)
-    config, notes = runs.preparation.for_this_machine(read_train_config(composed))
-    if arm is None:
-        return config, notes
-    return with_arm(config, arm, flops, hydra_node.runtime.choices.get("scheduler")), notes
+    trunk = take_trunk(composed)
+    config = read_train_config(composed)
+    if config.model.init_from is not None:
+        training.pretrained.check_pretrained(config.model)
+    config, notes = auto.choose(config, training.device.available_device(config.trainer, config.kernels))
+    check_strategy(config)
+    if arm is not None:
+        config = with_arm(config, arm, flops, hydra_node.runtime.choices.get("scheduler"))
+    return config, notes, trunk
 
 
 def with_arm(config: TrainConfig, arm: str, flops: int | None = None, scheduler: str | None = None) -> TrainConfig:

@@ -1,18 +1,18 @@
-"""The jobs of a comparison, `arms=[…]`: every arm on the same seeds, each with a grid of optimizer settings of its own.
+"""The jobs of a comparison, `arms=[...]`: every arm runs on the same seeds and tries the same optimizer settings.
 
-The first seed runs the whole grid, later seeds run an arm only at the setting that was best for it there.
+The first seed tries all settings. Later seeds run each arm only at the setting that was its best on the first seed.
 """
 
 import itertools
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
-from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig
 from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 
@@ -20,62 +20,57 @@ from est_cli.composition.composer import Composer, plain
 from est_cli.config import TrainConfig
 from est_cli.errors import UserError, nearest, say
 from est_cli.experiments.arms import DENSE, EST, FULL_SAME_FLOPS, SMALL, read_config, spent
-from est_cli.experiments.result import JobResult
+from est_cli.experiments.naming import Asked
+from est_cli.experiments.verdict import arm_table
 from est_cli.plugins import is_installed
+from est_cli.runs.directory import RunDirectory
 from est_cli.subnet.flops import config_ledger
-from est_cli.tracking.summary import narrow_table
 from est_cli.units import format_count, format_flops, format_percent
 
 Launch = Callable[[Sequence[Sequence[str]]], Sequence[Path] | None]
-"""Runs jobs, each of them a list of overrides; their folders in the same order, or None if a signal ended them."""
+"""Runs jobs, each a list of overrides. Returns their folders in the same order, or None if a signal ended them."""
 
 UNNAMED_KEYS = ("arms", "arm_flops", "scheduler", "trainer.threads")
-"""Keys that the jobs' overrides have and their folders' names do not: the arm stands for them."""
+"""Keys of the jobs' overrides that are not in their folders' names: the arm's name stands for them."""
 AT_A_TIME = 2
 SIDE_BY_SIDE = ("hydra/launcher=joblib", f"hydra.launcher.n_jobs={AT_A_TIME}")
 
 
 @dataclass(frozen=True)
 class ArmJobs:
-    """One arm: what its jobs share, and the cost of one."""
+    """One arm: the overrides that its jobs share, and the config of the first."""
 
     name: str
     overrides: tuple[str, ...]
     config: TrainConfig
-
-    @property
-    def full_flops(self) -> int:
-        """FLOPs of as many steps of its own model, all of it trained."""
-        return config_ledger(self.config).full.total * self.config.trainer.max_steps
 
 
 @dataclass(frozen=True)
 class ComparisonJobs:
     arms: tuple[ArmJobs, ...]
     seeds: tuple[tuple[str, ...], ...]
-    """Overrides of each; one empty tuple where none is swept."""
+    """Overrides for each seed; one empty tuple if seeds are not swept."""
     settings: tuple[tuple[str, ...], ...]
-    """Overrides of each point of the grid of optimizer settings; one empty tuple without a grid."""
+    """Overrides for each point of the grid of optimizer settings; one empty tuple without a grid."""
     full_flops: int
     """FLOPs of the full model for the same tokens."""
 
     @classmethod
-    def of(
-        cls,
-        composer: Composer,
-        master: DictConfig,
-        given: Sequence[Override],
-        params: Sequence[str],
-    ) -> "ComparisonJobs":
-        """`given` are the overrides of the command line, `params` what the config itself sweeps.
+    def of(cls, composer: Composer, master: DictConfig) -> "ComparisonJobs":
+        """The jobs that a composed sweep with `arms` asks for.
 
         Raises UserError, with the problems of every arm, before anything runs.
         """
-        names = _names(master, composer)
-        fixed, swept = _split([*OverridesParser.create(composer.loader).parse_overrides(list(params)), *given])
+        if (sweeper := master.hydra.runtime.choices["hydra/sweeper"]) != "basic":
+            raise UserError(
+                f"hydra/sweeper={sweeper}: must be basic beside arms, which have a grid: optimizer.lr=A,B,C"
+            )
+        asked, names = Asked(master), _names(master, composer)
+        params = [f"{key}={value}" for key, value in asked.params.items()]
+        parsed = OverridesParser.create(composer.loader).parse_overrides(params)
+        fixed, swept = _split([*parsed, *asked.overrides.values()])
         seeds = tuple((value,) for value in swept.pop("seed", [])) or ((),)
         settings = tuple(itertools.product(*swept.values()))
-
         problems: list[str] = []
 
         def arm(name: str, *more: str) -> ArmJobs | None:
@@ -90,20 +85,16 @@ class ComparisonJobs:
             return None
 
         own = arm(EST)
-        evolving = {name: own if name == EST else arm(name) for name in names if name not in DENSE}
-        found = [jobs for jobs in (evolving or {EST: own}).values() if jobs is not None]
+        evolving = {name: own if name == EST else arm(name) for name in names if name not in DENSE} or {EST: own}
         if problems:
-            raise UserError(*dict.fromkeys(problems))
-        flops = f"+arm_flops={min(spent(jobs.config) for jobs in found)}"
+            raise UserError(*problems)
+        flops = f"+arm_flops={min(spent(jobs.config) for jobs in evolving.values())}"
         needs_flops = (FULL_SAME_FLOPS, SMALL)
         arms = [evolving.get(name) or arm(name, *([flops] if name in needs_flops else [])) for name in names]
         if problems:
             raise UserError(*problems)
-        return cls(tuple(jobs for jobs in arms if jobs is not None), seeds, settings, own.full_flops)
-
-    @property
-    def on_cpu(self) -> bool:
-        return all(jobs.config.trainer.device == "cpu" for jobs in self.arms)
+        full_flops = config_ledger(own.config).full.total * own.config.trainer.max_steps
+        return cls(tuple(arms), seeds, settings, full_flops)
 
     @property
     def tunes_first(self) -> bool:
@@ -115,27 +106,20 @@ class ComparisonJobs:
         return len(self.settings) + len(self.seeds) - 1 if self.tunes_first else len(self.settings) * len(self.seeds)
 
     def on_one_thread_each(self) -> "ComparisonJobs":
-        """For jobs side by side; a number that a person has given stays."""
-        arms = [
-            arm if arm.config.trainer.threads else replace(arm, overrides=(*arm.overrides, "trainer.threads=1"))
-            for arm in self.arms
-        ]
+        """For jobs side by side. A given number of threads stays."""
+        one = ("trainer.threads=1",)
+        arms = (arm if arm.config.trainer.threads else replace(arm, overrides=arm.overrides + one) for arm in self.arms)
         return replace(self, arms=tuple(arms))
 
     def show_cost(self, console: Console) -> None:
-        table = narrow_table()
-        table.add_column("arm", no_wrap=True)
-        for column in ("runs", "steps", "FLOPs per run", "of full"):
-            table.add_column(column, justify="right")
-        total = 0
-        for arm in self.arms:
-            flops = spent(arm.config)
-            total += flops * self.runs_per_arm
+        table = arm_table("runs", "steps", "FLOPs per run", "of full")
+        costs = [spent(arm.config) for arm in self.arms]
+        for arm, flops in zip(self.arms, costs, strict=True):
             steps, share = format_count(arm.config.trainer.max_steps), format_percent(flops / self.full_flops)
             table.add_row(arm.name, str(self.runs_per_arm), steps, format_flops(flops), share)
         console.print(table)
-        runs = self.runs_per_arm * len(self.arms)
-        said = f"{runs} runs, {format_flops(total)} in all. Runs that are done already are not run again."
+        said = f"{self.runs_per_arm * len(self.arms)} runs, {format_flops(self.runs_per_arm * sum(costs))} in all. "
+        said += "Runs that are done already are not run again."
         if self.tunes_first:
             said += (
                 f" The first seed tries {len(self.settings)} settings; later seeds run each arm at its best one there."
@@ -143,6 +127,7 @@ class ComparisonJobs:
         console.print(said, highlight=False)
 
     def run(self, launch: Launch) -> None:
+        """An arm has no later seeds until its first is done at every setting."""
         if not self.tunes_first:
             points = itertools.product(self.seeds, self.settings, self.arms)
             launch([(*arm.overrides, *seed, *setting) for seed, setting, arm in points])
@@ -152,36 +137,26 @@ class ComparisonJobs:
         folders = launch([(*arm.overrides, *first, *setting) for arm, setting in grid])
         if folders is None:
             return
-        best = dict(self._best(grid, folders))
-        launch([(*arm.overrides, *seed, *best[arm.name]) for seed in later for arm in self.arms if arm.name in best])
-
-    def _best(
-        self, grid: Sequence[tuple[ArmJobs, tuple[str, ...]]], folders: Sequence[Path]
-    ) -> Iterator[tuple[str, tuple[str, ...]]]:
-        """Arms and their best setting of the first seed, except for those that have none or are not through."""
-        for name in (arm.name for arm in self.arms):
-            tried = [
-                (JobResult.of(folder), setting)
-                for (arm, setting), folder in zip(grid, folders, strict=True)
-                if arm.name == name
-            ]
-            best, setting = min(tried, key=lambda pair: pair[0].val_loss)
-            if any(result.status not in ("done", "failed") for result, _ in tried) or best.status != "done":
-                say(f"{name}: later seeds wait, because its first seed is not through")
+        best = {}
+        for arm in self.arms:
+            tried = [(RunDirectory(at), point[1]) for point, at in zip(grid, folders, strict=True) if point[0] is arm]
+            run, setting = min(tried, key=lambda entry: entry[0].val_loss)
+            if run.status == "done" and all(run.status in ("done", "failed") for run, _ in tried):
+                best[arm.name] = setting
             else:
-                yield name, setting
-
-
-def swept_arms(config: DictConfig, given: Sequence[str]) -> bool:
-    """Whether `arms` decides the sweep; `+arm=…` among the keys given on the command line takes its place."""
-    return OmegaConf.select(config, "arms") is not None and "arm" not in given
+                say(f"{arm.name}: later seeds wait, because its first seed is not through")
+        launch([(*arm.overrides, *seed, *best[arm.name]) for seed in later for arm in self.arms if arm.name in best])
 
 
 def side_by_side(jobs: ComparisonJobs, master: DictConfig, launcher_given: bool) -> tuple[str, ...]:
-    """Overrides that run two jobs at a time where nobody has chosen a launcher, and the machine can; or none."""
+    """Overrides that run two jobs at a time, or none.
+
+    For CPU jobs, if the machine has the cores and nobody has chosen a launcher.
+    """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     is_basic = master.hydra.runtime.choices["hydra/launcher"] == "basic"
-    if launcher_given or not is_basic or not jobs.on_cpu or cores < AT_A_TIME:
+    on_cpu = all(arm.config.trainer.device == "cpu" for arm in jobs.arms)
+    if launcher_given or not is_basic or not on_cpu or cores < AT_A_TIME:
         return ()
     if not is_installed("hydra_plugins.hydra_joblib_launcher"):
         say("one run after another; with `pip install 'est-cli[joblib]'` two run at a time")
@@ -190,7 +165,7 @@ def side_by_side(jobs: ComparisonJobs, master: DictConfig, launcher_given: bool)
 
 
 def _names(master: DictConfig, composer: Composer) -> list[str]:
-    """The arms asked for, each once. Raises UserError for those that there are not."""
+    """The arms asked for, each once. Raises UserError for unknown ones."""
     arms = master.arms
     if not isinstance(arms, ListConfig) or not len(arms):
         raise UserError(f"arms={arms}: must be a list of at least one arm: arms=[full,est]")
@@ -205,9 +180,9 @@ def _names(master: DictConfig, composer: Composer) -> list[str]:
 
 
 def _split(overrides: Sequence[Override]) -> tuple[dict[str, str], dict[str, list[str]]]:
-    """What all jobs share, and what is swept: the overrides by key, a later one in place of an earlier one.
+    """The overrides that all jobs share, and those that are swept, by key. A later one replaces an earlier one.
 
-    Raises UserError for a key that arms must share, and for a search, which has no grid.
+    Raises UserError for a sweep over a key that arms must share, and for a search, which has no grid.
     """
     fixed: dict[str, str] = {}
     swept: dict[str, list[str]] = {}
@@ -233,7 +208,7 @@ def _split(overrides: Sequence[Override]) -> tuple[dict[str, str], dict[str, lis
 
 
 def _overrides_of(name: str, fixed: dict[str, str]) -> tuple[str, ...]:
-    """The shared overrides as this arm takes them: what is said of the scheduler is said of `est` and its controls."""
+    """The shared overrides for one arm. Those of the scheduler are for `est` and its controls only."""
     if name in (EST, *DENSE):
         return (*fixed.values(), f"+arm={name}")
     shared = [line for key, line in fixed.items() if key != "scheduler" and not key.startswith("scheduler.")]

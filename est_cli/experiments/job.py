@@ -1,8 +1,8 @@
 """One job of a sweep: a run in the folder that Hydra made, in this process or in ranks of its own."""
 
-import json
 import os
 import sys
+import traceback
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -13,14 +13,10 @@ from est_cli import data, runs, training
 from est_cli.composition.composer import plain
 from est_cli.composition.typed_text import quoted
 from est_cli.config import TrainConfig
-from est_cli.errors import BAD_INPUT, DONE, INTERRUPTED, STOPPED, RunFailed, UserError, say
+from est_cli.errors import BAD_INPUT, DONE, INTERRUPTED, STOPPED, RunFailed, UserError, problems_text, say
 from est_cli.experiments.arms import read_config
-from est_cli.runs.cooldown import take_trunk
 from est_cli.runs.directory import RunDirectory
 from est_cli.runs.stopping import stop_request
-
-AS_JOB = "EST_JOB"
-"""Environment variable of the ranks of a sweep's job: its label, and what continues the sweep, as JSON."""
 
 
 @dataclass(frozen=True)
@@ -41,34 +37,52 @@ class Call:
         return os.getpid() != self.process
 
 
-def run_job(composed: DictConfig, directory: RunDirectory, call: Call) -> float:
-    """Train the composed config in the directory and return the validation loss. A finished job is not run again.
+def run_job(call: Call, composed: DictConfig) -> float | None:
+    """Train one job and return its validation loss. A failure is told at once and left in the job's folder.
 
-    Raises SystemExit when asked to stop.
+    The other jobs go on. A failure returns None, because Optuna's sweeper accepts neither a loss of NaN nor an
+    exception. Raises SystemExit when asked to stop.
     """
+    directory = RunDirectory(Path(HydraConfig.get().runtime.output_dir))
+    try:
+        return _run(call, composed, directory)
+    except SystemExit:
+        if not call.is_elsewhere:
+            raise
+        return None  # its folder tells that it was stopped, and the sweep's own process why
+    except UserError as error:
+        text = problems_text(error)
+    except RunFailed as error:
+        text = f"failed: {error}"
+    except Exception:
+        text = traceback.format_exc()
+    say(f"{directory.path.name} failed\n{text}")
+    directory.write_error(text + "\n")
+    return None
+
+
+def _run(call: Call, composed: DictConfig, directory: RunDirectory) -> float:
+    """A job that is done is not run again."""
     if call.is_elsewhere:
         sys.argv[:] = call.arguments
         if stop_request()():
             raise SystemExit(STOPPED)
-    node = HydraConfig.get()
-    composed = plain(composed)
-    trunk = take_trunk(composed)
-    config, notes = read_config(composed, node)
-    if (started := training.distributed.launched_ranks()) > 1:
-        raise UserError(f"-m: {started} processes were started; a sweep starts those of its jobs itself")
+    node, name = HydraConfig.get(), directory.path.name
+    config, notes, trunk = read_config(plain(composed), node)
     group = config.logger.group or Path(node.sweep.dir).name
     config = replace(config, logger=replace(config.logger, group=group))
     if directory.is_done(config):
         _check_text(directory, config)
-        say(f"{directory.path.name}: done already, skipped")
+        say(f"{name}: done already, skipped")
         return directory.summary()["val_loss"]
-    say(f"{directory.path.name}: job {node.job.num + 1}")
-    if config.trainer.devices > 1:
-        return _run_in_ranks(node, config.trainer.devices, group, directory, call)
-    label = directory.path.name if call.is_elsewhere else None
-    alone, overrides = training.distributed.Peers(), list(node.overrides.task)
-    prepared = runs.preparation.prepare_run(config, notes, directory, overrides, sys.argv[1:], alone, trunk, label)
-    code = runs.execution.execute(replace(prepared, command=call.command, job=True), alone)
+    say(f"{name}: job {node.job.num + 1}")
+    in_ranks = config.trainer.devices > 1
+    job = runs.run.Job(call.command, name if in_ranks or call.is_elsewhere else None)
+    if in_ranks:
+        code = _run_in_ranks(node, config.trainer.devices, group, directory, call.flags, job)
+    else:
+        alone, overrides = training.distributed.Peers(), list(node.overrides.task)
+        code = runs.run.prepare(config, notes, trunk, directory, overrides, alone, job).execute()
     if code != DONE:
         raise SystemExit(code)
     return directory.summary()["val_loss"]
@@ -81,17 +95,16 @@ def _check_text(directory: RunDirectory, config: TrainConfig) -> None:
         done.check(data.tokens.current_text(config.data), config.data, say)
 
 
-def _run_in_ranks(node: DictConfig, count: int, group: str, directory: RunDirectory, call: Call) -> float:
-    """A job on several devices: a run of its own, in the job's folder."""
-    folder, group = (quoted(text) for text in (str(directory.path), group))
+def _run_in_ranks(
+    node: DictConfig, count: int, group: str, directory: RunDirectory, flags: tuple[str, ...], job: "runs.run.Job"
+) -> int:
+    """A job on several devices: a run of its own, in the job's folder. Returns DONE, STOPPED or INTERRUPTED."""
+    folder, group = quoted(str(directory.path)), quoted(group)
     paths = [override for override in node.overrides.hydra if override.startswith("hydra.searchpath=")]
     overrides = [*paths, *node.overrides.task, f"++logger.group={group}", "hydra.mode=RUN", f"hydra.run.dir={folder}"]
-    job = json.dumps({"label": directory.path.name, "command": call.command})
-    code = runs.launcher.launch(count, ["-m", "est_cli", *call.flags, *overrides], {AS_JOB: job})
-    if code in (STOPPED, INTERRUPTED):
-        raise SystemExit(code)
+    code = runs.launcher.launch(count, ["-m", "est_cli", *flags, *overrides], job.as_environment())
     if code == BAD_INPUT:
         raise UserError(f"{directory.path.name}: its processes have told what is wrong")
-    if code != DONE:
-        raise RunFailed(directory.error() or f"its processes ended with code {code}")
-    return directory.summary()["val_loss"]
+    if code not in (DONE, STOPPED, INTERRUPTED):
+        raise RunFailed((directory.error() or "").strip() or f"its processes ended with code {code}")
+    return code

@@ -1,8 +1,8 @@
-"""est-train --cooldown CHECKPOINT: a run of its own that shares a trunk's steps and then lets the learning rate fall.
+"""est-train --cooldown CHECKPOINT: a new run that takes over a trunk's steps and then lets the learning rate fall.
 
-The trunk trained at a constant rate. The new run has the config of a straight run with optimizer.decay=wsd whose decay
-begins where the checkpoint lies, so that its first steps are the trunk's to the bit. Its folder starts with the
-trunk's checkpoint and metrics; from there on it is an ordinary run. One trunk can serve many budgets.
+The trunk is a run at a constant rate. The new run has the config of a straight run with optimizer.decay=wsd whose decay
+begins at the checkpoint, so its first steps are the trunk's to the bit. Its folder starts with the trunk's checkpoint
+and metrics; from there on it is an ordinary run. One trunk can serve many budgets.
 """
 
 import hashlib
@@ -30,7 +30,7 @@ KEY = "--cooldown"
 
 _LENGTH = ("optimizer.decay_steps", "optimizer.decay_fraction")
 _FREE = (*_LENGTH, "optimizer.decay_shape", "optimizer.min_lr_ratio", "trainer.device", *HARMLESS, *BATCH, "hydra")
-"""Keys, and whole sections, that a cooldown may change; of BATCH the product must stay."""
+"""Keys, and whole sections, that a cooldown may change; the product of BATCH must stay."""
 _STEP = re.compile(r"step-(\d+)")
 
 
@@ -45,43 +45,36 @@ class Trunk:
 
     @classmethod
     def at(cls, path: str) -> "Trunk":
-        """The trunk that ends with the checkpoint in `path`. Its checksums are not compared here; see `verify`.
+        """The trunk that ends with the checkpoint in `path`. `verify` compares its checksums.
 
-        Raises UserError where there is no checkpoint, or one that no cooldown can begin with.
+        Raises UserError if there is no checkpoint, or one that no cooldown can begin with.
         """
-        damage = training.checkpoint.damage
         typed = Path(path).expanduser()
         folder = Path(os.path.abspath(typed.parent if typed.is_file() else typed))
         if not _STEP.fullmatch(folder.name) or not folder.is_dir():
             raise UserError(f"{KEY}={path}: must be a checkpoint, a folder RUN/checkpoints/step-…{_nearest(typed)}")
         checkpoint = training.checkpoint.Checkpoint(folder)
-        state = checkpoint.state
-        if not isinstance(state.get("config"), dict) or not isinstance(state.get("step"), int):
-            raise UserError(f"{KEY}={path}: this checkpoint is damaged: {damage(folder) or 'it names no config'}")
-        if not checkpoint.can_resume:
-            problem = damage(folder)
+        plain, step = checkpoint.state.get("config"), checkpoint.state.get("step")
+        known = isinstance(plain, dict) and isinstance(step, int)
+        if not known or not checkpoint.can_resume:
+            if problem := training.checkpoint.damage(folder) or ("" if known else "it names no config"):
+                raise UserError(f"{KEY}={path}: this checkpoint is damaged: {problem}")
             raise UserError(
-                f"{KEY}={path}: this checkpoint is damaged: {problem}"
-                if problem
-                else f"{KEY}={path}: holds weights and no optimizer moments, and cannot be trained further; must be a "
+                f"{KEY}={path}: holds weights and no optimizer moments, and cannot be trained further; must be a "
                 "full checkpoint, as trainer.checkpoint_every and trainer.save_final=full write them"
             )
         try:
-            config = read_train_config(state["config"])
+            config = read_train_config(plain)
         except UserError as error:
             raise UserError(f"{KEY}={path}: its config is of another version:", *error.problems) from error
-        trunk = cls(folder, state["step"], config)
-        trunk._check_rate(path)
-        return trunk
-
-    def _check_rate(self, path: str) -> None:
-        decay, steps = self.config.optimizer.decay, self.config.trainer.max_steps
-        start = self.config.optimizer.decay_start(steps)
-        if self.step > start:
+        start = config.optimizer.decay_start(config.trainer.max_steps)
+        if step > start:
             raise UserError(
-                f"{KEY}={path}: the trunk's learning rate began to fall at step {start} (optimizer.decay={decay}); "
-                f"must be a checkpoint of step {start} or before, or of a run with optimizer.decay=none"
+                f"{KEY}={path}: the trunk's learning rate began to fall at step {start} "
+                f"(optimizer.decay={config.optimizer.decay}); must be a checkpoint of step {start} or before, or of a "
+                "run with optimizer.decay=none"
             )
+        return cls(folder, step, config)
 
     @property
     def run_dir(self) -> Path:
@@ -89,14 +82,14 @@ class Trunk:
 
     @property
     def decay_start(self) -> int:
-        """Where the decay begins: at the checkpoint, or where the warmup that it lies in ends."""
+        """Where the decay begins: at the checkpoint, or at the end of the warmup if the checkpoint lies in it."""
         return max(self.step, boundary_step(self.config.optimizer.warmup, self.config.trainer.max_steps))
 
     def cooled(self, decay_steps: int) -> TrainConfig:
         """The config of a straight run that begins as the trunk did, and decays over its last `decay_steps` steps.
 
-        What was a fraction of the trunk's length becomes a number of steps. Stages that begin at the checkpoint or
-        later are left out; the last one that stays lasts to the end.
+        Fractions of the trunk's length become numbers of steps. Stages that begin at the checkpoint or later are left
+        out; the last one that stays lasts to the end.
         """
         config, steps = self.config, self.config.trainer.max_steps
         specs = zip(config.scheduler.stages, config.stages, strict=True)
@@ -112,7 +105,7 @@ class Trunk:
         )
 
     def length(self, decay_steps: int | float | None, decay_fraction: float) -> int:
-        """Steps of the decay; a fraction is the share of the whole new run. Raises UserError where it is all of it."""
+        """Steps of the decay. A fraction is the share of the whole new run; raises UserError if it is 1."""
         if isinstance(decay_steps, int):
             return decay_steps
         key, share = (_LENGTH[1], decay_fraction) if decay_steps is None else (_LENGTH[0], decay_steps)
@@ -124,7 +117,7 @@ class Trunk:
         return max(1, round(self.decay_start * share / (1 - share)))
 
     def check(self, config: TrainConfig) -> None:
-        """Raises UserError where the rest of `config` is not the trunk's."""
+        """Raises UserError if the rest of `config` is not the trunk's."""
         differing = changes(as_plain(self.cooled(config.optimizer.decay_steps)), as_plain(config))
         wrong = [change for change in differing if change.problem and (change.key in BATCH or not _is_free(change.key))]
         if wrong:
@@ -133,7 +126,7 @@ class Trunk:
             )
 
     def verify(self) -> None:
-        """Raises UserError where the checkpoint is damaged, or the trunk's metrics are not beside it."""
+        """Raises UserError if the checkpoint is damaged, or the trunk's metrics are not beside it."""
         if problem := training.checkpoint.damage(self.folder):
             raise UserError(f"{KEY}={self.folder}: this checkpoint is damaged: {problem}")
         if not (self.run_dir / METRICS).is_file():
@@ -143,9 +136,9 @@ class Trunk:
             )
 
     def begin(self, directory: RunDirectory, config: TrainConfig) -> None:
-        """Leave in `directory` what a run of `config` would have left that was stopped after the trunk's last step.
+        """Leave in `directory` what a run of `config` that was stopped after the trunk's last step would have left.
 
-        A process that dies here leaves a folder in which this is done again. Raises OSError.
+        If the process dies here, the next one does it again. Raises OSError.
         """
         directory.write_config(config)
         copied = directory.path / f".{METRICS}"
@@ -171,20 +164,19 @@ class Trunk:
 def cooldown_config(path: str, overrides: list[str]) -> str:
     """The name of a primary config, made for this process, of a cooldown whose length is not settled yet.
 
-    Raises UserError where `path` is no trunk, and for overrides of what the trunk has decided.
+    Raises UserError if `path` is no trunk, and for overrides of what the trunk has decided.
     """
     trunk = Trunk.at(path)
+    _check_overrides(trunk, overrides)
     config = without_call(as_plain(trunk.cooled(1)))
-    _check(trunk, overrides)
     config["optimizer"]["decay_steps"], config["trainer"]["max_steps"] = None, "auto"
     config[KEY] = str(trunk.folder)
     name = f"cooldown-{hashlib.sha256(json.dumps(config, default=str).encode()).hexdigest()[:8]}"
-    store_config(name, config)
-    return name
+    return store_config(name, config)
 
 
 def take_trunk(composed: dict[str, Any]) -> Trunk | None:
-    """The trunk of a composed config, whose lengths are settled here; None where it is of no cooldown."""
+    """The trunk of a composed config, in which the lengths are settled here; None if it is no cooldown's."""
     path = composed.pop(KEY, None)
     if path is None:
         return None
@@ -199,24 +191,21 @@ def take_trunk(composed: dict[str, Any]) -> Trunk | None:
     return trunk
 
 
-def _check(trunk: Trunk, overrides: list[str]) -> None:
-    """Raises UserError for keys that the trunk has decided, and for keys that there are not."""
-    problems, decided = [], False
+def _check_overrides(trunk: Trunk, overrides: list[str]) -> None:
+    """Raises UserError for keys that the trunk has decided, and for unknown keys."""
+    problems, decided = [], []
     known = set(_dotted(as_plain(trunk.config)))
     for key in typed_keys(overrides):
-        if _is_free(key):
-            continue
         if key == MAX_STEPS:
             problems.append(f"{key}: follows from the checkpoint and the length of the decay; give {_LENGTH[0]}")
-        elif "." in key and key not in known:
+        elif "." in key and key not in known and not _is_free(key):
             problems.append(f"{key}: there is no such key{nearest(key, known)}")
-        else:
-            problems.append(f"{key}: the trunk has decided this")
-            decided = True
+        elif not _is_free(key):
+            decided.append(f"{key}: the trunk has decided this")
     if decided:
-        problems.append(f"{KEY}={trunk.folder}: may change only {', '.join(_FREE)}")
-    if problems:
-        raise UserError(*problems)
+        decided.append(f"{KEY}={trunk.folder}: may change only {', '.join(_FREE)}")
+    if problems or decided:
+        raise UserError(*problems, *decided)
 
 
 def _is_free(key: str) -> bool:
@@ -231,15 +220,12 @@ def _dotted(config: dict[str, Any], prefix: str = "") -> Iterator[str]:
 
 
 def _nearest(path: Path) -> str:
-    """`; did you mean …?` for the checkpoint, or else the folder, that `path` may have been meant to name."""
+    """`; did you mean '...'?` for the checkpoint, or else the folder, that `path` may have been meant to name."""
+    meant = _STEP.fullmatch(path.name)
     for folder in (path / "checkpoints", path, path.parent, path.parent / "checkpoints"):
-        steps = {
-            int(found[1]): child
-            for child in (folder.iterdir() if folder.is_dir() else ())
-            if (found := _STEP.fullmatch(child.name))
-        }
+        found = (_STEP.fullmatch(child.name) for child in folder.glob("step-*"))
+        steps = {int(name[1]): folder / name[0] for name in found if name}
         if steps:
-            meant = _STEP.fullmatch(path.name)
             step = min(steps, key=lambda step: abs(step - int(meant[1]))) if meant else max(steps)
             return f"; did you mean '{steps[step]}'?"
     above = next((parent for parent in path.parents if parent.is_dir()), None)

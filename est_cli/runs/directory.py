@@ -1,7 +1,8 @@
-"""The folder of a run: what is in it decides whether a run starts, continues or is refused."""
+"""The folder of a run: its content decides whether a run starts, continues or is refused."""
 
 import contextlib
 import json
+import math
 import os
 import platform
 import shlex
@@ -16,7 +17,7 @@ import filelock
 import yaml
 
 from est_cli.config import TrainConfig, as_plain, read_train_config
-from est_cli.errors import UserError
+from est_cli.errors import PROBLEM, UserError
 from est_cli.runs.changes import changes
 
 CONFIG, METRICS, SUMMARY, ERROR = "config.yaml", "metrics.jsonl", "summary.json", "error.txt"
@@ -47,6 +48,22 @@ class RunDirectory:
     def is_finished(self) -> bool:
         return self.summary().get("status") == "done"
 
+    @property
+    def status(self) -> str:
+        """`failed` if the last attempt did, else summary.json's `done` or `stopped`, or `unfinished` without one."""
+        return "failed" if self.error() is not None else self.summary().get("status", "unfinished")
+
+    @property
+    def has_bad_input(self) -> bool:
+        """Whether bad input ended the last attempt."""
+        return (self.error() or "").startswith(PROBLEM)
+
+    @property
+    def val_loss(self) -> float:
+        """Infinite if there is none, or the last attempt failed."""
+        loss = None if self.status == "failed" else self.summary().get("val_loss")
+        return math.inf if loss is None or math.isnan(loss) else loss
+
     def _named(self, config: TrainConfig) -> tuple[str, str]:
         """The key and value that decide this folder, and what else could be named."""
         if config.run_id == self.path.name:
@@ -58,7 +75,7 @@ class RunDirectory:
 
         Raises UserError for a finished run, for one of another config, and for a folder of something else.
         """
-        self._check_writable()
+        check_writable(self.path, "hydra.run.dir")
         if not self.path.exists() or {path.name for path in self.path.iterdir()} <= _BEFORE_A_RUN:
             return []
         if not (self.path / CONFIG).exists():
@@ -75,8 +92,8 @@ class RunDirectory:
     def locked(self, config: TrainConfig) -> Iterator[None]:
         """Keep the folder from a second process that would train the same run.
 
-        The system lets go of the lock when this process ends, however it does. Raises UserError, naming the holder,
-        where another process has it, and where one has finished the run since it was checked.
+        The system releases the lock when this process ends, however it ends. Raises UserError, naming the holder, if
+        another process has it, or has finished the run since it was checked.
         """
         lock, holder = filelock.FileLock(self.path / LOCK), self.path / HOLDER
         try:
@@ -96,12 +113,6 @@ class RunDirectory:
         finally:
             holder.unlink(missing_ok=True)
             lock.release()
-
-    def _check_writable(self) -> None:
-        """Raises UserError where the folder cannot be made, or not be written."""
-        nearest = _nearest_folder(self.path, "hydra.run.dir")
-        if not os.access(nearest, os.W_OK | os.X_OK):
-            raise UserError(f"hydra.run.dir={self.path}: cannot be written, because {nearest} may not be")
 
     def is_done(self, config: TrainConfig) -> bool:
         """Whether this run is finished already. Raises UserError for a finished one of another config."""
@@ -125,9 +136,9 @@ class RunDirectory:
         write_whole(self.path / CONFIG, yaml.safe_dump(as_plain(config), sort_keys=False))
 
     def config(self) -> dict[str, Any]:
-        """The run's plain config; keys that are younger than the run have their defaults, which is how it trained.
+        """The run's plain config. Keys that are younger than the run have their defaults, which is how it trained.
 
-        Raises UserError where the file is damaged.
+        Raises UserError for a damaged file.
         """
         try:
             plain = yaml.safe_load((self.path / CONFIG).read_text())
@@ -137,12 +148,12 @@ class RunDirectory:
             raise UserError(
                 f"{self.path / CONFIG}: is damaged; the newest checkpoint's state.json holds the config too"
             )
-        with contextlib.suppress(UserError):  # of another version: what differs is told by the comparison
+        with contextlib.suppress(UserError):  # of another version: the comparison tells what differs
             return as_plain(read_train_config(plain))
         return plain
 
     def summary(self) -> dict[str, Any]:
-        """summary.json, or an empty dict where there is none, or one that a power loss has emptied."""
+        """summary.json, or an empty dict if there is none, or one that a power loss has emptied."""
         try:
             found = json.loads((self.path / SUMMARY).read_text())
         except (OSError, ValueError):
@@ -154,33 +165,34 @@ class RunDirectory:
         write_whole(self.path / SUMMARY, json.dumps(summary, indent=1) + "\n")
 
     def error(self) -> str | None:
-        """What ended the last attempt, where it failed."""
+        """What ended the last attempt, if it failed."""
         file = self.path / ERROR
-        return file.read_text().strip() if file.exists() else None
+        return file.read_text() if file.exists() else None
 
     def write_error(self, text: str) -> None:
-        """What ended a failed run, where there is room for it."""
+        """What ended a failed run, if the disk has room for it."""
         with contextlib.suppress(OSError):
             (self.path / ERROR).write_text(text)
 
 
+def check_writable(path: Path, key: str) -> None:
+    """Raises UserError, naming the key that decides the path, if the folder cannot be made or written."""
+    nearest = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
+    if not nearest.is_dir():
+        raise UserError(f"{key}={path}: cannot be a folder, because {nearest} is a file")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise UserError(f"{key}={path}: cannot be written, because {nearest} may not be")
+
+
 def make_folder(path: Path, key: str) -> None:
-    """Raises UserError, naming the key that decides the path, where the folder cannot be made or written."""
-    _nearest_folder(path, key)
+    """Raises UserError as `check_writable`, and if the file system does not take a file in the folder."""
+    check_writable(path, key)
     try:
         path.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path):
             pass
     except OSError as error:
         raise UserError(f"{key}={path}: cannot be written ({error.strerror})") from error
-
-
-def _nearest_folder(path: Path, key: str) -> Path:
-    """`path`, or the closest folder above it that exists. Raises UserError where that is a file."""
-    nearest = next(folder for folder in (path, *path.parents) if folder.exists())
-    if not nearest.is_dir():
-        raise UserError(f"{key}={path}: cannot be a folder, because {nearest} is a file")
-    return nearest
 
 
 def write_whole(path: Path, text: str) -> None:

@@ -18,7 +18,7 @@ from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, start_pr
 
 import est_cli
 from est_cli.errors import BAD_INPUT, DONE, FAILED, INTERRUPTED, STOPPED, say
-from est_cli.runs.stopping import STOP_SIGNALS
+from est_cli.runs.stopping import STOP_SIGNALS, handlers_restored
 
 _POLL_S = 0.1
 
@@ -45,29 +45,26 @@ def launch(count: int, command: Sequence[str], environment: Mapping[str, str] | 
         "WORLD_SIZE": str(count),
         "LOCAL_WORLD_SIZE": str(count),
     }
-    before = {number: signal.getsignal(number) for number in signal.valid_signals()}
-    ranks = start_processes(
-        "est-train",
-        sys.executable,
-        dict.fromkeys(range(count), tuple(command)),
-        {rank: {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(count)},
-        DefaultLogsSpecs(os.devnull),
-    )
 
     def pass_on(number: int, frame: FrameType | None) -> None:
         for pid in ranks.pids().values():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, number)
 
-    try:
-        for number in STOP_SIGNALS:
-            signal.signal(number, pass_on)
-        failures = ranks.wait(period=_POLL_S).failures
-    finally:
-        ranks.close()
-        for number, handler in before.items():
-            if handler is not None and handler != signal.getsignal(number):
-                signal.signal(number, handler)
+    with handlers_restored():  # torch sets handlers too
+        ranks = start_processes(
+            "est-train",
+            sys.executable,
+            dict.fromkeys(range(count), tuple(command)),
+            {rank: {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(count)},
+            DefaultLogsSpecs(os.devnull),
+        )
+        try:
+            for number in STOP_SIGNALS:
+                signal.signal(number, pass_on)
+            failures = ranks.wait(period=_POLL_S).failures
+        finally:
+            ranks.close()
     if failures and (cause := next(iter(failures.values()))).exitcode < 0:
         say(f"rank {cause.local_rank} was ended by {signal.Signals(-cause.exitcode).name}")
     return _exit_code([failures[rank].exitcode if rank in failures else DONE for rank in range(count)])

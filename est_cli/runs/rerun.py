@@ -1,4 +1,4 @@
-"""est-train --rerun DIR: the config that a run recorded as the one that the command's overrides change."""
+"""est-train --rerun DIR: the config that a run recorded becomes the primary one, which the overrides change."""
 
 import contextlib
 import hashlib
@@ -22,11 +22,10 @@ _RATES = ("sampling", "sampling.heads", "sampling.mlp", "sampling.layers")
 def recorded_config(run_dir: str, overrides: list[str]) -> str:
     """The name of a primary config, made for this process, that composes to DIR/config.yaml.
 
-    Raises UserError where DIR holds no run, and for overrides that cannot reach what is recorded.
+    Raises UserError if DIR holds no run, and for overrides that cannot reach what is recorded.
     """
-    path = Path(run_dir) / CONFIG
     try:
-        text = path.read_text(encoding="utf-8")
+        text = (Path(run_dir) / CONFIG).read_text(encoding="utf-8")
         config = yaml.safe_load(text)
     except OSError:
         raise UserError(f"--rerun={run_dir}: is no run directory: there is no {CONFIG} in it") from None
@@ -34,32 +33,30 @@ def recorded_config(run_dir: str, overrides: list[str]) -> str:
         raise UserError(f"--rerun={run_dir}: its {CONFIG} cannot be read: {error}") from error
     if not isinstance(config, dict) or not isinstance(config.get("model"), dict):
         raise UserError(f"--rerun={run_dir}: its {CONFIG} is not that of a run of est-train")
-    _check(run_dir, overrides)
-    name = f"rerun-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
-    store_config(name, without_call(config))
-    return name
+    _check_overrides(run_dir, overrides)
+    return store_config(f"rerun-{hashlib.sha256(text.encode()).hexdigest()[:8]}", without_call(config))
 
 
-def _check(run_dir: str, overrides: list[str]) -> None:
-    """The stages are recorded as numbers: what they were once made from does not reach them any more."""
+def _check_overrides(run_dir: str, overrides: list[str]) -> None:
+    """The stages are recorded as numbers, so the keys that they were made from no longer reach them."""
     keys = set(typed_keys(overrides))
     if "scheduler" in keys:
         return
     dead = [key for key in sorted(keys) if key in _RATES or (key.startswith("scheduler.") and "stages" not in key)]
     if dead:
-        anew = "name also the scheduler that makes them anew, as in scheduler=three_stage"
-        raise UserError(*(f"{key}: does not reach the stages that {run_dir} recorded; {anew}" for key in dead))
+        again = "name also the scheduler that makes them anew, as in scheduler=three_stage"
+        raise UserError(*(f"{key}: does not reach the stages that {run_dir} recorded; {again}" for key in dead))
 
 
 def typed_keys(overrides: list[str]) -> Iterator[str]:
-    """The key of every override, in order; what cannot be parsed is told when the config is composed."""
+    """The key of every override, in order. Composing reports those that cannot be parsed."""
     for text in overrides:
         with contextlib.suppress(HydraException):
             yield parse(text).key_or_group.lstrip("+~")
 
 
 def without_call(config: dict) -> dict:
-    """Without what the call decides; a head width or a shard size that followed from other keys follows again."""
+    """Without what the call decides, and without a head width or shard size that follows from other keys."""
     model, trainer = config["model"], config.get("trainer", {})
     if model.get("head_dim") == model.get("d_model", 0) // max(1, model.get("n_heads", 1)):
         config = {**config, "model": {**model, "head_dim": None}}
@@ -68,8 +65,8 @@ def without_call(config: dict) -> dict:
     return {key: value for key, value in config.items() if key not in _OF_THE_CALL}
 
 
-def store_config(name: str, config: dict) -> None:
-    """Make `config` a primary one for this process.
+def store_config(name: str, config: dict) -> str:
+    """Make `config` a primary one for this process; returns its name.
 
     Its sections become options of the config groups, so that a group can still be exchanged as a whole.
     """
@@ -80,3 +77,4 @@ def store_config(name: str, config: dict) -> None:
     rest = {key: value for key, value in config.items() if key not in groups}
     defaults = ["train", *({f"override /{group}": name} for group in groups), "_self_"]
     store.store(name=name, node=OmegaConf.create({"defaults": defaults, **rest}))
+    return name

@@ -1,9 +1,10 @@
 """Signals that ask a run to stop: the step in progress ends, a checkpoint is written, the exit code is 75."""
 
+import contextlib
 import functools
 import os
 import signal
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from types import FrameType
 
 from est_cli.errors import RunFailed
@@ -30,10 +31,22 @@ def _handle(handler: Callable[[int, FrameType | None], None], numbers: Sequence[
             signal.signal(number, handler)
 
 
+@contextlib.contextmanager
+def handlers_restored() -> Iterator[None]:
+    """In the end every signal has the handler again that it had at the beginning."""
+    before = {number: signal.getsignal(number) for number in signal.valid_signals()}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            if handler is not None and handler != signal.getsignal(number):
+                signal.signal(number, handler)
+
+
 class StopRequest:
     """Called, it tells whether one of the signals has come. SIGINT twice quits at once.
 
-    A process of several also stops when the one that started it is gone, as nobody could stop it any more.
+    A process of several also stops when the one that started it is gone, because nobody could stop it any more.
     """
 
     def __init__(self) -> None:
@@ -52,5 +65,5 @@ class StopRequest:
 
 @functools.cache
 def stop_request() -> StopRequest:
-    """The process has one: a signal that comes between two jobs of a sweep stops the next."""
+    """The one of this process: a signal that comes between two jobs of a sweep stops the next."""
     return StopRequest()

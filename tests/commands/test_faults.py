@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 
 from est_cli.errors import RunFailed
-from est_cli.experiments.result import JobResult
 from est_cli.runs.directory import RunDirectory
 from est_cli.runs.stopping import STOP_SIGNALS, StopRequest, quit_until_training_begins
 from tests.commands.cli import TINY, clean_environment, metrics, run, without_speed, write_corpus
@@ -174,9 +173,9 @@ def test_a_summary_that_a_power_loss_emptied_is_none(tmp_path):
 def test_a_job_that_failed_is_not_bad_input(tmp_path):
     (tmp_path / "config.yaml").touch()
     (tmp_path / "error.txt").write_text("failed: step 7: the loss is not finite\n")
-    assert not JobResult.of(tmp_path).bad_input
+    assert not RunDirectory(tmp_path).has_bad_input
     (tmp_path / "error.txt").write_text("error: seed=zero: must be an integer\n")
-    assert JobResult.of(tmp_path).bad_input
+    assert RunDirectory(tmp_path).has_bad_input
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP", "SIGUSR2"])

@@ -5,13 +5,16 @@ import argparse
 import pytest
 
 from est_cli.commands.entry import help_text
+from est_cli.composition.composer import Composer
 from est_cli.errors import UserError
 
 COMMANDS = ("train", "plan", "prepare", "eval", "generate", "export", "report", "bench")
 
 
 def text(command: str, *overrides: str) -> str:
-    return help_text(command, argparse.Namespace(overrides=list(overrides), config_name=None, config_dir=None))
+    arguments = argparse.Namespace(overrides=list(overrides), config_name=None, config_dir=None)
+    with Composer(command, arguments) as composer:
+        return help_text(composer)
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -11,7 +11,7 @@ from est_cli.composition.composer import Composer, compose
 from est_cli.composition.typed_text import as_typed
 from est_cli.config import read_train_config
 from est_cli.errors import UserError
-from est_cli.experiments import sweep
+from est_cli.experiments import naming
 from tests.commands.cli import TINY, run, write_corpus
 
 
@@ -58,7 +58,7 @@ def test_a_sweep_over_names_keeps_them_and_its_folders_are_named_so(monkeypatch,
         swept = OverridesParser.create().parse_override(master.hydra.overrides.task[0])
         jobs = [composer.compose_job([f"logger.group={value}"]) for value in swept.sweep_string_iterator()]
         assert [job.logger.group for job in jobs] == ["4_7", "5e3", "x"]
-        names = [sweep.job_name(composer.compose_job([f"logger.group={v}"])) for v in ("'5e3'", "x")]
+        names = [naming.job_name(composer.compose_job([f"logger.group={v}"])) for v in ("'5e3'", "x")]
         assert names == ["group-5e3", "group-x"]
 
 

@@ -105,7 +105,7 @@ def test_the_verdict_tells_when_a_run_was_as_good_as_its_seeds_full_model():
         record("full", 0, [4.0, 3.5, 3.0], 10), record("full", 1, [4.0, 3.5, 2.0], 10),
         record("est", 0, [3.5, 3.0, 2.5], 5), record("est", 1, [3.5, 3.0, 2.5], 5),
     ]  # fmt: skip
-    est, full = Verdict.of(runs).as_dict()
+    est, full = Verdict.of(runs).arms
     assert est["to_baseline"] == {"steps": [2.0, None], "flops": [10.0, None], "seconds": [4.0, None]}
     assert full["to_baseline"]["steps"] == [3.0, 3.0]
 
@@ -124,7 +124,7 @@ def test_every_arm_stands_in_the_verdict_with_the_learning_rate_that_suits_it():
     losses = {("est", 1e-3): 2.0, ("est", 8e-3): 4.0, ("full", 1e-3): 3.0, ("full", 8e-3): 1.0}
     runs = [record(arm, seed, [loss + seed], 1, lr) for (arm, lr), loss in losses.items() for seed in (0, 1)]
     verdict = Verdict.of(runs, ["optimizer.lr"])
-    assert [arm["settings"] for arm in verdict.as_dict()] == [{"optimizer.lr": 1e-3}, {"optimizer.lr": 8e-3}]
+    assert [arm["settings"] for arm in verdict.arms] == [{"optimizer.lr": 1e-3}, {"optimizer.lr": 8e-3}]
     assert "its loss is 1.0000 ± 0.0000 (2 seeds) above the full model's" in verdict.sentences()[0]
     console = Console(file=io.StringIO(), width=100)
     verdict.show(console)
@@ -137,7 +137,7 @@ def test_every_arm_stands_in_the_verdict_with_the_learning_rate_that_suits_it():
 
 def test_a_setting_that_not_all_seeds_have_finished_is_not_the_best():
     runs = [record("est", seed, [2.0], 1, 1e-3) for seed in (0, 1)] + [record("est", 0, [1.0], 1, 8e-3)]
-    [est] = Verdict.of(runs, ["optimizer.lr"]).as_dict()
+    [est] = Verdict.of(runs, ["optimizer.lr"]).arms
     assert est["settings"] == {"optimizer.lr": 1e-3}
     assert est["seeds"] == [0, 1]
 

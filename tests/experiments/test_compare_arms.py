@@ -17,7 +17,7 @@ from est_cli.errors import UserError
 from est_cli.experiments import comparison
 from est_cli.experiments.arms import spent, with_arm
 from est_cli.experiments.comparison import ComparisonJobs, side_by_side
-from est_cli.experiments.sweep import comparison_jobs
+from est_cli.experiments.naming import Asked
 from est_cli.experiments.verdict import Verdict
 from est_cli.plugins import is_installed
 from est_cli.reports.records import RunRecord
@@ -28,12 +28,12 @@ from tests.commands.cli import TINY, run, write_corpus
 CPU = ("trainer.device=cpu", "trainer.max_steps=100", "model.n_layers=6")
 
 
-def jobs_of(*overrides: str, config_dir: str | None = None) -> ComparisonJobs | None:
+def jobs_of(*overrides: str, config_dir: str | None = None) -> ComparisonJobs:
     arguments = argparse.Namespace(
         overrides=["experiment=compare", *CPU, *overrides], config_name=None, config_dir=config_dir
     )
     with Composer("train", arguments) as composer:
-        return comparison_jobs(composer, composer.compose_sweep())
+        return ComparisonJobs.of(composer, composer.compose_sweep())
 
 
 def configs_of(*overrides: str, **options: str) -> dict[str, TrainConfig]:
@@ -92,7 +92,9 @@ def test_the_problems_of_all_arms_are_told_before_anything_runs(tmp_path):
 
 
 def test_a_sweep_over_arm_is_what_it_was():
-    assert jobs_of("+arm=est,full") is None
+    arguments = argparse.Namespace(overrides=["experiment=compare", "+arm=est,full"], config_name=None, config_dir=None)
+    with Composer("train", arguments) as composer:
+        assert Asked(composer.compose_sweep()).arms is None
 
 
 def test_the_full_models_runs_bracket_the_flops_of_every_arm():
@@ -247,7 +249,7 @@ FULL_RUNS = [
 
 
 def verdict_on(*runs: RunRecord) -> dict:
-    return Verdict.of([*FULL_RUNS, *runs]).as_dict()[0]
+    return Verdict.of([*FULL_RUNS, *runs]).arms[0]
 
 
 def test_an_arm_is_held_against_its_seeds_full_model_at_its_own_flops():
@@ -281,7 +283,7 @@ def test_worse_than_the_shortest_full_run_saves_at_most_what_it_did_not_spend():
 
 def test_a_full_model_that_does_not_gain_from_more_steps_has_no_frontier():
     runs = [record("full", 2.0, 4e12, 40.0), record("full_same_flops", 1.9, 1e12, 10.0), record("est", 2.1, 2e12, 9.0)]
-    assert Verdict.of(runs).as_dict()[0]["saved_at_equal_loss"]["flops"] == {"share": None, "bound": None}
+    assert Verdict.of(runs).arms[0]["saved_at_equal_loss"]["flops"] == {"share": None, "bound": None}
 
 
 def test_every_other_arm_gets_a_line_best_first():
@@ -301,7 +303,7 @@ def test_an_arm_whose_best_learning_rate_is_an_edge_is_named():
     runs = [record(arm, 2.0 + abs(math.log2(lr / best[arm])), 1e12, 1.0, lr=lr) for arm in best
             for lr in (1e-3, 2e-3, 4e-3)]  # fmt: skip
     verdict = Verdict.of(runs, ["optimizer.lr"])
-    assert {arm["arm"]: arm["lr_at_edge"] for arm in verdict.as_dict()} == {"full": False, "est": True}
+    assert {arm["arm"]: arm["lr_at_edge"] for arm in verdict.arms} == {"full": False, "est": True}
     console = Console(file=io.StringIO(), width=80)
     verdict.show(console, at_a_time=2)
     shown = console.file.getvalue()
@@ -312,18 +314,18 @@ def test_an_arm_whose_best_learning_rate_is_an_edge_is_named():
 def test_a_setting_whose_run_failed_was_tried_too():
     done = [record("full", loss, 1e12, 1.0, lr=lr) for lr, loss in ((1e-3, 2.0), (2e-3, 1.0))]
     diverged = [record("full", 9.0, 1e12, 1.0, lr=4e-3)]
-    assert Verdict.of(done, ["optimizer.lr"]).arms[0].at_edge == ("optimizer.lr",)
-    assert Verdict.of(done, ["optimizer.lr"], diverged).arms[0].at_edge == ()
+    assert Verdict.of(done, ["optimizer.lr"]).arms[0]["at_edge"] == ["optimizer.lr"]
+    assert Verdict.of(done, ["optimizer.lr"], diverged).arms[0]["at_edge"] == []
 
 
 def test_edges_of_other_settings_are_named_but_no_weight_decay_is_none():
-    def edges(best: float) -> tuple[str, ...]:
+    def edges(best: float) -> list[str]:
         runs = [record("full", 1.0 + abs(decay - best), 1e12, 1.0) for decay in (0.0, 0.1, 0.2)]
         for tried, decay in zip(runs, (0.0, 0.1, 0.2), strict=True):
             tried.config["optimizer"]["weight_decay"] = decay
-        return Verdict.of(runs, ["optimizer.weight_decay"]).arms[0].at_edge
+        return Verdict.of(runs, ["optimizer.weight_decay"]).arms[0]["at_edge"]
 
-    assert (edges(0.2), edges(0.1), edges(0.0)) == (("optimizer.weight_decay",), (), ())
+    assert (edges(0.2), edges(0.1), edges(0.0)) == (["optimizer.weight_decay"], [], [])
 
 
 def test_that_the_chord_flatters_is_said_where_there_is_one():

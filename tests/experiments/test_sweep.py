@@ -12,8 +12,8 @@ import pytest
 import yaml
 from omegaconf import OmegaConf
 
+from est_cli.experiments.naming import job_name, sweep_name
 from est_cli.experiments.result import SweepResult
-from est_cli.experiments.sweep import job_name, sweep_name
 from tests.commands.cli import TINY, Finished, clean_environment, run, write_corpus
 
 FAST = ("trainer.max_steps=15", "trainer.eval_every=0", "trainer.checkpoint_every=0")

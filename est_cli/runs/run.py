@@ -1,0 +1,275 @@
+"""One run: made ready, trained in its directory, and ended with what was saved, or what went wrong."""
+
+import contextlib
+import json
+import os
+import shlex
+import sys
+import traceback
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from est_cli.config import TrainConfig, as_plain
+from est_cli.data.run_data import RunData
+from est_cli.data.run_data import keep as keep_data
+from est_cli.data.tokens import TokenStore
+from est_cli.data.tokens import prepare as prepare_tokens
+from est_cli.errors import DONE, STOPPED, PeerLost, RunFailed, UserError, say
+from est_cli.reports.report import FORMATS, try_report
+from est_cli.runs.cooldown import Trunk
+from est_cli.runs.directory import ENVIRONMENT, METRICS, RunDirectory, continue_command, make_folder, program
+from est_cli.runs.provenance import git_state, write_environment
+from est_cli.runs.stopping import stop_request
+from est_cli.tracking.display import console_for
+from est_cli.tracking.metrics import iterate_metrics
+from est_cli.tracking.summary import stage_table, summarize
+from est_cli.tracking.tracker import RunInfo, Tracker
+from est_cli.tracking.trackers import trackers_for
+from est_cli.training.checkpoint import Checkpoint, Checkpoints
+from est_cli.training.device import keep_freed_memory, return_freed_memory, set_threads
+from est_cli.training.distributed import Peers, join, leave
+from est_cli.training.loop import Outcome, Training
+from est_cli.training.nonfinite import NonFinite, keep
+from est_cli.training.profile import Profile
+from est_cli.units import format_loss
+
+_AS_JOB = "EST_JOB"
+"""Environment variable of the ranks of a sweep's job: the `Job` as JSON."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """Makes a run one of a sweep, which prints the result of all its runs."""
+
+    command: str
+    """What continues the sweep."""
+    label: str | None
+    """What the run's lines begin with if other jobs print at the same time."""
+
+    @classmethod
+    def of_environment(cls) -> "Job | None":
+        """The job that this process is a rank of."""
+        return cls(**json.loads(os.environ[_AS_JOB])) if _AS_JOB in os.environ else None
+
+    def as_environment(self) -> dict[str, str]:
+        return {_AS_JOB: json.dumps(asdict(self))}
+
+
+def prepare(
+    config: TrainConfig,
+    notes: list[str],
+    trunk: Trunk | None,
+    directory: RunDirectory,
+    overrides: list[str],
+    peers: Peers,
+    job: Job | None = None,
+) -> "Run":
+    """What a run needs, with its data on disk and its folder made.
+
+    Only rank 0 looks into the directory and reports; it also prepares the data first. Raises UserError.
+    """
+
+    def look() -> tuple[list[str], list[Tracker], Path | None]:
+        """Notes, trackers, and the folder of the run that this one continues: its own, or its trunk's."""
+        if not peers.is_main:
+            return notes, [], None
+        changes, begun = directory.check(config), directory.path if directory.has_checkpoints else None
+        said = [*notes, *changes]
+        if trunk is not None:
+            trunk.check(config)
+            if begun is None:  # else it no longer needs the trunk's checkpoint
+                trunk.verify()
+                begun = trunk.run_dir
+            said = [trunk.note(config), *said]
+        return said, trackers_for(config, job and job.label), begun
+
+    said, trackers, begun = peers.agree("directory looked into", look)
+    begun = peers.from_main("begun", begun and str(begun))
+    store = peers.agree("data", lambda: _tokens(config, begun, quiet=not peers.is_main), main_first=True)
+    peers.agree("folder", lambda: make_folder(directory.path, "hydra.run.dir") if peers.is_main else None)
+    command = continue_command(sys.argv[1:], config) if job is None else job.command
+    return Run(config, directory, peers, store, trackers, said, overrides, command, trunk, job)
+
+
+def _tokens(config: TrainConfig, begun: str | None, quiet: bool) -> TokenStore:
+    """The token files to train on; a run that has begun keeps those of the text that it began with."""
+    tell = (lambda message: None) if quiet else say
+    show_progress = not quiet and sys.stderr.isatty()
+    run = None if begun is None else RunData(Path(begun), config.tokenizer.kind)
+    check = (lambda text: None) if run is None else (lambda text: run.check(text, config.data, tell))
+    store = prepare_tokens(config.data, config.tokenizer, config.model.vocab_size, tell, show_progress, run, check)
+    store.check(config.data.seq_len, config.sequences_per_step)
+    return store
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run that is ready to train: its config holds only numbers. Only rank 0 has trackers, and writes."""
+
+    config: TrainConfig
+    directory: RunDirectory
+    peers: Peers
+    store: TokenStore
+    trackers: list[Tracker]
+    notes: list[str]
+    overrides: list[str]
+    command: str
+    """The command line that continues the run, or its sweep, after a stop."""
+    trunk: Trunk | None
+    """What a cooldown begins with."""
+    job: Job | None
+
+    def execute(self) -> int:
+        """Train; returns the exit code."""
+        # A launcher takes the first rank whose code is not 0 for a failure, and kills those that still write.
+        with self.peers.wait_for_main("run"):
+            return self._execute()
+
+    def _execute(self) -> int:
+        config, directory, peers, summary = self.config, self.directory, self.peers, {}
+        code, kept = git_state(Path(__file__).parent), config.checkpoint
+        checkpoints = Checkpoints(directory.checkpoints, kept.keep, kept.keep_best, code, config.lasting_checkpoints)
+        stopping = stop_request()
+        keep_freed_memory() if peers.size == 1 else return_freed_memory()
+        set_threads(config.trainer.threads)
+        with contextlib.ExitStack() as stack:
+            lock = directory.locked(config) if peers.is_main else contextlib.nullcontext()
+            peers.agree("lock", lambda: stack.enter_context(lock))
+            stack.enter_context(self._told_by_one())
+            world = join(config.trainer.device, peers, config.trainer.collective_timeout_s, config.trainer.shard_size)
+            training = Training(config, self.store, world, self.trackers)
+            self._restore(training, checkpoints)
+            info = self._begin(training) if peers.is_main else None
+            profile = None
+            if peers.is_main and config.trainer.profile is not None:  # one rank's traces say what all ranks do
+                profile = Profile(directory.path / "profile", world.device, config.trainer.profiled, self._say)
+            try:
+                outcome = training.run(checkpoints, stopping, profile)
+                leave()
+                if peers.is_main:
+                    summary = self._end(info, outcome)
+            except BaseException as error:
+                self._end_failed(training, error)
+                raise
+        if peers.is_main:
+            self._print_result(summary)
+        return STOPPED if outcome.status == "stopped" else DONE
+
+    def _say(self, message: str) -> None:
+        for tracker in self.trackers:
+            tracker.say(message)
+
+    def _restore(self, training: Training, checkpoints: Checkpoints) -> None:
+        """Rank 0 says which checkpoint is sound; every rank reads of it what it holds."""
+        is_main, steps = self.peers.is_main, self.config.trainer.max_steps
+        if is_main and self.trunk is not None and not self.directory.has_checkpoints:
+            try:
+                self.trunk.begin(self.directory, self.config)
+            except OSError as error:
+                raise RunFailed(f"the trunk's checkpoint and metrics cannot be brought here: {error}") from error
+        found = self.peers.agree("checkpoint", lambda: checkpoints.to_resume(steps, self._say) if is_main else None)
+        folder = self.peers.from_main("checkpoint folder", found and str(found.folder))
+        if folder is not None:
+            training.restore(found or Checkpoint(Path(folder)))
+
+    def _begin(self, training: Training) -> RunInfo:
+        """Leave in the directory what decides the run, and say what is worth it."""
+        config, folder = self.config, self.directory.path
+        self.directory.write_config(config)
+        keep_data(folder, self.store, begins=training.step == 0)
+        write_environment(folder / ENVIRONMENT, self.overrides, self.trunk)
+        ledger = training.steps.ledger
+        per_step = tuple(cost.total for cost in ledger.per_step)
+        info = RunInfo(
+            folder, config, as_plain(config), training.step, training.stages, per_step, ledger.full.total, self.command
+        )
+        for note in self.notes:
+            self._say(note)
+        for tracker in self.trackers:
+            tracker.start(info)
+        return info
+
+    def _end(self, info: RunInfo, outcome: Outcome) -> dict[str, Any]:
+        """Write the summary, and return it."""
+        summary = summarize(info, iterate_metrics(self.directory.path / METRICS), **vars(outcome))
+        for tracker in self.trackers:
+            tracker.finish(outcome.status, summary)
+        self.directory.write_summary(summary)
+        return summary
+
+    def _end_failed(self, training: Training, error: BaseException) -> None:
+        """Tell how to go on. Raises RunFailed in the place of a reason that is known."""
+        # Where a loss is not finite, the same command would only come to the same step again.
+        again = "" if isinstance(error, NonFinite) else f"; continue with: {self.command}"
+        if isinstance(error, NonFinite):
+            error = RunFailed(f"{error}; {self._keep_step(training, error)}")
+        elif isinstance(error, PeerLost):
+            error = PeerLost(f"step {training.step}: {error}")
+        elif isinstance(error, OSError) and self.peers.is_main:
+            error = RunFailed(f"the run directory cannot be written: {error}")
+        for tracker in self.trackers:
+            tracker.finish("failed", None)
+        if self.job is None and not isinstance(error, Exception | SystemExit):
+            self._say(f"quit at once; continue with: {self.command}")
+        elif isinstance(error, UserError):
+            self._say(f"ended at step {training.step}; continue with: {self.command}")
+        elif isinstance(error, RunFailed):
+            self._say(f"failed at step {training.step}{again}")
+            raise error
+
+    def _keep_step(self, training: Training, failed: NonFinite) -> str:
+        """What to do with a step that was not finite, and is kept if the disk takes it. All ranks come here."""
+        what, weights = None, training.world.gathered(training.weights())
+        if self.peers.is_main:
+            try:
+                windows = training.inputs.of_all_ranks(training.step)
+                folder = keep(self.directory.nonfinite, failed, weights, windows, training.config)
+                what = f"`{shlex.join([*program(), f'replay={folder}'])}` runs it again"
+            except OSError as error:
+                what = f"it could not be kept for a replay ({error})"
+        # If one rank ends, all are stopped: the others end when rank 0 has written.
+        what = self.peers.from_main("kept step", what)
+        return f"{what}; trainer.on_nonfinite=skip goes on without such steps"
+
+    @contextlib.contextmanager
+    def _told_by_one(self) -> Iterator[None]:
+        """The rank that failed first tells what ended the run, and leaves it in the directory."""
+        try:
+            yield
+        except BaseException as error:
+            if self._tells(error):
+                known = isinstance(error, RunFailed | UserError)
+                self.directory.write_error(f"{error}\n" if known else traceback.format_exc())
+                raise
+            if not isinstance(error, Exception):
+                raise
+            raise (UserError() if isinstance(error, UserError) else PeerLost()) from error
+
+    def _tells(self, error: BaseException) -> bool:
+        if isinstance(error, RunFailed) and not self.peers.is_main:
+            return False  # all ranks have seen it, or know only that another has ended
+        return self.peers.first_to_fail() or (isinstance(error, RunFailed) and not isinstance(error, PeerLost))
+
+    def _print_result(self, summary: dict[str, Any]) -> None:
+        run_dir, job, console = self.directory.path, self.job, console_for(self.config.format)
+        beside_others = job is not None and job.label is not None
+        if self.config.format != "json" and not beside_others:
+            console.print(stage_table(summary))
+        elif job is None:
+            print(json.dumps({**summary, "run_dir": str(run_dir)}))
+        # A sweep ends with figures of all its jobs.
+        files = try_report([run_dir], run_dir / "report", FORMATS if job is None else ("html",))
+        if beside_others:
+            self._say(f"{summary['status']}, validation loss {format_loss(summary['val_loss'])}: {run_dir}")
+            return
+        paths: dict[str, Any] = {"run directory": run_dir}
+        if summary["status"] == "stopped" and job is None:
+            paths["continue with"] = self.command
+        if isinstance(files, str):
+            paths["report"] = files
+        else:
+            paths |= {name: files[kind] for name, kind in (("figure", "png"), ("report", "html")) if kind in files}
+        for name, path in paths.items():
+            console.print(f"{name}: {path}", soft_wrap=True, highlight=False, markup=False)
