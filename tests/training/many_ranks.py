@@ -45,12 +45,12 @@ GROWING = SchedulerConfig(
 
 def case(model, precision: str, unsampled: str, kernels: str = "torch", **trainer) -> TrainConfig:
     optimizer = OptimizerConfig(lr=3e-3, unsampled=unsampled, grad_clip=0.5)
-    options = {"eval_every": 7, "eval_tokens": 40, "save_final": "full", **trainer}
+    options = {"max_steps": 9, "eval_every": 7, "eval_tokens": 40, "save_final": "full", **trainer}
     return train_config(model, None, optimizer, kernels=kernels, precision=precision, **options)
 
 
 CASES = {
-    "llama": replace(case(LLAMA, "fp32", "zero_grad"), scheduler=GROWING),
+    "llama": replace(case(LLAMA, "fp32", "zero_grad", max_steps=15), scheduler=GROWING),
     "gpt2-freeze-recompute": case(GPT2, "fp32", "freeze", recompute="block"),
     "llama-bf16-freeze": case(LLAMA, "bf16", "freeze"),
     "gpt2-bf16": case(GPT2, "bf16", "zero_grad"),

@@ -12,7 +12,6 @@ from torch import Tensor
 from est_cli.model.transformer import Transformer
 from est_cli.subnet.memory import Ranks, count_parameters, sent_bytes
 from est_cli.subnet.plan import stage_subnetwork
-from est_cli.subnet.schedule import stage_at
 from est_cli.training.checkpoint import Checkpoints
 from tests.training import many_ranks
 from tests.training.many_ranks import CASES, CHAIN, RUNS, STREAMED, SmallTokens, alone, mesh_name, on, stream_store
@@ -84,7 +83,7 @@ def test_all_ranks_follow_the_same_plans_and_rank_0_tells(folder, mesh):
     _, ranks, shards = mesh
     found = [seen(folder, run_name(*mesh), rank) for rank in range(ranks)]
     assert all(rank["plans"] == found[0]["plans"] for rank in found)
-    assert len(set(found[0]["plans"])) > 5, "they differ from step to step"
+    assert len(set(found[0]["plans"])) > 4, "they differ from step to step"
     assert [bool(rank["records"]) for rank in found] == [True] + [False] * (ranks - 1)
     replicas = [json.dumps(found[rank]["weights"]) for rank in range(ranks)]
     assert replicas == replicas[:shards] * (ranks // shards), "replicas hold the same bits"
@@ -108,9 +107,10 @@ def test_what_travels_is_the_small_model_and_one_message(folder, mesh):
     name, ranks, shards = mesh
     config, run, replicas = on(CASES[name], ranks), run_name(*mesh), ranks // shards
     bf16 = config.trainer.precision == "bf16"
-    for step in (0, 5, 12):  # of three stages, and without an evaluation
+    for stage in config.stages:
+        step = stage.first_step  # none of them evaluates
         handed = seen(folder, run)["bytes"][step]
-        small = stage_subnetwork(config.model, config.sampling, stage_at(config.stages, step)).model
+        small = stage_subnetwork(config.model, config.sampling, stage).model
         message, whole = handed["all_reduce"][-1], sum(handed["all_reduce"][:-1])
         vectors = sum(p.numel() for p in Transformer(small, "meta").parameters() if p.dim() == 1)
         assert message == 8 * (vectors + 3), "loss, norm, the flag that asks for a stop, and the vectors' gradients"
