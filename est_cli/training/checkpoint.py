@@ -16,7 +16,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -94,49 +94,26 @@ class Checkpoints:
 
         Raises OSError, and leaves what was there, where the disk does not take it.
         """
-        self._remove_leftovers()
-        temporary = self._temporary(step)
+        self.remove_leftovers()
+        temporary = self.temporary(step)
         try:
             temporary.mkdir(parents=True)
             write_tensors(weights, temporary / MODEL)
             if moments is not None:
                 write_tensors(moments, temporary / OPTIMIZER)
             names = [path.name for path in temporary.iterdir()]
-            return self._complete(temporary, step, facts, {name: checksum(temporary / name) for name in names})
+            return self.complete(step, facts, {name: checksum(temporary / name) for name in names})
         except OSError:
             shutil.rmtree(temporary, ignore_errors=True)  # the room is needed
             raise
 
-    def begin_sharded(
-        self,
-        step: int,
-        weights: Mapping[str, Tensor],
-        moments: Mapping[str, Tensor] | None,
-        facts: dict[str, Any],
-        group: Any,
-    ) -> "Future[Path]":
-        """As `save`, of state that the ranks share as DTensors, while training goes on: they may change at once.
-
-        A collective: all ranks must call it, and the result is the same on all. `group` is a gloo process group that
-        nothing else uses until then. Raises what a collective raises if a rank is lost.
-        """
-        from est_cli.training import sharded_checkpoint  # more than a second, which one process never needs
-
-        temporary = self._temporary(step)
-        return sharded_checkpoint.begin(
-            temporary,
-            weights,
-            moments,
-            group,
-            prepare=self._remove_leftovers,
-            complete=lambda checksums: self._complete(temporary, step, facts, checksums),
-        )
-
-    def _temporary(self, step: int) -> Path:
+    def temporary(self, step: int) -> Path:
+        """Where a checkpoint is written; nothing reads it."""
         return self.folder / f".writing-step-{step:08d}"
 
-    def _complete(self, temporary: Path, step: int, facts: dict[str, Any], checksums: dict[str, str]) -> Path:
-        """Add the JSON to the tensors in `temporary`, whose checksums are given, and give the folder its name."""
+    def complete(self, step: int, facts: dict[str, Any], checksums: dict[str, str]) -> Path:
+        """Add the JSON to the tensors, whose checksums are given, and give the folder its name."""
+        temporary = self.temporary(step)
         versions = {"est_cli": est_cli.__version__, "torch": torch.__version__, "numpy": np.__version__}
         write_json(temporary / STATE, {"step": step, **facts, "versions": versions, "code": self.code})
         checksums = {**checksums, STATE: checksum(temporary / STATE)}
@@ -159,7 +136,7 @@ class Checkpoints:
 
         No file of a checkpoint is ever changed, so that the two runs can share them.
         """
-        self._remove_leftovers()
+        self.remove_leftovers()
         temporary = self.folder / f".writing-{checkpoint.name}"
         temporary.mkdir(parents=True)
         for path in checkpoint.iterdir():
@@ -226,7 +203,7 @@ class Checkpoints:
         folder.rename(dropped)
         shutil.rmtree(dropped, ignore_errors=True)
 
-    def _remove_leftovers(self) -> None:
+    def remove_leftovers(self) -> None:
         """What a process that died while it wrote or removed a checkpoint left behind."""
         for kind in (".writing-*", ".dropped-*"):
             for leftover in self.folder.glob(kind):

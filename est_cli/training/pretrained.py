@@ -4,8 +4,9 @@ A model with more vocabulary rows than the folder (GPT-2's 50257 padded to 50304
 are then the mean of the others. Rows of zeros would have logits of 0, which for GPT-2 is far above all real ones.
 """
 
+import contextlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +30,13 @@ _SIZES = (
 
 
 def check_pretrained(model: ModelConfig) -> None:
-    """Raises UserError where model.init_from is no folder that fits `model`."""
-    folder = _folder(model)
-    found = _named(model, lambda: from_config(_read_config(folder)))
-    # Names, shapes and types only: what cannot be read is told before there is a run directory.
-    _named(model, lambda: from_huggingface(_read_config(folder), _read_shapes(folder)))
+    """Raises UserError if model.init_from is no folder that fits `model`."""
+    with _naming(model):
+        folder = _folder(model)
+        config = _read_config(folder)
+        found = from_config(config)
+        # Names, shapes and types only: what cannot be read is told before there is a run directory.
+        from_huggingface(config, _read_shapes(folder))
     problems = [
         f"model.{key}={_show(getattr(model, key))}: the weights of model.init_from={model.init_from} have "
         f"{_show(getattr(found, key))}; give model.{key}={_show(getattr(found, key))}"
@@ -86,20 +89,17 @@ def _folder(model: ModelConfig) -> Path:
     folder = Path(model.init_from).expanduser()
     if not (folder / "config.json").is_file():
         siblings = [str(path.parent) for path in folder.parent.glob("*/config.json")]
-        raise UserError(
-            f"model.init_from={model.init_from}: must be a folder with config.json and {_WEIGHTS}"
-            f"{nearest(str(folder), siblings)}"
-        )
+        raise UserError(f"must be a folder with config.json and {_WEIGHTS}{nearest(str(folder), siblings)}")
     if not any((folder / name).is_file() for name in (_WEIGHTS, _INDEX)):
-        raise UserError(f"model.init_from={model.init_from}: has no {_WEIGHTS}; other formats of weights are not read")
+        raise UserError(f"has no {_WEIGHTS}; other formats of weights are not read")
     return folder
 
 
 def _read_state(model: ModelConfig) -> dict[str, Tensor]:
     """The folder's weights under our names."""
-    folder = _folder(model)
-    _, state = _named(model, lambda: from_huggingface(_read_config(folder), _read_tensors(folder)))
-    return state
+    with _naming(model):
+        folder = _folder(model)
+        return from_huggingface(_read_config(folder), _read_tensors(folder))[1]
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
@@ -154,16 +154,18 @@ def _each_file(folder: Path, read: Callable[[Path], None]) -> None:
             raise UserError(f"{name}: cannot be read ({error})") from None
 
 
-def _named(model: ModelConfig, read: Any) -> Any:
-    """What `read()` returns; its problems name the folder."""
+@contextlib.contextmanager
+def _naming(model: ModelConfig) -> Iterator[None]:
+    """Whatever is wrong in the block is a UserError that names the folder."""
+    folder = f"model.init_from={model.init_from}"
     try:
-        return read()
+        yield
     except UserError as error:
-        raise UserError(*(f"model.init_from={model.init_from}: {problem}" for problem in error.problems)) from None
+        raise UserError(*(f"{folder}: {problem}" for problem in error.problems)) from None
     except KeyError as error:
-        raise UserError(f"model.init_from={model.init_from}: its config.json or index lacks {error}") from error
+        raise UserError(f"{folder}: its config.json or index lacks {error}") from error
     except (ValueError, TypeError, AttributeError) as error:
-        raise UserError(f"model.init_from={model.init_from}: cannot be read: {error}") from error
+        raise UserError(f"{folder}: cannot be read: {error}") from error
 
 
 def _show(value: Any) -> str:

@@ -7,7 +7,7 @@ it begins the next one, and before it ends. Otherwise rank 0 writes, and all ran
 import contextlib
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -39,10 +39,13 @@ class Saving:
         self.hear(waits=True)
         if self.step == step:
             return
-        begin = self._write_by_main
         if self.world.shards > 1:
-            begin = partial(self.checkpoints.begin_sharded, group=self._group)
-        self._writing = step, begin(step, weights, moments, facts)
+            from est_cli.training import sharded_checkpoint  # more than a second, which one process never needs
+
+            written = sharded_checkpoint.begin(self.checkpoints, step, weights, moments, facts, self._group)
+        else:
+            written = self._write_by_main(step, weights, moments, facts)
+        self._writing = step, written
         self.hear(waits=is_last, is_last=is_last)
 
     def hear(self, waits: bool = False, is_last: bool = False) -> None:

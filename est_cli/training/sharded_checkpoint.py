@@ -13,7 +13,9 @@ import shutil
 import warnings
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
@@ -25,27 +27,32 @@ from torch.futures import Future as TorchFuture
 from est_cli.training.files import check_names, checksum
 from est_cli.training.inputs import in_thread
 
+if TYPE_CHECKING:
+    from est_cli.training.checkpoint import Checkpoints
+
 _KINDS = ("model", "optimizer")
 
 
 def begin(
-    folder: Path,
+    checkpoints: "Checkpoints",
+    step: int,
     weights: Mapping[str, Tensor],
     moments: Mapping[str, Tensor] | None,
+    facts: dict[str, Any],
     group: dist.ProcessGroup,
-    prepare: Callable[[], None],
-    complete: Callable[[dict[str, str]], Path],
 ) -> "Future[Path | None]":
-    """Copy the state, and write it into `folder` in a thread. A collective; see Checkpoints.begin_sharded.
+    """As Checkpoints.save, of state that the ranks share as DTensors, while training goes on: they may change at once.
 
-    On rank 0 `prepare` runs first, and `complete` when all files are written, with the checksum of each; the path
-    that it returns is rank 0's result. If either, or a write, raises OSError, all ranks get it.
+    A collective: all ranks must call it. The result is the checkpoint's path on rank 0, and all ranks get an OSError
+    that any of them raises. `group` is a gloo process group that nothing else uses until then. Raises what a
+    collective raises if a rank is lost.
     """
+    folder = checkpoints.temporary(step)
     if dist.get_rank(group) == 0:
-        prepare()
+        checkpoints.remove_leftovers()
     dist.barrier(group)
     kinds = {**dict.fromkeys(weights, 1), **dict.fromkeys(moments or (), 2)}
-    writer = _Writer(str(folder), kinds, dist.get_world_size(group), complete)
+    writer = _Writer(str(folder), kinds, dist.get_world_size(group), partial(checkpoints.complete, step, facts))
     state = {name: t.detach().to("cpu", copy=True) for name, t in {**weights, **(moments or {})}.items()}
 
     def write() -> Path | None:

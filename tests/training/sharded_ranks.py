@@ -43,7 +43,7 @@ class Rank:
 
     def begin(self, step: int, seed: int):
         held = [self.spread(part) for part in state(seed)]
-        return held, Checkpoints(self.folder).begin_sharded(step, *held, FACTS, self.group)
+        return held, sharded_checkpoint.begin(Checkpoints(self.folder), step, *held, FACTS, self.group)
 
     def load(self, folder: Path, seed: int) -> None:
         """Asserts that the newest checkpoint of `folder` is the state of this seed, each tensor as it is held here."""
@@ -70,14 +70,14 @@ def save_and_go_on(rank: Rank) -> None:
 
 def no_room(rank: Rank) -> None:
     """Rank 1's disk is full at step 5, rank 0's at step 6: both ranks get it each time, and step 7 is written."""
-    write, complete = sharded_checkpoint._Writer.write_data, Checkpoints._complete
+    write, complete = sharded_checkpoint._Writer.write_data, Checkpoints.complete
 
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     for step, owner, name, original, at in (
         (5, sharded_checkpoint._Writer, "write_data", write, 1),
-        (6, Checkpoints, "_complete", complete, 0),
+        (6, Checkpoints, "complete", complete, 0),
     ):
         setattr(owner, name, full if rank.rank == at else original)
         error = rank.begin(step, seed=step)[1].exception(60)
@@ -107,7 +107,8 @@ def killed(rank: Rank) -> None:
 def load_both_forms(rank: Rank) -> None:
     rank.load(rank.folder / "two", seed=7)
     rank.load(rank.folder / "one", seed=1)
-    Checkpoints(rank.folder / "four").begin_sharded(8, *map(rank.spread, state(8)), FACTS, rank.group).result(60)
+    four = Checkpoints(rank.folder / "four")
+    sharded_checkpoint.begin(four, 8, *map(rank.spread, state(8)), FACTS, rank.group).result(60)
 
 
 def only_load(rank: Rank) -> None:

@@ -156,15 +156,15 @@ def test_bf16_trains_fp32_weights(tmp_path, kernels):
 @pytest.fixture
 def full_at(monkeypatch):
     """Call with steps: the disk takes no checkpoint of these."""
-    complete = Checkpoints._complete
+    complete = Checkpoints.complete
 
     def fill(steps: range) -> None:
-        def sometimes_full(self, temporary, step, *rest):
+        def sometimes_full(self, step, *rest):
             if step in steps:
                 raise OSError(28, "No space left on device")
-            return complete(self, temporary, step, *rest)
+            return complete(self, step, *rest)
 
-        monkeypatch.setattr(Checkpoints, "_complete", sometimes_full)
+        monkeypatch.setattr(Checkpoints, "complete", sometimes_full)
 
     return fill
 
