@@ -165,7 +165,7 @@ class SampledAdamW:
     ) -> Tensor:
         """Clip by the global norm and move; returns the norm before clipping, a scalar tensor.
 
-        Where `refused`, a scalar tensor, is 1 nothing moves. The step is counted all the same, until `forget`.
+        If `refused`, a scalar tensor, is 1, nothing moves. The step is counted all the same, until `forget`.
         """
         norm = self.norm(updates) if norm is None else norm
         clip = None if self.config.grad_clip is None else (self.config.grad_clip / (norm + 1e-6)).clamp(max=1.0)
@@ -196,7 +196,7 @@ class SampledAdamW:
     def _moves(self, state: _State, updates: Mapping[str, Update], lr: float, alike: bool) -> list[Move]:
         """Count a stack's step, and say what moves here: rows that took as many steps move together.
 
-        Under `freeze` the rows of layers do so only where all are `alike`: the bits then do not depend on which
+        Under `freeze` the rows of layers do so only if all are `alike`, so that the bits do not depend on which
         parameters share a stack.
         """
         own = {name: updates[name] for name in state.moments.places if name in updates}
@@ -214,10 +214,7 @@ class SampledAdamW:
         gradients = adjacent([update.gradient.reshape(-1, columns) for update in own.values()])
         if freeze and (rows is not None or not (alike or layer_of(next(iter(own))) is None)):
             return [self._move(state, slice(0, len(state.counts)), gradients, rows, state.counts[host], lr)]
-        runs = list(_runs(state.counts, state.joined))
-        if len(runs) == 1:
-            run, count = runs[0]
-            return [self._move(state, run, gradients, rows, count, lr)]
+        runs = _runs(state.counts, state.joined)
         return [self._move(state, run, *_within(run, gradients, host), count, lr) for run, count in runs]
 
     def _move(
@@ -237,10 +234,7 @@ class SampledAdamW:
         return Move(*matrices, gradients, index, count, hyper, [end for end in ends if end > 0])
 
     def state(self) -> dict[str, Tensor]:
-        """Every tensor that the optimizer carries between steps, by name, the widest type first.
-
-        Only of what has joined.
-        """
+        """Every tensor that the optimizer carries between steps, by name; only of what has joined."""
         return {
             **{f"counts.{name}": torch.from_numpy(c) for name, c in self.counts.items()},
             **{f"moments.{name}": t for name, t in self.moments.items()},

@@ -27,7 +27,6 @@ from est_cli.subnet.plan import subnetwork
 from est_cli.subnet.sampler import sample
 from est_cli.subnet.schedule import Rates, Stage
 from est_cli.training.checkpoint import Checkpoints, damage
-from est_cli.training.files import checksum
 from est_cli.training.optimizer import SampledAdamW
 from est_cli.training.subnetwork import PackedSubnetwork
 from tests.training import sharded_ranks
@@ -330,30 +329,9 @@ def test_two_ranks_write_their_parts_and_one_process_reads_them(forms, tmp_path)
         assert_loads(tmp_path / str(step), seed=step)
 
 
-def as_before(folder: Path) -> None:
-    """Put the tensors in the order of the parameters, as est-cli wrote them before the library did."""
-    for name, tensors in zip(("model.safetensors", "optimizer.safetensors"), sharded_ranks.state(1), strict=True):
-        entries, content = {}, b""
-        for key, tensor in tensors.items():
-            data = tensor.contiguous().numpy().tobytes()
-            kind = "F32" if tensor.is_floating_point() else "I64"
-            offsets = [len(content), len(content) + len(data)]
-            entries[key] = {"dtype": kind, "shape": list(tensor.shape), "data_offsets": offsets}
-            content += data
-        encoded = json.dumps(entries, separators=(",", ":")).encode()
-        encoded += b" " * (-len(encoded) % 8)
-        written = struct.pack("<Q", len(encoded)) + encoded + content
-        assert written != (folder / name).read_bytes()
-        (folder / name).write_bytes(written)
-    checksums = {name: checksum(folder / name) for name in names(folder) if name != "checksums.json"}
-    (folder / "checksums.json").write_text(json.dumps(checksums))
-
-
 def test_four_ranks_and_two_replicas_go_on_from_two_ranks_and_from_one_process(forms, tmp_path):
     shutil.copytree(forms["parts"], tmp_path / "all" / "two")
     Checkpoints(tmp_path / "all" / "one").save(5, *sharded_ranks.state(1), FACTS)
-    as_before(tmp_path / "all" / "one" / "step-00000005")
-    assert_loads(tmp_path / "all" / "one", seed=1)
     assert run((2, 2), tmp_path / "all", sharded_ranks.load_both_forms) == [0, 0, 0, 0]
     assert_loads(tmp_path / "all" / "four", seed=8)
     assert run((2, 1), tmp_path / "all", sharded_ranks.only_load) == [0, 0]
