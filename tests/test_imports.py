@@ -155,6 +155,7 @@ def test_the_core_runs_with_torch_and_numpy_alone(name):
             "est_cli.config, est_cli.config.auto, est_cli.subnet.sampler, est_cli.subnet.memory",
             "torch, hydra, omegaconf, rich",
         ),
+        ("est_cli.data.tokens, est_cli.data.hf_corpus", "torch, datasets"),
         ("est_cli.benchmark.gpu", "hydra, omegaconf, wandb, rich, safetensors, transformers, triton, pytest"),
         ("est_cli.training.loop", "hydra, omegaconf, wandb, rich, datasets, transformers, triton"),
     ],

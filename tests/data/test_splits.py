@@ -34,26 +34,23 @@ def test_equal_documents_land_on_the_same_side():
     assert not set(texts(train)) & set(texts(val))
 
 
-def test_a_single_document_gives_its_tail_from_a_new_line_on():
-    lines = b"".join(b"line %d\n" % i for i in range(1000))
-    train, val = split_corpus(Documents(lines), 0.1)
-    (head,), (tail,) = texts(train), texts(val)
-    assert (head + tail).encode() == lines
-    assert head.endswith("\n")
-    assert 0.09 < len(tail) / len(lines) <= 0.1
-
-
-@pytest.mark.parametrize("character", ["a", "é", "字", "😀"])
-def test_a_single_line_is_cut_between_two_characters(character):
-    train, val = split_corpus(Documents((character * 101).encode()), 0.1)
-    (head,), (tail,) = texts(train), texts(val)
-    assert head + tail == character * 101
-    assert 5 <= len(tail) <= 12
-
-
-def test_a_late_newline_does_not_starve_validation():
-    _, val = split_corpus(Documents(b"a" * 10_000 + b"\nend\n"), 0.1)
-    assert val.n_bytes > 900
+@pytest.mark.parametrize(
+    ("text", "head_end", "tail_bytes"),
+    [
+        ("".join(f"line {i}\n" for i in range(1000)), "\n", (0.09 * 8890, 0.1 * 8890)),
+        ("a" * 10_000 + "\nend\n", "a", (900, 1001)),
+        ("a" * 101, "a", (10, 10)),
+        ("é" * 101, "é", (20, 22)),
+        ("字" * 101, "字", (27, 33)),
+        ("😀" * 101, "😀", (36, 44)),
+    ],
+    ids=["from a new line on", "a late newline does not starve it", "a", "é", "字", "😀"],
+)
+def test_the_tail_of_a_single_document_validates(text, head_end, tail_bytes):
+    train, val = split_corpus(Documents(text.encode()), 0.1)
+    assert texts(train)[0] + texts(val)[0] == text
+    assert texts(train)[0].endswith(head_end)
+    assert tail_bytes[0] <= val.n_bytes <= tail_bytes[1]
 
 
 def test_documents_that_are_all_too_long_give_the_tail_of_the_longest():
@@ -63,21 +60,18 @@ def test_documents_that_are_all_too_long_give_the_tail_of_the_longest():
     assert [len(text) for text in texts(train)] == [1000, 2000 - val.n_bytes, 500, 4]
 
 
-def test_a_split_that_the_source_brings_is_kept():
+def test_a_split_that_the_source_brings_is_kept_unless_a_side_is_empty():
     corpus = Documents(b"one", b"", b"two", b"three", given_val=np.array([False, False, True, False]))
     train, val = split_corpus(corpus, 0.5)
     assert (texts(train), texts(val)) == (["one", "three"], ["two"])
+    with pytest.raises(UserError, match="validation split holds no text"):
+        split_corpus(Documents(b"one", b"", given_val=np.array([False, True])), 0.5)
 
 
 @pytest.mark.parametrize("documents", [[], [b""], [b"a"], ["é".encode()]])
 def test_too_little_to_split_is_refused(documents):
     with pytest.raises(UserError, match="data=text"):
         split_corpus(Documents(*documents), 0.05)
-
-
-def test_an_empty_side_of_a_given_split_is_refused():
-    with pytest.raises(UserError, match="validation split holds no text"):
-        split_corpus(Documents(b"one", b"", given_val=np.array([False, True])), 0.5)
 
 
 @given(st.lists(st.binary(max_size=200), min_size=1, max_size=30), st.floats(0.01, 0.5))
@@ -105,11 +99,6 @@ def test_a_document_read_in_pieces_is_the_document(document):
         assert not sum(piece.replaced for piece in pieces)
     assert sum(piece.n_bytes for piece in pieces) == len(text.encode())
     assert [piece.last for piece in pieces] == [False] * (len(pieces) - 1) + [True] * bool(pieces)
-
-
-def test_invalid_utf8_is_replaced_and_counted():
-    train, _ = split_corpus(Documents("a\ufffdb ".encode() + b"\xff\xfe ok\n" * 3 + b"x" * 100), 0.5)
-    assert sum(piece.replaced for piece in train.pieces()) == 6
 
 
 def test_a_sample_is_spread_over_the_split():
