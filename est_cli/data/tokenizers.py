@@ -7,7 +7,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -98,7 +98,7 @@ class SentencePieceTokenizer(Tokenizer):
         self._has_dummy_prefix = self._first.encode("a") != self._inner.encode("a")
         mark_ids = [self._first.piece_to_id(f"<0x{byte:02X}>") for byte in _SPACE_MARK.encode()]
         self._mark = np.array(mark_ids, np.int32) if all(map(self._first.is_byte, mark_ids)) else None
-        self._boundary = self._find_boundary()
+        self._chunk = self._chunk_pattern()
         self.token_bytes = np.array([self._bytes_of(i) for i in range(self.vocab_size)])
 
     @classmethod
@@ -153,27 +153,25 @@ class SentencePieceTokenizer(Tokenizer):
     def save(self, folder: Path) -> None:
         (folder / self.FILE).write_bytes(self.proto)
 
-    def _chunks(self, text: str) -> Iterator[str]:
+    def _chunks(self, text: str) -> list[str]:
         """Parts of `text` that can be encoded separately; each space mark is a part of its own."""
         parts = re.split(f"({_SPACE_MARK})", text) if self._mark is not None and _SPACE_MARK in text else [text]
-        for part in parts:
-            start, longest = 0, len(part) if self._boundary is None else _LONGEST_CHUNK
-            while start < len(part):
-                at = self._boundary and self._boundary.search(part, start + _CHUNK_CHARACTERS, start + longest)
-                end = at.end() if at else start + longest
-                yield part[start:end]
-                start = end
+        if self._chunk is None:
+            return [part for part in parts if part]
+        return [chunk for part in parts for chunk in self._chunk.findall(part)]
 
-    def _find_boundary(self) -> re.Pattern | None:
-        """Matches the end of text that can be cut off without changing tokens: a newline, or a word before a space."""
+    def _chunk_pattern(self) -> re.Pattern | None:
+        """Matches text up to where it can be cut without changing tokens: after a newline, or a word before a space."""
         pieces = [self._first.id_to_piece(i) for i in range(self.vocab_size)]
         boundaries = []
         if not any("\n" in piece and len(piece) > 1 for piece in pieces):
             boundaries.append("\n")
         if not any(_SPACE_MARK in piece.lstrip(_SPACE_MARK) for piece in pieces):
             boundaries.append("[^ ](?= )")
-        folds_spaces = self._first.decode(self._first.encode(_PROBE)) != _PROBE
-        return None if folds_spaces or not boundaries else re.compile("|".join(boundaries))
+        if not boundaries or self._first.decode(self._first.encode(_PROBE)) != _PROBE:  # it folds spaces
+            return None
+        inside = f".{{{_CHUNK_CHARACTERS},{_LONGEST_CHUNK - 1}}}?(?:{'|'.join(boundaries)})"
+        return re.compile(f"{inside}|.{{1,{_LONGEST_CHUNK}}}", re.DOTALL)
 
     def _bytes_of(self, i: int) -> int:
         if self._first.is_control(i) or self._first.is_unknown(i) or self._first.is_unused(i):

@@ -33,7 +33,6 @@ _FORMAT = 3
 _MANIFEST = "manifest.json"
 _COUNTED_AT_ONCE = 1 << 24
 _A = TypeVar("_A")
-_B = TypeVar("_B")
 
 
 class TokenStore:
@@ -127,10 +126,11 @@ def prepare(
 
     Raises UserError for text, tokenizers and caches that cannot be used.
     """
-    chosen, sources = _both(
-        lambda: (run and run.tokenizer) or choose_tokenizer(tokenizer, model_vocab_size),
-        lambda: open_sources(data, say),
-    )
+    problems: list[str] = []
+    chosen = _tried(lambda: (run and run.tokenizer) or choose_tokenizer(tokenizer, model_vocab_size), problems)
+    sources = _tried(lambda: open_sources(data, say), problems)
+    if problems:
+        raise UserError(*problems)
     text = _text_of(sources, data)
     check(text)
     fingerprint = _fingerprint(sources, data, chosen.definition)
@@ -186,17 +186,13 @@ def _folder(data: DataConfig, fingerprint: str) -> Path:
     return cache_folder(data) / f"{data.kind}-{fingerprint[:16]}"
 
 
-def _both(first: Callable[[], _A], second: Callable[[], _B]) -> tuple[_A, _B]:
-    """Results of both calls, or the problems of both."""
+def _tried(call: Callable[[], _A], problems: list[str]) -> _A | None:
+    """What `call` returns; if it raises UserError, its problems are added to `problems`."""
     try:
-        one = first()
+        return call()
     except UserError as error:
-        try:
-            second()
-        except UserError as other:
-            raise UserError(*error.problems, *other.problems) from None
-        raise
-    return one, second()
+        problems += error.problems
+        return None
 
 
 @lru_cache
