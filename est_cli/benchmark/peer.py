@@ -51,7 +51,8 @@ def find_peer(against: str, path: str | None, case: Case) -> PeerCode:
             )
     if ours != theirs:
         raise UserError(
-            f"against={against}: its model has {theirs:,} parameters where ours has {ours:,}; choose another"
+            f"against={against}: its model has {theirs:,} parameters where ours has {ours:,}; nanogpt trains models as "
+            "model=gpt2, litgpt as model=tinyllama, transformers both"
         )
     return code
 
@@ -83,11 +84,6 @@ def _nanogpt(path: Path | None, model: ModelConfig) -> PeerCode:
         spec = importlib.util.spec_from_file_location("nanogpt_model", file)
         module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
-    needed = {"position": "learned", "tie_embeddings": True, "d_ff": 4 * model.d_model}
-    for key, value in {**needed, "head_dim": model.d_model // model.n_heads}.items():
-        if getattr(model, key) != value:
-            found = f"model.{key}={getattr(model, key)}"
-            raise UserError(f"against=nanogpt: nanoGPT is a GPT-2, {found} must be {value}; try model=gpt2")
 
     def build() -> nn.Module:
         sizes = {"n_layer": model.n_layers, "n_head": model.n_heads, "n_embd": model.d_model, "bias": model.bias}
@@ -110,10 +106,6 @@ def _litgpt(path: Path | None, model: ModelConfig) -> PeerCode:
             module = importlib.import_module("litgpt.model")
     finally:
         sys.path[:] = before
-    if model.position != "rope":
-        raise UserError(
-            f"against=litgpt: litgpt has rotary positions only: model.position={model.position}; try model=tinyllama"
-        )
 
     def build() -> nn.Module:
         config = module.Config(

@@ -49,9 +49,16 @@ def test_every_kind_of_row_is_measured_on_a_cpu_and_what_needs_a_gpu_is_said_to_
     assert len(said) == len(asked)
 
 
-def test_a_row_has_a_process_of_its_own_whose_failure_is_its_result(here, monkeypatch):
+def test_a_row_has_a_process_of_its_own_whose_failure_is_its_result(here, monkeypatch, capsys):
+    def in_this_process(module, *arguments, timeout):
+        monkeypatch.setattr("sys.argv", [module, *arguments])
+        gpu.main()
+        return json.loads(capsys.readouterr().out)
+
     row = ROWS["trace gpt2"]
-    assert len(gpu.in_own_process(row, here, 100)["result"]) == 3
+    with monkeypatch.context() as patched:
+        patched.setattr(gpu, "from_own_process", in_this_process)
+        assert len(gpu.in_own_process(row, here, 100)["result"]) == 3
     assert len(list(here.folder.glob("trace-gpt2/*.json"))) == 3
     assert "took more than" in gpu.in_own_process(row, here, 0.01)["error"]
     monkeypatch.setattr(gpu.sys, "executable", "false")

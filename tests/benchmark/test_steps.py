@@ -72,7 +72,7 @@ def test_pack_and_update_take_few_operations_at_any_depth(model, precision, unsa
     measured = case("--model", model, "--precision", precision, "--optimizer", json.dumps({"unsampled": unsampled}))
     shallow, deep = (
         count_operations(replace(measured, model=replace(measured.model, n_layers=n_layers)))["stages"]
-        for n_layers in (4, 9)
+        for n_layers in (4, 7)
     )
     for stages in (shallow, deep):
         assert [stage["pack"] for stage in stages] == pack
