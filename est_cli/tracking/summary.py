@@ -93,24 +93,17 @@ def stage_table(summary: dict[str, Any]) -> Table:
     table = narrow_table(show_footer=True, caption=_totals(summary), caption_justify="left", caption_style="")
     # Narrow windows may wrap a cell, but not break its longest word.
     columns = (
-        ("stage", "all", 5),
-        ("steps", _steps(summary["steps"]), 5),
-        ("FLOPs", format_flops(summary["flops_total"]), 5),
-        ("saved", format_percent(summary["flops_saved"]), 5),
-        ("time per step", "", 4),
-        ("tok/s", "", 5),
+        ("stage", "all", 5, lambda stage: str(stage["stage"])),
+        ("steps", _steps(summary["steps"]), 5, lambda stage: _steps(stage["last_step"] - stage["first_step"] + 1)),
+        ("FLOPs", format_flops(summary["flops_total"]), 5, lambda stage: format_flops(stage["flops"])),
+        ("saved", format_percent(summary["flops_saved"]), 5, lambda stage: format_percent(stage["saved"])),
+        ("time per step", "", 4, lambda stage: format_step_time(stage["step_s_median"])),
+        ("tok/s", "", 5, lambda stage: format_count(stage["tokens_per_s"])),
     )
-    for header, footer, longest_word in columns:
+    for header, footer, longest_word, _ in columns:
         table.add_column(header, footer, justify="left" if header == "stage" else "right", min_width=longest_word)
     for stage in summary["stages"]:
-        table.add_row(
-            str(stage["stage"]),
-            _steps(stage["last_step"] - stage["first_step"] + 1),
-            format_flops(stage["flops"]),
-            format_percent(stage["saved"]),
-            format_step_time(stage["step_s_median"]),
-            format_count(stage["tokens_per_s"]),
-        )
+        table.add_row(*(cell(stage) for *_, cell in columns))
     return table
 
 

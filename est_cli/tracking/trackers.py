@@ -4,7 +4,7 @@ import csv
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from est_cli.config import TrainConfig
 from est_cli.config.sections import LOGGERS
@@ -42,23 +42,13 @@ def trackers_for(config: TrainConfig, label: str | None = None) -> list[Tracker]
 class FileTracker(Tracker):
     """A copy of metrics.jsonl in another format. Start it after `MetricsFile`.
 
-    A resumed run writes the copy again from metrics.jsonl, so no step is missing or there twice.
+    A resumed run writes the copy again from metrics.jsonl, so no step is missing or there twice. Subclasses have
+    `_open(run_dir)`, which begins an empty file, `_write(record)`, whose numbers are finite or None, and `_close()`.
     """
 
     def __init__(self, say: Callable[[str], None]):
         self._say = say
         self._works = True
-
-    def _open(self, run_dir: Path) -> None:
-        """Begins an empty file."""
-        raise NotImplementedError
-
-    def _write(self, record: Record) -> None:
-        """Adds a record, whose numbers are finite or None."""
-        raise NotImplementedError
-
-    def _close(self) -> None:
-        raise NotImplementedError
 
     def start(self, run: RunInfo) -> None:
         self._try(self._open, run.run_dir)
@@ -83,8 +73,6 @@ class FileTracker(Tracker):
 
 class CsvTracker(FileTracker):
     """logger=csv: metrics.csv for spreadsheets and pandas. An empty cell is a null of metrics.jsonl."""
-
-    _file: IO[str]
 
     def _open(self, run_dir: Path) -> None:
         self._file = (run_dir / CSV_NAME).open("w", newline="", buffering=1)

@@ -33,21 +33,15 @@ class Ending:
 
     def __init__(self, lines: Iterator[str], patience_s: float):
         """Ends the process `patience_s` after the run, so a hanging wandb leaves no process behind."""
-        self._lines = lines
-        self._patience_s = patience_s
-        self._known = threading.Event()
-        threading.Thread(target=self._read, daemon=True).start()
+        self.known = threading.Event()
+        threading.Thread(target=self._read, args=(lines, patience_s), daemon=True).start()
 
-    def wait(self, seconds: float) -> bool:
-        """True once the run has ended."""
-        return self._known.wait(seconds)
-
-    def _read(self) -> None:
-        for line in self._lines:
+    def _read(self, lines: Iterator[str], patience_s: float) -> None:
+        for line in lines:
             message = json.loads(line)
             self.status, self.summary = message["status"], message["summary"]
-        self._known.set()
-        time.sleep(self._patience_s)
+        self.known.set()
+        time.sleep(patience_s)
         os._exit(1)
 
 
@@ -61,7 +55,7 @@ def track(job: dict[str, Any], ending: Ending, say: Callable[[str], None]) -> No
             shutil.rmtree(folder, ignore_errors=True)
     run.define_metric("step")
     run.define_metric("*", step_metric="step")
-    for record in follow(Path(job["metrics"]), ending):
+    for record in _follow(Path(job["metrics"]), ending):
         # A resumed run logs steps again that W&B may have from before the kill, with equal values.
         if record["step"] >= run.starting_step:
             run.log({key: value for key, value in record.items() if value is not None}, step=record["step"])
@@ -74,7 +68,7 @@ def track(job: dict[str, Any], ending: Ending, say: Callable[[str], None]) -> No
     run.finish(exit_code={"done": 0, "stopped": 75}.get(ending.status, 1))
 
 
-def follow(path: Path, ending: Ending) -> Iterator[dict[str, Any]]:
+def _follow(path: Path, ending: Ending) -> Iterator[dict[str, Any]]:
     """The records of a metrics file from its first line on, as they are written."""
     with path.open("rb") as file:
         ended, unfinished = False, b""
@@ -86,27 +80,14 @@ def follow(path: Path, ending: Ending) -> Iterator[dict[str, Any]]:
                     unfinished = b""
             if ended:
                 return
-            ended = ending.wait(_POLL_S)
+            ended = ending.known.wait(_POLL_S)
 
 
 def _start(job: dict[str, Any], say: Callable[[str], None]) -> Any:
-    init, settings = job["init"], _settings(job)
-    if init["mode"] == "online":
-        try:
-            return wandb.init(**init, resume="allow", settings=settings)
-        except Exception as error:
-            say(
-                f"W&B cannot be reached online ({_first_line(error)}): recording offline, "
-                f"`wandb sync {init['dir']}/wandb/offline-run-*` uploads it"
-            )
-    return wandb.init(**init | {"mode": "offline"}, settings=settings)
-
-
-def _settings(job: dict[str, Any]) -> Any:
-    """Those of the wanted settings that this version of wandb knows."""
-    training = os.getppid()
+    """wandb's run: online if that is wanted and W&B answers, else offline."""
+    init, training = job["init"], os.getppid()
     wanted = {
-        "program": job["init"]["notes"],
+        "program": init["notes"],
         "silent": True,
         "quiet": True,
         "console": "off",
@@ -122,7 +103,17 @@ def _settings(job: dict[str, Any]) -> Any:
         # The stop button of the web page stops the training as Ctrl-C does.
         "stop_fn": lambda: os.kill(training, signal.SIGINT),
     }
-    return wandb.Settings(**{key: value for key, value in wanted.items() if key in wandb.Settings.model_fields})
+    # Not every version of wandb knows all of them.
+    settings = wandb.Settings(**{key: wanted[key] for key in wanted.keys() & wandb.Settings.model_fields})
+    if init["mode"] == "online":
+        try:
+            return wandb.init(**init, resume="allow", settings=settings)
+        except Exception as error:
+            say(
+                f"W&B cannot be reached online ({_first_line(error)}): recording offline, "
+                f"`wandb sync {init['dir']}/wandb/offline-run-*` uploads it"
+            )
+    return wandb.init(**init | {"mode": "offline"}, settings=settings)
 
 
 def _first_line(error: Exception) -> str:

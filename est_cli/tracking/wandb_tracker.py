@@ -14,8 +14,6 @@ from est_cli.plugins import require_package
 from est_cli.tracking.metrics import METRICS_NAME
 from est_cli.tracking.tracker import RunInfo, Tracker
 
-_FINISH_TIMEOUT_S = 30.0
-
 
 class WandbTracker(Tracker):
     """`say` gets the messages for people. Start it after `MetricsFile`.
@@ -23,7 +21,7 @@ class WandbTracker(Tracker):
     Raises UserError if wandb is not installed.
     """
 
-    def __init__(self, say: Callable[[str], None], finish_timeout_s: float = _FINISH_TIMEOUT_S):
+    def __init__(self, say: Callable[[str], None], finish_timeout_s: float = 30.0):
         require_package("wandb", "logger=wandb", "wandb", "logger=none")
         self._say = say
         self._finish_timeout_s = finish_timeout_s
@@ -112,8 +110,6 @@ class WandbTracker(Tracker):
 
 def _saved_run_id(path: Path) -> str:
     """The W&B run id of this run directory, created on first use and kept for resumed runs."""
-    saved = path.read_text().strip() if path.exists() else ""
-    if not saved:
-        saved = secrets.token_hex(8)
-        path.write_text(saved + "\n")
-    return saved
+    if not path.exists() or not path.read_text().strip():
+        path.write_text(secrets.token_hex(8) + "\n")
+    return path.read_text().strip()
