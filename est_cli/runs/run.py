@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from est_cli.config import TrainConfig, as_plain
+from est_cli.config import TrainConfig
 from est_cli.data.run_data import RunData
 from est_cli.data.run_data import keep as keep_data
 from est_cli.data.tokens import TokenStore
@@ -182,9 +182,7 @@ class Run:
         write_environment(folder / ENVIRONMENT, self.overrides, self.trunk)
         ledger = training.steps.ledger
         per_step = tuple(cost.total for cost in ledger.per_step)
-        info = RunInfo(
-            folder, config, as_plain(config), training.step, training.stages, per_step, ledger.full.total, self.command
-        )
+        info = RunInfo(folder, config, training.step, training.stages, per_step, ledger.full.total, self.command)
         for note in self.notes:
             self._say(note)
         for tracker in self.trackers:

@@ -17,8 +17,6 @@ class RunInfo:
 
     run_dir: Path
     config: TrainConfig
-    plain_config: dict[str, Any]
-    """The resolved configuration as plain values."""
     first_step: int
     """0, or the step at which a resumed run continues."""
     stages: tuple[Stage, ...]

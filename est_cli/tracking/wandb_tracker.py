@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from est_cli.config import as_plain
 from est_cli.plugins import require_package
 from est_cli.tracking.metrics import METRICS_NAME
 from est_cli.tracking.tracker import RunInfo, Tracker
@@ -73,8 +74,8 @@ class WandbTracker(Tracker):
         """What the process needs to know, as JSON. Stages are a mapping, so W&B can filter on each of their rates."""
         folder = run.run_dir / "wandb"
         folder.mkdir(exist_ok=True)
-        logger, scheduler = run.config.logger, run.plain_config["scheduler"]
-        stages = {str(number): stage for number, stage in enumerate(scheduler["stages"], 1)}
+        logger, config = run.config.logger, as_plain(run.config)
+        config["scheduler"]["stages"] = {str(i): stage for i, stage in enumerate(config["scheduler"]["stages"], 1)}
         return {
             "metrics": str(run.run_dir / METRICS_NAME),
             "init": {
@@ -87,7 +88,7 @@ class WandbTracker(Tracker):
                 "id": _saved_run_id(folder / "run_id.txt"),
                 "dir": str(run.run_dir),
                 "notes": run.command,
-                "config": run.plain_config | {"scheduler": scheduler | {"stages": stages}},
+                "config": config,
             },
             "finish_timeout_s": self._finish_timeout_s * 0.8,
             "patience_s": self._finish_timeout_s * 1.2,

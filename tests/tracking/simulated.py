@@ -1,11 +1,12 @@
 """A run of 30 steps in three stages that never trained: what a tracker is told of it."""
 
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 
 import tiny
 
-from est_cli.config import LoggerConfig, as_plain
+from est_cli.config import LoggerConfig
 from est_cli.subnet.schedule import Rates, Stage
 from est_cli.tracking.tracker import Record, RunInfo, Tracker
 
@@ -18,8 +19,8 @@ TOKENS_PER_STEP = 64
 
 def run_info(run_dir: Path, first_step: int = 0, **logger) -> RunInfo:
     config = tiny.train_config(max_steps=30)
-    config = config.__class__(**{**vars(config), "logger": LoggerConfig(**logger)})
-    return RunInfo(run_dir, config, as_plain(config), first_step, STAGES, FLOPS, FLOPS[-1], "est-train model=micro")
+    config = replace(config, logger=LoggerConfig(**logger))
+    return RunInfo(run_dir, config, first_step, STAGES, FLOPS, FLOPS[-1], "est-train model=micro")
 
 
 def record(step: int, val_loss: float | None = None, loss: float | None = None) -> Record:

@@ -60,7 +60,7 @@ def test_an_offline_run_that_was_resumed_is_one_run_of_the_real_wandb_with_every
     assert (header.project, header.run_group, list(header.tags)) == ("mine", "sweep", ["a", "b"])
     config = values(header.config.update)
     assert config["model"]["n_layers"] == run.config.model.n_layers
-    assert config["scheduler"]["stages"]["1"] == run.plain_config["scheduler"]["stages"][0]
+    assert config["scheduler"]["stages"]["1"] == vars(run.config.scheduler.stages[0])
     history = [values(entry.item) for entry in of_kind["history"]]
     assert [entry["_step"] for entry in history] == list(range(6))
     for entry, step in zip(history, range(6), strict=True):
