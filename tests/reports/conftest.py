@@ -11,7 +11,7 @@ import pytest
 import tiny
 import yaml
 
-from est_cli.config import ModelConfig, SamplingConfig, as_plain
+from est_cli.config import ModelConfig, SamplingConfig, SchedulerConfig, as_plain
 from est_cli.reports.records import RunRecord, load_runs
 from est_cli.reports.report import write_report
 from est_cli.subnet.flops import Ledger, training_flops
@@ -19,31 +19,13 @@ from est_cli.subnet.plan import subnetwork
 from est_cli.subnet.schedule import StageSpec, build_stages, stage_at
 
 NANO = replace(tiny.LLAMA, n_layers=4, n_heads=4, n_kv_heads=2, d_model=128, d_ff=384, head_dim=32)
-NANO = as_plain(replace(NANO, vocab_size=4096, max_seq_len=256))
-FULL = [{"end": None, "heads": 1.0, "mlp": 1.0, "layers": 1.0}]
+NANO = replace(NANO, vocab_size=4096, max_seq_len=256)
 
 
-def three_stages(stage1_end=2 / 15, stage2_end=7 / 15, rate=0.5) -> list[dict]:
-    return [
-        {"end": stage1_end, "heads": rate, "mlp": rate, "layers": rate},
-        {"end": stage2_end, "heads": rate, "mlp": rate, "layers": 1.0},
-        *FULL,
-    ]
-
-
-def make_config(*, steps=300, seed=0, stages=None, name="est", sampling=None, **more) -> dict:
-    stages = stages or three_stages()
-    return {
-        "model": NANO,
-        "data": {"kind": "stdlib", "seq_len": 256},
-        "tokenizer": {"kind": "sentencepiece", "vocab_size": 4096},
-        "scheduler": {f"stage{i}_end": stage["end"] for i, stage in enumerate(stages[:-1], 1)} | {"stages": stages},
-        "sampling": {"heads": 0.5, "mlp": 0.5, "layers": 0.5, "mlp_block": 1, "resample_every": 1, **(sampling or {})},
-        "optimizer": {"kind": "adamw", "lr": 1e-3, "weight_decay": 0.1, "betas": [0.9, 0.95], "warmup": 0.02},
-        "trainer": {"max_steps": steps, "batch_size": 8, "grad_accum": 2, "precision": "fp32"},
-        "logger": {"kind": "none", "project": "est"},
-        **{"seed": seed, "kernels": "auto", "name": name, "run_id": f"run-{seed}", **more},
-    }
+def make_config(*, steps=300, seed=0, stages=tiny.THREE_STAGES, name="est", sampling=None, **more) -> dict:
+    config = tiny.train_config(NANO, SamplingConfig(**sampling or {}), seq_len=256, seed=seed, max_steps=steps)
+    ends = {f"stage{i}_end": stage.end for i, stage in enumerate(stages[:-1], 1)}
+    return as_plain(replace(config, scheduler=SchedulerConfig(stages, options=ends), name=name)) | more
 
 
 def make_run(folder: Path, *, done: int | None = None, finished=True, eval_every=20, loss_offset=0.0, **config) -> Path:
@@ -61,21 +43,19 @@ def make_run(folder: Path, *, done: int | None = None, finished=True, eval_every
 def make_records(config, done, eval_every, loss_offset) -> list[dict]:
     steps = config["trainer"]["max_steps"]
     stages = build_stages([StageSpec(**stage) for stage in config["scheduler"]["stages"]], steps)
-    model, sampling = ModelConfig(**config["model"]), SamplingConfig(**config["sampling"])
+    model, sampling = ModelConfig(**config["model"]), SamplingConfig(mlp_block=config["sampling"]["mlp_block"])
     noise = np.random.default_rng(config["seed"])
     small = [subnetwork(model, sampling, stage.rates).model for stage in stages]
     costs = tuple(training_flops(shape, 256, 4096) for shape in small)
     ledger = Ledger(stages, costs, training_flops(model, 256, 4096))
-    records, effective = [], 0.0
+    records, progress = [], 0.0
     for step in range(steps if done is None else done):
         stage = stage_at(stages, step)
         shape, share = small[stage.number - 1], costs[stage.number - 1].total / ledger.full.total
-        effective += 0.55 + 0.45 * share
-        progress = effective / steps
+        progress += (0.55 + 0.45 * share) / steps
+        step_s = 0.08 * (0.12 + 0.88 * share) * noise.lognormal(0, 0.06) + 0.4 * (step == stage.first_step)
         loss = 3.1 + 5.2 * math.exp(-18 * progress) + 1.1 * math.exp(-2.2 * progress) + loss_offset
         evaluated = (step + 1) % eval_every == 0 or step + 1 == steps
-        step_s = 0.08 * (0.12 + 0.88 * share) * noise.lognormal(0, 0.06)
-        step_s += 0.4 if step == stage.first_step else 0.0
         records.append(
             {
                 "step": step,
@@ -87,7 +67,8 @@ def make_records(config, done, eval_every, loss_offset) -> list[dict]:
                 "subnet/mlp": shape.d_ff / model.d_ff,
                 "subnet/layers": shape.n_layers / model.n_layers,
                 **ledger.record(step),
-                "perf/step_s": float(step_s),
+                "perf/step_s": 0.08 * (0.12 + 0.88 * share) * noise.lognormal(0, 0.06)
+                + 0.4 * (step == stage.first_step),
                 "perf/mfu": None,
             }
         )
@@ -96,8 +77,7 @@ def make_records(config, done, eval_every, loss_offset) -> list[dict]:
 
 def make_summary(records) -> dict:
     last = records[-1]
-    flops = {key.replace("/", "_"): value for key, value in last.items() if key.startswith("flops/")}
-    return flops | {
+    return {key.replace("/", "_"): value for key, value in last.items() if key.startswith("flops/")} | {
         "status": "done",
         "steps": last["step"] + 1,
         "tokens": last["tokens"],
@@ -110,7 +90,8 @@ def make_sweep(folder: Path, **options) -> Path:
     """stage1_end × stage2_end × two seeds: eight runs in one sweep directory."""
     for end1, end2, seed in itertools.product((0.1, 0.2), (0.4, 0.5), (0, 1)):
         name = f"stage1_end-{end1}_stage2_end-{end2}_seed-{seed}"
-        make_run(folder / name, seed=seed, stages=three_stages(end1, end2), **options)
+        stages = (StageSpec(end1, 0.5, 0.5, 0.5), StageSpec(end2, 0.5, 0.5), StageSpec())
+        make_run(folder / name, seed=seed, stages=stages, **options)
     return folder
 
 

@@ -4,13 +4,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import yaml
+import tiny
 
 from est_cli.reports.comparison import Comparison, differences, swept_pairs
 from est_cli.reports.figures import sweep_grid
 from est_cli.reports.records import RunRecord, load_runs
-
-FULL = [{"end": None, "heads": 1.0, "mlp": 1.0, "layers": 1.0}]
+from est_cli.subnet.schedule import StageSpec
 
 
 def a_run(name="run", loss=3.0, **config) -> RunRecord:
@@ -40,7 +39,7 @@ def test_keys_that_always_agree_are_told_once(new_run, tmp_path):
             tmp_path / str(rate),
             steps=60,
             sampling={"heads": rate, "mlp": rate},
-            stages=[{"end": 0.5, "heads": rate, "mlp": 0.5, "layers": 1.0}, *FULL],
+            stages=(StageSpec(0.5, rate, 0.5), StageSpec()),
         )
         for rate in (0.25, 0.5)
     ]
@@ -49,11 +48,8 @@ def test_keys_that_always_agree_are_told_once(new_run, tmp_path):
 
 
 def test_schedules_of_different_lengths_are_told_as_text(new_run, tmp_path):
-    est, full = (new_run(tmp_path / name, steps=60, stages=stages) for name, stages in (("a", None), ("b", FULL)))
-    config = yaml.safe_load((est / "config.yaml").read_text())
-    config["scheduler"] |= {"stage1_end": 2 / 15}
-    (est / "config.yaml").write_text(yaml.safe_dump(config))
-    assert values_of(differences(load_runs([est, full]))) == {
+    runs = load_runs([new_run(tmp_path / "a", steps=60), new_run(tmp_path / "b", steps=60, stages=tiny.FULL)])
+    assert values_of(differences(runs)) == {
         "scheduler.stages": ["0.5/0.5/0.5 to step 8, 0.5/0.5/1 to step 28, 1/1/1 to step 60", "1/1/1 to step 60"]
     }
 
