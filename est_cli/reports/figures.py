@@ -18,7 +18,7 @@ from est_cli.reports.coverage import Coverage
 from est_cli.reports.curves import Axis, Curve, final_loss_window, known_axes, run_with_shared_stages
 from est_cli.reports.records import RunRecord
 from est_cli.subnet.schedule import Rates, Stage
-from est_cli.units import format_loss, format_setting, format_step_time
+from est_cli.units import format_loss, format_percent, format_setting, format_step_time
 
 _PANEL = 4.5
 _MOST_MARKERS = 40
@@ -29,9 +29,6 @@ _STRIP_POINTS = 5.0
 _MOST_STAGE_TIME_ARMS = 6
 _LONGEST_VALUE = 24
 _MOST_NUMBERED_CELLS = 64
-
-_End = tuple[Curve, str, str]
-"""A curve, its colour, and the label for where it ends."""
 
 
 @dataclass(frozen=True)
@@ -114,55 +111,45 @@ def _sheet(
 
 @dataclass(frozen=True)
 class _Line:
-    """A curve of a loss plot."""
+    """A curve of a plot, and how it looks."""
 
     curve: Curve
     look: dict[str, Any]
-    magnified: bool = True
-    """Whether it is drawn in the corner again."""
-
-    def draw(self, ax: Axes, **look: Any) -> None:
-        ax.plot(self.curve.x, self.curve.y, **self.look | look)
+    label: str = ""
+    """Names it in the right margin."""
+    magnified: bool = False
+    """Whether its end is drawn in the corner again."""
 
 
 def draw_loss(ax: Axes, comparison: Comparison, axis: Axis, narrow: bool = False) -> None:
     """Validation loss of the full model (dots) over the training loss of the subnetworks (faint)."""
-    lines: list[_Line] = []
-    curves: list[Curve] = []
-    ends: list[_End] = []
-    most_points = min(500, max(100, 3000 // len(comparison.runs)))
-    for arm in reversed(comparison.arms):
-        for run in arm.runs:
-            train, val = (Curve.of(run, axis, key).thinned(most_points) for key in ("train/loss_smoothed", "val/loss"))
-            lines += _run_lines(comparison, arm, train, val)
-            curves += [train, val]
-            if comparison.single:
-                ends.append((val, style.SERIES[0], "validation" if narrow else "validation, full model"))
-                ends.append((train, style.SERIES[1], "training"))
-            elif arm.coloured and run is arm.runs[0]:
-                ends.append((val if len(val) else train, style.series(arm.rank), _label(arm, narrow)))
-    for line in lines:
-        line.draw(ax)
-    if limits := final_loss_window(curves):
-        ax.set_ylim(*limits)
-    ax.set_xlim(0, max((float(curve.x[-1]) for curve in curves if len(curve)), default=1.0))
-    draw_stages(ax, comparison, axis)
-    _label_ends(ax, ends)
+    lines = [
+        line
+        for arm in reversed(comparison.arms)
+        for run in arm.runs
+        for line in _loss_lines(comparison, arm, run, axis, narrow)
+    ]
+    _draw_lines(ax, lines, comparison, axis, final_loss_window([line.curve for line in lines]))
     _magnify_end(ax, lines, narrow)
-    ax.set(xlabel=axis.label, ylabel="Loss (nats per token)")
+    ax.set_ylabel("Loss (nats per token)")
 
 
-def _run_lines(comparison: Comparison, arm: Arm, train: Curve, val: Curve) -> list[_Line]:
+def _loss_lines(comparison: Comparison, arm: Arm, run: RunRecord, axis: Axis, narrow: bool) -> list[_Line]:
+    most_points = min(500, max(100, 3000 // len(comparison.runs)))
+    train, val = (Curve.of(run, axis, key).thinned(most_points) for key in ("train/loss_smoothed", "val/loss"))
     colour, one = style.series(arm.rank), len(arm.runs) == 1
     if not arm.coloured:
-        return [_Line(val, {"color": colour, "linewidth": 0.8, "zorder": 2.5}, magnified=False)]
-    training = {"color": colour, "linewidth": 0.7, "alpha": 0.35, "zorder": 2}
-    if comparison.single:
-        training = {"color": style.SERIES[1], "linewidth": 1.1, "zorder": 2}
+        return [_Line(val, {"color": colour, "linewidth": 0.8, "zorder": 2.5})]
     validation = {"color": colour, "linewidth": 1.8 if one else 1.2, "zorder": 4, "solid_capstyle": "round"}
     if len(val) <= _MOST_MARKERS:
         validation |= {"marker": "o", "markersize": 3.2 if one else 2.4}
-    return [_Line(train, training, magnified=comparison.single), _Line(val, validation)]
+    if comparison.single:
+        training = {"color": style.SERIES[1], "linewidth": 1.1, "zorder": 2}
+        label = "validation" if narrow else "validation, full model"
+        return [_Line(train, training, "training", magnified=True), _Line(val, validation, label, magnified=True)]
+    training = {"color": colour, "linewidth": 0.7, "alpha": 0.35, "zorder": 2}
+    label = _label(arm, narrow) if run is arm.runs[0] else ""
+    return [_Line(train, training, "" if len(val) else label), _Line(val, validation, label, magnified=True)]
 
 
 def _label(arm: Arm, narrow: bool) -> str:
@@ -170,6 +157,34 @@ def _label(arm: Arm, narrow: bool) -> str:
         return arm.letter
     seeds = f" (n={len(arm.runs)})" if len(arm.runs) > 1 else ""
     return f"{arm.letter}\u2002{arm.label}{seeds}\u2002{format_loss(arm.mean('val_loss'))}"
+
+
+def draw_savings(ax: Axes, comparison: Comparison) -> None:
+    """FLOPs saved so far: of the whole model (solid) and of the transformer blocks, as the paper counts (dashed)."""
+    axis, lines = Axis.of("steps", comparison.runs), []
+    for arm in reversed(comparison.arms):
+        for index, (key, dash, what) in enumerate(_BOTH_ACCOUNTINGS):
+            saved = Curve.of(arm.runs[0], axis, key).thinned()
+            label = arm.letter if index == 0 and arm.coloured else ""
+            if comparison.single and len(saved):
+                label = f"{what} {format_percent(saved.y[-1])}"
+            colour = style.SERIES[index] if comparison.single else style.series(arm.rank)
+            look = {"color": colour, "linestyle": dash, "linewidth": 1.6 if arm.coloured else 0.8, "zorder": 3}
+            lines.append(_Line(Curve(saved.x, 100 * saved.y), look, label))
+    highest = max((line.curve.y.max() for line in lines if len(line.curve)), default=1.0)
+    _draw_lines(ax, lines, comparison, axis, (0, max(1.0, 1.08 * highest)))
+    ax.set_ylabel("FLOPs saved so far (%)")
+
+
+def _draw_lines(
+    ax: Axes, lines: Sequence[_Line], comparison: Comparison, axis: Axis, ylim: tuple[float, float] | None
+) -> None:
+    for line in lines:
+        ax.plot(line.curve.x, line.curve.y, **line.look)
+    ax.set(xlim=(0, max((float(line.curve.x[-1]) for line in lines if len(line.curve)), default=1.0)), ylim=ylim)
+    ax.set_xlabel(axis.label)
+    draw_stages(ax, comparison, axis)
+    _label_ends(ax, lines)
 
 
 def _magnify_end(ax: Axes, lines: Sequence[_Line], narrow: bool) -> None:
@@ -183,7 +198,7 @@ def _magnify_end(ax: Axes, lines: Sequence[_Line], narrow: bool) -> None:
     inset = ax.inset_axes(_CORNER, facecolor=style.PAPER, zorder=6)
     inset.set_in_layout(False)
     for line in magnified:
-        line.draw(inset, linewidth=0.9 * line.look["linewidth"])
+        inset.plot(line.curve.x, line.curve.y, **line.look | {"linewidth": 0.9 * line.look["linewidth"]})
     room = 0.05 * np.ptp(late)
     inset.set(xlim=(low, high), ylim=(late.min() - room, late.max() + room))
     inset.locator_params(nbins=3 if narrow else 5)
@@ -194,45 +209,26 @@ def _magnify_end(ax: Axes, lines: Sequence[_Line], narrow: bool) -> None:
 
 
 def _corner_is_empty(ax: Axes, lines: Sequence[_Line]) -> bool:
-    left, lowest = (_CORNER[0] - 0.06) * ax.get_xlim()[1], _CORNER[1] - 0.08
+    left, lowest = (_CORNER[0] - 0.06) * ax.get_xlim()[1], _CORNER[1] - 0.06
     bottom, top = ax.get_ylim()
     return all((line.curve.y[line.curve.x >= left] <= bottom + lowest * (top - bottom)).all() for line in lines)
 
 
-def draw_savings(ax: Axes, comparison: Comparison) -> None:
-    """FLOPs saved so far: of the whole model (solid) and of the transformer blocks, as the paper counts (dashed)."""
-    axis = Axis.of("steps", comparison.runs)
-    ends: list[_End] = []
-    for arm in reversed(comparison.arms):
-        for index, (key, dash, what) in enumerate(_BOTH_ACCOUNTINGS):
-            saved = Curve.of(arm.runs[0], axis, key).thinned()
-            saved = Curve(saved.x, 100 * saved.y)
-            colour = style.SERIES[index] if comparison.single else style.series(arm.rank)
-            ax.plot(saved.x, saved.y, color=colour, linestyle=dash, linewidth=1.6 if arm.coloured else 0.8, zorder=3)
-            if comparison.single and len(saved):
-                ends.append((saved, colour, f"{what} {saved.y[-1]:.1f}%"))
-            elif index == 0 and arm.coloured:
-                ends.append((saved, colour, arm.letter))
-    ax.set(xlim=(0, max(1.0, ax.dataLim.x1)), ylim=(0, max(1.0, 1.08 * ax.dataLim.y1)))
-    draw_stages(ax, comparison, axis)
-    _label_ends(ax, ends)
-    ax.set(xlabel=axis.label, ylabel="FLOPs saved so far (%)")
-
-
-def _label_ends(ax: Axes, ends: Sequence[_End]) -> None:
+def _label_ends(ax: Axes, lines: Sequence[_Line]) -> None:
     """Names curves in the right margin at the height where they end, moved apart if they would touch."""
-    ends = sorted((end for end in ends if len(end[0])), key=lambda end: end[0].y[-1])
-    if not ends:
+    labelled = sorted((line for line in lines if line.label and len(line.curve)), key=lambda line: line.curve.y[-1])
+    if not labelled:
         return
     (low, high), right = ax.get_ylim(), ax.get_xlim()[1]
     height = ax.figure.get_size_inches()[1] * 72 * ax.get_subplotspec().get_position(ax.figure).height
-    wanted = np.clip([(line.y[-1] - low) / (high - low) for line, _, _ in ends], 0, 1)
-    for (line, colour, label), y, at in zip(ends, wanted, spread_apart(wanted, 10.5 / max(height, 60.0)), strict=True):
-        if line.x[-1] < 0.985 * right:
-            ax.plot([line.x[-1], right], [line.y[-1]] * 2, color=colour, linewidth=0.7, linestyle=":", zorder=1)
+    wanted = np.clip([(line.curve.y[-1] - low) / (high - low) for line in labelled], 0, 1)
+    for line, y, at in zip(labelled, wanted, spread_apart(wanted, 10.5 / max(height, 60.0)), strict=True):
+        end, colour = (line.curve.x[-1], line.curve.y[-1]), line.look["color"]
+        if end[0] < 0.985 * right:
+            ax.plot([end[0], right], [end[1], end[1]], color=colour, linewidth=0.7, linestyle=":", zorder=1)
         ax.plot([1.0, 1.022], [y, at], color=colour, linewidth=1.2, transform=ax.transAxes, clip_on=False, zorder=5)
         place = {"xycoords": "axes fraction", "va": "center", "ha": "left", "annotation_clip": False}
-        ax.annotate(label, (1.03, at), fontsize=8.5, color=style.INK, **place)
+        ax.annotate(line.label, (1.03, at), fontsize=8.5, color=style.INK, **place)
 
 
 def spread_apart(wanted: np.ndarray, gap: float) -> np.ndarray:
