@@ -67,8 +67,7 @@ def make_records(config, done, eval_every, loss_offset) -> list[dict]:
                 "subnet/mlp": shape.d_ff / model.d_ff,
                 "subnet/layers": shape.n_layers / model.n_layers,
                 **ledger.record(step),
-                "perf/step_s": 0.08 * (0.12 + 0.88 * share) * noise.lognormal(0, 0.06)
-                + 0.4 * (step == stage.first_step),
+                "perf/step_s": step_s,
                 "perf/mfu": None,
             }
         )
