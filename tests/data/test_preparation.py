@@ -3,12 +3,11 @@
 import json
 import signal
 import subprocess
-import sys
 from dataclasses import replace
 
 import numpy as np
 import pytest
-from tiny_corpora import BYTE, PIECES, Documents, documents, jsonl, prepared, prose, texts
+from tiny_corpora import BYTE, PIECES, Documents, documents, jsonl, prepared, prose, python, texts
 
 from est_cli.config import DataConfig, SourceConfig
 from est_cli.config.checks import clashes
@@ -57,23 +56,21 @@ def test_processes_and_shards_do_not_change_the_token_files(tokenizer, corpus_fo
 
 def test_a_preparation_that_was_killed_goes_on_where_it_was(corpus_folder, text_data, tmp_path, monkeypatch):
     data = replace(text_data(corpus_folder), num_workers=1)
-    script = (
-        "import os, signal, sys\n"
-        "from est_cli.config import DataConfig, TokenizerConfig\n"
-        "from est_cli.data import preparation, tokens\n"
-        "preparation.SHARD_BYTES = 10_000\n"
-        "write, left = preparation.Shard.write, [2]\n"
-        "def killed(shard, *arguments):\n"
-        "    if not left[0]:\n"
-        "        (shard.file.with_suffix('.123')).write_bytes(b'half')\n"
-        "        os.kill(os.getpid(), signal.SIGKILL)\n"
-        "    left[0] -= 1\n"
-        "    write(shard, *arguments)\n"
-        "preparation.Shard.write = killed\n"
-        "data = DataConfig(kind='text', path=sys.argv[1], cache_dir=sys.argv[2], num_workers=1)\n"
-        "tokens.prepare(data, TokenizerConfig('sentencepiece', vocab_size=400), 512, print, False)\n"
+    command = python(
+        "import os, signal",
+        "preparation.SHARD_BYTES = 10_000",
+        "write, left = preparation.Shard.write, [2]",
+        "def killed(shard, *arguments):",
+        "    if not left[0]:",
+        "        (shard.file.with_suffix('.123')).write_bytes(b'half')",
+        "        os.kill(os.getpid(), signal.SIGKILL)",
+        "    left[0] -= 1",
+        "    write(shard, *arguments)",
+        "preparation.Shard.write = killed",
+        "data = DataConfig(kind='text', path=sys.argv[1], cache_dir=sys.argv[2], num_workers=1)",
+        "tokens.prepare(data, PIECES, 512, print, False)",
     )
-    killed = subprocess.run([sys.executable, "-c", script, str(corpus_folder), data.cache_dir], capture_output=True)
+    killed = subprocess.run([*command, str(corpus_folder), data.cache_dir], capture_output=True)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert [path.suffix for path in cache_folder(data).iterdir() if path.is_dir()] == [".partial"]
 

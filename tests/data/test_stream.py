@@ -1,12 +1,11 @@
 """data.streaming=true: training windows of a stream are a pure function, whoever reads it and wherever one began."""
 
 import subprocess
-import sys
 from dataclasses import replace
 
 import numpy as np
 import pytest
-from tiny_corpora import BYTE, PIECES, documents, jsonl, prepared
+from tiny_corpora import BYTE, PIECES, documents, jsonl, prepared, python
 
 from est_cli.config import DataConfig, SourceConfig
 from est_cli.data import streams
@@ -157,15 +156,11 @@ def test_streams_that_cannot_be_are_refused(data, tmp_path, monkeypatch):
 
 def test_a_process_that_ends_while_a_shard_is_written_ends_in_silence(tmp_path):
     (tmp_path / "a.jsonl").write_bytes(jsonl(f"{row}\n" * 300 for row in ROWS))
-    script = (
-        "import sys\n"
-        "from est_cli.config import DataConfig, TokenizerConfig\n"
-        "from est_cli.data import streams, tokens\n"
-        "streams.VAL_BYTES = 2000\n"
-        "data = DataConfig(kind='hf', path=sys.argv[1], streaming=True, cache_dir=sys.argv[2])\n"
-        "pieces = TokenizerConfig('sentencepiece', vocab_size=300)\n"
-        "tokens.prepare(data, pieces, 512, print, False).train.read(0, 100)\n"
+    command = python(
+        "streams.VAL_BYTES = 2000",
+        "data = DataConfig(kind='hf', path=sys.argv[1], streaming=True, cache_dir=sys.argv[2])",
+        "tokens.prepare(data, PIECES, 512, print, False).train.read(0, 100)",
     )
-    command = [sys.executable, "-c", script, str(tmp_path / "a.jsonl"), str(tmp_path / "cache")]
+    command += [str(tmp_path / "a.jsonl"), str(tmp_path / "cache")]
     ended = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert (ended.returncode, ended.stderr) == (0, "")

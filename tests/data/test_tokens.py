@@ -5,7 +5,6 @@ import math
 import os
 import shutil
 import subprocess
-import sys
 import threading
 from dataclasses import replace
 
@@ -13,7 +12,7 @@ import filelock
 import numpy as np
 import platformdirs
 import pytest
-from tiny_corpora import BYTE, PIECES, documents, prepared, prose
+from tiny_corpora import BYTE, PIECES, documents, prepared, prose, python
 from tokenizers import Tokenizer, models, normalizers
 
 from est_cli.config import DataConfig, TokenizerConfig
@@ -127,15 +126,12 @@ def test_problems_of_the_tokenizer_and_of_the_text_come_together(text_data, tmp_
 
 def test_two_processes_that_start_at_once_make_it_once(corpus_folder, text_data):
     data = text_data(corpus_folder)
-    script = (
-        "import sys\n"
-        "from est_cli.config import DataConfig, TokenizerConfig\n"
-        "from est_cli.data.tokens import prepare\n"
-        "data = DataConfig(kind='text', path=sys.argv[1], cache_dir=sys.argv[2])\n"
-        "store = prepare(data, TokenizerConfig('sentencepiece', vocab_size=400), 512, print, False)\n"
-        "print(int(store.train.sum()), int(store.val.sum()))\n"
+    command = python(
+        "data = DataConfig(kind='text', path=sys.argv[1], cache_dir=sys.argv[2])",
+        "store = tokens.prepare(data, PIECES, 512, print, False)",
+        "print(int(store.train.sum()), int(store.val.sum()))",
     )
-    command = [sys.executable, "-c", script, str(corpus_folder), data.cache_dir]
+    command += [str(corpus_folder), data.cache_dir]
     processes = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)]
     outputs = [process.communicate(timeout=60) for process in processes]
     assert [process.returncode for process in processes] == [0, 0], outputs

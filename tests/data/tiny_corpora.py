@@ -4,6 +4,7 @@ import hashlib
 import io
 import json
 import re
+import sys
 
 import numpy as np
 import sentencepiece
@@ -38,6 +39,12 @@ def documents(store: TokenStore, tokens: np.ndarray) -> list[str]:
     """The documents that end in `tokens`."""
     ends = np.flatnonzero(tokens == store.tokenizer.eot)
     return [store.tokenizer.decode(part[:-1].tolist()) for part in np.split(tokens, ends + 1)[:-1]]
+
+
+def python(*lines: str) -> list[str]:
+    """The command of a process that runs `lines`. It knows the configs and modules that prepare text, and PIECES."""
+    imports = ("import sys", "from est_cli.config import *", "from est_cli.data import preparation, streams, tokens")
+    return [sys.executable, "-c", "\n".join([*imports, f"PIECES = {PIECES}", *lines])]
 
 
 class Documents:
