@@ -60,7 +60,7 @@ class HFCorpus(Corpus):
 
     def __getstate__(self) -> dict:
         """For other processes, which map the tables again; pickling would copy the text itself."""
-        mapped = ("_splits", "_tables", "_column", "sizes", "keys")
+        mapped = ("_tables", "_column", "sizes", "keys")
         return {key: value for key, value in self.__dict__.items() if key not in mapped}
 
     def read(self, document: int, start: int, end: int) -> bytes:

@@ -26,14 +26,7 @@ from est_cli.config import DataConfig
 from est_cli.data import Say, disk
 from est_cli.data.corpora import Corpus, Source, grouped
 from est_cli.data.splits import Split, sample_sources, split_sources
-from est_cli.data.tokenizers import (
-    SentencePieceTokenizer,
-    SentencePieceTraining,
-    Tokenizer,
-    load_tokenizer,
-    n_cores,
-    save_tokenizer,
-)
+from est_cli.data.tokenizers import SentencePieceTraining, Tokenizer, load_tokenizer, n_cores, save_tokenizer
 from est_cli.errors import UserError
 
 SPLITS = ("train", "val")
@@ -140,12 +133,11 @@ def _find_or_make_tokenizer(
     folder: Path, chosen: Tokenizer | SentencePieceTraining, sources: Sequence[Source], train: Sequence[Split], say: Say
 ) -> Tokenizer:
     """The tokenizer in `folder`, from which all processes read it."""
-    kind = SentencePieceTokenizer.kind if isinstance(chosen, SentencePieceTraining) else chosen.kind
     if not folder.exists():
         if isinstance(chosen, SentencePieceTraining):
             chosen = chosen.train(sample_sources(sources, train, chosen.train_bytes), say)
         save_tokenizer(chosen, folder)
-    return load_tokenizer(kind, folder)
+    return load_tokenizer(chosen.definition["kind"], folder)
 
 
 def _package_bytes(splits: dict[str, list[Split]]) -> dict[str, dict[str, int]]:

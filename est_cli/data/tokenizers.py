@@ -407,7 +407,7 @@ def choose_tokenizer(config: TokenizerConfig, model_vocab_size: int) -> Tokenize
 
 
 def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
-    """Replaces `folder` by one with the files of the tokenizer, as soon as they are complete."""
+    """Writes the tokenizer's files into a new folder, which replaces `folder` once it is complete."""
     unfinished = folder.with_name(f".{folder.name}")
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir()

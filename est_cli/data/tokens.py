@@ -41,10 +41,11 @@ class TokenStore:
     def __init__(
         self, folder: Path, sources: Sequence[Source] = (), train_tokens: int | None = None, text: Text | None = None
     ):
-        """`sources` continue a stream; without them a store only has what was read of it so far. `train_tokens` limits
-        the training split to its first tokens. `text` is what the files were made from.
+        """`sources` continue a stream; without them a store only has the shards that were written so far.
+        `train_tokens` limits the training split to its first tokens. `text` is what the files were made from.
 
-        Raises UserError if `folder` holds no complete store."""
+        Raises UserError if `folder` holds no complete store.
+        """
         self.manifest = _read_manifest(folder)
         if self.manifest is None:
             raise UserError(f"{folder}: holds no prepared corpus, or one that was cut short")
@@ -73,8 +74,7 @@ class TokenStore:
     def val_bytes(self) -> np.ndarray:
         """float64 [vocab_size]: bytes of validation text in each token.
 
-        The tokens of a tokenizer that drops or folds text hold fewer bytes than the text: each token then gets its
-        share of the bytes that were read.
+        If the tokenizer drops or folds text, its tokens hold fewer bytes than were read; each then gets a larger share.
         """
         token_bytes = self.tokenizer.token_bytes
         told = int(token_bytes @ count_tokens(self.val, len(token_bytes)))
@@ -121,8 +121,8 @@ def prepare(
 ) -> TokenStore:
     """The token files of `data` under `tokenizer`: from the cache, or made now. Several processes can call it at once.
 
-    For a `run` that has begun, its own tokenizer makes them, whatever `tokenizer` names now. Calls `check` with the
-    text before anything is made of it.
+    A `run` that has begun keeps its own tokenizer; `tokenizer` is then ignored. Calls `check` with the text before
+    any file is made.
 
     Raises UserError for text, tokenizers and caches that cannot be used.
     """
