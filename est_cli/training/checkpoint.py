@@ -1,4 +1,4 @@
-"""Checkpoints: a folder a step, written whole or not at all, and checked before it is believed.
+"""Checkpoints: a folder for each step, written whole or not at all, and verified before it is read.
 
 step-00001000/
   model.safetensors       the full model's weights
@@ -11,12 +11,13 @@ sharded_checkpoint.py. Either form loads into any number of ranks. Tensors are s
 loading runs no code.
 """
 
+import contextlib
 import math
 import os
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -24,17 +25,20 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from safetensors import safe_open
 from torch import Tensor
 
 import est_cli
 from est_cli.data.disk import sync
-from est_cli.errors import UserError
+from est_cli.errors import PeerLost, RunFailed, UserError
 from est_cli.model.transformer import Transformer
+from est_cli.training.distributed import AS_LONG_AS_IT_TAKES, World
 from est_cli.training.files import check_names, checksum, read_json, write_json, write_tensors
 
 MODEL, OPTIMIZER, STATE = "model.safetensors", "optimizer.safetensors", "state.json"
 CHECKSUMS = "checksums.json"
+Tensors = Mapping[str, Tensor]
 _NAME = re.compile(r"step-(\d{8,})")
 
 
@@ -59,14 +63,14 @@ class Checkpoint:
         return any(self.folder.glob("optimizer*.safetensors"))
 
     def load_model(self, model: Transformer) -> None:
-        """Fill the parameters; raises ValueError where names or shapes differ."""
+        """Fill the parameters; raises ValueError if names or shapes differ."""
         self.load_weights({name: parameter.data for name, parameter in model.named_parameters()})
 
-    def load_weights(self, weights: Mapping[str, Tensor]) -> None:
+    def load_weights(self, weights: Tensors) -> None:
         """Fill the tensors, or the parts of DTensors held here; raises ValueError if names or shapes differ."""
         _fill(weights, self.folder, MODEL)
 
-    def load_moments(self, moments: Mapping[str, Tensor]) -> None:
+    def load_moments(self, moments: Tensors) -> None:
         """As `load_weights`, with the moments and step counts."""
         _fill(moments, self.folder, OPTIMIZER)
 
@@ -79,20 +83,14 @@ class Checkpoints:
     keep: int = 2
     keep_best: bool = False
     code: dict[str, Any] | None = None
-    """Commit of the code that trains, where it is a checkout."""
+    """Commit of the code that trains, if it is a git checkout."""
     lasting: frozenset[int] = frozenset()
-    """Steps after which a checkpoint is written whatever the interval, and stays."""
+    """Steps whose checkpoints are written at any interval and never removed."""
 
-    def save(
-        self,
-        step: int,
-        weights: Mapping[str, Tensor],
-        moments: Mapping[str, Tensor] | None,
-        facts: dict[str, Any],
-    ) -> Path:
+    def save(self, step: int, weights: Tensors, moments: Tensors | None, facts: dict[str, Any]) -> Path:
         """Write the state after `step` optimizer steps; `facts` go into state.json.
 
-        Raises OSError, and leaves what was there, where the disk does not take it.
+        Raises OSError if the disk does not take it; earlier checkpoints stay.
         """
         self.remove_leftovers()
         temporary = self.temporary(step)
@@ -132,7 +130,7 @@ class Checkpoints:
         return final
 
     def adopt(self, checkpoint: Path) -> None:
-        """Take in another run's checkpoint whole, or not at all: as hard links, or copies where there can be none.
+        """Take in another run's checkpoint whole, or not at all: as hard links, or copies if the disk has none.
 
         No file of a checkpoint is ever changed, so that the two runs can share them.
         """
@@ -152,14 +150,14 @@ class Checkpoints:
     def newest(self, warn: Callable[[str], None]) -> Checkpoint | None:
         """The sound checkpoint of the highest step; damaged ones are named and passed over.
 
-        Raises UserError where there are checkpoints and none is sound.
+        Raises UserError if there are checkpoints and none is sound.
         """
         return next(self.sound(warn), None)
 
     def to_resume(self, max_steps: int, warn: Callable[[str], None]) -> Checkpoint | None:
-        """The newest from which a run of `max_steps` can go on: weights alone do only after its last step.
+        """The newest that a run of `max_steps` can go on from; one without moments only if it is of the last step.
 
-        Raises UserError where there are checkpoints and none will do.
+        Raises UserError if there are checkpoints and none will do.
         """
         weights_alone = []
         for checkpoint in self.sound(warn):
@@ -210,6 +208,92 @@ class Checkpoints:
                 shutil.rmtree(leftover, ignore_errors=True)
 
 
+class Saving:
+    """When the checkpoints of a run are written, and what is said of them.
+
+    If the ranks share the state, a thread writes it while training goes on; training waits for it before the next
+    checkpoint, and at the end of this context. Otherwise rank 0 writes, and all ranks wait for it.
+    """
+
+    def __init__(self, checkpoints: Checkpoints, world: World, say: Callable[[str], None], step: int | None):
+        self.checkpoints, self.world, self.say = checkpoints, world, say
+        self.step = step
+        """The step of the newest checkpoint."""
+        self._writing: tuple[int, Future[Path | None]] | None = None
+        self._told_of_unwritten = False
+
+    def save(self, step: int, weights: Tensors, moments: Tensors | None, facts: dict[str, Any], is_last: bool) -> None:
+        """Write a checkpoint unless there is one of this step; the last one is written on return. A collective.
+
+        If the disk does not take it, training goes on, but cannot end: raises RunFailed.
+        """
+        self.hear(waits=True)
+        if self.step == step:
+            return
+        if self.world.shards > 1:
+            from est_cli.training import sharded_checkpoint  # more than a second, which one process never needs
+
+            written = sharded_checkpoint.begin(self.checkpoints, step, weights, moments, facts, self._group)
+        else:
+            written = self._write_by_main(step, weights, moments, facts)
+        self._writing = step, written
+        self.hear(waits=is_last, is_last=is_last)
+
+    def hear(self, waits: bool = False, is_last: bool = False) -> None:
+        """Say how the checkpoint that is being written ended, if it has; `waits` for that."""
+        if self._writing is None or not (waits or self._writing[1].done()):
+            return
+        (step, written), self._writing = self._writing, None
+        try:
+            path = written.result()
+        except OSError as error:
+            before = "there is none before it" if self.step is None else f"step {self.step}'s stays"
+            message = f"the checkpoint of step {step} could not be written ({error.strerror or error}); {before}"
+            if is_last:
+                raise RunFailed(message) from error
+            if not self._told_of_unwritten:
+                self.say(f"{message}; training goes on")
+            self._told_of_unwritten = True
+        else:
+            self.step = step
+            self.say(f"checkpoint written: {path}")
+
+    def _write_by_main(self, step: int, weights: Tensors, moments: Tensors | None, facts: dict[str, Any]) -> "Future":
+        weights, moments = self.world.gathered(weights), moments and self.world.gathered(moments)
+        written: Future[Path | None] = Future()
+        path, raised = None, None
+        # Rank 0 may write for longer than a collective may take.
+        with self.world.peers.wait_for_main(f"checkpoint {step}"):
+            try:
+                path = self.checkpoints.save(step, weights, moments, facts) if self.world.is_main else None
+            except OSError as error:
+                raised = error
+        if self.world.any(raised is not None):
+            written.set_exception(raised or OSError("rank 0 could not write it"))
+        else:
+            written.set_result(path)
+        return written
+
+    @cached_property
+    def _group(self) -> dist.ProcessGroup:
+        """The thread that writes has its own group: collectives of two threads in one group could get mixed up.
+
+        A slow disk must not end a run; a rank that dies is noticed at once.
+        """
+        return dist.new_group(backend="gloo", timeout=AS_LONG_AS_IT_TAKES)
+
+    def __enter__(self) -> "Saving":
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: Any) -> None:
+        """Wait for the last write if all ranks end in the same way; if one is lost, what it writes is lost too."""
+        if error is None:
+            self.hear(waits=True)
+        elif isinstance(error, RunFailed | UserError) and not isinstance(error, PeerLost):
+            with contextlib.suppress(RuntimeError):
+                self.hear(waits=True)
+
+
 def _best(folders: list[Path]) -> Path | None:
     """The checkpoint of the lowest validation loss, among those of steps that were evaluated."""
     losses = []
@@ -243,7 +327,7 @@ def damage(folder: Path) -> str | None:
     return None
 
 
-def _fill(targets: Mapping[str, Tensor], folder: Path, name: str) -> None:
+def _fill(targets: Tensors, folder: Path, name: str) -> None:
     """Read the targets from a checkpoint's model.safetensors or optimizer.safetensors, or from the parts of it."""
     if not (folder / name).exists() or any(hasattr(target, "to_local") for target in targets.values()):
         from est_cli.training import sharded_checkpoint

@@ -35,7 +35,7 @@ def check_names(shapes: Mapping[str, Sequence[int]], targets: Mapping[str, Tenso
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a file, or an empty one where there is none."""
+    """The object in a file; an empty one if there is none."""
     try:
         content = json.loads(path.read_text())
     except (OSError, ValueError):

@@ -18,14 +18,13 @@ from est_cli.kernels.dispatch import kernels_for
 from est_cli.model.transformer import Transformer, initialise
 from est_cli.subnet.plan import Subnetwork, growth_into, model_after, stage_subnetwork
 from est_cli.subnet.schedule import Stage, stage_at
-from est_cli.training.checkpoint import Checkpoint, Checkpoints
+from est_cli.training.checkpoint import Checkpoint, Checkpoints, Saving
 from est_cli.training.device import Compiler, peak_memory_bytes, reset_peak_memory
 from est_cli.training.distributed import World, peer_errors
 from est_cli.training.inputs import Inputs
 from est_cli.training.optimizer import SampledAdamW, learning_rate
 from est_cli.training.pretrained import load_pretrained
 from est_cli.training.profile import Profile, phase
-from est_cli.training.saving import Saving
 from est_cli.training.steps import Launched, Observer, Steps, is_due
 from est_cli.training.subnetwork import DTYPES, MaskedSubnetwork, PackedSubnetwork, Update, pack_on
 from est_cli.training.validation import validation_loss
@@ -43,7 +42,7 @@ class Outcome:
 
 
 class Training:
-    """A run's state, master weights and moments on the device, and one method a phase."""
+    """A run's state, with one method per phase of a step."""
 
     def __init__(self, config: TrainConfig, tokens: Tokens, world: World, observers: Sequence[Observer]):
         self.config, self.tokens, self.world, self.stages = config, tokens, world, config.stages
@@ -62,7 +61,7 @@ class Training:
         self.progress = self.steps.progress
         self.stopping: Callable[[], bool] = lambda: False
         self.asked: Tensor | None = None
-        """How many ranks were asked to stop, as the step's all-reduce has found."""
+        """How many ranks were asked to stop: a result of the step's all-reduce."""
         self.saving: Saving | None = None
 
     @property
@@ -107,7 +106,7 @@ class Training:
         return Outcome(status, self.step, self.progress.train_s, memory, self.progress.skipped_steps)
 
     def _train_stage(self, stage: Stage, profile: Profile | None) -> bool:
-        """Train to the end of the stage, or until somebody asks to stop; returns whether that is so."""
+        """Train to the end of the stage, or until somebody asks to stop; returns whether somebody did."""
         trainer, lasting = self.config.trainer, self.saving.checkpoints.lasting
         if self.step == stage.first_step:
             self._grow_into(stage)
@@ -127,7 +126,7 @@ class Training:
         return False
 
     def _grow_into(self, stage: Stage) -> None:
-        """A checkpoint at a boundary holds the model before the growth, and this is done again after a restart."""
+        """Let layers, heads and neurons join. A checkpoint at a boundary is from before: a restart does this again."""
         growth = growth_into(self.config, stage)
         if growth is not None:
             self.steps.settle()
@@ -179,14 +178,14 @@ class Training:
     @phase("norm")
     @torch.no_grad()
     def _combine(self, loss: Tensor, updates: Sequence[Update]) -> Tensor:
-        """Average over the ranks what the backward pass has not, and return the norm of all gradients."""
+        """Average over the ranks what the backward pass did not, and return the norm of all gradients."""
         sharded = [update.gradient for update in updates if update.is_sharded]
         whole = [update.gradient for update in updates if not update.is_sharded]
         norm, self.asked = self.world.combine(loss, sharded, whole, self.world.size > 1 and self.stopping())
         return norm
 
     def _is_asked_to_stop(self) -> bool:
-        """Several ranks stop after the step in whose all-reduce any of them said that it was asked to."""
+        """Several ranks stop together: after the step whose all-reduce says that any of them was asked to."""
         return self.stopping() if self.world.size == 1 else bool(self.asked.item())
 
     def _await_text(self) -> None:
@@ -198,9 +197,9 @@ class Training:
                 raise error or UserError()
 
     def validate(self, subnet: PackedSubnetwork | MaskedSubnetwork) -> float:
-        """Loss of all that has joined the model on the first eval_tokens of the validation split.
+        """Loss of the layers that have joined, without a rescale, on the first eval_tokens of the validation split.
 
-        `subnet` is the stage's, whose slots serve again if it holds all of that.
+        `subnet` is the stage's; its slots are used again if it holds all of them.
         """
         trainer, joined = self.config.trainer, model_after(self.config, self.step)
         windows = validation_windows(self.tokens.val, self.config.data.seq_len, trainer.eval_tokens)

@@ -37,7 +37,7 @@ def keep(
     windows: np.ndarray,
     config: TrainConfig,
 ) -> Path:
-    """Write the folder of a step; windows [n, T + 1]. Raises OSError where the disk does not take it."""
+    """Write the folder of a step; windows [n, T + 1]. Raises OSError if the disk does not take it."""
     step = failed.step
     folder = parent / f"step-{step.number:08d}"
     shutil.rmtree(folder, ignore_errors=True)

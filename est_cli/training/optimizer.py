@@ -41,14 +41,14 @@ _SHAPES = {
     "linear": lambda progress: 1.0 - progress,
     "sqrt": lambda progress: 1.0 - np.sqrt(progress),
 }
-"""What is left of a decay's way after the fraction `progress` of its steps."""
+"""The part of the decay that is still to come after the fraction `progress` of its steps."""
 
 _OUTPUTS = ("attention.out.weight", "attention.out.bias", "mlp.down.weight", "mlp.down.bias")
 
 
 @dataclass
 class _State:
-    """What the optimizer keeps of a master stack, of the layers that have joined: its first rows."""
+    """The moments and step counts of a master stack, for its first rows: the layers that have joined."""
 
     stack: Stack
     moments: Stack
@@ -63,11 +63,11 @@ class _State:
 class SampledAdamW:
     """AdamW on the master, given the gradients of sampled rows.
 
-    unsampled=zero_grad  every row takes every step, with gradient 0 where it was not sampled
+    unsampled=zero_grad  every row takes every step, with gradient 0 if it was not sampled
     unsampled=freeze     only sampled rows, their moments and their step counts move
 
     Weight decay is for matrices and embeddings only. What has not joined the model stands still, and its parameters
-    have no moments. Every operation is one of rows, so a rank moves the columns that it holds like a narrower model.
+    have no moments. Every operation works row by row, so a rank moves its columns as if they were a narrower model.
     """
 
     def __init__(self, model: Transformer, config: OptimizerConfig, grown: ModelConfig | None = None):
@@ -80,7 +80,7 @@ class SampledAdamW:
         self.counts: dict[str, np.ndarray] = {}
         self._counted: list[tuple[np.ndarray, slice | np.ndarray]] = []
         self._unsure: list[list[tuple[np.ndarray, slice | np.ndarray]]] = []
-        """The counts that each step not confirmed has raised."""
+        """For every unconfirmed step the counts that it raised."""
         self.join(grown or model.config)
 
     def join(self, grown: ModelConfig) -> None:
@@ -179,11 +179,11 @@ class SampledAdamW:
         return norm
 
     def confirm(self) -> None:
-        """The oldest step of those not confirmed was taken."""
+        """The oldest unconfirmed step was taken."""
         del self._unsure[0]
 
     def forget(self) -> None:
-        """The steps that were not confirmed were not taken: they do not count."""
+        """No unconfirmed step was taken: they do not count."""
         for counts, rows in itertools.chain(*self._unsure):
             counts[rows] -= 1
         self._unsure.clear()
@@ -194,7 +194,7 @@ class SampledAdamW:
         return len(found) == 1 and all((state.counts == state.counts[0]).all() for state in self._states.values())
 
     def _moves(self, state: _State, updates: Mapping[str, Update], lr: float, alike: bool) -> list[Move]:
-        """Count a stack's step, and say what moves here: rows that took as many steps move together.
+        """Count the step in a stack, and return its moves: rows that have taken equally many steps move together.
 
         Under `freeze` the rows of layers do so only if all are `alike`, so that the bits do not depend on which
         parameters share a stack.

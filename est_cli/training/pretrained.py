@@ -48,9 +48,9 @@ def check_pretrained(model: ModelConfig) -> None:
 
 @torch.no_grad()
 def load_pretrained(model: Transformer, own: Callable[[Tensor], Tensor] = lambda whole: whole) -> None:
-    """Fill the model's parameters, of each what this process holds as its `own`, from its model.init_from.
+    """Fill the model's parameters from its model.init_from; `own` cuts out what this process holds of a tensor.
 
-    Raises UserError where that does not fit.
+    Raises UserError if they do not fit.
     """
     check_pretrained(model.config)
     state = _read_state(model.config)

@@ -20,7 +20,7 @@ Function = TypeVar("Function", bound=Callable)
 
 
 def phase(name: str) -> Callable[[Function], Function]:
-    """Show a function under `name` in a trace. Where nothing is recorded it costs one look at a flag."""
+    """Show a function under `name` in a trace. Costs one look at a flag while nothing is recorded."""
 
     def named(function: Function) -> Function:
         @wraps(function)

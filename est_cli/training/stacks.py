@@ -1,4 +1,4 @@
-"""Parameters in stacks: those with equally wide rows lie in one matrix, layer after layer.
+"""Parameters in stacks: all that have equally wide rows lie in one matrix, layer after layer.
 
 One operation then serves the rows of every layer: pack gathers them at once, and AdamW moves them at once. A growth in
 depth copies along the first axis of [L, R, C], and the layers that have joined are its first ones. The parameters of
@@ -46,22 +46,23 @@ def stack_master(model: nn.Module) -> list[Stack]:
 
 
 def new_stacks(like: Mapping[str, Tensor], model: ModelConfig, device: torch.device) -> list[Stack]:
-    """Memory for parameters of these shapes and types, which are of a model of the shape `model`."""
+    """Memory for the parameters of a `model`, in the shapes and types of `like`."""
     stacks = []
     for places in _places(like, model):
-        first = next(iter(places))
-        size = (_end(places), _columns(first, like, model))
-        stacks.append(Stack(torch.empty(size, dtype=like[first].dtype, device=device), places))
+        name = next(iter(places))
+        size = (_end(places), as_rows(name, like[name], model).shape[1])
+        stacks.append(Stack(torch.empty(size, dtype=like[name].dtype, device=device), places))
     return stacks
 
 
 def as_rows(name: str, tensor: Tensor, model: ModelConfig) -> Tensor:
-    """A parameter, or its moment, as the matrix [R, C] of its rows; one row where it is not sampled by rows."""
-    return tensor.view(_rows(name, model), -1)
+    """A parameter, or its moment, as the matrix [R, C] of its rows; a single row if it is not sampled by rows."""
+    kind = row_kind(name)
+    return tensor.view(1 if kind is None else n_rows(kind, model), -1)
 
 
 def adjacent(pieces: Sequence[Tensor]) -> list[Tensor]:
-    """Matrices [r, C] that follow one another in memory as the one that they make; others as they are."""
+    """Matrices [r, C] as one matrix if they follow one another in memory; otherwise as they are."""
     end = pieces[0].data_ptr() if pieces else 0
     for piece in pieces:
         same = piece.untyped_storage().data_ptr() == pieces[0].untyped_storage().data_ptr()
@@ -86,21 +87,11 @@ def _places(parameters: Mapping[str, Tensor], model: ModelConfig) -> list[dict[s
     """The rows of every parameter, for each stack. Weight decay, and so the number of dimensions, is one for all."""
     stacks: dict[tuple, dict[str, slice]] = {}
     for name, parameter in parameters.items():
-        of_block = (parameter.dim(), row_kind(name) is None, _columns(name, parameters, model))
-        key = (name,) if layer_of(name) is None else of_block
+        n, columns = as_rows(name, parameter, model).shape
+        key = (name,) if layer_of(name) is None else (parameter.dim(), row_kind(name) is None, columns)
         places = stacks.setdefault(key, {})
-        start = _end(places)
-        places[name] = slice(start, start + _rows(name, model))
+        places[name] = slice(_end(places), _end(places) + n)
     return list(stacks.values())
-
-
-def _rows(name: str, model: ModelConfig) -> int:
-    kind = row_kind(name)
-    return 1 if kind is None else n_rows(kind, model)
-
-
-def _columns(name: str, parameters: Mapping[str, Tensor], model: ModelConfig) -> int:
-    return parameters[name].numel() // _rows(name, model)
 
 
 def _end(places: Mapping[str, slice]) -> int:

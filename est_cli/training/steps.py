@@ -155,14 +155,14 @@ class Steps:
         self._logged = (self.progress.step, self.progress.train_s)
 
     def evaluates(self, done: int) -> bool:
-        """Whether the model is evaluated after so many steps."""
+        """Whether the model is evaluated after `done` steps."""
         return done == self.config.trainer.max_steps or is_due(done, self.config.trainer.eval_every)
 
     def _logs(self, done: int) -> bool:
         return self.evaluates(done) or done == 1 or is_due(done, self.config.trainer.log_every)
 
     def read(self) -> None:
-        """Read what is to be logged now. Raises NonFinite."""
+        """Read the steps that are logged now. Raises NonFinite."""
         done = self.progress.step
         if self.evaluates(done) or not self.watch.stays:
             self._read(done)

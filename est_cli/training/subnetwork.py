@@ -119,7 +119,7 @@ class PackedSubnetwork:
         self.kernels.gather_rows(sources, self._indices(sources), [slots.matrix for slots in self._slots])
 
     def load_whole(self) -> None:
-        """As `load`, where the subnetwork is all that has joined: there is nothing to choose."""
+        """As `load`, for a subnetwork that leaves nothing out of what has joined."""
         self.load(whole_plan(self.small))
 
     def reduce_next(self, reduces: bool) -> None:
@@ -155,7 +155,7 @@ class PackedSubnetwork:
         return parameter
 
     def _allocate(self) -> None:
-        """Give every parameter a slot of its own, or the master's storage where it can share."""
+        """Give every parameter a slot of its own, or the master's storage if it can share."""
         held = {name: self._held(parameter.data) for name, parameter in self.module.named_parameters()}
         copied = {name: like for name, like in held.items() if self._is_copied(name, like)}
         self._slots = new_stacks(copied, self.small, self.device)
@@ -206,7 +206,7 @@ class ShardedSubnetwork(PackedSubnetwork):
     def __init__(self, master: Transformer, shape: Subnetwork, dtype: torch.dtype, world: World):
         self.world = world
         super().__init__(master, shape, dtype)
-        # Matrices are shared only where the plan cannot choose another layer for them.
+        # A shared matrix keeps its layer, so only vectors are pointed at other layers.
         self._shared = [name for name in self._shared if self.parameters[name].dim() == 1]
 
     def load(self, plan: Plan) -> None:
@@ -265,7 +265,7 @@ def pack_on(world: World) -> Pack:
 
 
 class MaskedSubnetwork:
-    """The full model with literal 0/1 masks: what masking alone costs. Same plans, same updates."""
+    """The full model with literal 0/1 masks: shows what masking costs by itself. Same plans, same updates."""
 
     def __init__(self, master: Transformer, shape: Subnetwork, dtype: torch.dtype, pack: Pack = PackedSubnetwork):
         self.full = pack(master, Subnetwork(master.config), dtype)

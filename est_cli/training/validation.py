@@ -23,7 +23,7 @@ def validation_loss(whole: PackedSubnetwork, windows: np.ndarray, batch_size: in
 def mean_loss(module: Transformer, windows: np.ndarray, batch_size: int, world: World | None = None) -> float:
     """Mean cross-entropy in nats of a model on `windows` [n, T + 1].
 
-    The ranks of `world` share the windows, and a rank without one computes along: its part of the model is needed.
+    The ranks of `world` share the windows. A rank without one computes too: the others need its part of the model.
     """
     world = world or World(next(module.parameters()).device)
     total = torch.zeros((), dtype=torch.float64, device=world.device)
