@@ -136,9 +136,9 @@ def to_config(model: ModelConfig) -> dict[str, Any]:
     if family == "gpt2":
         config |= {"activation_function": "gelu_new", "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
     else:
-        rope = {"rope_type": "default", "rope_theta": model.rope_theta}
-        # rope_theta is for transformers before version 5, rope_parameters since.
         config |= {"hidden_act": "silu", "mlp_bias": model.bias}
+        # rope_theta is for transformers before version 5, rope_parameters since.
+        rope = {"rope_type": "default", "rope_theta": model.rope_theta}
         config |= {"rope_theta": model.rope_theta, "rope_parameters": rope}
     return {"architectures": [CLASSES[family]], "model_type": family, **config, "dtype": "float32"}
 
@@ -161,9 +161,9 @@ def from_config(config: Mapping[str, Any]) -> ModelConfig:
 
 
 def _check(config: Mapping[str, Any], family: str) -> None:
-    """Raises UserError naming each setting that nothing here reads, or that has a value which our model has not.
+    """Raises UserError naming each setting that nothing here reads, or else each with a value that we do not have.
 
-    A setting that is switched off is not missed.
+    A setting that is switched off need not be read.
     """
     if config.get("quantization_config"):
         raise UserError(

@@ -104,11 +104,10 @@ def scale_boundaries(config: TrainConfig, target: float) -> dict[str, float]:
         raise UserError(
             f"target_saved_blocks={target:g}: this schedule has no boundaries to move; try scheduler=three_stage"
         )
-    # Stage lengths, and so savings, are linear in the common factor. With 0 only the last stage is left.
-    none = ledger.stage_saved_blocks(len(specs))
-    slope = ledger.saved_blocks(max_steps) - none
-    most = none + slope / fractions[-1]
-    factor = (target - none) / slope if slope else 0.0
+    # Stage lengths, and so savings, are linear in the common factor, from the last stage only to no last stage.
+    none, present = ledger.stage_saved_blocks(len(specs)), ledger.saved_blocks(max_steps)
+    most = ledger.saved_blocks(ledger.stages[-1].first_step)
+    factor = (target - none) / (present - none) if present != none else 0.0
     if factor <= 0 or factor * fractions[-1] >= 1:
         raise UserError(
             f"target_saved_blocks={target:g}: these rates and proportions save between "

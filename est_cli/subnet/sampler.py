@@ -1,8 +1,5 @@
 """The sampler: a plan is a pure function of the seed, the step, the stage and the sizes."""
 
-from collections.abc import Callable
-from functools import partial
-
 import numpy as np
 
 from est_cli.config import ModelConfig, SamplingConfig, TrainConfig
@@ -33,29 +30,21 @@ def sample(seed: int, step: int, stage: Stage, model: ModelConfig, sampling: Sam
         return chosen
 
     layers = choose("layers", model.n_layers, small.n_layers)
+    per_group, block = model.n_heads // model.n_kv_heads, sampling.mlp_block
     heads, kv_heads, neurons = [], [], []
     for layer in layers.tolist():
-        query, key_value = _choose_heads(model, small, sampling, partial(choose, "heads", layer=layer))
-        heads.append(query)
-        kv_heads.append(key_value)
-        blocks = choose("mlp", model.d_ff // sampling.mlp_block, small.d_ff // sampling.mlp_block, layer)
-        neurons.append(_members(blocks, sampling.mlp_block))
+        if samples_queries(model, sampling):
+            groups, kept = np.arange(model.n_kv_heads), small.n_heads // model.n_kv_heads
+            queries = [g * per_group + choose("heads", per_group, kept, layer, g) for g in groups.tolist()]
+            heads.append(np.concatenate(queries))
+        else:
+            groups = choose("heads", model.n_kv_heads, small.n_kv_heads, layer)
+            heads.append(_members(groups, per_group))
+        kv_heads.append(groups)
+        neurons.append(_members(choose("mlp", model.d_ff // block, small.d_ff // block, layer), block))
     chosen = ((heads, small.n_heads), (kv_heads, small.n_kv_heads), (neurons, small.d_ff))
     units = (np.array(rows, np.int64).reshape(len(layers), width) for rows, width in chosen)  # no layer, no row
     return Plan(layers, *units, branch_scales(shape, sampling, model.n_layers, layers))
-
-
-def _choose_heads(
-    model: ModelConfig, small: ModelConfig, sampling: SamplingConfig, choose: Callable[..., np.ndarray]
-) -> tuple[np.ndarray, np.ndarray]:
-    """Query and key/value heads of one layer; `choose(total, kept, group=…)` draws."""
-    per_group = model.n_heads // model.n_kv_heads
-    if not samples_queries(model, sampling):
-        groups = choose(model.n_kv_heads, small.n_kv_heads)
-        return _members(groups, per_group), groups
-    kept = small.n_heads // model.n_kv_heads
-    query = [group * per_group + choose(per_group, kept, group=group) for group in range(model.n_kv_heads)]
-    return np.concatenate(query), np.arange(model.n_kv_heads)
 
 
 def _members(blocks: np.ndarray, size: int) -> np.ndarray:

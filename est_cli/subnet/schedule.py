@@ -153,45 +153,31 @@ def build_stages(specs: Sequence[StageSpec], max_steps: int, names: Sequence[str
     that would work.
     """
     names = names or [f"scheduler.stages[{i}].end" for i in range(len(specs))]
-    ends = [boundary_step(spec.end, max_steps) for spec in specs]
-    if not ends:
+    if not specs:
         raise ValueError("scheduler.stages=[]: must name at least one stage")
-    previous = 0
-    for index, end in enumerate(ends):
-        last = index == len(ends) - 1
-        if last and end != max_steps:
+    ending = f"training ends at step {max_steps} (trainer.max_steps)"
+    stages, previous, before = [], 0, "training starts at step 0"
+    for number, (name, spec) in enumerate(zip(names, specs, strict=False), 1):
+        is_last, end, problem = number == len(specs), boundary_step(spec.end, max_steps), ""
+        own = ending if is_last and spec.end is None else f"{name}={spec.end} is step {end}"
+        if is_last and end != max_steps:
             raise ValueError(
-                f"{names[index]}={specs[index].end}: the last stage must end with the training at "
+                f"{name}={spec.end}: the last stage must end with the training at "
                 f"step {max_steps}; leave its end out, or add a last stage without one"
             )
-        if end <= previous or (not last and end >= max_steps):
-            raise ValueError(_explain_empty(specs, max_steps, names, index, previous, end))
-        previous = end
-    starts = [0, *ends[:-1]]
-    return tuple(
-        Stage(i + 1, start, end, spec.rates, spec.grown)
-        for i, (start, end, spec) in enumerate(zip(starts, ends, specs, strict=True))
-    )
-
-
-def _explain_empty(specs, max_steps: int, names, index: int, previous: int, end: int) -> str:
-    def boundary(i: int, step: int) -> str:
-        return f"{names[i]}={specs[i].end} is step {step}"
-
-    if index < len(specs) - 1 and end >= max_steps:
-        problem = (
-            f"{boundary(index, end)}, but training ends at step {max_steps} (trainer.max_steps): "
-            f"stage {index + 2} would be empty"
-        )
-    else:
-        own = (
-            boundary(index, end) if specs[index].end is not None else f"training ends at step {end} (trainer.max_steps)"
-        )
-        before = boundary(index - 1, previous) if index else "training starts at step 0"
-        problem = f"{own}, but {before}: stage {index + 1} would be {'empty' if end == previous else 'reversed'}"
-    if smallest := smallest_max_steps(specs):
-        return f"{problem}; the smallest trainer.max_steps that works is {smallest}"
-    return f"{problem}; no trainer.max_steps makes these boundaries increase"
+        if not is_last and end >= max_steps:
+            problem = f"{own}, but {ending}: stage {number + 1} would be empty"
+        elif end <= previous:
+            problem = f"{own}, but {before}: stage {number} would be {'empty' if end == previous else 'reversed'}"
+        if problem:
+            smallest = smallest_max_steps(specs)
+            works = f"the smallest trainer.max_steps that works is {smallest}"
+            raise ValueError(
+                f"{problem}; {works if smallest else 'no trainer.max_steps makes these boundaries increase'}"
+            )
+        stages.append(Stage(number, previous, end, spec.rates, spec.grown))
+        previous, before = end, own
+    return tuple(stages)
 
 
 def smallest_max_steps(specs: Sequence[StageSpec]) -> int | None:
