@@ -1,4 +1,4 @@
-"""python -m est_cli.benchmark.gpu: all that a GPU has to show, in under 20 minutes; needs only torch, numpy and triton.
+"""python -m est_cli.benchmark.gpu: all to measure on a GPU, in under 20 minutes; needs only torch, numpy and triton.
 
 Triton's kernels against float64, the operations against the roofs of the machine, steps of GPT-2 and TinyLlama (eager,
 compiled, with Triton; against transformers if it is installed), and a trace. Every row is measured in its own process

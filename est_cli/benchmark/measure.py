@@ -55,9 +55,10 @@ def progress_line(name: str) -> Progress:
         taken = now - began
         left = f"about {format_clock(taken * (total - done) / done)} left" if done else "begins"
         text = f"{name}: {done} of {total}, {left if done < total else f'took {format_clock(taken)}'}"
-        rewrites = sys.stderr.isatty()
-        end = "\r" if rewrites and done < total else "\n"
-        print(f"{text:<60}" if rewrites else text, end=end, file=sys.stderr, flush=True)
+        if sys.stderr.isatty():
+            print(f"{text:<60}", end="\n" if done == total else "\r", file=sys.stderr, flush=True)
+        elif 10 * done // total != 10 * (done - 1) // total:  # a log gets ten lines
+            print(text, file=sys.stderr, flush=True)
 
     return tell
 

@@ -14,6 +14,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.tasks import TaskManager
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+from torch.nn.utils.rnn import pad_sequence
 
 from est_cli.data.tokenizers import Tokenizer
 from est_cli.errors import UserError, nearest
@@ -130,9 +131,7 @@ class Adapter(TemplateLM):
         for start in range(0, len(order), self.batch):
             chosen = order[start : start + self.batch]
             texts = [(pairs[i][0] + pairs[i][1])[-(self.max_length + 1) :] for i in chosen]
-            inputs = torch.zeros(len(texts), max(map(len, texts)) - 1, dtype=torch.long)
-            for row, text in zip(inputs, texts, strict=True):
-                row[: len(text) - 1] = torch.tensor(text[:-1])
+            inputs = pad_sequence([torch.tensor(text[:-1]) for text in texts], batch_first=True)
             hidden = self.model.hidden(inputs.to(device))
             for i, states, text in zip(chosen, hidden, texts, strict=True):
                 answer = torch.tensor(pairs[i][1], device=device)

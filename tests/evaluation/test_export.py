@@ -1,18 +1,21 @@
-"""What is exported loads with transformers and gives our logits; what cannot be exported is refused by name."""
+"""An export loads with transformers and gives our logits and our ids; what cannot be exported is refused by name."""
 
 import json
 import sys
 
 import pytest
 import torch
+from data.tiny_corpora import llama_model, prose, sentencepiece_model
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file
 from tiny import train_config
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
-from est_cli.config import SamplingConfig
-from est_cli.data.tokenizers import ByteTokenizer, HFTokenizer
+from est_cli.config import SamplingConfig, TokenizerConfig
+from est_cli.data.tokenizers import ByteTokenizer, HFTokenizer, SentencePieceTokenizer, SentencePieceTraining
 from est_cli.errors import UserError
-from est_cli.evaluation.export import export
+from est_cli.evaluation.export import SAMPLES, convert, export
 from est_cli.evaluation.run import packed, sampled_at, sampled_with, standalone
 from est_cli.subnet.schedule import Rates
 from evaluation.tiny_runs import byte_model, model_of
@@ -57,17 +60,17 @@ def test_an_exported_tokenizer_gives_the_ids_of_training_as_people_call_it(
     transformers, tmp_path, out, control, begins
 ):
     """Llama-3 puts a token before every text, Qwen has control tokens beyond the end: training saw neither."""
-    given = Tokenizer(models.BPE())
-    given.pre_tokenizer, given.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    source = Tokenizer(models.BPE())
+    source.pre_tokenizer, source.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     alphabet, special = pre_tokenizers.ByteLevel.alphabet(), ["<|endoftext|>", *control]
     trainer = trainers.BpeTrainer(vocab_size=260, special_tokens=special, initial_alphabet=alphabet)
-    given.train_from_iterator(["some words to read"] * 9, trainer)
+    source.train_from_iterator(["some words to read"] * 9, trainer)
     if begins:
         template = processors.TemplateProcessing(single=f"{special[-1]} $A", special_tokens=[(special[-1], 1)])
-        given.post_processor = processors.Sequence([processors.ByteLevel(trim_offsets=False), template])
-        given.enable_truncation(3)
+        source.post_processor = processors.Sequence([processors.ByteLevel(trim_offsets=False), template])
+        source.enable_truncation(3)
     file = tmp_path / "tokenizer.json"
-    given.save(str(file))
+    source.save(str(file))
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": special[-1], "add_bos_token": begins}))
     ours, model = HFTokenizer.open(str(tmp_path)), model_of(byte_model("llama"))
     assert export(model, model, ours, out) < 1e-5
@@ -147,3 +150,48 @@ def test_without_transformers_the_folder_is_written_and_not_checked(out, monkeyp
 def test_a_plan_step_is_one_of_the_run():
     with pytest.raises(UserError, match=r"plan_step=15: must be an integer in \[0, 14\]"):
         sampled_at(train_config(byte_model("llama")), 15)
+
+
+TEXTS = st.text(alphabet=st.one_of(st.sampled_from(" \n\t\u2581aeinort<>/s0é"), st.characters(codec="utf-8")))
+
+
+@pytest.fixture(scope="module")
+def pairs():
+    training = SentencePieceTraining(TokenizerConfig("sentencepiece", vocab_size=400), 512)
+    trained = training.train([prose(40, seed) for seed in range(40)], lambda _: None)
+    every = (trained, SentencePieceTokenizer(llama_model()), ByteTokenizer())
+    return [(tokenizer, convert(tokenizer)) for tokenizer in every]
+
+
+@settings(max_examples=150, deadline=None)
+@given(text=TEXTS)
+def test_the_ids_are_equal_and_nothing_is_lost(pairs, text):
+    for ours, theirs in pairs:
+        ids = theirs.encode(text, add_special_tokens=False).ids
+        assert ids == ours.encode(text)
+        assert theirs.decode(ids, skip_special_tokens=False) == text
+
+
+@pytest.mark.parametrize("text", [prose(60), prose(5) * 30, " " * 500, "aba" * 200, *SAMPLES])
+def test_long_and_awkward_texts_have_equal_ids(pairs, text):
+    for ours, theirs in pairs:
+        assert theirs.encode(text, add_special_tokens=False).ids == ours.encode(text)
+
+
+def test_the_end_of_text_keeps_its_id(pairs):
+    for tokenizer, converted in pairs:
+        ends = {"byte": "<|endoftext|>", "sentencepiece": "</s>"}
+        assert converted.token_to_id(ends[tokenizer.kind]) == tokenizer.eot
+        assert converted.get_vocab_size() == tokenizer.vocab_size
+
+
+def test_a_model_that_changes_its_text_is_refused():
+    model = sentencepiece_model(100, model_type="bpe", vocab_size=100, byte_fallback=False)
+    with pytest.raises(UserError, match=r"cannot be written as a tokenizer.json: the ids of "):
+        convert(SentencePieceTokenizer(model))
+
+
+def test_a_unigram_model_is_refused():
+    model = sentencepiece_model(100, model_type="unigram", vocab_size=45)
+    with pytest.raises(UserError, match="not a BPE model"):
+        convert(SentencePieceTokenizer(model))
