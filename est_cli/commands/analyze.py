@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from est_cli import evaluation, reports
-from est_cli.commands.entry import read_only, read_request
+from est_cli.commands.entry import folders_of, read_only, read_request, results_folder
 from est_cli.commands.evaluate import short_names
 from est_cli.config import Format
 from est_cli.errors import UserError, say
@@ -39,10 +39,9 @@ def run(composed: dict[str, Any]) -> None:
     """Measure what `run=` names, and write JSON and figures; raises UserError for bad input."""
     request = read_request(Request, composed, run="a run directory, or a list of them")
     single = isinstance(request.run, str)
-    folders = [Path(folder).expanduser() for folder in ([request.run] if single else request.run)]
+    folders = folders_of(request.run)
     _check_runs(folders)
-    beside = folders[0] / "analysis" if len(folders) == 1 else Path("analysis")
-    out = Path(request.out).expanduser() if request.out else beside
+    out = results_folder(request.out, folders, "analysis")
     check_writable(out, "out")
     runs = _analyze(folders, request)
     facts = runs[0] if single else {"runs": runs}

@@ -11,6 +11,7 @@ import re
 import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from string import Template
 from typing import Any, NoReturn, TypeVar
 
@@ -116,6 +117,18 @@ def read_request_and_config(
     if found:
         raise UserError(*found)
     return request, config
+
+
+def folders_of(named: str | Sequence[str]) -> list[Path]:
+    """The folders that `run=` or `runs=` names: one, or a list."""
+    return [Path(folder).expanduser() for folder in ([named] if isinstance(named, str) else named)]
+
+
+def results_folder(out: str | None, folders: Sequence[Path], name: str) -> Path:
+    """`out`, or NAME in the run's folder; NAME in the current folder if there are several runs."""
+    if out:
+        return Path(out).expanduser()
+    return folders[0] / name if len(folders) == 1 else Path(name)
 
 
 def exit_with(call: Callable[[], int | None]) -> NoReturn:

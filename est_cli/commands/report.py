@@ -2,13 +2,12 @@
 
 import json
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 from rich.console import Console
 
 from est_cli import reports
-from est_cli.commands.entry import read_only, read_request
+from est_cli.commands.entry import folders_of, read_only, read_request, results_folder
 from est_cli.errors import UserError
 
 
@@ -26,13 +25,12 @@ def main() -> None:
 def run(composed: dict[str, Any]) -> None:
     """Write the report of `runs=`; raises UserError for bad input."""
     request = read_request(Request, composed, runs="a run or sweep folder, or a list of them")
-    folders = [Path(f).expanduser() for f in ([request.runs] if isinstance(request.runs, str) else request.runs)]
+    folders = folders_of(request.runs)
     records = reports.records.load_runs(folders)
     if request.format == "terminal":
         reports.terminal.terminal_report(records, Console())
         return
-    beside = folders[0] / "report" if len(folders) == 1 else Path("report")
-    out = Path(request.out).expanduser() if request.out else beside
+    out = results_folder(request.out, folders, "report")
     try:
         files = reports.report.write_report(records, out)
     except OSError as error:

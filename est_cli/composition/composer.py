@@ -4,7 +4,6 @@ import argparse
 import contextlib
 import functools
 import os
-import re
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -16,7 +15,7 @@ from hydra.core.config_loader import ConfigLoader
 from hydra.core.override_parser.types import Override, Transformer
 from hydra.errors import HydraException
 from hydra.types import RunMode
-from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from est_cli.composition import hydra_internals
@@ -208,7 +207,7 @@ class Composer:
         for override in parsed:
             key = override.key_or_group
             if known and key not in groups and "/" not in key and not override.is_add() and key not in known:
-                yield f"{key}: there is no such key{nearest_key(key, [*groups, *known])}"
+                yield f"{key}: there is no such key{nearest(key, [*groups, *known])}"
 
     def _group_problem(self, override: Override, groups: list[str]) -> str | None:
         group, value = override.key_or_group, override.value()
@@ -221,7 +220,7 @@ class Composer:
 
     def _known_keys(self, overrides: list[str]) -> list[str]:
         try:
-            return list(_dotted_keys(self._compose(overrides)))
+            return list(dotted_keys(OmegaConf.to_container(self._compose(overrides))))
         except (HydraException, OmegaConfBaseException):
             return []
 
@@ -254,16 +253,6 @@ def _every_value_once(overrides: list[str], loader: ConfigLoader) -> list[list[s
     return [[options[min(index, len(options) - 1)] for options in values] for index in range(longest)]
 
 
-def nearest_key(key: str, known: list[str]) -> str:
-    """The nearest dotted key: first among those of the same section, then by the whole name."""
-    section, _, leaf = key.rpartition(".")
-    siblings = {k.rpartition(".")[2]: k for k in known if section and k.rpartition(".")[0] == section}
-    hint = nearest(leaf, siblings)
-    if hint:
-        return re.sub(r"'(.*)'", lambda match: f"'{siblings[match[1]]}'", hint)
-    return nearest(key, known)
-
-
 def plain(config: DictConfig) -> dict[str, Any]:
     """The resolved config as plain dicts and lists, without Hydra's own node and the sweep's `arms`."""
     node = OmegaConf.masked_copy(config, [key for key in config if key not in ("hydra", "arms")])
@@ -276,15 +265,11 @@ def plain(config: DictConfig) -> dict[str, Any]:
     return values
 
 
-def _dotted_keys(node: Any, prefix: str = "") -> Iterator[str]:
-    for key in node:
-        path = f"{prefix}{key}"
-        yield path
-        child = node._get_node(key)
-        if isinstance(child, DictConfig) and not child._is_none() and not child._is_interpolation():
-            yield from _dotted_keys(child, f"{path}.")
-        elif isinstance(child, ListConfig) and not child._is_none():
-            yield from (f"{path}.{index}" for index in range(len(child)))
+def dotted_keys(node: Any, prefix: str = "") -> Iterator[str]:
+    """The key of every section, value and list item in a tree of plain values."""
+    for key, child in node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ():
+        yield f"{prefix}{key}"
+        yield from dotted_keys(child, f"{prefix}{key}.")
 
 
 def _first_line(error: Exception) -> str:

@@ -45,17 +45,14 @@ def _as_typed(override: str, multirun: bool) -> str:
     key = typed_key.strip().lstrip("+")
     if not equals or key not in text_keys() or not value.strip():
         return override
-    if _reads(override):
-        if choice := re.fullmatch(r"\s*choice\((.*)\)\s*", value):
-            value = choice[1]  # of a choice's elements Hydra forgets the quotes
-        elif re.match(r"\s*\w+\(", value):
-            return override
-        return f"{typed_key}={_WORD.sub(lambda word: _quoted_word(key, word[0]), value)}"
-    if multirun or value.lstrip().startswith("["):
-        by_word = f"{typed_key}={_WORD.sub(lambda word: _quoted_word(key, word[0]), value)}"
-        if _reads(by_word):
-            return by_word
-    return f"{typed_key}={quoted(value)}"
+    reads, listed = _reads(override), multirun or value.lstrip().startswith("[")
+    choice = re.fullmatch(r"\s*choice\((.*)\)\s*", value)
+    if reads and not choice and re.match(r"\s*\w+\(", value):
+        return override
+    # Hydra forgets the quotes of a choice's elements.
+    elements = choice[1] if reads and choice else value
+    by_word = f"{typed_key}={_WORD.sub(lambda word: _quoted_word(key, word[0]), elements)}"
+    return by_word if reads or (listed and _reads(by_word)) else f"{typed_key}={quoted(value)}"
 
 
 def quoted(text: str) -> str:

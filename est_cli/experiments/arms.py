@@ -1,4 +1,4 @@
-"""The arms of a comparison, `+arm=NAME`: one config, trained in ways that differ in nothing but how they spend."""
+"""The arms of a comparison, `+arm=NAME`: one config, trained in ways that differ only in how they spend FLOPs."""
 
 from dataclasses import replace
 from typing import Any
@@ -36,12 +36,13 @@ def read_config(composed: dict[str, Any], hydra_node: DictConfig) -> tuple[Train
 
 
 def with_arm(config: TrainConfig, arm: str, flops: int | None = None, scheduler: str | None = None) -> TrainConfig:
-    """`config` (with numbers, no `auto`) as one arm trains it. Raises UserError for an arm that there is not.
+    """`config`, which holds numbers and no `auto`, as one arm trains it. Raises UserError for an unknown arm.
 
-    est: as it stands. full: the full model for the same tokens. full_same_flops: the full model for `flops`, LM head
-    included, with the learning-rate schedule of a run of that length. small: fewer layers for the same tokens, so many
-    that they cost about `flops`. `flops` is what `config` spends unless given. Also `scheduler`, the option of that
-    group which `config` was composed with: as it stands.
+    est: the config as it is; so is an arm with the name of `scheduler`, the option that the config was composed with.
+    full: the full model for the same tokens.
+    full_same_flops: the full model for `flops`, LM head included, with a learning-rate schedule of that length.
+    small: a model with fewer layers that costs about `flops` for the same tokens.
+    `flops` defaults to what `config` spends.
     """
     if arm not in (EST, *DENSE, scheduler):
         raise UserError(
@@ -65,7 +66,7 @@ def spent(config: TrainConfig) -> int:
 
 
 def _with_fewer_layers(config: TrainConfig, flops: int) -> TrainConfig:
-    """As many layers as bring the run nearest to `flops`, and at least one fewer than there are."""
+    """The number of layers that costs closest to `flops`, at least one fewer than `config` has."""
     model, per_step = config.model, flops / config.trainer.max_steps
     if model.n_layers == 1:
         raise UserError("arm=small: model.n_layers=1 leaves no smaller model")
@@ -80,7 +81,7 @@ def _with_fewer_layers(config: TrainConfig, flops: int) -> TrainConfig:
 
 
 def _shortened(config: TrainConfig, max_steps: int) -> TrainConfig:
-    """A run of `max_steps` whose warmup and decay take the same shares of it; a share (float) does so by itself."""
+    """A run of `max_steps` in which warmup and decay take the same shares. Those given as a float already do."""
 
     def scaled(steps: int | float | None) -> int | float | None:
         return round(steps * max_steps / config.trainer.max_steps) if isinstance(steps, int) else steps

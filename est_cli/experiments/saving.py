@@ -1,8 +1,7 @@
-"""What is saved at equal loss: the cost of an arm against what the full model needs for the same loss.
+"""Savings at equal loss: the cost of an arm compared with what the full model needs for the same loss.
 
-The verdict of a comparison and the study both use it. The full model's runs for all tokens and for fewer steps, each
-with a learning-rate schedule of its own, make a frontier; between its points the loss is linear in the logarithm of the
-cost.
+Comparisons and the study use it. The full model's runs, for all tokens and for fewer steps, each with its own
+learning-rate schedule, are the points of a frontier. Between them the loss is linear in the logarithm of the cost.
 """
 
 import math

@@ -10,12 +10,12 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from est_cli import training
+from est_cli.composition.composer import dotted_keys
 from est_cli.config import OptimizerConfig, TrainConfig, as_plain, read_train_config
 from est_cli.errors import UserError, nearest
 from est_cli.runs.changes import BATCH, HARMLESS, MAX_STEPS, changes
@@ -194,7 +194,7 @@ def take_trunk(composed: dict[str, Any]) -> Trunk | None:
 def _check_overrides(trunk: Trunk, overrides: list[str]) -> None:
     """Raises UserError for keys that the trunk has decided, and for unknown keys."""
     problems, decided = [], []
-    known = set(_dotted(as_plain(trunk.config)))
+    known = set(dotted_keys(as_plain(trunk.config)))
     for key in typed_keys(overrides):
         if key == MAX_STEPS:
             problems.append(f"{key}: follows from the checkpoint and the length of the decay; give {_LENGTH[0]}")
@@ -210,13 +210,6 @@ def _check_overrides(trunk: Trunk, overrides: list[str]) -> None:
 
 def _is_free(key: str) -> bool:
     return any(key == free or key.startswith((f"{free}.", f"{free}/")) for free in _FREE)
-
-
-def _dotted(config: dict[str, Any], prefix: str = "") -> Iterator[str]:
-    for key, value in config.items():
-        yield f"{prefix}{key}"
-        if isinstance(value, dict):
-            yield from _dotted(value, f"{prefix}{key}.")
 
 
 def _nearest(path: Path) -> str:

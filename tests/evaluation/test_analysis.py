@@ -121,7 +121,7 @@ def test_full_training_stands_beside_with_the_same_subnetworks(est, tmp_path, ca
 
 def test_what_cannot_be_written_is_said_before_anything_is_measured(est, tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match=r"out=.*file/below: cannot be written"):
+    with pytest.raises(UserError, match=r"out=.*file/below: cannot be a folder, because .*file is a file"):
         analyze({"run": str(est), "out": str(tmp_path / "file" / "below"), "format": "text", **SMALL})
 
 
