@@ -260,6 +260,13 @@ def test_sources_are_mixed_document_by_document(first, second, mixed, used, tmp_
     assert [(stream.taken, stream.documents, stream.passes) for stream in streams] == used
 
 
+def test_without_a_terminal_progress_is_a_line_now_and_then(said, monkeypatch):
+    monkeypatch.setattr(preparation, "_LINE_EVERY_S", 0)
+    with preparation.TokenizingProgress(4 * 10**9, 10**9, False, said.append) as progress:
+        progress.done(10**9)
+    assert said[0].startswith("data: 2.00 of 4.00 GB tokenized, ") and said[0].endswith(" minutes left")
+
+
 def problems(data: DataConfig) -> tuple[str, ...]:
     with pytest.raises(UserError) as caught:
         prepared(data)
