@@ -18,7 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from est_cli.config import TrainConfig
-from est_cli.subnet.schedule import Stage, stage_at
+from est_cli.subnet.schedule import Stage
 from est_cli.tracking.summary import of_part
 from est_cli.tracking.tracker import Record, RunInfo, Tracker
 from est_cli.units import format_clock, format_count, format_flops, format_loss, format_percent, format_step_time
@@ -177,8 +177,7 @@ class Panel:
         width, ascii_only = options.max_width, options.ascii_only
         yield ""
         yield self._curve.draw(width, " .:-=+*#" if ascii_only else " ▁▂▃▄▅▆▇█")
-        yield _stage_bar(self._run.stages, self._record["step"] + 1, width, "=-" if ascii_only else "━─")
-        yield _stage_labels(self._run, width)
+        yield _stage_rows(self._run, self._record["step"] + 1, width, "=-" if ascii_only else "━─")
         # An ellipsis marks a number that is cut, but ASCII has none.
         overflow, cells = "crop" if ascii_only else "ellipsis", self._cells()
         n_columns = 2 if width >= _TWO_COLUMNS_FROM else 1
@@ -304,30 +303,22 @@ class Curve:
             return np.where(ended, np.nan, sums[logged] / counts[logged])
 
 
-def _stage_bar(stages: tuple[Stage, ...], done: int, width: int, glyphs: str) -> Text:
-    """A bar of `width` characters, coloured by stage; `glyphs` mark steps that are done and steps that are not."""
-    bar = Text(no_wrap=True)
-    for column in range(width):
-        step = (column + 0.5) * stages[-1].end / width
-        colour, finished = _colour(stage_at(stages, step)), step < done
-        bar.append(glyphs[0 if finished else 1], colour if finished else f"dim {colour}")
-    return bar
+def _stage_rows(run: RunInfo, done: int, width: int, glyphs: str) -> Text:
+    """A bar of `width` characters, coloured by stage, over each stage's number and its cost next to the full model's.
 
-
-def _stage_labels(run: RunInfo, width: int) -> Text:
-    """Each stage's number below its part of the bar, with its cost next to the full model's if all of them fit."""
+    `glyphs` mark steps that are done and steps that are not. Costs are shown if all of them fit.
+    """
     costs = [f"{100 * flops / run.full_flops_per_step:.0f}%" for flops in run.flops_per_step]
-    ends = [round(stage.end * width / run.max_steps) for stage in run.stages]
-    rooms = [end - start for start, end in pairwise([0, *ends])]
+    edges = [0, *(round(stage.end * width / run.max_steps) for stage in run.stages)]
+    rooms = [end - start for start, end in pairwise(edges)]
     for form in ("stage {0}: {1} of full FLOPs", "stage {0}: {1}", "stage {0}", "{0}"):
         texts = [form.format(stage.number, cost) for stage, cost in zip(run.stages, costs, strict=True)]
         if all(len(text) < room for text, room in zip(texts, rooms, strict=True)):
             break
-    labels = Text(no_wrap=True)
-    for stage, text, room in zip(run.stages, texts, rooms, strict=True):
-        labels.append((text if len(text) < room else "").ljust(room), _colour(stage))
-    return labels
-
-
-def _colour(stage: Stage) -> str:
-    return _STAGE_COLOURS[(stage.number - 1) % len(_STAGE_COLOURS)]
+    bar, labels = Text(no_wrap=True), Text(no_wrap=True)
+    filled = round(done * width / run.max_steps)
+    for number, (start, room, text) in enumerate(zip(edges[:-1], rooms, texts, strict=True)):
+        colour, finished = _STAGE_COLOURS[number % len(_STAGE_COLOURS)], min(max(filled - start, 0), room)
+        bar.append(glyphs[0] * finished, colour).append(glyphs[1] * (room - finished), f"dim {colour}")
+        labels.append((text if len(text) < room else "").ljust(room), colour)
+    return bar.append("\n").append(labels)
