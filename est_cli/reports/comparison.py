@@ -144,7 +144,7 @@ class Arm:
         for stage in max((run.stages for run in self.runs), key=len):
             step_s, flops = self._logged("perf/step_s", stage), self._logged("flops/step", stage)
             if len(step_s):
-                measured.append(StageTime(self, stage, step_s, float(np.median(flops)) if len(flops) else math.nan))
+                measured.append(StageTime(stage, step_s, float(np.median(flops)) if len(flops) else math.nan))
         full = next((entry for entry in measured if entry.stage.is_full), None)
         return [replace(entry, full=full) for entry in measured]
 
@@ -163,7 +163,6 @@ class Arm:
 class StageTime:
     """How long an optimizer step took in one stage of one arm, over all its runs."""
 
-    arm: Arm
     stage: Stage
     step_s: np.ndarray
     """float64 [samples], seconds."""

@@ -58,9 +58,9 @@ def drawings(comparison: Comparison, coverage: Coverage | str) -> list[Drawing]:
         text = "Share of FLOPs saved so far, for the whole model and for the transformer blocks alone"
         figure = _figure(_PANEL, 3.1, draw_savings, comparison)
         found.append(Drawing("savings", text, figure, axis=Axis.of("steps", comparison.runs), hover="saved"))
-        if groups := _shown_stage_times(comparison):
-            height = max(3.1, 0.75 + 0.27 * sum(map(len, groups)) + 0.12 * len(groups))
-            figure = _figure(_PANEL, height, draw_stage_times, comparison, groups)
+        if arms := _timed_arms(comparison):
+            height = max(3.1, 0.75 + 0.27 * sum(len(arm.stage_times) for arm in arms) + 0.12 * len(arms))
+            figure = _figure(_PANEL, height, draw_stage_times, comparison)
             found.append(Drawing("stage_time", "Time of an optimizer step in every stage", figure))
     for number, pair in enumerate(swept_pairs(comparison.differing), 1):
         rows, columns, *_ = sweep_grid(comparison, pair)
@@ -76,9 +76,7 @@ def drawings(comparison: Comparison, coverage: Coverage | str) -> list[Drawing]:
 def overview(comparison: Comparison) -> Figure:
     """One figure for a paper or a README: loss against every axis, savings and step time."""
     draws = [partial(draw_loss, axis=axis, narrow=True) for axis in known_axes(comparison.runs)]
-    draws.append(draw_savings)
-    if groups := _shown_stage_times(comparison):
-        draws.append(partial(draw_stage_times, groups=groups))
+    draws += [draw_savings, draw_stage_times] if _timed_arms(comparison) else [draw_savings]
     return _sheet(comparison, draws, n_rows=3, height=8.4)
 
 
@@ -285,33 +283,30 @@ def _smallness(rates: Rates) -> float:
     return 1 - kept if np.isfinite(kept) else 0.0
 
 
-def _shown_stage_times(comparison: Comparison) -> list[list[StageTime]]:
-    """The best arms' stages, arm by arm."""
-    return [arm.stage_times for arm in comparison.arms[:_MOST_STAGE_TIME_ARMS] if arm.stage_times]
+def _timed_arms(comparison: Comparison) -> list[Arm]:
+    return [arm for arm in comparison.arms[:_MOST_STAGE_TIME_ARMS] if arm.stage_times]
 
 
-def draw_stage_times(ax: Axes, comparison: Comparison, groups: Sequence[Sequence[StageTime]]) -> None:
+def draw_stage_times(ax: Axes, comparison: Comparison) -> None:
     """Boxes of 25–75%, whiskers of 5–95%; a diamond where the FLOPs alone would put the median."""
-    entries = [entry for group in groups for entry in group]
-    scale, unit = (1.0, "seconds") if max(entry.median for entry in entries) >= 1 else (1e-3, "milliseconds")
-    at, y = [], 0.0
-    for group in groups:
-        for entry in group:
-            _draw_stage_time(ax, entry, y, scale, comparison.single)
-            at.append(y)
+    arms = _timed_arms(comparison)
+    slowest = max(entry.median for arm in arms for entry in arm.stage_times)
+    scale, unit = (1.0, "seconds") if slowest >= 1 else (1e-3, "milliseconds")
+    ticks, y = {}, 0.0
+    for arm in arms:
+        for entry in arm.stage_times:
+            _draw_stage_time(ax, entry, y, scale, style.series(arm.rank))
+            ticks[y] = f"stage {entry.stage.number}" if comparison.single else f"{arm.letter} · {entry.stage.number}"
             y += 1
         y += 0.45
-    labels = [f"stage {e.stage.number}" if comparison.single else f"{e.arm.letter} · {e.stage.number}" for e in entries]
-    ax.set_yticks(at, labels)
-    ax.set_ylim(y - 0.85, -0.7)
-    ax.set_xlim(0, 1.34 * max(float(np.percentile(entry.step_s, 95)) for entry in entries) / scale)
-    ax.set_xlabel(f"Time of a step ({unit})")
+    ax.set_yticks(list(ticks), list(ticks.values()))
+    ax.set(xlim=(0, 1.34 * ax.dataLim.x1), ylim=(y - 0.85, -0.7), xlabel=f"Time of a step ({unit})")
     ax.grid(axis="y", visible=False)
     ax.tick_params(axis="y", length=0)
 
 
-def _draw_stage_time(ax: Axes, entry: StageTime, y: float, scale: float, single: bool) -> None:
-    style.draw_box(ax, entry.step_s / scale, y, style.SERIES[0] if single else style.series(entry.arm.rank))
+def _draw_stage_time(ax: Axes, entry: StageTime, y: float, scale: float, colour: str) -> None:
+    style.draw_box(ax, entry.step_s / scale, y, colour)
     text = format_step_time(entry.median)
     if entry.full and not entry.stage.is_full:
         text += f" · {entry.time_ratio:.2f}×"
