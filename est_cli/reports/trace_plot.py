@@ -4,7 +4,7 @@ import argparse
 import json
 import re
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -53,14 +53,12 @@ def read_step(path: Path) -> Step:
     step = steps[(len(steps) - 1) // 2]
     begin, end = step["ts"], step["ts"] + step["dur"]
 
-    def within(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        return [event for event in events if begin <= event["ts"] < end and event is not step]
+    def bars(events: Iterable[dict[str, Any]]) -> list[Bar]:
+        inside = (event for event in events if begin <= event["ts"] < end and event is not step)
+        return [Bar(event["name"], (event["ts"] - begin) / 1e3, event["dur"] / 1e3) for event in inside]
 
-    def bars(events: list[dict[str, Any]]) -> list[Bar]:
-        return [Bar(event["name"], (event["ts"] - begin) / 1e3, event["dur"] / 1e3) for event in events]
-
-    work = within(by_category["kernel"]) or list(_innermost(within(by_category["cpu_op"])))
-    return Step(path.name.split(".")[0], bars(within(annotations)), bars(work))
+    work = bars(by_category["kernel"]) or bars(_innermost(by_category["cpu_op"]))
+    return Step(path.name.split(".")[0], bars(annotations), work)
 
 
 def _innermost(operations: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
