@@ -74,16 +74,12 @@ class WandbTracker(Tracker):
         """What the process needs to know, as JSON. Stages are a mapping, so W&B can filter on each of their rates."""
         folder = run.run_dir / "wandb"
         folder.mkdir(exist_ok=True)
-        logger, config = run.config.logger, as_plain(run.config)
+        config = as_plain(run.config)
         config["scheduler"]["stages"] = {str(i): stage for i, stage in enumerate(config["scheduler"]["stages"], 1)}
         return {
             "metrics": str(run.run_dir / METRICS_NAME),
             "init": {
-                "mode": logger.mode,
-                "project": logger.project,
-                "entity": logger.entity,
-                "group": logger.group,
-                "tags": list(logger.tags),
+                **{key: config["logger"][key] for key in ("mode", "project", "entity", "group", "tags")},
                 "name": f"{run.config.name}-{run.run_dir.name}",
                 "id": _saved_run_id(folder / "run_id.txt"),
                 "dir": str(run.run_dir),
