@@ -77,8 +77,3 @@ def assert_only_sampled(gradients: Mapping[str, Tensor], plan: ReferencePlan) ->
             sampled[row] = True
         assert torch.equal(~gradient.isnan(), sampled), f"{name}: not the rows of the plan"
     return {name: gradient.nan_to_num(nan=0.0) for name, gradient in gradients.items()}
-
-
-def matrices(tensors: Mapping[str, Tensor]) -> set[str]:
-    """The reference's names of what weight decay is for: matrices and embeddings, no bias and no norm."""
-    return {name for name in tensors if not name.endswith(".bias") and "norm" not in name}

@@ -9,6 +9,7 @@ Shapes: B batch, T tokens, V vocabulary, D model, L layers, H query heads, K key
 
 import math
 from collections import defaultdict
+from collections.abc import Iterable
 from dataclasses import dataclass
 from types import EllipsisType
 
@@ -249,6 +250,11 @@ def sampled_rows(name: str, plan: ReferencePlan) -> list[Row]:
         return list(plan.neurons[layer])
     assert part in ("o.bias", "down.bias") or part.startswith(("norm1.", "norm2.")), name
     return [...]
+
+
+def matrices(names: Iterable[str]) -> set[str]:
+    """What weight decay is for: matrices and embeddings, no bias (a head's bias is not a matrix) and no norm."""
+    return {name for name in names if not name.endswith(".bias") and "norm" not in name}
 
 
 @dataclass

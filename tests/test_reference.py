@@ -17,6 +17,7 @@ from reference import (
     logits,
     loss,
     loss_and_gradients,
+    matrices,
     mlp,
     sampled_rows,
     shapes,
@@ -73,11 +74,6 @@ def random_plan(sizes: Sizes, seed: int, gqa: str = "group") -> ReferencePlan:
         plan.heads[layer] = [kv * group + i for kv in kept for i in (range(group) if gqa == "group" else half(group))]
         plan.neurons[layer] = half(sizes.d_ff)
     return plan
-
-
-def matrices(sizes: Sizes) -> set[str]:
-    """What a real run decays: matrices and embeddings, no bias (a head's bias is not a matrix) and no norm."""
-    return {name for name in shapes(sizes) if not name.endswith(".bias") and "norm" not in name}
 
 
 def assert_equal(found: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float) -> None:
@@ -263,7 +259,7 @@ def test_rescaled_outputs_of_all_subsets_average_to_the_full_one(family, branch,
 def train(sizes: Sizes, plans: list[ReferencePlan], unsampled: str) -> dict[str, Tensor]:
     """Some steps of the reference optimizer with a moving learning rate."""
     parameters = random_parameters(sizes)
-    optimizer = ReferenceAdamW(parameters, **ADAMW, decayed=matrices(sizes), unsampled=unsampled)
+    optimizer = ReferenceAdamW(parameters, **ADAMW, decayed=matrices(shapes(sizes)), unsampled=unsampled)
     for step, plan in enumerate(plans):
         optimizer.lr = ADAMW["lr"] / (1 + step)
         _, gradients = loss_and_gradients(sizes, parameters, plan, *random_batch(sizes, step), False)
@@ -283,8 +279,8 @@ def train_with_torch(sizes: Sizes, plans: list[ReferencePlan], unsampled: str) -
         for name, tensor in random_parameters(sizes).items()
         for row in sampled_rows(name, everything)
     }
-    decay = [tensor for (name, _), tensor in rows.items() if name in matrices(sizes)]
-    keep = [tensor for (name, _), tensor in rows.items() if name not in matrices(sizes)]
+    decay = [tensor for (name, _), tensor in rows.items() if name in matrices(shapes(sizes))]
+    keep = [tensor for (name, _), tensor in rows.items() if name not in matrices(shapes(sizes))]
     options = {**ADAMW, "foreach": False}
     optimizer = torch.optim.AdamW([{"params": decay}, {"params": keep, "weight_decay": 0.0}], **options)
 

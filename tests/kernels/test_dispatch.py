@@ -4,13 +4,12 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tiny import LLAMA, train_config
+from tiny import LLAMA, random_master, train_config
 
 from est_cli.benchmark.case import PRESETS
 from est_cli.benchmark.kernels import adamw_case, head_case, loss_and_gradients, model_matrices, pack_case
 from est_cli.errors import UserError
 from est_cli.kernels.dispatch import TORCH, kernels_for
-from est_cli.model.transformer import Transformer
 from est_cli.subnet.plan import subnetwork
 from est_cli.subnet.sampler import sample
 from est_cli.subnet.schedule import Rates, Stage
@@ -41,9 +40,8 @@ def test_subnetwork_and_optimizer_use_their_models_kernels():
     def watched(name: str):
         return lambda *arguments: calls.append(name) or getattr(TORCH, name)(*arguments)
 
-    model = Transformer(LLAMA, kernels=TORCH._replace(**{name: watched(name) for name in TORCH._fields}))
-    for parameter in model.parameters():
-        parameter.data.fill_(0.1)
+    model = random_master(LLAMA, torch.float32)
+    model.kernels = TORCH._replace(**{name: watched(name) for name in TORCH._fields})
     subnet = PackedSubnetwork(model, subnetwork(LLAMA, train_config().sampling, Rates(0.5, 0.5)), torch.float32)
     optimizer = SampledAdamW(model, train_config().optimizer)
     subnet.load(sample(0, 0, Stage(1, 0, 9, Rates(0.5, 0.5)), LLAMA, train_config().sampling))

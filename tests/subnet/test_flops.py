@@ -26,16 +26,16 @@ ATTENTION = {
 GRANULARITIES = [Rates(*three) for three in product((0.5, 1.0), repeat=3)]
 
 
-def executed_flops(model: ModelConfig, sampling: SamplingConfig, rates: Rates, grad_accum: int) -> int:
-    """What torch counts in one optimizer step: pack, forward, backward, unpack, AdamW."""
+def executed_flops(model: ModelConfig, sampling: SamplingConfig, rates: Rates) -> int:
+    """What torch counts in one optimizer step of two micro-batches: pack, forward, backward, unpack, AdamW."""
     master = random_master(model, torch.float32)
     optimizer = SampledAdamW(master, OptimizerConfig())
     subnet = PackedSubnetwork(master, subnetwork(model, sampling, rates), torch.float32)
     plan = sample(0, 0, Stage(1, 0, 1, rates), model, sampling)
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         subnet.load(plan)
-        for micro in range(grad_accum):
-            (subnet.loss(*random_batch(model, batch=3, length=7, seed=micro)) / grad_accum).backward()
+        for micro in range(2):
+            (subnet.loss(*random_batch(model, batch=3, length=7, seed=micro)) / 2).backward()
         optimizer.step(subnet.updates(), 1e-3)
     return counter.get_total_flops()
 
@@ -46,13 +46,13 @@ def test_the_formula_is_what_the_step_executes(attention, rates):
     model, gqa = ATTENTION[attention]
     sampling = SamplingConfig(gqa=gqa, mlp_block=2)
     expected = training_flops(subnetwork(model, sampling, rates).model, seq_len=7, tokens=2 * 21)
-    assert executed_flops(model, sampling, rates, grad_accum=2) == expected.total
+    assert executed_flops(model, sampling, rates) == expected.total
 
 
 @pytest.mark.parametrize("model", [GPT2, LLAMA], ids=["gpt2", "llama"])
 def test_a_chunked_head_costs_what_a_whole_one_costs(model, monkeypatch):
     monkeypatch.setattr("est_cli.kernels.linear_cross_entropy.CPU_CHUNK_ELEMENTS", 5 * model.vocab_size)
-    assert executed_flops(model, SamplingConfig(), Rates(), 1) == training_flops(model, 7, 21).total
+    assert executed_flops(model, SamplingConfig(), Rates()) == training_flops(model, 7, 2 * 21).total
 
 
 def test_the_head_is_counted_apart_from_the_blocks_which_cost_what_is_kept_of_them():

@@ -41,9 +41,7 @@ def text(plan: Plan) -> str:
 )
 def test_plans_are_pinned(seed, step, model, sampling, layers, heads, kv_heads, neurons):
     plan = plan_at(step, model, sampling, seed).as_dict()
-    assert plan["layers"] == layers
-    assert plan["heads"] == heads
-    assert plan["kv_heads"] == kv_heads
+    assert (plan["layers"], plan["heads"], plan["kv_heads"]) == (layers, heads, kv_heads)
     assert plan["neurons"][0] == neurons
 
 

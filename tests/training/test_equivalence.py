@@ -6,8 +6,8 @@ from itertools import product
 
 import pytest
 import torch
-from adapter import assert_only_sampled, full_size, matrices, reference_plan, reference_tensors, sizes
-from reference import ReferenceAdamW, ReferencePlan, clip, loss_and_gradients
+from adapter import assert_only_sampled, full_size, reference_plan, reference_tensors, sizes
+from reference import ReferenceAdamW, ReferencePlan, clip, loss_and_gradients, matrices
 from reference import grow as reference_grow
 from tiny import GPT2, random_batch, random_master, snapshot
 from torch import Tensor
