@@ -1,1 +1,8 @@
-"""The three memory-bound places of a step: packing, AdamW on sampled rows, linear cross-entropy."""
+"""The three memory-bound operations of a step.
+
+pack                  gathers sampled rows into slots; host arrays to the device
+adamw                 moves sampled rows of weights and moments in one pass
+linear_cross_entropy  the LM head and its loss, without the full logits
+triton_kernels        all three for a GPU
+dispatch              which version a model uses
+"""

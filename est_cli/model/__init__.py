@@ -1,4 +1,8 @@
-"""One decoder class (GPT-2 and Llama are settings of it) with its initial weights, and its Hugging Face names."""
+"""The decoder.
+
+transformer  one class (GPT-2 and Llama are settings of it), and its initial weights
+huggingface  the classes of Hugging Face, both ways: config.json and tensors
+"""
 
 from est_cli.lazy import on_demand
 
