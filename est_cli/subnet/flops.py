@@ -11,7 +11,7 @@ from est_cli.config import ModelConfig, TrainConfig
 from est_cli.errors import UserError
 from est_cli.subnet.memory import count_parameters
 from est_cli.subnet.plan import stage_subnetwork
-from est_cli.subnet.schedule import Stage, boundary_step, build_stages, stage_at
+from est_cli.subnet.schedule import Stage, build_stages, stage_at
 
 
 @dataclass(frozen=True)
@@ -95,17 +95,16 @@ def scale_boundaries(config: TrainConfig, target: float) -> dict[str, float]:
 
     All boundaries move by one factor. Raises UserError if no factor reaches the target.
     """
-    specs, names, max_steps = config.scheduler.stages, config.scheduler.names, config.trainer.max_steps
     if not 0 < target < 1:
         raise UserError(f"target_saved_blocks={target:g}: must be a number in (0, 1)")
-    ledger = config_ledger(config)
-    fractions = [boundary_step(spec.end, max_steps) / max_steps for spec in specs[:-1]]
+    ledger, max_steps = config_ledger(config), config.trainer.max_steps
+    fractions = [stage.end / max_steps for stage in ledger.stages[:-1]]
     if not fractions:
         raise UserError(
             f"target_saved_blocks={target:g}: this schedule has no boundaries to move; try scheduler=three_stage"
         )
     # Stage lengths, and so savings, are linear in the common factor, from the last stage only to no last stage.
-    none, present = ledger.stage_saved_blocks(len(specs)), ledger.saved_blocks(max_steps)
+    none, present = ledger.stage_saved_blocks(len(ledger.stages)), ledger.saved_blocks(max_steps)
     most = ledger.saved_blocks(ledger.stages[-1].first_step)
     factor = (target - none) / (present - none) if present != none else 0.0
     if factor <= 0 or factor * fractions[-1] >= 1:
@@ -114,7 +113,7 @@ def scale_boundaries(config: TrainConfig, target: float) -> dict[str, float]:
             f"{min(none, most):.1%} and {max(none, most):.1%}; lower sampling.heads, sampling.mlp or "
             "sampling.layers, or give the stages other proportions"
         )
-    return {name: round(factor * fraction, 6) for name, fraction in zip(names, fractions, strict=False)}
+    return {name: round(factor * fraction, 6) for name, fraction in zip(config.scheduler.names, fractions, strict=False)}
 
 
 def with_boundaries(config: TrainConfig, boundaries: dict[str, float]) -> TrainConfig:
