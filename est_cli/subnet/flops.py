@@ -113,7 +113,8 @@ def scale_boundaries(config: TrainConfig, target: float) -> dict[str, float]:
             f"{min(none, most):.1%} and {max(none, most):.1%}; lower sampling.heads, sampling.mlp or "
             "sampling.layers, or give the stages other proportions"
         )
-    return {name: round(factor * fraction, 6) for name, fraction in zip(config.scheduler.names, fractions, strict=False)}
+    names = config.scheduler.names[: len(fractions)]
+    return {name: round(factor * fraction, 6) for name, fraction in zip(names, fractions, strict=True)}
 
 
 def with_boundaries(config: TrainConfig, boundaries: dict[str, float]) -> TrainConfig:
