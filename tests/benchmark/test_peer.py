@@ -20,20 +20,12 @@ SQUARE = replace(GPT2, d_ff=4 * GPT2.d_model)
 
 NANOGPT = '''
 """A stand-in with nanoGPT's names and signatures, made of our own decoder."""
-from dataclasses import dataclass, replace
+from dataclasses import make_dataclass, replace
 from torch import nn
 from est_cli.model.transformer import Transformer
 from tiny import GPT2
 
-@dataclass
-class GPTConfig:
-    block_size: int
-    vocab_size: int
-    n_layer: int
-    n_head: int
-    n_embd: int
-    dropout: float
-    bias: bool
+GPTConfig = make_dataclass("GPTConfig", "block_size vocab_size n_layer n_head n_embd dropout bias".split())
 
 class GPT(nn.Module):
     def __init__(self, config):
