@@ -61,7 +61,7 @@ STREAMED = case(LLAMA, "fp32", "zero_grad")
 CHAIN = (3, 6, 9)
 """Steps after which a run of `llama` stops, to go on with other ranks: 1x2, one process, 4x1, 1x4."""
 RUNS = {
-    2: [("llama", 1), ("llama", 2), ("gpt2-freeze-recompute", 2), ("llama-bf16-freeze", 2), ("masked", 1),
+    2: [("llama", 1), ("gpt2-freeze-recompute", 2), ("llama-bf16-freeze", 2), ("masked", 1),
         ("masked-bf16", 2)],
     4: [("llama", 2), ("llama", 4), ("gpt2-bf16", 4)],
 }  # fmt: skip
