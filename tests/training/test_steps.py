@@ -7,7 +7,7 @@ import torch
 from tiny import LLAMA, train_config
 
 from est_cli.config import OptimizerConfig
-from tests.training.runs import assert_same_bits, finished, start, told, train
+from tests.training.runs import assert_same_bits, finished, resumed, start, told, train
 
 WAITS = ("item", "tolist", "cpu", "numpy", "__bool__", "__int__", "__float__", "__index__")
 """Methods of a tensor with which a host waits for what a device computes."""
@@ -66,3 +66,14 @@ def test_the_device_has_the_next_step_when_the_host_reads_a_loss(tmp_path):
     recorder.log = lambda record: seen.append((record["step"], training.step))
     train(training, tmp_path, stop_after=6)
     assert seen[:5] == [(step, step + 2) for step in range(5)]
+
+
+def test_the_seconds_of_a_step_are_those_since_the_restart(tmp_path):
+    config = train_config(LLAMA)
+    first, _ = start(config)
+    first.progress.train_s = 1000.0
+    train(first, tmp_path, stop_after=6)
+    second, recorder = resumed(config, tmp_path)
+    train(second, tmp_path)
+    assert second.progress.train_s > 1000
+    assert all(record["perf/step_s"] < 100 for record in recorder.records)
