@@ -110,11 +110,8 @@ class Arm:
     @property
     def letter(self) -> str:
         """A … Z, AA, AB …"""
-        letters, rest = "", self.rank + 1
-        while rest:
-            rest, digit = divmod(rest - 1, 26)
-            letters = chr(ord("A") + digit) + letters
-        return letters
+        first, last = divmod(self.rank, 26)
+        return (chr(ord("A") + first - 1) if first else "") + chr(ord("A") + last)
 
     @property
     def coloured(self) -> bool:

@@ -151,9 +151,9 @@ def _explain_nothing(path: Path) -> str:
     what = "a folder with metrics.jsonl in it or below it"
     if path.is_dir():
         return f"runs={path}: no metrics.jsonl there or below; must be {what}"
-    parent = next((p for p in path.parents if p.is_dir()), None)
-    siblings = [entry.name for entry in parent.iterdir() if entry.is_dir()] if parent else []
-    missing = path.relative_to(parent).parts[0] if parent else path.name
+    parent = next(p for p in path.parents if p.is_dir())
+    siblings = [entry.name for entry in parent.iterdir() if entry.is_dir()]
+    missing = path.relative_to(parent).parts[0]
     return f"runs={path}: there is no such folder; must be {what}{nearest(missing, siblings)}"
 
 

@@ -62,10 +62,8 @@ _SETTINGS = {
     "axes.formatter.limits": (-4, 6),
     "figure.facecolor": "none",
     "axes.facecolor": "none",
-    "savefig.facecolor": "none",
     "svg.fonttype": "none",
     "svg.hashsalt": "est",
-    "path.simplify": True,
 }
 
 

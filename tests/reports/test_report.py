@@ -10,7 +10,7 @@ from html.parser import HTMLParser
 import pytest
 
 from est_cli.reports.records import load_runs
-from est_cli.reports.report import FORMATS, write_report
+from est_cli.reports.report import FORMATS, write_compute_and_time, write_report
 
 
 class Page(HTMLParser):
@@ -87,8 +87,9 @@ def test_names_are_shown_and_not_obeyed(new_run, tmp_path):
         dataclasses.replace(run, name=name, config=run.config | {"name": name})
         for run, name in zip(load_runs(folders), HOSTILE_NAMES, strict=True)
     ]
-    files = write_report(runs, tmp_path / "deep" / "er" / "out")
-    text = files["html"].read_text()
+    out = tmp_path / "deep" / "er" / "out"
+    text = write_report(runs, out, ("html", "csv"))["html"].read_text()
+    assert write_compute_and_time(runs, out / "comparison.png").read_bytes().startswith(b"\x89PNG")
     Page(text)
     assert "<script>alert" not in text
     assert "&lt;script&gt;alert(1)" in text
