@@ -20,7 +20,6 @@ import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -43,8 +42,6 @@ _READERS = {
     ".txt": "text",
     ".arrow": "arrow",
 }
-
-
 _SPLIT_WORDS = {
     **dict.fromkeys(("train", "training"), "train"),
     **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),
@@ -250,7 +247,7 @@ def read_rows(file: DatasetFile, column: str, broken: Broken, start: int = 0) ->
     Raises UserError if the file cannot be read.
     """
     try:
-        yield from _ROWS_OF[file.reader](file.path, column, broken, start)
+        yield from getattr(_Reader(file.path, column, broken, start), file.reader)()
     except (UserError, MemoryError):
         raise
     except Exception as error:  # pyarrow and each decompressor have their own exceptions.
@@ -279,86 +276,130 @@ def text_bytes(values: Any, name: str, place: str = "") -> Any:
     return values.cast(pa.large_binary())
 
 
-def _parquet(file: Path, column: str, _: Broken, start: int) -> Rows:
-    with _opened(file) as stream:
-        table = pq.ParquetFile(stream)
-        check_column(column, table.schema_arrow.names, f" in {file}")
-        row = 0
-        for group in range(table.num_row_groups):
-            n_rows = table.metadata.row_group(group).num_rows
-            if row + n_rows > start:
-                batches = table.iter_batches(1024, row_groups=[group], columns=[column])
-                yield from _batch_rows(batches, file, column, row, start)
-            row += n_rows
+@dataclass(frozen=True)
+class _Reader:
+    """Reads one file. The method that a format is named for yields the rows after position `start`."""
 
+    file: Path
+    column: str
+    broken: Broken
+    start: int
 
-def _arrow(file: Path, column: str, _: Broken, start: int) -> Rows:
-    with _opened(file) as stream:
-        try:
-            table = pa.ipc.open_file(stream)
-            batches = (table.get_batch(i) for i in range(table.num_record_batches))
-        except pa.ArrowInvalid:
-            stream.seek(0)
-            table = batches = pa.ipc.open_stream(stream)
-        check_column(column, table.schema.names, f" in {file}")
-        yield from _batch_rows(batches, file, column, 0, start)
+    def parquet(self) -> Rows:
+        with self._opened() as stream:
+            table = pq.ParquetFile(stream)
+            self._check_column(table.schema_arrow.names)
+            row = 0
+            for group in range(table.num_row_groups):
+                n_rows = table.metadata.row_group(group).num_rows
+                if row + n_rows > self.start:
+                    batches = table.iter_batches(1024, row_groups=[group], columns=[self.column])
+                    yield from self._rows_of(batches, row)
+                row += n_rows
 
+    def arrow(self) -> Rows:
+        with self._opened() as stream:
+            try:
+                table = pa.ipc.open_file(stream)
+                batches = (table.get_batch(i) for i in range(table.num_record_batches))
+            except pa.ArrowInvalid:
+                stream.seek(0)
+                table = batches = pa.ipc.open_stream(stream)
+            self._check_column(table.schema.names)
+            yield from self._rows_of(batches, 0)
 
-def _batch_rows(batches: Iterable[pa.RecordBatch], file: Path, column: str, row: int, start: int) -> Rows:
-    for batch in batches:
-        values = batch.column(batch.schema.get_field_index(column))
-        for text in text_bytes(values, column, f" in {file}").to_pylist():
-            row += 1
-            if row > start:
-                yield row, text
+    def _rows_of(self, batches: Iterable[pa.RecordBatch], row: int) -> Rows:
+        for batch in batches:
+            values = batch.column(batch.schema.get_field_index(self.column))
+            for text in text_bytes(values, self.column, f" in {self.file}").to_pylist():
+                row += 1
+                if row > self.start:
+                    yield row, text
 
+    def jsonl(self) -> Rows:
+        with self._opened() as stream:
+            lines = ((n, _parse(line)) for n, line in enumerate(stream, 1) if n > self.start and line.strip())
+            yield from self._texts_of(lines, "line")
 
-def _json_lines(file: Path, column: str, broken: Broken, start: int) -> Rows:
-    with _opened(file) as stream:
-        lines = ((n, _parse(line)) for n, line in enumerate(stream, 1) if n > start and line.strip())
-        yield from _objects(lines, file, "line", column, broken, start)
-
-
-def _json(file: Path, column: str, broken: Broken, start: int) -> Rows:
-    """Lines of JSON, a list of objects, one object, or an object that holds the column as a list."""
-    with _opened(file) as stream:
-        filled = (line for line in stream if line.strip())
-        first, second = next(filled, b""), next(filled, None)
-    whole = None
-    if second is None or not isinstance(_parse(first), dict):
-        with _opened(file) as stream:
-            whole = _parse(stream.read())
-    if isinstance(whole, dict):
-        texts = whole.get(column)
-        whole = [{column: text} for text in texts] if isinstance(texts, list) else [whole]
-    if not isinstance(whole, list):
-        yield from _json_lines(file, column, broken, start)
-        return
-    entries = ((i, entry) for i, entry in enumerate(whole, 1) if i > start)
-    yield from _objects(entries, file, "entry", column, broken, start)
-
-
-def _objects(rows: Iterable[tuple[int, Any]], file: Path, unit: str, column: str, broken: Broken, start: int) -> Rows:
-    names: dict[str, None] = {}
-    seen, waiting = start > 0, 0
-    for number, row in rows:
-        place = f"data.path={file}, {unit} {number}"
-        if isinstance(row, ValueError):
-            broken(f"{place}: is no JSON ({row})")
-        elif not isinstance(row, dict):
-            broken(f"{place}: must be an object with a key '{column}', and is {_KINDS.get(type(row), 'null')}")
-        elif isinstance(text := row.get(column), str | None):
-            if not seen:
-                names |= dict.fromkeys(row)
-                seen, waiting = column in row, waiting + 1
-                if not seen and waiting == _ROWS_WITHOUT_COLUMN:
-                    check_column(column, list(names), f" in {file}")
-            yield number, None if text is None else _encoded(text)
+    def json(self) -> Rows:
+        """Lines of JSON, a list of objects, one object, or an object that holds the column as a list."""
+        with self._opened() as stream:
+            filled = (line for line in stream if line.strip())
+            first, second = next(filled, b""), next(filled, None)
+        whole = None
+        if second is None or not isinstance(_parse(first), dict):
+            with self._opened() as stream:
+                whole = _parse(stream.read())
+        if isinstance(whole, dict):
+            texts = whole.get(self.column)
+            whole = [{self.column: text} for text in texts] if isinstance(texts, list) else [whole]
+        if isinstance(whole, list):
+            yield from self._texts_of(((i, entry) for i, entry in enumerate(whole, 1) if i > self.start), "entry")
         else:
-            seen = True
-            broken(f"{place}: data.column={column} must be text, and is {_KINDS[type(text)]}")
-    if not seen and waiting:
-        check_column(column, list(names), f" in {file}")
+            yield from self.jsonl()
+
+    def _texts_of(self, objects: Iterable[tuple[int, Any]], unit: str) -> Rows:
+        names: dict[str, None] = {}
+        seen, waiting = self.start > 0, 0
+        for number, row in objects:
+            place = f"data.path={self.file}, {unit} {number}"
+            if isinstance(row, ValueError):
+                self.broken(f"{place}: is no JSON ({row})")
+            elif not isinstance(row, dict):
+                kind = _KINDS.get(type(row), "null")
+                self.broken(f"{place}: must be an object with a key '{self.column}', and is {kind}")
+            elif isinstance(text := row.get(self.column), str | None):
+                if not seen:
+                    names |= dict.fromkeys(row)
+                    seen, waiting = self.column in row, waiting + 1
+                    if not seen and waiting == _ROWS_WITHOUT_COLUMN:
+                        self._check_column(list(names))
+                yield number, None if text is None else _encoded(text)
+            else:
+                seen = True
+                self.broken(f"{place}: data.column={self.column} must be text, and is {_KINDS[type(text)]}")
+        if not seen and waiting:
+            self._check_column(list(names))
+
+    def csv(self, delimiter: str = ",") -> Rows:
+        """Cells as they are: `NA`, `null` and `nan` are texts. A row's position is the line that it ends on."""
+        csv.field_size_limit(sys.maxsize)
+        with self._opened() as stream:
+            lines = io.TextIOWrapper(stream, "utf-8-sig", "surrogateescape", newline="")
+            rows = csv.reader(lines, delimiter=delimiter, strict=True)
+            names = next(rows, None)
+            if names is None:
+                return
+            self._check_column(names, ", line 1")
+            index = names.index(self.column)
+            while True:
+                try:
+                    row = next(rows)
+                except StopIteration:
+                    return
+                except csv.Error as error:
+                    self.broken(f"data.path={self.file}, line {rows.line_num}: {error}")
+                    continue
+                if len(row) > len(names):
+                    fields = f"{len(row)} fields, and the first line {len(names)}"
+                    self.broken(f"data.path={self.file}, line {rows.line_num}: has {fields}")
+                elif row and rows.line_num > self.start:
+                    yield rows.line_num, _encoded(row[index]) if index < len(row) else None
+
+    def tsv(self) -> Rows:
+        return self.csv("\t")
+
+    def text(self) -> Rows:
+        self._check_column(["text"])
+        if not self.start:
+            with self._opened() as stream:
+                yield 1, stream.read()
+
+    def _check_column(self, names: list[str], place: str = "") -> None:
+        check_column(self.column, names, f" in {self.file}{place}")
+
+    def _opened(self) -> BinaryIO:
+        return _OPENERS.get(self.file.suffix.lower(), open)(self.file, "rb")
 
 
 def _parse(line: bytes) -> Any:
@@ -381,58 +422,9 @@ def _encoded(text: str) -> bytes:
         return text.encode("utf-8", "surrogatepass")
 
 
-def _csv(file: Path, column: str, broken: Broken, start: int, delimiter: str = ",") -> Rows:
-    """Cells as they are: `NA`, `null` and `nan` are texts. A row's position is the line that it ends on."""
-    csv.field_size_limit(sys.maxsize)
-    with _opened(file) as stream:
-        lines = io.TextIOWrapper(stream, "utf-8-sig", "surrogateescape", newline="")
-        rows = csv.reader(lines, delimiter=delimiter, strict=True)
-        names = next(rows, None)
-        if names is None:
-            return
-        check_column(column, names, f" in {file}, line 1")
-        index = names.index(column)
-        while True:
-            try:
-                row = next(rows)
-            except StopIteration:
-                return
-            except csv.Error as error:
-                broken(f"data.path={file}, line {rows.line_num}: {error}")
-                continue
-            if len(row) > len(names):
-                broken(
-                    f"data.path={file}, line {rows.line_num}: has {len(row)} fields, and the first line {len(names)}"
-                )
-            elif row and rows.line_num > start:
-                yield rows.line_num, _encoded(row[index]) if index < len(row) else None
-
-
-def _text(file: Path, column: str, _: Broken, start: int) -> Rows:
-    check_column(column, ["text"], f" in {file}")
-    if not start:
-        with _opened(file) as stream:
-            yield 1, stream.read()
-
-
-_ROWS_OF = {
-    "parquet": _parquet,
-    "arrow": _arrow,
-    "jsonl": _json_lines,
-    "json": _json,
-    "csv": _csv,
-    "tsv": partial(_csv, delimiter="\t"),
-    "text": _text,
-}
-
-
-def _zstd(file: Path) -> BinaryIO:
+def _zstd(file: Path, mode: str) -> BinaryIO:
     # Files can hold several frames, and only a buffered reader can be read by lines.
-    return io.BufferedReader(zstandard.ZstdDecompressor().stream_reader(file.open("rb"), read_across_frames=True))
+    return io.BufferedReader(zstandard.ZstdDecompressor().stream_reader(file.open(mode), read_across_frames=True))
 
 
 _OPENERS = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open, ".zst": _zstd}
-
-
-def _opened(file: Path) -> BinaryIO:
-    return _OPENERS.get(file.suffix.lower(), lambda path: path.open("rb"))(file)
