@@ -182,20 +182,18 @@ def build_stages(specs: Sequence[StageSpec], max_steps: int, names: Sequence[str
 
 def smallest_max_steps(specs: Sequence[StageSpec]) -> int | None:
     """The smallest run length at which no stage is empty, or None if none is found."""
-    # The last stage ends with the training, all others before it.
-    last = len(specs) - 1
-    floor = max([len(specs), *(spec.end + (i < last) for i, spec in enumerate(specs) if isinstance(spec.end, int))])
+    fractions = [spec.end for spec in specs if isinstance(spec.end, float)]
+    if any(a >= b for a, b in itertools.pairwise(fractions)):
+        return None
+    floor, least = len(specs), 0
     for index, spec in enumerate(specs):
+        # Each boundary lies at least a step after the one before it, and all but the last before the end of training.
         if isinstance(spec.end, float):
-            # The boundary after index + 1 stages lies at that step at least.
-            floor = max(floor, (index + 0.5) / max(spec.end, 1 / _LARGEST_FRACTION))
-    floor = math.floor(floor)
-    for earlier, later in itertools.combinations(specs, 2):
-        if isinstance(earlier.end, float) and isinstance(later.end, float) and earlier.end >= later.end:
-            return None
-        if isinstance(earlier.end, int) and isinstance(later.end, float):
-            # A fraction that follows a step must round to more than it.
-            floor = max(floor, math.floor((earlier.end + 0.5) / max(later.end, 1 / _LARGEST_FRACTION)))
+            least += 1
+            floor = max(floor, math.floor((least - 0.5) / max(spec.end, 1 / _LARGEST_FRACTION)))
+        elif spec.end is not None:
+            least = max(least + 1, spec.end)
+            floor = max(floor, spec.end + (index < len(specs) - 1))
     for max_steps in range(floor, floor + _LARGEST_MAX_STEPS_TRIED):
         ends = [0, *(boundary_step(spec.end, max_steps) for spec in specs)]
         if all(a < b for a, b in itertools.pairwise(ends)) and ends[-1] == max_steps:

@@ -1,6 +1,7 @@
 """Stages: where boundaries lie, which stage a step belongs to, and what is said of boundaries that cannot work."""
 
 import pytest
+from tiny import THREE_STAGES
 
 from est_cli.errors import UserError
 from est_cli.subnet.schedule import (
@@ -16,7 +17,6 @@ from est_cli.subnet.schedule import (
 )
 
 HALF = Rates(0.5, 0.5, 0.5)
-THREE = (StageSpec(2 / 15, 0.5, 0.5, 0.5), StageSpec(7 / 15, 0.5, 0.5), StageSpec())
 NAMES = ("scheduler.stage1_end", "scheduler.stage2_end", "scheduler.stages[2].end")
 
 
@@ -29,7 +29,7 @@ def test_an_int_is_a_step_and_a_float_is_a_fraction_rounded_half_up(boundary, ma
 
 
 def test_the_papers_gpt2_recipe_lies_at_20k_and_70k_of_150k():
-    stages = build_stages(THREE, 150_000)
+    stages = build_stages(THREE_STAGES, 150_000)
     assert [(s.number, s.first_step, s.end) for s in stages] == [
         (1, 0, 20_000),
         (2, 20_000, 70_000),
@@ -40,7 +40,7 @@ def test_the_papers_gpt2_recipe_lies_at_20k_and_70k_of_150k():
 
 @pytest.mark.parametrize("max_steps", [6, 15, 16, 17, 100, 999])
 def test_stages_cover_every_step_once(max_steps):
-    stages = build_stages(THREE, max_steps)
+    stages = build_stages(THREE_STAGES, max_steps)
     covered = [(step, stage.number) for stage in stages for step in range(stage.first_step, stage.last_step + 1)]
     assert [step for step, _ in covered] == list(range(max_steps))
     assert covered == [(step, stage_at(stages, step).number) for step in range(max_steps)]
@@ -116,6 +116,6 @@ def test_a_ramp_needs_a_whole_number_of_stages(n_stages):
 def test_a_growth_that_returns_something_else_is_refused(sources, monkeypatch):
     monkeypatch.setitem(GROWTHS, "odd", lambda old, new: sources)
     with pytest.raises(
-        UserError, match=r"must return 4 sources to grow from 2 layers to 4, each None or a layer below 2"
+        UserError, match="must return 4 sources to grow from 2 layers to 4, each None or a layer below 2"
     ):
         layer_sources("odd", 2, 4)
