@@ -137,8 +137,7 @@ def _notes(run: RunRecord) -> list[str]:
 def _hover_json(comparison: Comparison) -> str:
     """The numbers under the pointer for the page's script, safe inside a `<script>` element."""
     arms, axes = comparison.coloured_arms, known_axes(comparison.runs)
-    n_runs = sum(len(arm.runs) for arm in arms)
-    rows = min(_MAX_HOVER_ROWS, max(40, _MAX_HOVER_ROWS_IN_ALL // max(1, n_runs)))
+    rows = min(_MAX_HOVER_ROWS, max(40, _MAX_HOVER_ROWS_IN_ALL // sum(len(arm.runs) for arm in arms)))
     data = {
         "whole_steps": any(axis.key == "steps" and axis.scale == 1 for axis in axes),
         "single": comparison.single,
