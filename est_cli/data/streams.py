@@ -12,6 +12,7 @@ import bisect
 import dataclasses
 import hashlib
 import json
+import queue
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -199,13 +200,18 @@ class StreamedTokens:
         """The writing thread calls `open_writer` when the first shard is missing."""
         self._folder, self._dtype, self._open_writer = folder, dtype, open_writer
         self._ends: list[int] = []
-        self._wanted = 0
         self._ahead = _SHARDS_AHEAD
-        self._wish = threading.Event()
-        self._thread: threading.Thread | None = None
+        self._asked: queue.SimpleQueue[int] = queue.SimpleQueue()
         self._writing = threading.Lock()
         self._stopped = threading.Event()
         self._error: BaseException | None = None
+        threading.Thread(target=self._write_ahead, daemon=True).start()
+        atexit.register(self._stop)
+
+    def _stop(self) -> None:
+        """Ends writing. If Python ended a thread inside a tokenizer's C++ code, that would abort the process."""
+        self._stopped.set()
+        self._writing.acquire(timeout=_STOPPING_S)
 
     def windows(self, seq_len: int, seed: int, first: int, count: int) -> np.ndarray:
         """The `count` training samples from number `first` on, int64 [count, seq_len + 1].
@@ -231,36 +237,21 @@ class StreamedTokens:
         return np.concatenate(parts).astype(np.int64)
 
     def _await_shard(self, number: int) -> None:
-        self._ask_for(number + 1 + self._ahead)
+        self._asked.put(number + 1 + self._ahead)
         while (record := _shard_record(self._folder, number)) is None:
             if self._error is not None:
                 raise self._error
             time.sleep(_WAIT_S)
         self._ends.append((self._ends[-1] if self._ends else 0) + record["tokens"])
 
-    def _ask_for(self, count: int) -> None:
-        if count <= self._wanted:
-            return
-        self._wanted = count
-        self._wish.set()
-        if self._thread is None:
-            self._thread = threading.Thread(target=self._write_ahead, daemon=True)
-            self._thread.start()
-            atexit.register(self._stop)
-
-    def _stop(self) -> None:
-        """Ends writing. If Python ended a thread inside a tokenizer's C++ code, that would abort the process."""
-        self._stopped.set()
-        self._writing.acquire(timeout=_STOPPING_S)
-
     def _write_ahead(self) -> None:
         writer, number = None, 0
         try:
-            while self._wish.wait():
-                self._wish.clear()
+            while True:
+                wanted = self._asked.get()
                 # One of several processes writes; the others find its shards.
                 with filelock.FileLock(self._folder / "stream.lock"):
-                    while number < self._wanted:
+                    while number < wanted:
                         if _shard_record(self._folder, number) is None:
                             with self._writing:
                                 writer = writer or self._open_writer()
