@@ -4,22 +4,25 @@
 kept apart; booleans are neither.
 
 pydantic 2 was tried in its place. With our messages (the key that was typed, the value, what is allowed, the nearest
-match) the reader had 155 lines instead of 166 and still failed three tests of messages; reading the default config took
-0.48 s from a cold start instead of 0.28 s (medians of 9); and est_cli.benchmark, which runs with torch and numpy only,
-would have needed a second reader.
+match) the reader had 155 lines and still failed three tests of messages; reading the default config took 0.48 s from a
+cold start instead of 0.28 s (medians of 9); and est_cli.benchmark, which runs with torch and numpy only, would have
+needed a second reader.
 """
 
+import contextlib
 import dataclasses
 import math
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, Literal
 
 from est_cli.errors import nearest
 
 _LARGEST = 2**64
 """No count is larger, and a product of two such numbers still is a float."""
+_UNIONS = (typing.Union, types.UnionType)
+_WORDS = {int: "an integer", float: "a number", bool: "true or false", str: "a text", types.NoneType: "null"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,120 +49,96 @@ def describe(kind: Any) -> str:
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if origin is typing.Annotated:
         return f"{describe(arguments[0])} {arguments[1]}"
-    if origin in (typing.Union, types.UnionType):
-        words = [describe(argument) for argument in arguments]
-        return ", ".join(words[:-1]) + " or " + words[-1]
+    if origin in _UNIONS:
+        *words, last = map(describe, arguments)
+        return f"{', '.join(words)} or {last}"
     if origin is Literal:
-        return ("one of " if len(arguments) > 1 else "") + ", ".join(map(str, arguments))
+        return ("one of " if len(arguments) > 1 else "") + ", ".join(arguments)
     if origin is tuple:
-        if arguments[-1] is Ellipsis:
-            return f"a list, each {describe(arguments[0])}"
-        return f"a list of {len(arguments)}, each {describe(arguments[0])}"
+        length = "" if arguments[-1] is Ellipsis else f" of {len(arguments)}"
+        return f"a list{length}, each {describe(arguments[0])}"
     if dataclasses.is_dataclass(kind):
         return f"a mapping with {', '.join(field.name for field in dataclasses.fields(kind))}"
-    return {
-        int: "an integer",
-        float: "a number",
-        bool: "true or false",
-        str: "a text",
-        dict: "a mapping",
-        types.NoneType: "null",
-    }[origin or kind]
+    return _WORDS[kind]
 
 
 def read(kind: Any, value: Any, path: str, problems: list[str]) -> Any:
     """`value` as `kind`. Appends what does not fit to `problems`, under its dotted `path`, and then returns None."""
-    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
-    if dataclasses.is_dataclass(kind):
-        return _read_dataclass(kind, value, path, problems)
-    if origin is typing.Annotated:
-        return _read_annotated(arguments[0], arguments[1], value, path, problems)
-    if origin in (typing.Union, types.UnionType):
-        return _read_union(arguments, kind, value, path, problems)
-    if origin is Literal:
-        if value in arguments and isinstance(value, str):
-            return value
-        hint = nearest(str(value), map(str, arguments))
-        problems.append(f"{path}={_show(value)}: must be {describe(kind)}{hint}")
+    part = _alternative(kind, value)
+    origin, arguments = typing.get_origin(part), typing.get_args(part)
+    if dataclasses.is_dataclass(part) and isinstance(value, Mapping):
+        return _read_fields(part, value, path, problems)
+    if origin is tuple and isinstance(value, list | tuple):
+        kinds = [arguments[0]] * len(value) if arguments[-1] is Ellipsis else arguments
+        if len(kinds) == len(value):
+            items = enumerate(zip(kinds, value, strict=True))
+            return tuple(read(kind, item, f"{path}[{i}]", problems) for i, (kind, item) in items)
+    try:
+        return _fitting(kind, value)
+    except ValueError:
+        problems.append(f"{path}={_show(value)}: must be {describe(kind)}{_hint(kind, value)}")
         return None
-    if origin is tuple:
-        return _read_tuple(arguments, kind, value, path, problems)
-    if origin is dict and isinstance(value, Mapping):
-        return dict(value)
-    plain = origin or kind
-    if type(value) is int and abs(value) > _LARGEST:
-        problems.append(f"{path}={_show(value)}: must be {describe(kind)}, and of less than 20 digits")
-        return None
-    if plain is float and type(value) is int:
-        value = float(value)
-    fits = type(value) is plain
-    if fits and plain is float:
-        fits = math.isfinite(value)
-    elif fits and plain is str:
-        fits = "\0" not in value  # no file name may hold one
-    if fits:
-        return value
-    problems.append(f"{path}={_show(value)}: must be {describe(kind)}")
-    return None
 
 
-def _read_dataclass(kind: Any, value: Any, path: str, problems: list[str]) -> Any:
-    if not isinstance(value, Mapping):
-        problems.append(f"{path}={_show(value)}: must be {describe(kind)}")
-        return None
+def _alternative(kind: Any, value: Any) -> Any:
+    """The alternative of a union that a list or a mapping is meant for, whose own problems say more; else `kind`."""
+    for alternative in typing.get_args(kind) if typing.get_origin(kind) in _UNIONS else ():
+        of_list = typing.get_origin(alternative) is tuple and isinstance(value, list | tuple)
+        if of_list or (dataclasses.is_dataclass(alternative) and isinstance(value, Mapping)):
+            return alternative
+    return kind
+
+
+def _read_fields(kind: Any, value: Mapping, path: str, problems: list[str]) -> Any:
+    """A dataclass. Its GONE names former keys, each with the only value that is still read, and what to write now."""
+    before, prefix, found = len(problems), f"{path}." if path else "", {}
     fields = {field.name: field for field in dataclasses.fields(kind)}
-    hints = typing.get_type_hints(kind, include_extras=True)
-    before = len(problems)
-    for key in value:
-        if key not in fields:
-            problems.append(f"{_join(path, str(key))}: there is no such key{nearest(str(key), fields)}")
-    read_fields = {}
+    hints, gone = typing.get_type_hints(kind, include_extras=True), getattr(kind, "GONE", {})
+    for key in [key for key in value if key not in fields]:
+        if key not in gone:
+            problems.append(f"{prefix}{key}: there is no such key{nearest(str(key), fields)}")
+        elif value[key] != gone[key][0]:
+            problems.append(f"{prefix}{key}={_show(value[key])}: is gone; {gone[key][1]}")
     for name, field in fields.items():
         if name in value:
-            read_fields[name] = read(hints[name], value[name], _join(path, name), problems)
-        elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
-            problems.append(f"{_join(path, name)}: is missing; must be {describe(hints[name])}")
-    return kind(**read_fields) if len(problems) == before else None
+            found[name] = read(hints[name], value[name], f"{prefix}{name}", problems)
+        elif field.default is field.default_factory is dataclasses.MISSING:
+            problems.append(f"{prefix}{name}: is missing; must be {describe(hints[name])}")
+    return kind(**found) if len(problems) == before else None
 
 
-def _read_annotated(base: Any, interval: Within, value: Any, path: str, problems: list[str]) -> Any:
-    before = len(problems)
-    number = read(base, value, path, problems)
-    if len(problems) > before:
-        problems[-1] += f" {interval}"
-    elif number not in interval:
-        problems.append(f"{path}={_show(value)}: must be {describe(base)} {interval}")
-    return number
+def _fitting(kind: Any, value: Any) -> Any:
+    """`value` as a type without parts. Raises ValueError."""
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin in _UNIONS:
+        for alternative in arguments:
+            with contextlib.suppress(ValueError):
+                return _fitting(alternative, value)
+    elif origin is typing.Annotated:
+        number = _fitting(arguments[0], value)
+        if number in arguments[1]:
+            return number
+    elif origin is Literal:
+        if isinstance(value, str) and value in arguments:
+            return value
+    elif _is_huge(value):
+        pass
+    elif kind is float and type(value) in (int, float) and math.isfinite(value):
+        return float(value)
+    elif kind is not float and type(value) is kind and not (kind is str and "\0" in value):  # no file name holds a NUL
+        return value
+    raise ValueError
 
 
-def _read_union(kinds: Sequence[Any], union: Any, value: Any, path: str, problems: list[str]) -> Any:
-    # A list can only be meant for one alternative, whose own problems say more.
-    structured = [kind for kind in kinds if typing.get_origin(kind) is tuple] if isinstance(value, list) else []
-    for kind in structured or kinds:
-        own: list[str] = []
-        result = read(kind, value, path, own)
-        if not own:
-            return result
-    if structured:
-        problems += own
-    else:
-        words = [word for kind in kinds if typing.get_origin(kind) is Literal for word in typing.get_args(kind)]
-        hint = nearest(value, words) if isinstance(value, str) else ""
-        problems.append(f"{path}={_show(value)}: must be {describe(union)}{hint}")
-    return None
+def _hint(kind: Any, value: Any) -> str:
+    """The nearest of the words that `kind` allows, or why a number is none."""
+    kinds = typing.get_args(kind) if typing.get_origin(kind) in _UNIONS else (kind,)
+    words = [word for each in kinds if typing.get_origin(each) is Literal for word in typing.get_args(each)]
+    return ", and of less than 20 digits" if _is_huge(value) and not words else nearest(str(value), words)
 
 
-def _read_tuple(arguments: tuple, kind: Any, value: Any, path: str, problems: list[str]) -> Any:
-    fixed = arguments[-1] is not Ellipsis
-    if not isinstance(value, list | tuple) or (fixed and len(value) != len(arguments)):
-        problems.append(f"{path}={_show(value)}: must be {describe(kind)}")
-        return None
-    kinds = arguments if fixed else [arguments[0]] * len(value)
-    return tuple(read(k, v, f"{path}[{i}]", problems) for i, (k, v) in enumerate(zip(kinds, value, strict=True)))
-
-
-def _join(path: str, key: str) -> str:
-    return f"{path}.{key}" if path else key
+def _is_huge(value: Any) -> bool:
+    return type(value) is int and abs(value) > _LARGEST
 
 
 def _show(value: Any) -> str:

@@ -1,12 +1,16 @@
 """Every option of every config group composes and validates."""
 
 import argparse
+import dataclasses
+import re
+import typing
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from est_cli.composition.composer import compose, conf_dir
-from est_cli.config import as_plain, auto, read_train_config
+from est_cli.config import TrainConfig, as_plain, auto, read_train_config
 
 GROUPS = ("model", "data", "tokenizer", "scheduler", "sampling", "optimizer", "trainer", "logger", "checkpoint")
 OPTIONS = [(g, path.stem) for g in (*GROUPS, "experiment") for path in sorted((conf_dir() / g).glob("*.yaml"))]
@@ -53,3 +57,23 @@ def test_a_large_final_checkpoint_is_written_only_when_asked_for():
     assert any("trainer.save_final" in line for line in said)
     asked, _ = auto.choose(read("model=tinyllama", "trainer.save_final=full"), auto.Device("cpu"))
     assert asked.trainer.save_final == "full"
+
+
+def keys_of(kind: type, prefix: str = "") -> Iterator[str]:
+    """Every dotted key of a config, those of lists of mappings too."""
+    hints = typing.get_type_hints(kind)
+    for field in dataclasses.fields(kind):
+        parts = (hints[field.name], *typing.get_args(hints[field.name]))
+        sections = [part for part in parts if dataclasses.is_dataclass(part)]
+        if hints[field.name] not in sections:
+            yield f"{prefix}{field.name}"
+        for section in sections:
+            yield from keys_of(section, f"{prefix}{field.name}.")
+
+
+def test_every_key_is_documented_with_who_sets_it():
+    text = (Path(__file__).parents[1] / "docs" / "configuration.md").read_text("utf-8")
+    keys = set(keys_of(TrainConfig)) - {"scheduler.options"}
+    assert len(keys) > 100
+    assert sorted(key for key in keys if f"`{key}`" not in text) == []
+    assert sorted(set(re.findall(r"^\| `(.+?)` \|", text, re.MULTILINE)) - keys) == []

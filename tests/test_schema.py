@@ -1,7 +1,7 @@
 """Reading plain values into annotated types: what fits, what does not, and how that is said."""
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Annotated, Literal
 
 import pytest
@@ -28,7 +28,6 @@ class Outer:
     pair: tuple[float, float] = (0.0, 1.0)
     path: str | None = None
     flag: bool = False
-    sizes: dict[str, int] = field(default_factory=dict)
 
 
 def reading(kind, value) -> tuple[object, list[str]]:

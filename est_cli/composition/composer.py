@@ -20,7 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from est_cli.composition import hydra_internals
 from est_cli.composition.typed_text import parse, quoted
-from est_cli.config import check_value
+from est_cli.config import check_value, what_replaced
 from est_cli.errors import UserError, nearest
 
 # conf/hydra/launcher/joblib.yaml sets values of the plugin's schema of that name, as Hydra before 1.1 wanted it. Every
@@ -207,7 +207,8 @@ class Composer:
         for override in parsed:
             key = override.key_or_group
             if known and key not in groups and "/" not in key and not override.is_add() and key not in known:
-                yield f"{key}: there is no such key{nearest(key, [*groups, *known])}"
+                problem = what_replaced(key) or f"there is no such key{nearest(key, [*groups, *known])}"
+                yield f"{key}: {problem}"
 
     def _group_problem(self, override: Override, groups: list[str]) -> str | None:
         group, value = override.key_or_group, override.value()

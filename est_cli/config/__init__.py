@@ -1,4 +1,4 @@
-"""A config's way: plain values → types → checks across sections → chosen values. Imports no torch.
+"""How a config is read: plain values → types → checks across sections → chosen values. Imports no torch.
 
 sections   the frozen dataclasses, whose types say what is allowed
 checks     values that are allowed on their own and clash with each other
@@ -9,7 +9,7 @@ Each file imports only those above it. `auto` needs est_cli.subnet to count FLOP
 imported by its own name.
 """
 
-from est_cli.config.reading import check_value, read_train_config  # noqa: F401
+from est_cli.config.reading import check_value, read_train_config, what_replaced  # noqa: F401
 from est_cli.config.sections import (  # noqa: F401
     CheckpointConfig,
     Count,

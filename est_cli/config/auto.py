@@ -1,4 +1,4 @@
-"""`auto` values become numbers that suit the device, and each choice worth knowing is told."""
+"""Chosen values: every `auto` becomes a number that suits the device, and the choices worth knowing are reported."""
 
 import dataclasses
 import math
@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from est_cli.config.checks import AUTO_MAX_STEPS
-from est_cli.config.sections import ModelConfig, TrainConfig, TrainerConfig
+from est_cli.config.sections import DataConfig, ModelConfig, TrainConfig, TrainerConfig
 from est_cli.errors import UserError
 from est_cli.subnet.flops import config_ledger, training_flops
 from est_cli.subnet.memory import checkpoint_bytes
@@ -20,7 +20,7 @@ CPU_TOKENS = 2048
 CUDA_TOKENS = 16384
 LARGE_CHECKPOINT_BYTES = 4e9
 CUDA_FLOPS_PER_S = 4e14
-"""What a fast GPU computes of a step's FLOPs. On a slower one a step takes longer, and compiling it saves more."""
+"""FLOP/s of a fast GPU. On a slower one a step takes longer, and compiling saves more."""
 COMPILE_SAVES = 0.1
 """Share of a step's time that compiled blocks save on a GPU."""
 COMPILE_S = 60.0
@@ -28,6 +28,7 @@ COMPILE_S = 60.0
 EVALUATIONS = 10
 FEWEST_STEPS_BETWEEN_EVALUATIONS = 10
 MOST_LISTED = 1024
+_TOLD = ("seq_len", "batch_size", "max_steps", "eval_tokens", "precision", "compile")
 GPUS_OF_A_MACHINE = 8
 """Assumed where no machine can be asked: by est-plan."""
 
@@ -60,46 +61,42 @@ def expected_device(config: TrainConfig) -> Device:
 
 
 def choose(config: TrainConfig, device: Device) -> tuple[TrainConfig, list[str]]:
-    """`config` with a number for every `auto`, and one line for each choice worth telling.
+    """`config` with a number for every `auto`, and one line for each choice worth reporting.
 
     Raises UserError if the devices cannot share the model.
     """
-    notes = []
-    if config.trainer.shard:
-        trainer = dataclasses.replace(config.trainer, strategy="fsdp", shard=False)
-        config = dataclasses.replace(config, trainer=trainer)
-        notes.append("trainer.shard=true now means trainer=fsdp, and goes away in the next release")
     model, data, trainer = config.model, config.data, config.trainer
     cpu = device.kind == "cpu"
-    chosen: dict[str, dict[str, Any]] = {"data": {}, "trainer": {}}
+    chosen: dict[str, Any] = {}
 
-    def pick(section: str, key: str, value: Any) -> Any:
-        given = getattr(getattr(config, section), key)
-        return chosen[section].setdefault(key, value) if given == "auto" else given
+    def pick(section: DataConfig | TrainerConfig, key: str, value: Any) -> Any:
+        given = getattr(section, key)
+        return chosen.setdefault(key, value) if given == "auto" else given
 
-    seq_len = pick("data", "seq_len", min(model.max_seq_len, CPU_SEQ_LEN) if cpu else model.max_seq_len)
+    seq_len = pick(data, "seq_len", min(model.max_seq_len, CPU_SEQ_LEN) if cpu else model.max_seq_len)
     per_token = training_flops(model, seq_len, 1).total
     tokens = min(CPU_TOKENS, CPU_STEP_FLOPS / per_token) if cpu else CUDA_TOKENS
-    batch_size = pick("trainer", "batch_size", max(1, int(tokens // seq_len)))
-    grad_accum = pick("trainer", "grad_accum", 1)
-    max_steps = pick("trainer", "max_steps", AUTO_MAX_STEPS)
+    batch_size = pick(trainer, "batch_size", max(1, int(tokens // seq_len)))
+    grad_accum = pick(trainer, "grad_accum", 1)
+    max_steps = pick(trainer, "max_steps", AUTO_MAX_STEPS)
     processes = 1 if trainer.strategy == "single" else device.processes
     step_tokens = batch_size * grad_accum * processes * seq_len
     weights, full = checkpoint_bytes(model)
-    eval_every = pick("trainer", "eval_every", max(FEWEST_STEPS_BETWEEN_EVALUATIONS, max_steps // EVALUATIONS))
+    eval_every = pick(trainer, "eval_every", max(FEWEST_STEPS_BETWEEN_EVALUATIONS, max_steps // EVALUATIONS))
     # A forward pass is a third of a step, and stage 1 steps can cost a quarter: 6 batches are at most 8 of them.
-    pick("trainer", "eval_tokens", max(seq_len, 6 * step_tokens if cpu else max(6 * step_tokens, 1 << 20)))
-    pick("trainer", "checkpoint_every", eval_every if full <= LARGE_CHECKPOINT_BYTES else 0)
+    pick(trainer, "eval_tokens", max(seq_len, 6 * step_tokens if cpu else max(6 * step_tokens, 1 << 20)))
+    pick(trainer, "checkpoint_every", eval_every if full <= LARGE_CHECKPOINT_BYTES else 0)
     fits = "full" if full <= LARGE_CHECKPOINT_BYTES else "weights" if weights <= LARGE_CHECKPOINT_BYTES else "none"
-    pick("trainer", "save_final", fits)
-    pick("trainer", "precision", "fp32" if cpu else "bf16")
-    pick("trainer", "device", device.kind)
+    pick(trainer, "save_final", fits)
+    pick(trainer, "precision", "fp32" if cpu else "bf16")
+    pick(trainer, "device", device.kind)
     shard_size = _shard_size(model, trainer, processes, device.per_machine)
-    trainer = dataclasses.replace(trainer, **chosen["trainer"], devices=processes, shard_size=shard_size)
-    resolved = dataclasses.replace(config, trainer=trainer, data=dataclasses.replace(data, **chosen["data"]))
-    compiles = pick("trainer", "compile", device.has_compiler and compiling_pays(resolved))
+    numbers = {key: value for key, value in chosen.items() if key != "seq_len"}
+    trainer = dataclasses.replace(trainer, **numbers, devices=processes, shard_size=shard_size)
+    resolved = dataclasses.replace(config, data=dataclasses.replace(data, seq_len=seq_len), trainer=trainer)
+    compiles = pick(trainer, "compile", device.has_compiler and compiling_pays(resolved))
     resolved = dataclasses.replace(resolved, trainer=dataclasses.replace(trainer, compile=compiles))
-    return resolved, notes + _sentences(chosen, resolved, full)
+    return resolved, _sentences(chosen, resolved, full)
 
 
 def on_devices(config: TrainConfig, strategy: str) -> TrainConfig:
@@ -142,14 +139,13 @@ def compiling_pays(config: TrainConfig) -> bool:
     return seconds * COMPILE_SAVES > COMPILE_S * len(sizes)
 
 
-def _sentences(chosen: dict[str, dict[str, Any]], config: TrainConfig, full_bytes: int) -> list[str]:
-    picked = {f"{section}.{key}": value for section, keys in chosen.items() for key, value in keys.items()}
-    said = ("seq_len", "batch_size", "max_steps", "eval_tokens", "precision", "compile")
-    sizes = ", ".join(f"{key}={str(value).lower()}" for key, value in picked.items() if key.partition(".")[2] in said)
+def _sentences(chosen: dict[str, Any], config: TrainConfig, full_bytes: int) -> list[str]:
+    said = {key: f"{'data' if key == 'seq_len' else 'trainer'}.{key}" for key in _TOLD if key in chosen}
+    sizes = ", ".join(f"{name}={str(chosen[key]).lower()}" for key, name in said.items())
     lines = [f"chosen for {config.trainer.device}: {sizes}"] if sizes else []
-    if "save_final" in chosen["trainer"] and config.trainer.save_final != "full":
+    if chosen.get("save_final", "full") != "full":
         lines.append(
             f"the final checkpoint would hold {full_bytes / 1e9:.1f} GB: trainer.save_final="
-            f"{config.trainer.save_final} was chosen; trainer.save_final=full or weights writes it"
+            f"{chosen['save_final']} was chosen; trainer.save_final=full or weights writes it"
         )
     return lines

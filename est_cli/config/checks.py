@@ -1,16 +1,15 @@
-"""Values that are allowed on their own, but clash with each other or cannot work here."""
+"""Cross-checks: values that are allowed on their own, but clash with each other or cannot work here."""
 
 import dataclasses
 import inspect
 import itertools
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from est_cli.config.sections import (
     LOGGERS,
     DataConfig,
-    LoggerConfig,
     ModelConfig,
     OptimizerConfig,
     SamplingConfig,
@@ -31,27 +30,62 @@ MOST_PROFILED = 100
 
 _PROFILE = re.compile(r"[0-9]{1,9}:[0-9]{1,9}")
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
+_LIMITS = (
+    ("data.seq_len", "must be at most", "model.max_seq_len"),
+    ("tokenizer.vocab_size", "must be at most", "model.vocab_size"),
+    ("model.n_kv_heads", "must divide", "model.n_heads"),
+    ("sampling.mlp_block", "must divide", "model.d_ff"),
+)
+_NAMED = {
+    "sampling.strategy": (STRATEGIES, "function"),
+    "sampling.layer_strategy": (STRATEGIES, "function"),
+    "scheduler.grow": (GROWTHS, "function"),
+    "logger.kind": (dict.fromkeys(LOGGERS, print), "class"),
+}
+"""What may be ours or a person's own, named by a dotted path."""
 
 
 def clashes(sections: Mapping[str, Any], max_steps: int | None) -> list[str]:
-    """One line for each clash. A check runs only if every section that it takes could be read."""
+    """One line for each clash. A check runs only if everything that it needs could be read."""
     known: dict[str, Any] = {**sections, "max_steps": max_steps}
-    problems: list[str] = []
+    problems = [*_limits(sections), *_names(sections)]
     if known.get("scheduler") is not None and max_steps is not None:
         try:
             known["stages"] = build_stages(known["scheduler"].stages, max_steps, known["scheduler"].names)
         except ValueError as error:
             problems.append(str(error))
             known["stages"] = ()
-    checks = (_model, _lengths, _vocabulary, _blocks, _data, _tokenizer, _strategies, _logger, _processes, _profile)
-    for check in (*checks, _growth, _decay):
+    for check in (_model, _data, _tokenizer, _sampling, _processes, _profile, _growth, _decay):
         needed = [known.get(name) for name in inspect.signature(check).parameters]
         if None not in needed:
             problems += check(*needed)
+    return list(dict.fromkeys(problems))
+
+
+def _value(sections: Mapping[str, Any], key: str) -> Any:
+    """The value of a dotted key; None if its section could not be read."""
+    section, _, name = key.partition(".")
+    return getattr(sections.get(section), name, None)
+
+
+def _limits(sections: Mapping[str, Any]) -> Iterator[str]:
+    """Sizes that another size limits."""
+    for key, rule, limit in _LIMITS:
+        size, total = _value(sections, key), _value(sections, limit)
+        if isinstance(size, int) and total is not None and (total % size if rule == "must divide" else size > total):
+            yield f"{key}={size}: {rule} {limit}={total}"
+
+
+def _names(sections: Mapping[str, Any]) -> Iterator[str]:
     for key in ("name", "run_id"):
-        if known.get(key) is not None and not _NAME.fullmatch(known[key]):
-            problems.append(f"{key}={known[key]}: must be letters, digits, '.', '_' and '-', not starting with '.'")
-    return problems
+        if sections.get(key) is not None and not _NAME.fullmatch(sections[key]):
+            yield f"{key}={sections[key]}: must be letters, digits, '.', '_' and '-', not starting with '.'"
+    for key, (known, what) in _NAMED.items():
+        if (name := _value(sections, key)) is not None:
+            try:
+                named_function(name, known, key, what)
+            except UserError as error:
+                yield from error.problems
 
 
 def _model(model: ModelConfig) -> Iterator[str]:
@@ -60,28 +94,11 @@ def _model(model: ModelConfig) -> Iterator[str]:
         yield f"model.n_heads={model.n_heads}: must divide model.d_model={model.d_model}"
     elif model.position == "rope" and width % 2:
         yield f"model.n_heads={model.n_heads}: rotary positions need heads of an even width, and these are {width} wide"
-    if model.n_heads % model.n_kv_heads:
-        yield f"model.n_kv_heads={model.n_kv_heads}: must divide model.n_heads={model.n_heads}"
-    elif model.position == "learned" and model.n_kv_heads != model.n_heads:
+    if model.position == "learned" and model.n_kv_heads != model.n_heads and model.n_heads % model.n_kv_heads == 0:
         yield (
             f"model.n_kv_heads={model.n_kv_heads}: GPT-2 style (model.position=learned) has no grouped-query "
             f"attention; must equal model.n_heads={model.n_heads}"
         )
-
-
-def _lengths(model: ModelConfig, data: DataConfig) -> Iterator[str]:
-    if data.seq_len != "auto" and data.seq_len > model.max_seq_len:
-        yield f"data.seq_len={data.seq_len}: must be at most model.max_seq_len={model.max_seq_len}"
-
-
-def _vocabulary(model: ModelConfig, tokenizer: TokenizerConfig) -> Iterator[str]:
-    if tokenizer.vocab_size != "auto" and tokenizer.vocab_size > model.vocab_size:
-        yield f"tokenizer.vocab_size={tokenizer.vocab_size}: must be at most model.vocab_size={model.vocab_size}"
-
-
-def _blocks(model: ModelConfig, sampling: SamplingConfig) -> Iterator[str]:
-    if model.d_ff % sampling.mlp_block:
-        yield f"sampling.mlp_block={sampling.mlp_block}: must divide model.d_ff={model.d_ff}"
 
 
 def _data(data: DataConfig) -> Iterator[str]:
@@ -113,31 +130,14 @@ def _tokenizer(tokenizer: TokenizerConfig) -> Iterator[str]:
         yield "tokenizer.path: is missing; must be a tokenizer.json or its folder"
 
 
-def _strategies(sampling: SamplingConfig) -> Iterator[str]:
-    yield from _name("sampling.strategy", sampling.strategy, STRATEGIES)
-    if sampling.layer_strategy is not None:
-        yield from _name("sampling.layer_strategy", sampling.layer_strategy, STRATEGIES)
+def _sampling(sampling: SamplingConfig) -> Iterator[str]:
     if sampling.rescale_layers and sampling.rescale.layers == "sqrt":
         yield "sampling.rescale.layers=sqrt: sampling.rescale_layers=true asks for inverse; leave one of them out"
-
-
-def _logger(logger: LoggerConfig) -> Iterator[str]:
-    yield from _name("logger.kind", logger.kind, dict.fromkeys(LOGGERS, print), "class")
-
-
-def _name(key: str, name: str, known: Mapping[str, Callable], what: str = "function") -> Iterator[str]:
-    """What is wrong with the name of a function or class, ours or a person's own."""
-    try:
-        named_function(name, known, key, what)
-    except UserError as error:
-        yield from error.problems
 
 
 def _processes(trainer: TrainerConfig) -> Iterator[str]:
     if trainer.strategy == "single" and trainer.devices not in ("auto", 1):
         yield f"trainer.devices={trainer.devices}: needs trainer=ddp, fsdp or hsdp (trainer.strategy=ddp)"
-    if trainer.strategy == "single" and trainer.shard:
-        yield "trainer.shard=true: needs trainer=fsdp in its place: one process has nobody to share with"
     # A run directory's config has the size that followed from the strategy.
     follows = trainer.devices if trainer.strategy == "fsdp" else 1
     if trainer.strategy != "hsdp" and trainer.shard_size not in ("auto", follows):
@@ -166,10 +166,8 @@ def _profile(trainer: TrainerConfig, stages: Sequence[Stage]) -> Iterator[str]:
 
 def _growth(model: ModelConfig, sampling: SamplingConfig, scheduler: SchedulerConfig) -> Iterator[str]:
     """Every stage's part of the model must exist, and a model only grows."""
-    unknown = list(_name("scheduler.grow", scheduler.grow, GROWTHS))
-    yield from unknown
-    if unknown or model.n_heads % model.n_kv_heads or model.d_ff % sampling.mlp_block:
-        return  # the other two are told by _model and _blocks
+    if model.n_heads % model.n_kv_heads or model.d_ff % sampling.mlp_block:
+        return  # _limits reports it
     sizes = []
     for index, spec in enumerate(scheduler.stages):
         try:

@@ -40,12 +40,28 @@ def read_train_config(plain: Mapping[str, Any]) -> TrainConfig:
 
 
 def check_value(key: str, value: Any, problems: list[str]) -> None:
-    """Append what is wrong with one value of a dotted key by itself. A key that has no type here is passed over."""
-    kind: Any = TrainConfig
-    for part in key.split("."):
-        kind = typing.get_type_hints(kind, include_extras=True).get(part) if dataclasses.is_dataclass(kind) else None
+    """Append what is wrong with one value of a dotted key by itself. Ignores keys that have no type here."""
+    *path, name = key.split(".")
+    kind = typing.get_type_hints(_section(path), include_extras=True).get(name)
     if kind is not None and not dataclasses.is_dataclass(kind):
         read(kind, value, key, problems)
+
+
+def what_replaced(key: str) -> str | None:
+    """What to write in place of a dotted key that is gone; None for any other key."""
+    *path, name = key.split(".")
+    gone = getattr(_section(path), "GONE", {})
+    return f"is gone; {gone[name][1]}" if name in gone else None
+
+
+def _section(path: list[str]) -> Any:
+    """The dataclass under a dotted path of TrainConfig; one without keys if there is none."""
+    kind: Any = TrainConfig
+    for part in path:
+        kind = typing.get_type_hints(kind, include_extras=True).get(part)
+        if not dataclasses.is_dataclass(kind):
+            return object
+    return kind
 
 
 def _max_steps(trainer: Any) -> int | None:

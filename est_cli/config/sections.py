@@ -6,7 +6,7 @@ What a key means stands beside it in conf/, where --help finds it. A docstring h
 import dataclasses
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from est_cli.schema import Within
 from est_cli.subnet.schedule import Rate, Stage, StageSpec, boundary_step, build_stages
@@ -44,7 +44,7 @@ class ModelConfig:
     init: Literal["gpt2", "tinyllama"] = "gpt2"
     head_dim: Count | None = None
     init_from: str | None = dataclasses.field(default=None, compare=False)
-    """No part of the shape, so models that differ only here are equal."""
+    """Not part of the shape: models that differ only here are equal."""
 
     @property
     def gated(self) -> bool:
@@ -82,13 +82,12 @@ class DataConfig:
     revision: str | None = None
     column: str = "text"
     sources: tuple[SourceConfig, ...] = ()
-    """Weights are shares of the tokens."""
+    """The weights are shares of the tokens."""
     streaming: bool = False
     """Sequences keep the text's order, shuffled within blocks of 1024."""
     on_broken: Literal["stop", "skip"] = "stop"
     train_tokens: Count | None = None
     num_workers: Count | Auto = "auto"
-    """The token files do not depend on it."""
     on_change: Literal["refuse", "accept"] = "refuse"
 
 
@@ -111,13 +110,12 @@ class RescaleConfig:
     heads: Rescale = "inverse"
     mlp: Rescale = "inverse"
     layers: Rescale = "none"
-    """Scales both residual branches of a kept layer, output bias included. With layer_strategy=increasing each layer
-    has its own p."""
+    """With layer_strategy=increasing each layer has its own p."""
 
 
 @dataclass(frozen=True)
 class SamplingConfig:
-    """Granularity. The three rates are what the scheduler's stages refer to."""
+    """What is sampled, and how. The scheduler's stages refer to the three rates."""
 
     heads: Rate = 0.5
     mlp: Rate = 0.5
@@ -140,7 +138,7 @@ class SamplingConfig:
 
 
 GROW_KEYS = ("grow", "grow_moments")
-"""The scheduler's keys that say how layers join. All others but `stages` are what the stages are made from."""
+"""How layers join. The scheduler's other keys, apart from `stages`, are what the stages are made from."""
 
 
 @dataclass(frozen=True)
@@ -166,7 +164,8 @@ class SchedulerConfig:
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    kind: Literal["adamw"] = "adamw"
+    GONE: ClassVar = {"kind": ("adamw", "leave it out, there is only AdamW")}
+
     lr: Positive = 6e-4
     weight_decay: NotNegative = 0.1
     betas: tuple[Momentum, Momentum] = (0.9, 0.95)
@@ -180,7 +179,6 @@ class OptimizerConfig:
     """sqrt: Hägele et al. (2024), arXiv 2405.18392."""
     min_lr_ratio: Fraction = 0.1
     unsampled: Literal["zero_grad", "freeze"] = "zero_grad"
-    """freeze: the moments and step counts of unsampled rows stand still too."""
 
     def decay_start(self, max_steps: int) -> int:
         """The first step of the decay, which still has the full rate; `max_steps` if the rate never falls."""
@@ -198,41 +196,30 @@ class OptimizerConfig:
 
 @dataclass(frozen=True)
 class TrainerConfig:
+    GONE: ClassVar = {"shard": (False, "give trainer=fsdp")}
+
     max_steps: Count | Auto = "auto"
     batch_size: Count | Auto = "auto"
-    """Sequences of one micro-batch on one device."""
     grad_accum: Count | Auto = "auto"
-    """Micro-batches of one optimizer step."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     strategy: Literal["single", "ddp", "fsdp", "hsdp"] = "single"
     devices: Count | Auto = "auto"
     shard_size: Count | Auto = "auto"
-    """hsdp: ranks that share master weights and moments. Resolved, it is what ddp (1) and fsdp (all) differ in."""
-    shard: bool = False
+    """Ranks that share master weights and moments. Once chosen, it is 1 for ddp and the number of devices for fsdp."""
     compile: bool | Auto = "auto"
     recompute: Literal["none", "block"] = "none"
-    """block: recompute activations of each block in the backward pass."""
     log_every: Count = 1
     eval_every: Natural | Auto = "auto"
-    """Steps between evaluations of the full model; 0 evaluates at the end only."""
     eval_tokens: Count | Auto = "auto"
     checkpoint_every: Natural | Auto = "auto"
-    """Steps between checkpoints; 0 writes only the final one."""
     save_final: Literal["auto", "weights", "full", "none"] = "auto"
     peak_flops: Positive | None = None
-    """Peak FLOP/s of one device, for perf/mfu; null looks it up."""
     threads: Count | None = None
-    """CPU threads; null leaves torch's choice."""
     collective_timeout_s: Positive = 600.0
-    """Seconds that a rank waits for the others within a step before the run ends; checkpoints do not count."""
     on_nonfinite: Literal["stop", "skip"] = "stop"
-    """A loss or gradient that is not finite ends the run, or its step is skipped and counted."""
     profile: str | int | None = None
-    """STEP:COUNT: a trace of COUNT steps of every stage, from its step STEP (0 is its first) on.
-
-    YAML without quotes reads 10:3 as the number 603, which is refused with a word on it.
-    """
+    """STEP:COUNT. YAML without quotes reads 10:3 as the number 603, which is refused with an explanation."""
 
     @property
     def profiled(self) -> tuple[int, int]:

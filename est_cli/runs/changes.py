@@ -21,7 +21,6 @@ HARMLESS = (
     "trainer.profile",
     "trainer.collective_timeout_s",
     "trainer.strategy",
-    "trainer.shard",
     "trainer.shard_size",
     "data.cache_dir",
     "data.num_workers",
