@@ -9,7 +9,7 @@ from matplotlib.ticker import FixedLocator
 
 from est_cli.reports.comparison import Frontier
 from est_cli.reports.style import report_style, series
-from study.grid import ARMS, FULL, LEARNING_RATES, SEEDS, SIZES, SMALL, WARMUP, WINNER, runs_with
+from study.grid import ARMS, FULL, LEARNING_RATES, SEEDS, SIZES, SMALL, WINNER, runs_with
 from study.records import Records
 from study.results import frontier_of, headline, screened
 from study.tables import losses_by_rate
@@ -41,7 +41,7 @@ def _learning_rates(records: Records) -> Panels:
 def _headline(records: Records) -> Panels:
     for size in SIZES:
         results = {arm: result for arm, result in headline(records, size).items() if np.isfinite(result.share)}
-        frontiers = [frontier_of(records, size, seed, warmup=WARMUP[size]) for seed in SEEDS]
+        frontiers = [frontier_of(records, run) for run in runs_with(group="headline", size=size, arm=ARMS[FULL])]
         full = Frontier.mean([frontier for frontier in frontiers if len(frontier.loss)])
 
         def draw(ax: Axes, size=size, results=results, full=full) -> None:
@@ -82,7 +82,8 @@ def _screens(records: Records) -> Panels:
     results = [(run.arm.says, r) for run, r in screened(records, SMALL) if np.isfinite(r.share)]
 
     def draw(ax: Axes) -> None:
-        _against_flops(ax, frontier_of(records, SMALL, SEEDS[0]))
+        [full] = runs_with(group="short", size=SMALL, arm=ARMS[FULL], seed=SEEDS[0])
+        _against_flops(ax, frontier_of(records, full))
         ax.plot([r.share for _, r in results], [r.losses for _, r in results], **_look(1), linestyle="")
         heights: list[float] = []
         for says, result in results:

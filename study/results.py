@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +13,7 @@ from est_cli.experiments.saving import AT_LEAST, AT_MOST, needed
 from est_cli.reports.comparison import Frontier
 from est_cli.reports.records import RunRecord
 from est_cli.subnet.memory import count_parameters
-from study.grid import ARMS, FULL, SEEDS, SHORT, SHORTER, SIZES, WARMUP, WINNER, Arm, Run, runs_with
+from study.grid import ARMS, SEEDS, SHORT, SHORTER, SIZES, WARMUP, WINNER, Arm, Run, runs_with
 from study.records import Records
 
 Seeds = dict[int, RunRecord]
@@ -40,11 +41,10 @@ class Result:
 def compare(runs: Seeds, full: Seeds, frontiers: dict[int, Frontier], step_s: list[float]) -> Result:
     """`full` has the full model for the same tokens, `frontiers` also for fewer; `step_s` as in `times_of`."""
     losses = {seed: run.outcome["val_loss"] for seed, run in runs.items()}
-    flops, full_flops = _mean(_flops(runs)), _mean(_flops(full))
-    same_flops = [losses[seed] - frontiers[seed].loss_at(flops) for seed in runs if seed in frontiers]
-    frontier = Frontier.mean([frontiers[seed] for seed in runs if seed in frontiers])
-    loss = _mean([losses[seed] for seed in runs if seed in frontiers])
-    least, bound = needed(frontier, loss)
+    flops, full_flops = (_mean([run.outcome["flops_total"] for run in seeds.values()]) for seeds in (runs, full))
+    known = [seed for seed in runs if seed in frontiers]
+    same_flops = [losses[seed] - frontiers[seed].loss_at(flops) for seed in known]
+    least, bound = needed(Frontier.mean([frontiers[seed] for seed in known]), _mean([losses[seed] for seed in known]))
     least = math.nan if bound == AT_MOST else least
     return Result(
         runs,
@@ -60,20 +60,16 @@ def compare(runs: Seeds, full: Seeds, frontiers: dict[int, Frontier], step_s: li
 
 def result_of(records: Records, runs: list[Run]) -> Result:
     """Of `runs`, which are the seeds of one arm at one size and number of steps."""
-    first, arm, size = runs[0], runs[0].arm, runs[0].size
-    factor = first.steps / round(SIZES[size][2] * arm.length)
-    same_tokens = {
-        "steps": round(SIZES[size][2] * factor),
-        "lr": ARMS[FULL].lr_at(size, first.warmup),
-        "warmup": first.warmup,
-    }
-    frontiers = {seed: frontier_of(records, size, seed, factor, first.warmup) for seed in SEEDS}
+    done = {run.seed: run for run in runs if run in records}
+    same_tokens = {seed: run.held_against[0] for seed, run in done.items() if run.held_against}
+    frontiers = {seed: frontier_of(records, run) for seed, run in done.items()}
+    # Everything that doubles has stages of the same depths.
+    timed = WINNER if runs[0].arm.name.startswith(WINNER) else runs[0].arm.name
     return compare(
-        _by_seed(records, runs),
-        _by_seed(records, runs_with(size=size, arm=ARMS[FULL], **same_tokens)),
+        _by_seed(records, done),
+        _by_seed(records, same_tokens),
         {seed: frontier for seed, frontier in frontiers.items() if len(frontier.loss)},
-        # Everything that doubles has stages of the same depths.
-        times_of(records).get(size, {}).get(WINNER if arm.name.startswith(WINNER) else arm.name, []),
+        times_of(records).get(runs[0].size, {}).get(timed, []),
     )
 
 
@@ -102,15 +98,10 @@ def screened(records: Records, size: str, warmup: int = SHORT) -> list[tuple[Run
     return sorted(((run, result_of(records, [run])) for run in best), key=rank)
 
 
-def frontier_of(records: Records, size: str, seed: int, factor: float = 1.0, warmup: int = SHORT) -> Frontier:
-    """The full model of one seed for `factor` times the lengths of the headline; empty if one of them is missing."""
-    groups = ("headline", "short", "length")
-    full = [run for group in groups for run in runs_with(group=group, size=size, seed=seed) if run.arm.is_full]
-    fitting = [run for run in full if run.warmup == warmup or run.arm.length < 1]
-    by_steps = {run.steps: run for run in fitting if run in records}
-    asked = [round(SIZES[size][2] * factor * length) for length in (1.0, *SHORTER)]
-    done = records.of([by_steps[steps] for steps in asked if steps in by_steps])
-    return Frontier.of(done if len(done) == len(asked) else [])
+def frontier_of(records: Records, run: Run) -> Frontier:
+    """What `run` is held against; empty if a run of it is missing."""
+    done = records.of(run.held_against)
+    return Frontier.of(done if len(done) == 1 + len(SHORTER) else [])
 
 
 def times_of(records: Records) -> dict[str, Any]:
@@ -125,23 +116,10 @@ def parameters(run: RunRecord) -> int:
 
 def headline_json(records: Records) -> dict[str, Any]:
     """The winner in numbers. Those at the top are of the size that most seeds are done of, the larger one if equal."""
-    winner = ARMS[WINNER]
     sizes = [_size_json(run, result) for run, result in winners(records) if result.same_tokens]
     tuned = [entry for entry in sizes if entry["warmup"] == WARMUP[entry["size"]]]
     main = max(reversed(tuned or sizes), key=lambda entry: entry["seeds"], default={})
-    keys = (
-        "size",
-        "warmup",
-        "seeds",
-        "difference",
-        "spread",
-        "saved",
-        "saved_at_equal_loss",
-        "at_least",
-        "seconds_saved",
-    )
-    said = {"schedule": winner.says, "overrides": list(winner.overrides)}
-    return {**said, **{key: main.get(key) for key in keys}, "sizes": sizes}
+    return {"schedule": ARMS[WINNER].says, "overrides": list(ARMS[WINNER].overrides), **main, "sizes": sizes}
 
 
 def winners(records: Records) -> list[tuple[Run, Result]]:
@@ -165,26 +143,16 @@ def _size_json(first: Run, result: Result) -> dict[str, Any]:
         "saved_at_equal_loss": result.saved,
         "seconds_saved": result.seconds_saved,
     }
+    model = {"n_layers": layers, "d_model": width, "params": n_parameters, "tokens": tokens}
     return {
-        **{
-            "size": first.size,
-            "warmup": first.warmup,
-            "n_layers": layers,
-            "d_model": width,
-            "params": n_parameters,
-            "tokens": tokens,
-        },
+        **{"size": first.size, "warmup": first.warmup, **model},
         **{key: round(float(value), 6) if math.isfinite(value) else None for key, value in numbers.items()},
         **{"at_least": result.at_least, "seeds": len(differences)},
     }
 
 
-def _by_seed(records: Records, runs: list[Run]) -> Seeds:
-    return {run.seed: records.of([run])[0] for run in runs if run in records}
-
-
-def _flops(runs: Seeds) -> list[float]:
-    return [run.outcome["flops_total"] for run in runs.values()]
+def _by_seed(records: Records, runs: Mapping[int, Run]) -> Seeds:
+    return {seed: records.of([run])[0] for seed, run in runs.items() if run in records}
 
 
 def _seconds(runs: Seeds, step_s: list[float]) -> float:

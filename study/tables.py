@@ -89,7 +89,7 @@ def learning_rates(records: Records) -> str:
         if len(losses) > 1 and best in (min(losses, key=float), max(losses, key=float)):
             edges.append(f"{arm.says} ({size}, warmup {warmup}, {float(best):g})")
     table = _table(("size", "schedule", "warmup", *(f"{float(lr):g}" for lr in LEARNING_RATES)), rows)
-    return f"{table}\n\nBest at an edge of the rates that were tried: {_listed(edges)}."
+    return f"{table}\n\nBest at an edge of the rates that were tried: {'; '.join(edges) or 'none'}."
 
 
 def losses_by_rate(records: Records, arm: str, size: str = SMALL, warmup: int = SHORT) -> dict[str, float]:
@@ -255,10 +255,6 @@ def _losses(runs: list[RunRecord]) -> list[float]:
 def _table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
-
-
-def _listed(names: list[str]) -> str:
-    return "; ".join(names) or "none"
 
 
 def _percent(share: float) -> str:

@@ -40,7 +40,7 @@ def config_of(run: Run) -> TrainConfig:
 @functools.cache
 def _flops_of_step(arm: Arm, size: str) -> float:
     """Of the whole model, the mean over a run."""
-    config = config_of(run_of("headline", arm, size))
+    config = config_of(run_of("headline", arm.name, size))
     return config_ledger(config).spent(config.trainer.max_steps).total / config.trainer.max_steps
 
 
