@@ -84,7 +84,7 @@ def _analyze(folders: Sequence[Path], measures: Measures) -> list[dict[str, Any]
 
 
 def print_analysis(runs: Sequence[dict[str, Any]], console: Console) -> None:
-    """One table a question; a row for each run and what it has of it, or a column for each run."""
+    """Three tables: stage transitions, losses over subnetworks, sharpness."""
     transitions = [(run, entry) for run in runs for entry in run["transitions"]]
     if transitions:
         console.print(_transitions_table(transitions, len(runs) > 1))
@@ -163,6 +163,6 @@ def _eigenvalue(run: dict[str, Any]) -> str:
 
 
 def _table(title: str, named: bool, *texts: str, numbers: Sequence[str]) -> Table:
-    """With a column for the run's name where there are several."""
+    """`named`: with a column for the run's name."""
     columns = (Column(name, justify="right", overflow="fold") for name in numbers)
     return Table(*(["run"] if named else []), *texts, *columns, title=title, title_justify="left")

@@ -149,7 +149,7 @@ def exit_with(call: Callable[[], int | None]) -> NoReturn:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = DONE
     except SystemExit as error:
-        # rich ends the process so where the reader has left: est-plan | head.
+        # How rich ends the process when the reader has left: est-plan | head.
         if not isinstance(error.__context__, BrokenPipeError):
             raise
         code = DONE

@@ -191,7 +191,7 @@ def _that_save_memory(config: TrainConfig) -> TrainConfig:
 
 
 def _rate(stage: dict[str, Any], name: str, key: str, total: int) -> str:
-    """The rate, and what it really keeps where rounding to whole units changed it; `4 of 8` until all have joined."""
+    """The rate, also as rounded to whole units if that differs; `4 of 8` until all units have joined."""
     requested, effective, grown = stage["rates"][name], stage["effective_rates"][name], stage["grown"][key]
     if grown < total:
         return f"{round(effective * total)} of {total}"

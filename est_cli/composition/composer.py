@@ -37,7 +37,7 @@ def conf_dir() -> Path:
 
 @functools.cache
 def run_id() -> str:
-    """The job's id where a scheduler gives one, so that a requeued job finds its run; else a fresh one."""
+    """The scheduler's job id, so that a requeued job finds its run; a fresh id without a scheduler."""
     environment = os.environ
     if job := environment.get("SLURM_ARRAY_JOB_ID"):
         return f"{job}_{environment.get('SLURM_ARRAY_TASK_ID', '0')}"
@@ -128,7 +128,7 @@ class Composer:
         with self._mistakes_told(jobs):
             master = self.compose_master(overrides)
             for job in jobs:
-                _checked(self.compose_job(job))
+                _checked(self._compose([*job, "hydra.mode=RUN"]))
         problems: list[str] = []
         for override in (parse(text, self.loader) for text in overrides):
             if override.is_discrete_sweep():
@@ -143,8 +143,9 @@ class Composer:
         return self._compose(overrides, RunMode.MULTIRUN)
 
     def compose_job(self, overrides: list[str]) -> DictConfig:
-        """One job of a sweep."""
-        return self._compose([*overrides, "hydra.mode=RUN"])
+        """One job of a sweep. Raises UserError naming every bad override."""
+        with self._mistakes_told([overrides]):
+            return self._compose([*overrides, "hydra.mode=RUN"])
 
     def _compose(self, overrides: list[str], mode: RunMode = RunMode.RUN) -> DictConfig:
         """Raises what Hydra raises for mistakes."""
@@ -171,7 +172,7 @@ class Composer:
 
     @contextlib.contextmanager
     def _mistakes_told(self, jobs: list[list[str]], sweeps: bool = True) -> Iterator[None]:
-        """Raises UserError in the place of what Hydra, OmegaConf and the YAML reader raise for a person's mistake."""
+        """Raises UserError instead of what Hydra, OmegaConf and the YAML reader raise for a mistake in `jobs`."""
         try:
             yield
         except yaml.MarkedYAMLError as error:
@@ -185,7 +186,7 @@ class Composer:
             raise UserError(*(problems or [_first_line(error)])) from error
 
     def _problems(self, overrides: list[str], sweeps: bool = True) -> Iterator[str]:
-        """One line for each override that cannot be what was meant; a sweep's only where there are several jobs."""
+        """One line for each bad override. Several values of a key are bad unless `sweeps` is true."""
         parsed, groups_that_compose = [], []
         for text in overrides:
             try:
@@ -227,7 +228,7 @@ class Composer:
 
 
 def _checked(config: DictConfig) -> DictConfig:
-    """Raises UserError for an experiment whose file sets a section of its own name, which nobody can mean."""
+    """Raises UserError for an experiment's file without its package line: its keys would change nothing."""
     if "experiment" in config:
         option = config.hydra.runtime.choices.get("experiment")
         raise UserError(f"experiment={option}: its file must begin with the line `# @package _global_`")
@@ -235,7 +236,7 @@ def _checked(config: DictConfig) -> DictConfig:
 
 
 def _every_value_once(overrides: list[str], loader: ConfigLoader) -> list[list[str]]:
-    """Overrides of as few jobs as hold every swept value; those that cannot be read stay as they are."""
+    """Overrides of the fewest jobs in which every swept value appears. Unreadable overrides stay as they are."""
     values = []
     for text in overrides:
         try:

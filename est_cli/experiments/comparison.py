@@ -11,9 +11,7 @@ from pathlib import Path
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
-from hydra.errors import HydraException
 from omegaconf import DictConfig, ListConfig
-from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 
 from est_cli.composition.composer import Composer, plain
@@ -80,9 +78,7 @@ class ComparisonJobs:
                 return ArmJobs(name, overrides, read_config(plain(composed), composed.hydra)[0])
             except UserError as error:
                 problems.extend(f"arms: {name}: {problem}" for problem in error.problems)
-            except (HydraException, OmegaConfBaseException, ValueError) as error:
-                problems.append(f"arms: {name}: {str(error).strip().splitlines()[0]}")
-            return None
+                return None
 
         own = arm(EST)
         evolving = {name: own if name == EST else arm(name) for name in names if name not in DENSE} or {EST: own}
@@ -127,7 +123,7 @@ class ComparisonJobs:
         console.print(said, highlight=False)
 
     def run(self, launch: Launch) -> None:
-        """An arm has no later seeds until its first is done at every setting."""
+        """Launch all jobs. An arm's later seeds wait until its first seed has tried every setting."""
         if not self.tunes_first:
             points = itertools.product(self.seeds, self.settings, self.arms)
             launch([(*arm.overrides, *seed, *setting) for seed, setting, arm in points])

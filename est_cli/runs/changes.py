@@ -28,9 +28,9 @@ HARMLESS = (
     "data.on_broken",
     "name",
 )
-"""Keys, and whole sections, that may change when a run continues: what the run computes does not hang on them.
+"""Keys, and whole sections, that may change when a run continues, because its results do not depend on them.
 
-Of these `trainer.threads` alone can move a sum's last bit.
+Only `trainer.threads` can change the last bit of a sum.
 """
 
 MAX_STEPS = "trainer.max_steps"
@@ -40,12 +40,13 @@ BATCH = ("trainer.devices", "trainer.batch_size", "trainer.grad_accum")
 
 @dataclass(frozen=True)
 class Change:
-    """A key whose value differs between two plain configs, and why it may not, where it may not."""
+    """A key whose value differs between two plain configs."""
 
     key: str
     old: Any
     new: Any
     problem: str | None
+    """Why it may not differ; None if it may."""
 
     def __str__(self) -> str:
         return f"{self.key}: was {self.old}, is {self.new}"
@@ -79,7 +80,7 @@ def _problem(key: str, old: Any, new: Any, saved: dict[str, Any], config: dict[s
 
 
 def _fractions(config: dict[str, Any]) -> Iterator[tuple[str, Any]]:
-    """What the number of steps decides: a longer run would have had another past."""
+    """Keys whose meaning depends on the number of steps, so a longer run would have trained differently so far."""
     for number, stage in enumerate(config["scheduler"]["stages"]):
         if isinstance(stage["end"], float):
             yield f"scheduler.stages[{number}].end", stage["end"]
@@ -94,7 +95,7 @@ def _fractions(config: dict[str, Any]) -> Iterator[tuple[str, Any]]:
 
 
 def _batch_problem(saved: dict[str, Any], trainer: dict[str, Any]) -> str | None:
-    """How to keep the sequences of a step that a run has begun with; None where they are kept."""
+    """How to keep the number of sequences in a step; None if the new config keeps it."""
     keys = [key.removeprefix("trainer.") for key in BATCH]
     sequences, devices = math.prod(saved[key] for key in keys), trainer["devices"]
     if sequences == math.prod(trainer[key] for key in keys):

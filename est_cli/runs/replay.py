@@ -1,4 +1,4 @@
-"""est-train replay=FOLDER: runs a step that was not finite again, and says where that begins."""
+"""est-train replay=FOLDER: runs a step that was not finite again, and names the first module that is not finite."""
 
 import dataclasses
 import json
