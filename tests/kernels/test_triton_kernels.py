@@ -24,7 +24,7 @@ from est_cli.training.optimizer import SampledAdamW
 from est_cli.training.subnetwork import PackedSubnetwork
 from kernels.device import DEVICE, HAS_GPU
 
-SETS, HEADS = dict(cases.SETS), list(cases.HEADS)
+SETS, HEADS = {"odd and aligned": cases.ODD + cases.ALIGNED}, list(cases.HEADS)
 DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if HAS_GPU else [])]
 FREEZE = pytest.mark.parametrize("freeze", [False, True], ids=["zero_grad", "freeze"])
 if HAS_GPU:  # the sizes of GPT-2 too
