@@ -347,6 +347,8 @@ class TokenStream:
 
     def mixed_counts(self) -> Counts:
         """The source's part of the mixture; the text of an incomplete pass is estimated by its share of the tokens."""
+        if self.taken == self.counts.tokens:
+            return self.counts
         n_bytes, replaced = (round(number * self.passes) for number in (self.counts.bytes, self.counts.replaced))
         return Counts(self.documents, n_bytes, self.taken, replaced)
 
