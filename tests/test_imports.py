@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -58,6 +59,7 @@ def names_of(node: ast.AST) -> set[str]:
     return set()
 
 
+@cache
 def imported(name: str) -> set[str]:
     """What a module imports, on first use too: `training.loop` after `from est_cli import training`."""
     nodes = list(statements(ast.parse(MODULES[name].read_text())))
@@ -100,14 +102,11 @@ def test_no_module_imports_itself_by_a_detour():
         visit(name, ())
 
 
-def functions(tree: ast.AST) -> Iterator[ast.AST]:
-    yield from (node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef))
-
-
 @pytest.mark.parametrize("name", [name for name in MODULES if part(name) in ON_TOP])
 def test_imports_stand_at_the_top(name):
     """est_cli/lazy.py decides what is loaded late, and nothing else does."""
-    for function in functions(ast.parse(MODULES[name].read_text())):
+    nodes = ast.walk(ast.parse(MODULES[name].read_text()))
+    for function in (node for node in nodes if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)):
         late = set().union(*map(names_of, ast.walk(function)))
         assert {other.split(".")[0] for other in late} <= LATE, f"{name}.{function.name} imports {late}"
 
@@ -125,17 +124,11 @@ def test_the_observers_of_the_loop_come_as_arguments():
             assert others <= {part(name)}, f"{name} imports {others}"
 
 
-@pytest.mark.parametrize("name", [name for name in MODULES if part(name) in WITHOUT_TORCH])
-def test_planning_data_and_reports_need_no_torch(name):
-    assert not libraries(name) & {"torch", "safetensors"}
-
-
 @pytest.mark.parametrize("name", MODULES)
-def test_only_what_composes_knows_hydra_and_only_tracking_knows_wandb(name):
-    if part(name) not in COMPOSING:
-        assert not libraries(name) & {"hydra", "omegaconf"}
-    if part(name) != "tracking":
-        assert "wandb" not in libraries(name)
+def test_libraries_are_known_only_where_they_are_needed(name):
+    assert part(name) in COMPOSING or not libraries(name) & {"hydra", "omegaconf"}
+    assert part(name) == "tracking" or "wandb" not in libraries(name)
+    assert part(name) not in WITHOUT_TORCH or not libraries(name) & {"torch", "safetensors"}
 
 
 @pytest.mark.parametrize("name", [n for n in MODULES if part(n) in {"subnet", "model", "kernels", "training"}])
