@@ -116,19 +116,19 @@ def parameters(run: RunRecord) -> int:
 
 def headline_json(records: Records) -> dict[str, Any]:
     """The winner in numbers. Those at the top are of the size that most seeds are done of, the larger one if equal."""
-    sizes = [_size_json(run, result) for run, result in winners(records) if result.same_tokens]
+    sizes = [_size_json(runs[0], result) for runs, result in winners(records) if result.same_tokens]
     tuned = [entry for entry in sizes if entry["warmup"] == WARMUP[entry["size"]]]
     main = max(reversed(tuned or sizes), key=lambda entry: entry["seeds"], default={})
     return {"schedule": ARMS[WINNER].says, "overrides": list(ARMS[WINNER].overrides), **main, "sizes": sizes}
 
 
-def winners(records: Records) -> list[tuple[Run, Result]]:
-    """The first run and the result of the winner at every size and length, with the headline's warmup and with less."""
+def winners(records: Records) -> list[tuple[list[Run], Result]]:
+    """The seeds and the result of the winner at every size and length, with the headline's warmup and with less."""
     found: dict[tuple[str, int, int], list[Run]] = {}
     for group in ("headline", "short", "length"):
         for run in runs_with(group=group, arm=ARMS[WINNER]):
             found.setdefault((run.size, run.steps, run.warmup), []).append(run)
-    return [(runs[0], result_of(records, runs)) for runs in found.values()]
+    return [(runs, result_of(records, runs)) for runs in found.values()]
 
 
 def _size_json(first: Run, result: Result) -> dict[str, Any]:

@@ -18,7 +18,6 @@ from study.results import (
     compare,
     headline,
     parameters,
-    result_of,
     screened,
     times_of,
     winners,
@@ -53,7 +52,7 @@ def headline_table(records: Records) -> str:
 def headline_says(records: Records) -> str:
     """The winner, a paragraph for every size."""
     said = []
-    for run, result in winners(records):
+    for (run, *_), result in winners(records):
         if run.group != "headline":
             continue
         if not result.same_tokens:
@@ -128,24 +127,21 @@ def screens(records: Records) -> str:
 
 def lengths(records: Records) -> str:
     """The full model and the winner after fewer and more tokens."""
-    rows = []
-    for size, (_, _, own_steps) in SIZES.items():
-        runs = [run for group in ("short", "length") for run in runs_with(group=group, size=size, arm=ARMS[WINNER])]
-        for steps in sorted({run.steps for run in runs}):
-            seeds = [run for run in runs if run.steps == steps]
-            result = result_of(records, seeds)
-            full = records.of(runs_with(group=seeds[0].group, size=size, arm=ARMS[FULL], steps=steps))
-            known = [*full, *result.runs.values()]
-            ratio = known[0].outcome["tokens"] / parameters(known[0]) if known else 10 * steps / own_steps
-            rows.append(
-                (
-                    *(size, f"{ratio:.1f}", f"{steps:,}", f"{len(result.same_tokens)} of {len(seeds)}"),
-                    *(_over_seeds(losses) if losses else MISSING for losses in (_losses(full), result.losses)),
-                    _over_seeds(result.same_tokens, "{:+.4f}"),
-                    _percent(1 - result.share),
-                    _against(result)[3] if result.losses else "-",
-                )
+    rows, shown = [], [(seeds, result) for seeds, result in winners(records) if seeds[0].group != "headline"]
+    for seeds, result in sorted(shown, key=lambda entry: (SIZES[entry[0][0].size], entry[0][0].steps)):
+        size, steps = seeds[0].size, seeds[0].steps
+        full = records.of([run.held_against[0] for run in seeds])
+        known = [*full, *result.runs.values()]
+        ratio = known[0].outcome["tokens"] / parameters(known[0]) if known else 10 * steps / SIZES[size][2]
+        rows.append(
+            (
+                *(size, f"{ratio:.1f}", f"{steps:,}", f"{len(result.same_tokens)} of {len(seeds)}"),
+                *(_over_seeds(losses) if losses else MISSING for losses in (_losses(full), result.losses)),
+                _over_seeds(result.same_tokens, "{:+.4f}"),
+                _percent(1 - result.share),
+                _against(result)[3] if result.losses else "-",
             )
+        )
     header = ("size", "tokens a parameter", "steps", "pairs", ARMS[FULL].says, ARMS[WINNER].says)
     tried = [run for group in ("length", "length-lr") for run in runs_with(group=group, arm=ARMS[FULL], seed=SEEDS[0])]
     rates = [
