@@ -1,109 +1,83 @@
-"""Real runs of est-train that kill themselves, with SIGKILL, at a place of one's choice.
+"""Real runs of est-train that send themselves SIGKILL, or another signal, at a place of one's choice."""
 
-A server that has imported torch, and never used it, forks the processes: a start costs half a second instead of three.
-"""
-
+import functools
 import itertools
-import multiprocessing
 import os
 import shutil
 import signal
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tests.commands.cli import TINY, clean_environment
+from est_cli.runs.directory import RunDirectory
+from est_cli.tracking.metrics import MetricsFile
+from est_cli.training import checkpoint, loop
+from est_cli.training.inputs import Inputs
+from est_cli.training.checkpoint import Checkpoints
+from est_cli.training.loop import Training
+from est_cli.training.optimizer import SampledAdamW
+from tests.commands.cli import ON_CORPUS, Process
 
 RUN = (
-    *TINY, "data=text", "data.path=corpus", "trainer.grad_accum=3", "trainer.save_final=full",
-    "optimizer.unsampled=freeze", "checkpoint.keep=2", "format=json",
+    *ON_CORPUS, "trainer.grad_accum=3", "trainer.save_final=full", "optimizer.unsampled=freeze", "checkpoint.keep=2",
+    "format=json",
 )  # fmt: skip
-_CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["tests.kills", "est_cli.commands.train", "est_cli.training.loop"])
 
 
 @dataclass(frozen=True)
 class Kill:
-    """Dies at the first visit of `place` once the run has done `step` steps."""
+    """Falls at the first visit of `place` once the run has done `step` steps."""
 
     place: str
     step: int
+    signal: int = signal.SIGKILL
 
 
-def start(place: Path, overrides: Sequence[str], kill: Kill | None = None) -> Any:
-    """Start est-train in the folder `place`; its output goes to `output.txt` there. Returns the process."""
-    process = _CONTEXT.Process(target=_train, args=(place, tuple(overrides), kill))
-    process.start()
-    return process
+def start(folder: Path, overrides: Sequence[str], kill: Kill | None = None, **environment: str) -> Process:
+    """Start est-train in the folder."""
+    before = None if kill is None else functools.partial(_set_trap, kill)
+    return Process("est-train", *overrides, cwd=folder, before=before, **environment)
 
 
-def run(place: Path, overrides: Sequence[str], kill: Kill | None = None) -> int:
-    """The exit code of `start`; minus the signal where it was killed."""
-    process = start(place, overrides, kill)
-    process.join()
-    return process.exitcode
-
-
-def _train(place: Path, overrides: tuple[str, ...], kill: Kill | None) -> None:
-    os.chdir(place)
-    os.environ.clear()
-    os.environ.update(clean_environment(place))
-    with open("output.txt", "a") as output:
-        os.dup2(output.fileno(), 1)
-        os.dup2(output.fileno(), 2)
-    sys.argv = ["est-train", *overrides]
-    from est_cli.commands.train import main
-
-    if kill is not None:
-        PLACES[kill.place](_Trap(kill.step))
-    main()
+def _set_trap(kill: Kill) -> None:
+    PLACES[kill.place](_Trap(kill))
 
 
 class _Trap:
-    """Kills this process, once the run is far enough."""
+    """Sends this process the signal, once, when the run is far enough."""
 
-    def __init__(self, step: int):
-        self._step, self._done = step, -1
-        from est_cli.training.loop import Training
+    def __init__(self, kill: Kill):
+        self._kill, self._training, self._original = kill, None, Training.__init__
+        Training.__init__ = lambda *arguments, **options: self._begin(*arguments, **options)
 
-        build, train_step, trap = Training._build, Training._train_step, self
-
-        def watched_build(training, stage):
-            trap._done = training.step
-            return build(training, stage)
-
-        def watched_step(training, *rest):
-            trap._done = training.step
-            train_step(training, *rest)
-            trap._done = training.step
-
-        Training._build, Training._train_step = watched_build, watched_step
+    def _begin(self, training: Training, *arguments: Any, **options: Any) -> None:
+        self._training = training
+        self._original(training, *arguments, **options)
 
     @property
     def is_set(self) -> bool:
-        return self._done >= self._step
+        return self._training is not None and self._training.step >= self._kill.step
 
-    def __call__(self, *_: object) -> None:
+    def __call__(self) -> None:
         if self.is_set:
-            os.kill(os.getpid(), signal.SIGKILL)
+            self._training = None
+            os.kill(os.getpid(), self._kill.signal)
 
 
-def _before(owner: object, name: str, trap: Callable[..., None]) -> None:
-    """Kill when `owner.name` is called."""
+def _before(owner: object, name: str, trap: _Trap, when: Callable[..., bool] = lambda *_: True) -> None:
+    """Spring the trap when `owner.name` is called with arguments for which `when` holds."""
     original = getattr(owner, name)
 
-    def trapped(*arguments, **options):
-        trap(*arguments)
+    def trapped(*arguments: Any, **options: Any) -> Any:
+        if when(*arguments):
+            trap()
         return original(*arguments, **options)
 
     setattr(owner, name, trapped)
 
 
 def _in_accumulation(trap: _Trap) -> None:
-    from est_cli.training.inputs import Inputs
-
     original = Inputs.of
 
     def trapped(inputs, step):
@@ -121,15 +95,11 @@ def _in_accumulation(trap: _Trap) -> None:
 
 
 def _in_the_optimizer(trap: _Trap) -> None:
-    from est_cli.training.optimizer import SampledAdamW
-
     calls = itertools.count()
-    _before(SampledAdamW, "_moves", lambda *_: trap() if next(calls) % 7 == 4 else None)
+    _before(SampledAdamW, "_moves", trap, lambda *_: next(calls) % 7 == 4)
 
 
 def _in_evaluation(trap: _Trap) -> None:
-    from est_cli.training import loop
-
     original = loop.validation_loss
 
     def trapped(model, windows, *rest):
@@ -141,8 +111,6 @@ def _in_evaluation(trap: _Trap) -> None:
 
 
 def _on_a_boundary(trap: _Trap) -> None:
-    from est_cli.training.loop import Training
-
     original = Training._build
 
     def trapped(training, stage):
@@ -156,8 +124,6 @@ def _on_a_boundary(trap: _Trap) -> None:
 
 def _in_a_checkpoint_file(trap: _Trap) -> None:
     """Half of the moments are written."""
-    from est_cli.training import checkpoint
-
     original = checkpoint.write_tensors
 
     def trapped(tensors, path):
@@ -170,42 +136,32 @@ def _in_a_checkpoint_file(trap: _Trap) -> None:
 
 
 def _before_the_checkpoints_rename(trap: _Trap) -> None:
-    _before(Path, "rename", lambda path, _: trap() if path.name.startswith(".writing-step") else None)
+    _before(Path, "rename", trap, lambda path, _: path.name.startswith(".writing-step"))
 
 
 def _after_the_checkpoints_rename(trap: _Trap) -> None:
-    from est_cli.training.checkpoint import Checkpoints
-
     _before(Checkpoints, "_prune", trap)
 
 
 def _while_an_old_checkpoint_is_removed(trap: _Trap) -> None:
-    def removes_a_file(path: Path, **_: object) -> None:
-        if path.name.startswith(".dropped-") and trap.is_set:
+    def removes_a_file(path: Path, **_: object) -> bool:
+        if dropped := path.name.startswith(".dropped-") and trap.is_set:
             next(path.iterdir()).unlink()
-            trap()
-        original(path, **_)
+        return dropped
 
-    original, shutil.rmtree = shutil.rmtree, removes_a_file
+    _before(shutil, "rmtree", trap, removes_a_file)
 
 
 def _in_a_line_of_metrics(trap: _Trap) -> None:
-    from est_cli.tracking.metrics import MetricsFile
-
-    original = MetricsFile._write_waiting
-
-    def trapped(metrics):
+    def writes_a_part(metrics: MetricsFile) -> bool:
         if trap.is_set:
             metrics._file.write(metrics._waiting[:25])
-            trap()
-        original(metrics)
+        return True
 
-    MetricsFile._write_waiting = trapped
+    _before(MetricsFile, "_write_waiting", trap, writes_a_part)
 
 
 def _before_the_summary(trap: _Trap) -> None:
-    from est_cli.runs.directory import RunDirectory
-
     _before(RunDirectory, "write_summary", trap)
 
 

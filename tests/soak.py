@@ -17,8 +17,8 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from tests.commands.cli import metrics, without_speed, write_corpus
-from tests.kills import PLACES, RUN, Kill, run, start
+from tests.commands.cli import Finished, metrics, without_speed, write_corpus
+from tests.kills import PLACES, RUN, Kill, start
 from tests.tracking.wandb_file import read_wandb_file, values
 
 STEPS = 120
@@ -41,8 +41,8 @@ class Soak:
     def run(self, kills: int) -> None:
         write_corpus(self.folder / "corpus")
         started = time.monotonic()
-        if run(self.folder, self._overrides("whole", "none")) != 0:
-            sys.exit((self.folder / "output.txt").read_text())
+        if (done := start(self.folder, self._overrides("whole", "none")).finished()).code != 0:
+            sys.exit(done.err)
         self.seconds_per_step = (time.monotonic() - started) / STEPS
         rounds = 0
         while self.fallen.total() < kills:
@@ -53,31 +53,30 @@ class Soak:
     def _round(self, name: str, kills: int) -> None:
         """One run, killed until it is done or all kills have fallen."""
         while True:
-            place, code = self._one_life(name, self.fallen.total() < kills)
-            if code == -signal.SIGKILL:
+            place, done = self._one_life(name, self.fallen.total() < kills)
+            if done.code == -signal.SIGKILL:
                 self.fallen[place] += 1
                 print(f"kill {self.fallen.total():>3}/{kills}  step {self._steps(name):>3}  {place}", flush=True)
-            elif code != 0:
-                sys.exit(f"exit code {code}:\n{(self.folder / 'output.txt').read_text()[-4000:]}")
+            elif done.code != 0:
+                sys.exit(f"exit code {done.code}:\n{done.err[-4000:]}")
             if (self._run_dir(name) / "summary.json").exists():  # also where it was killed while it wrote the report
                 print(f"{name} is done", flush=True)
                 return
 
-    def _one_life(self, name: str, doomed: bool) -> tuple[str, int]:
-        """How the process was to die, and its exit code."""
+    def _one_life(self, name: str, doomed: bool) -> tuple[str, Finished]:
+        """How the process was to die, and how it ended."""
         overrides, step = self._overrides(name, self.logger), self._steps(name)
         if not doomed:
-            return "", run(self.folder, overrides)
+            return "", start(self.folder, overrides).finished()
         kill = Kill(self.random.choice(sorted(PLACES)), self.random.randint(step, min(step + 25, STEPS)))
         if self.random.random() < 0.5:
-            return kill.place, run(self.folder, overrides, kill)
+            return kill.place, start(self.folder, overrides, kill).finished()
         process, deadline = start(self.folder, overrides), time.monotonic() + WAIT_S
         while process.is_alive() and self._steps(name) == step and time.monotonic() < deadline:
             time.sleep(0.002)
         process.join(self.random.uniform(0, 25) * self.seconds_per_step)
         process.kill()
-        process.join()
-        return OUTSIDE, process.exitcode
+        return OUTSIDE, process.finished()
 
     def _overrides(self, name: str, logger: str) -> Sequence[str]:
         return [*RUN, *SIZES, f"run_id={name}", f"logger={logger}"]

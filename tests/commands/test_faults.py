@@ -1,4 +1,4 @@
-"""Signals, jobs that are requeued, numbers that go wrong and disks that are full, through the real command."""
+"""Signals, jobs with ids, numbers that go wrong and disks that are full, through the real command."""
 
 import json
 import shlex
@@ -12,103 +12,74 @@ import pytest
 from est_cli.errors import RunFailed
 from est_cli.runs.directory import RunDirectory
 from est_cli.runs.stopping import STOP_SIGNALS, StopRequest, quit_until_training_begins
-from tests.commands.cli import TINY, clean_environment, metrics, run, without_speed, write_corpus
-from tests.commands.test_train import start, wait_for_steps
-
-OVERRIDES = (
-    "trainer.max_steps=300",
-    "trainer.eval_every=100",
-    "trainer.checkpoint_every=40",
-    "trainer.save_final=full",
-)
+from tests.commands.cli import ON_CORPUS, Process, call, clean_environment, metrics, run, train, wait_for_steps
 
 
-@pytest.fixture(scope="module")
-def place(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("faults")
-    write_corpus(folder / "corpus")
-    return folder
-
-
-@pytest.mark.slow
-def test_a_requeued_job_goes_on_with_the_same_command_to_the_same_bits(place, monkeypatch):
-    """USR1, as Slurm sends before it takes the machine; the id of the run is the job's. Then Ctrl-C, and torchrun's."""
-    ends = []
-    for name, value, number in (
-        ("SLURM_JOB_ID", "4711", signal.SIGUSR1), ("TORCHELASTIC_RUN_ID", "elastic", signal.SIGINT),
-    ):  # fmt: skip
-        monkeypatch.setattr("tests.commands.test_train.clean_environment", _with(name, value))
-        process = start(place, *OVERRIDES)
-        run_dir = place / "outputs" / "est" / value
-        wait_for_steps(run_dir, 20)
-        process.send_signal(number)
-        _, err = process.communicate(timeout=300)
-        assert process.returncode == 75, err
-        assert "continue with:" in err
-        again = start(place, *OVERRIDES)
-        assert again.wait(timeout=300) == 0
-        assert json.loads((run_dir / "summary.json").read_text())["status"] == "done"
-        assert [record["step"] for record in metrics(run_dir)] == list(range(300))
-        ends.append(without_speed(metrics(run_dir)))
-    assert ends[0] == ends[1]
-
-
-def _with(name: str, value: str):
-    return lambda place: {**clean_environment(place), name: value}
-
-
-def test_ctrl_c_asks_once_and_quits_the_second_time():
+@pytest.fixture
+def handlers():
+    """Puts the handlers of signals back."""
     before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
-    try:
-        request = StopRequest()
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def test_ctrl_c_asks_once_and_quits_the_second_time(handlers):
+    request = StopRequest()
+    signal.raise_signal(signal.SIGINT)
+    assert request()
+    signal.raise_signal(signal.SIGTERM)  # a scheduler that asks again does not cut the step
+    with pytest.raises(KeyboardInterrupt):
         signal.raise_signal(signal.SIGINT)
-        assert request()
-        signal.raise_signal(signal.SIGTERM)  # a scheduler that asks again does not cut the step
-        with pytest.raises(KeyboardInterrupt):
-            signal.raise_signal(signal.SIGINT)
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP", "SIGUSR2"])
+def test_a_signal_before_training_is_named(handlers, name):
+    quit_until_training_begins()
+    with pytest.raises(RunFailed, match=f"{name} came before training began"):
+        signal.raise_signal(signal.Signals[name])
+    request = StopRequest()
+    signal.raise_signal(signal.Signals[name])
+    assert request()
+
+
+def test_nohup_keeps_its_meaning(handlers):
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    StopRequest()
+    assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
 
 
 @pytest.mark.slow
 def test_a_run_that_is_not_finite_names_the_step_and_the_replay_that_repeats_it(place):
-    blows_up = ("optimizer.lr=1e30", "optimizer.grad_clip=null", "run_id=bad")
-    process = start(place, *OVERRIDES, *blows_up)
-    _, err = process.communicate(timeout=300)
+    failed = train(
+        place, "trainer.max_steps=300", "optimizer.lr=1e30", "optimizer.grad_clip=null", "run_id=bad", code=1
+    )
     run_dir = place / "outputs" / "est" / "bad"
-    assert process.returncode == 1, err
-    assert "Traceback" not in err and err.count("is not finite") == 1
+    assert "Traceback" not in failed.err and failed.err.count("is not finite") == 1
     assert "is not finite" in (run_dir / "error.txt").read_text()
     [folder] = (run_dir / "nonfinite").iterdir()
-    assert f"replay={folder}" in err
-    seen = run("est-train", f"replay={folder / 'step.json'}", "format=json", cwd=place).json
-    assert seen["step"] == json.loads((folder / "step.json").read_text())["step"]
-    assert seen["grad_norm"] is None
-
+    assert f"replay={folder}" in failed.err
     kept = json.loads((folder / "step.json").read_text())
+    seen = run("est-train", f"replay={folder / 'step.json'}", "format=json", cwd=place).json
+    assert (seen["step"], seen["grad_norm"]) == (kept["step"], None)
     kept["config"]["trainer"] |= {"strategy": "ddp", "devices": 2, "shard": True}
     (folder / "step.json").write_text(json.dumps(kept))
     assert run("est-train", f"replay={folder}", "format=json", cwd=place).json == seen, "one process replays many"
 
 
-def test_a_replay_of_something_else_is_refused(place):
-    done = run("est-train", "replay=corpus", "trainer.max_steps=4", cwd=place)
-    assert (done.code, "goes with format" in done.err) == (2, True)
-    done = run("est-train", "replay=corpus", cwd=place)
-    assert (done.code, "replay=corpus: must be a folder" in done.err) == (2, True)
-    assert "Traceback" not in done.err
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [(("trainer.max_steps=4",), "goes with format"), ((), "replay=corpus: must be a folder")],
+)
+def test_a_replay_of_something_else_is_refused(place, arguments, said):
+    done = call("est-train", "replay=corpus", *arguments, cwd=place)
+    assert (done.code, said in done.err, "Traceback" in done.err) == (2, True, False)
 
 
 @pytest.mark.slow
 def test_secrets_reach_no_file_of_a_run(place):
     secrets = {"WANDB_API_KEY": "k" * 33 + "secret1", "HF_TOKEN": "hf_secret2secret2"}
-    done = run(
-        "est-train", "model=micro", "tokenizer=byte", "data=text", "data.path=corpus", "data.seq_len=16",
-        "logger=wandb", "trainer.max_steps=8", "trainer.batch_size=2", "trainer.device=cpu", "run_id=secrets",
-        cwd=place, **secrets,
-    )  # fmt: skip
-    assert done.code == 0, done.err
+    done = train(place, "logger=wandb", "trainer.max_steps=8", "run_id=secrets", **secrets)
     files = [path for path in (place / "outputs" / "est" / "secrets").rglob("*") if path.is_file()]
     assert len(files) > 8
     for path in files:
@@ -119,42 +90,40 @@ def test_secrets_reach_no_file_of_a_run(place):
 
 def test_one_run_is_trained_by_one_process(place):
     """A second start of the same job is told who trains it, and spoils nothing."""
-    first = start(place, "trainer.max_steps=20000", "run_id=twice")
+    command = (*ON_CORPUS, "trainer.max_steps=20000", "run_id=twice")
+    first = Process("est-train", *command, cwd=place)
     folder = place / "outputs" / "est" / "twice"
     wait_for_steps(folder, 5)
-    second = start(place, "trainer.max_steps=20000", "run_id=twice")
-    _, told = second.communicate(timeout=300)
-    assert second.returncode == 2, told
-    assert f"run_id=twice: process {first.pid} on " in told
-    assert "trains this run at the moment" in told
-    first.send_signal(signal.SIGTERM)
-    assert first.wait(timeout=300) == 75
+    told = run("est-train", *command, cwd=place)
+    assert told.code == 2, told.err
+    assert f"run_id=twice: process {first.pid} on " in told.err
+    assert "trains this run at the moment" in told.err
+    assert first.stopped(signal.SIGTERM).code == 75
     steps = [record["step"] for record in metrics(folder)]
     assert steps == list(range(len(steps)))
     assert not (folder / "error.txt").exists()
 
 
 ODD_CALLS = {
-    "standard output is closed": (">&-", {}),
-    "standard error is closed": ("2>&-", {}),
-    "standard error is on a full disk": ("2>/dev/full", {}),
+    "nobody reads what it prints": (">&-", {"MPLBACKEND": "module://matplotlib_inline.backend_inline"}),
+    "nobody reads what it says": ("2>&-", {"MATPLOTLIBRC": "matplotlibrc"}),
     "standard output is on a full disk": (">/dev/full", {}),
-    "called from a notebook": ("", {"MPLBACKEND": "module://matplotlib_inline.backend_inline"}),
-    "a broken matplotlibrc": ("", {"MATPLOTLIBRC": "matplotlibrc"}),
+    "standard error is on a full disk": ("2>/dev/full", {}),
 }
+"""Redirections of a shell; two have environment variables that break matplotlib besides."""
 
 
-@pytest.mark.parametrize("call", ODD_CALLS)
-def test_a_run_is_done_whoever_reads_what_it_says(call, place):
+@pytest.mark.parametrize("odd", ODD_CALLS)
+def test_a_run_is_done_whoever_reads_what_it_says(odd, place):
     """What it computes is in its folder; no message and no figure may end it."""
-    redirection, environment = ODD_CALLS[call]
+    redirection, environment = ODD_CALLS[odd]
     (place / "matplotlibrc").write_bytes(b"\xff\xfe not UTF-8 \x81")
-    arguments = [*TINY, "data=text", "data.path=corpus", "trainer.max_steps=4", f"name={call.replace(' ', '_')}"]
-    command = shlex.join([sys.executable, "-m", "est_cli", *arguments, "run_id=r"])
+    folder = place / odd.replace(" ", "_")
+    arguments = [*ON_CORPUS, "trainer.max_steps=4", f"hydra.run.dir={folder}"]
+    command = shlex.join([sys.executable, "-m", "est_cli", *arguments])
     done = subprocess.run(
         ["bash", "-c", f"{command} {redirection}"], cwd=place, env=clean_environment(place, **environment)
     )
-    [folder] = (place / "outputs" / call.replace(" ", "_")).iterdir()
     assert done.returncode == 0
     assert json.loads((folder / "summary.json").read_text())["status"] == "done"
 
@@ -170,47 +139,22 @@ def test_a_summary_that_a_power_loss_emptied_is_none(tmp_path):
     assert RunDirectory(tmp_path).summary() == {}
 
 
-def test_a_job_that_failed_is_not_bad_input(tmp_path):
+@pytest.mark.parametrize(
+    ("error", "bad_input"),
+    [("failed: step 7: the loss is not finite\n", False), ("error: seed=zero: must be an integer\n", True)],
+)
+def test_a_job_that_failed_is_not_bad_input(tmp_path, error, bad_input):
     (tmp_path / "config.yaml").touch()
-    (tmp_path / "error.txt").write_text("failed: step 7: the loss is not finite\n")
-    assert not RunDirectory(tmp_path).has_bad_input
-    (tmp_path / "error.txt").write_text("error: seed=zero: must be an integer\n")
-    assert RunDirectory(tmp_path).has_bad_input
-
-
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP", "SIGUSR2"])
-def test_a_signal_before_training_is_named(name):
-    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
-    try:
-        quit_until_training_begins()
-        with pytest.raises(RunFailed, match=f"{name} came before training began"):
-            signal.raise_signal(signal.Signals[name])
-        request = StopRequest()
-        signal.raise_signal(signal.Signals[name])
-        assert request()
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def test_nohup_keeps_its_meaning():
-    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
-    try:
-        signal.signal(signal.SIGHUP, signal.SIG_IGN)
-        StopRequest()
-        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    (tmp_path / "error.txt").write_text(error)
+    assert RunDirectory(tmp_path).has_bad_input is bad_input
 
 
 def test_a_second_run_in_one_slurm_allocation_has_a_name_of_its_own(place):
-    job = {"SLURM_JOB_ID": "77"}
-    arguments = [*TINY, "data=text", "data.path=corpus", "trainer.max_steps=4", "name=slurm", "format=json"]
-    runs = [run("est-train", *arguments, f"seed={seed}", cwd=place, **job).json["run_dir"] for seed in (0, 1)]
+    job, overrides = {"SLURM_JOB_ID": "77"}, ("trainer.max_steps=4", "name=slurm")
+    runs = [train(place, *overrides, f"seed={seed}", **job).json["run_dir"] for seed in (0, 1)]
     assert [Path(folder).name for folder in runs] == ["77", "77-2"]
-    requeued = run("est-train", *arguments, cwd=place, **job, SLURM_RESTART_COUNT="1")
-    assert (requeued.code, "run_id=77: this run is finished" in requeued.err) == (2, True)
+    requeued = train(place, *overrides, code=2, **job, SLURM_RESTART_COUNT="1")
+    assert "run_id=77: this run is finished" in requeued.err
 
 
 @pytest.mark.parametrize(
@@ -226,5 +170,5 @@ def test_a_second_run_in_one_slurm_allocation_has_a_name_of_its_own(place):
     ],
 )
 def test_an_environment_that_cannot_work_is_told(environment, override, message, place):
-    done = run("est-train", "logger=none", override, cwd=place, **environment)
+    done = call("est-train", "logger=none", override, cwd=place, **environment)
     assert (done.code, message in done.err, "Traceback" in done.err) == (2, True, False), done.err

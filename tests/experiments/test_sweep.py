@@ -3,9 +3,6 @@
 import json
 import re
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -14,10 +11,9 @@ from omegaconf import OmegaConf
 
 from est_cli.experiments.naming import job_name, sweep_name
 from est_cli.experiments.result import SweepResult
-from tests.commands.cli import TINY, Finished, clean_environment, run, write_corpus
+from tests.commands.cli import ON_CORPUS, Finished, Process, call, run, wait_for_steps
 
-FAST = ("trainer.max_steps=15", "trainer.eval_every=0", "trainer.checkpoint_every=0")
-ARGUMENTS = (*TINY, "data=text", "data.path=corpus", *FAST)
+FAST = (*ON_CORPUS, "trainer.max_steps=15", "trainer.eval_every=0", "trainer.checkpoint_every=0", "-m")
 
 
 def composed(task: list[str], fixed: tuple[str, ...] = (), params: dict[str, str] | None = None):
@@ -28,29 +24,21 @@ def composed(task: list[str], fixed: tuple[str, ...] = (), params: dict[str, str
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("sweeps")
-    write_corpus(folder / "corpus")
-    return folder
-
-
-@pytest.fixture(scope="module")
 def mixed(place) -> Finished:
     """Three jobs: one breaks, one is bad input, one works."""
-    (place / "mine.py").write_text("def sampled(draw, total, kept):\n    raise RuntimeError('it broke')\n")
-    return sweep(place)
+    return sweep(place, "raise RuntimeError('it broke')")
 
 
 @pytest.fixture(scope="module")
 def mended(place, mixed) -> Finished:
     """The same command again, after the first of the two mistakes has been put right."""
-    (place / "mine.py").write_text("def sampled(draw, total, kept):\n    return range(total - kept, total)\n")
-    return sweep(place)
+    return sweep(place, "return range(total - kept, total)", report=True)
 
 
-def sweep(place: Path) -> Finished:
+def sweep(place: Path, sampled: str, **options: bool) -> Finished:
+    (place / "mine.py").write_text(f"def sampled(draw, total, kept):\n    {sampled}\n")
     overrides = ("sampling.strategy=mine.sampled,mine.smapled,random", "seed=3", "format=json")
-    return run("est-train", *ARGUMENTS, "-m", *overrides, cwd=place)
+    return run("est-train", *FAST, *overrides, cwd=place, **options)
 
 
 def statuses(done: Finished) -> dict[str, str]:
@@ -104,45 +92,28 @@ def test_a_sweep_ends_with_a_report_of_all_jobs(mended):
     assert "strategy-random" in runs and "strategy-mine.sampled" in runs
 
 
-def test_the_jobs_of_a_sweep_are_a_group(mixed):
+def test_the_jobs_of_a_sweep_are_a_group_and_record_their_own_overrides(mixed):
     folder = Path(mixed.json["sweep_dir"])
     config = yaml.safe_load((folder / "strategy-random" / "config.yaml").read_text())
     assert config["logger"]["group"] == folder.name
-
-
-def test_a_job_records_its_own_overrides(mixed):
-    record = json.loads(Path(mixed.json["sweep_dir"], "strategy-random", "environment.json").read_text())
+    record = json.loads((folder / "strategy-random" / "environment.json").read_text())
     assert {"sampling.strategy=random", "seed=3"} <= set(record["overrides"])
     assert record["command"][-2:] == ["seed=3", "format=json"]
 
 
 def test_a_signal_stops_the_job_and_the_sweep(place):
-    overrides = ("trainer.max_steps=2000", "seed=7,8")
-    process = subprocess.Popen(
-        [sys.executable, "-m", "est_cli", *ARGUMENTS, "-m", *overrides],
-        cwd=place, env=clean_environment(place), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
-    wait_for_steps(place / "outputs" / "est", "sweep-seed-*/seed-7/metrics.jsonl", 20)
-    process.send_signal(signal.SIGTERM)
-    _, err = process.communicate(timeout=120)
-    assert process.returncode == 75, err
-    assert "continue with: python -m est_cli" in err
+    process = Process("est-train", *FAST, "trainer.max_steps=2000", "seed=7,8", cwd=place)
+    wait_for_steps(place / "outputs" / "est" / "sweep-seed-*" / "seed-7", 20)
+    done = process.stopped(signal.SIGTERM)
+    assert done.code == 75, done.err
+    assert "continue with: est-train" in done.err
     folder = next((place / "outputs" / "est").glob("sweep-seed-*"))
     assert [path.parent.name for path in folder.glob("*/summary.json")] == ["seed-7"]
 
 
-def wait_for_steps(folder: Path, pattern: str, steps: int) -> None:
-    deadline = time.monotonic() + 40
-    while time.monotonic() < deadline:
-        if any(path.read_bytes().count(b"\n") >= steps for path in folder.glob(pattern)):
-            return
-        time.sleep(0.01)
-    raise AssertionError(f"no {pattern} in {folder} reached {steps} steps")
-
-
 @pytest.mark.parametrize("mistake", ["trainer.max_step=1,2", "model=nano,nan0", "seed=[1,2"])
 def test_a_sweep_that_cannot_compose_makes_no_folder(tmp_path, mistake):
-    done = run("est-train", "-m", mistake, cwd=tmp_path)
+    done = call("est-train", "-m", mistake, cwd=tmp_path)
     assert done.code == 2, done.err
     assert mistake.split("=")[0] in done.err
     assert not (tmp_path / "outputs").exists()
