@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.commands.cli import clean_environment, run
+from tests.commands.cli import call, clean_environment, run
 
 PAGE = (Path(__file__).parents[1] / "docs" / "extending.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```(\w+)\n(.*?)```", PAGE, re.DOTALL)
@@ -57,7 +57,7 @@ def test_the_page_shows_what_its_commands_print(folder, commands, shown):
     ],
 )
 def test_a_name_that_cannot_work_is_bad_input(folder, key, name, problem):
-    done = run("est-plan", "--config-dir", "conf", "scheduler=last", f"{key}={name}", cwd=folder)
+    done = call("est-plan", "--config-dir", "conf", "scheduler=last", f"{key}={name}", cwd=folder)
     assert done.code == 2
     assert problem in done.err
 

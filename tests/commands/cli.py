@@ -12,6 +12,7 @@ import shutil
 import signal
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -98,7 +99,9 @@ class Process(_SERVER.Process):
         try:
             _main(self._command)()
         finally:
-            atexit._run_exitfuncs()  # which multiprocessing leaves out
+            # As Python does when it ends; multiprocessing leaves out the second.
+            threading._shutdown()
+            atexit._run_exitfuncs()
 
     def stopped(self, number: int) -> Finished:
         os.kill(self.pid, number)

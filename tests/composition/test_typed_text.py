@@ -12,7 +12,7 @@ from est_cli.composition.typed_text import as_typed
 from est_cli.config import read_train_config
 from est_cli.errors import UserError
 from est_cli.experiments import naming
-from tests.commands.cli import TINY, run, write_corpus
+from tests.commands import cli
 
 
 def typed(monkeypatch, *arguments: str) -> argparse.Namespace:
@@ -105,13 +105,9 @@ def test_an_unknown_mode_of_wandb_is_named(monkeypatch):
         config(monkeypatch)
 
 
-def test_an_experiment_says_where_its_run_goes(tmp_path):
-    (tmp_path / "own/experiment").mkdir(parents=True)
-    text = (
-        "# @package _global_\nhydra:\n  run:\n    dir: my/place\ntrainer:\n  max_steps: 2\nscheduler:\n  stages: [{}]\n"
-    )
-    (tmp_path / "own/experiment/there.yaml").write_text(text)
-    corpus = ("data=text", write_corpus(tmp_path / "corpus"))
-    done = run("est-train", "--config-dir=own", "experiment=there", *TINY, *corpus, cwd=tmp_path)
-    assert done.code == 0, done.err
-    assert (tmp_path / "my/place/summary.json").exists()
+def test_an_experiment_says_where_its_run_goes(place):
+    (place / "own/experiment").mkdir(parents=True)
+    text = "# @package _global_\nhydra: {run: {dir: my/place}}\ntrainer: {max_steps: 2}\nscheduler: {stages: [{}]}\n"
+    (place / "own/experiment/there.yaml").write_text(text)
+    cli.train(place, "--config-dir=own", "experiment=there")
+    assert (place / "my/place/summary.json").exists()

@@ -17,7 +17,7 @@ from est_cli.experiments.result import SweepResult
 from est_cli.experiments.verdict import Verdict
 from est_cli.reports.records import RunRecord
 from est_cli.subnet.flops import config_ledger
-from tests.commands.cli import TINY, run, write_corpus
+from tests.commands.cli import train
 
 
 def config_of(*overrides: str) -> TrainConfig:
@@ -171,18 +171,14 @@ def test_a_difference_within_the_noise_is_not_called_one():
     assert "no clear difference" in Verdict.of(runs).sentences()[0]
 
 
-def test_one_command_trains_the_arms_and_compares_them(tmp_path):
-    write_corpus(tmp_path / "corpus")
-    done = run(
-        "est-train", "experiment=compare", *TINY, "data=text", "data.path=corpus", "trainer.max_steps=15",
-        "trainer.eval_every=5", "trainer.checkpoint_every=0", "seed=3", "format=json",
-        "hydra/launcher=basic", cwd=tmp_path,
+def test_one_command_trains_the_arms_and_compares_them(place):
+    done = train(
+        place, "experiment=compare", "trainer.max_steps=15", "trainer.eval_every=5", "trainer.checkpoint_every=0",
+        "seed=3", "hydra/launcher=basic",
     )  # fmt: skip
-    assert done.code == 0, done.err
     jobs = {job["name"]: job for job in done.json["jobs"]}
     assert set(jobs) == {"arm-est", "arm-doubling", "arm-full", "arm-full_same_flops"}
     cheapest = min((jobs["arm-est"], jobs["arm-doubling"]), key=lambda job: job["flops_total"])
     same = jobs["arm-full_same_flops"]
     assert same["steps"] == round(cheapest["flops_total"] / cheapest["flops_full_total"] * cheapest["steps"])
     assert {arm["arm"] for arm in done.json["arms"]} == {"est", "doubling", "full", "full_same_flops"}
-    assert Path(done.json["report"]).exists()
