@@ -13,8 +13,8 @@ from typing import Any
 from est_cli.runs.directory import RunDirectory
 from est_cli.tracking.metrics import MetricsFile
 from est_cli.training import checkpoint, loop
-from est_cli.training.inputs import Inputs
 from est_cli.training.checkpoint import Checkpoints
+from est_cli.training.inputs import Inputs
 from est_cli.training.loop import Training
 from est_cli.training.optimizer import SampledAdamW
 from tests.commands.cli import ON_CORPUS, Process

@@ -354,7 +354,7 @@ def test_one_command_tunes_compares_and_finds_its_runs_again(place):
         "trainer.max_steps=8", "trainer.eval_every=4", "trainer.checkpoint_every=0", "arms=[full,stacking]",
         "optimizer.lr=0.003,0.01", "seed=0,1",
     )  # fmt: skip
-    done = run("est-train", *command, cwd=place, report=True)
+    done = run("est-train", *command, cwd=place, figures=True)
     assert done.code == 0, done.err
     assert "FLOPs per run" in done.err
     names = {job["name"] for job in done.json["jobs"]}

@@ -32,7 +32,7 @@ def mixed(place) -> Finished:
 @pytest.fixture(scope="module")
 def mended(place, mixed) -> Finished:
     """The same command again, after the first of the two mistakes has been put right."""
-    return sweep(place, "return range(total - kept, total)", report=True)
+    return sweep(place, "return range(total - kept, total)", figures=True)
 
 
 def sweep(place: Path, sampled: str, **options: bool) -> Finished:

@@ -23,13 +23,10 @@ from est_cli.training.checkpoint import Checkpoints
 from est_cli.training.distributed import World
 from est_cli.training.loop import Training
 from est_cli.training.optimizer import learning_rate
-from tests.commands.cli import TINY, Finished, metrics, run, without_speed, write_corpus
+from tests.commands.cli import ON_CORPUS, Finished, assert_same_bits, call, metrics, run, without_speed
 
 CONSTANT = OptimizerConfig(warmup=0.2, decay="none")
-SHARED = (
-    *TINY, "data=text", "data.path=corpus", "checkpoint.keep=100", "trainer.checkpoint_every=4",
-    "trainer.eval_every=3", "format=json",
-)  # fmt: skip
+SHARED = (*ON_CORPUS, "checkpoint.keep=100", "trainer.checkpoint_every=4", "trainer.eval_every=3", "format=json")
 TRUNK = ("trainer.max_steps=20", "optimizer.warmup=0.1", "optimizer.decay=none")
 STRAIGHT = (
     "trainer.max_steps=13", "optimizer.warmup=2", "optimizer.decay=wsd", "optimizer.decay_steps=5",
@@ -50,16 +47,14 @@ def train(place: Path, *arguments: str, code: int = 0) -> Finished:
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory) -> Path:
-    """A folder in which `trunk` is a run of 20 steps at a constant rate, over three stages that end at 3, 9 and 20."""
-    folder = tmp_path_factory.mktemp("cooldown")
-    write_corpus(folder / "corpus")
-    train(folder, *SHARED, *TRUNK, "scheduler=three_stage", "hydra.run.dir=trunk")
-    return folder
+def trunk(place) -> Path:
+    """A run of 20 steps at a constant rate, over three stages that end at 3, 9 and 20."""
+    train(place, *SHARED, *TRUNK, "scheduler=three_stage", "hydra.run.dir=trunk")
+    return place / "trunk"
 
 
 @pytest.fixture(scope="module")
-def cooled(place) -> Path:
+def cooled(place, trunk) -> Path:
     """The cooldown of the trunk from step 8 over 5 steps."""
     train(place, "--cooldown", AT, *COOLDOWN, "hydra.run.dir=cooled")
     return place / "cooled"
@@ -67,17 +62,12 @@ def cooled(place) -> Path:
 
 def assert_equal_runs(one: Path, other: Path, steps: int) -> None:
     """To the bit: weights, moments, and every number but those of time."""
-    for name in ("model.safetensors", "optimizer.safetensors"):
-        files = [folder / "checkpoints" / f"step-{steps:08d}" / name for folder in (one, other)]
-        assert files[0].read_bytes() == files[1].read_bytes()
-    records = [without_speed(metrics(folder)) for folder in (one, other)]
-    assert len(records[0]) == steps
-    assert records[0] == records[1]
+    assert_same_bits(one, other)
+    assert len(metrics(one)) == steps
     summaries = [json.loads((folder / "summary.json").read_text()) for folder in (one, other)]
-    for key in ("status", "steps", "tokens", "val_loss", "flops_total", "flops_full_total", "flops_saved_blocks"):
-        assert summaries[0][key] == summaries[1][key]
-    for stages in zip(*(summary["stages"] for summary in summaries), strict=True):
-        assert stages[0]["flops"] == stages[1]["flops"]
+    keys = ("status", "steps", "tokens", "val_loss", "flops_total", "flops_full_total", "flops_saved_blocks")
+    ours, theirs = ([*(s[key] for key in keys), *(stage["flops"] for stage in s["stages"])] for s in summaries)
+    assert ours == theirs
 
 
 def test_trunk_and_cooldown_make_a_straight_run_to_the_bit(place, cooled):
@@ -162,21 +152,23 @@ def test_one_trunk_serves_many_budgets_in_a_sweep(place, cooled):
     assert without_speed(metrics(same)) == without_speed(metrics(cooled))
 
 
-def test_bad_input_is_one_message_and_makes_no_folder(place):
-    for arguments, said in (
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
         (("--cooldown", "trunk"), f"did you mean '{Path('trunk/checkpoints/step-00000020')}'?"),
         (("--cooldown", AT, "optimizer.lr=1"), "optimizer.lr: the trunk has decided this"),
         (("--cooldown", AT, "trainer.batch_size=4"), "trainer.batch_size=2 trainer.grad_accum=1"),
         (("--cooldown", AT, "optimizer.decay_steps=0"), "optimizer.decay_steps=0: must be"),
         (("--cooldown", AT, "--rerun", "trunk"), "only one of them"),
-    ):
-        done = train(place, *arguments, "hydra.run.dir=refused", code=2)
-        assert said in done.err
-        assert "Traceback" not in done.err
-        assert not (place / "refused").exists()
+    ],
+)
+def test_bad_input_is_one_message_and_makes_no_folder(place, trunk, arguments, said):
+    done = call("est-train", *arguments, "hydra.run.dir=refused", cwd=place)
+    assert (done.code, said in done.err, "Traceback" in done.err) == (2, True, False), done.err
+    assert not (place / "refused").exists()
 
 
-def test_help_and_cfg_know_the_flag(place):
+def test_help_and_cfg_know_the_flag(place, trunk):
     assert "est-train --cooldown" in train(place, "--help").out
     shown = yaml.safe_load(train(place, "--cooldown", AT, "--cfg", "job").out)
     assert (shown["optimizer"]["decay"], shown["optimizer"]["warmup"]) == ("wsd", 2)
@@ -191,6 +183,19 @@ def trunk_in(run_dir: Path, config: TrainConfig, steps: int = 6) -> Path:
     return run_dir / "checkpoints" / f"step-{steps:08d}"
 
 
+@pytest.fixture(scope="module")
+def constant(tmp_path_factory) -> Path:
+    """The checkpoint of step 6 of 15, at a constant rate."""
+    return trunk_in(tmp_path_factory.mktemp("constant") / "trunk", train_config(optimizer=CONSTANT))
+
+
+@pytest.fixture
+def at(tmp_path, constant) -> Path:
+    """A copy, to change."""
+    shutil.copytree(constant.parents[1], tmp_path / "trunk")
+    return tmp_path / "trunk" / "checkpoints" / constant.name
+
+
 def settled(checkpoint: Path, *overrides: str) -> TrainConfig:
     """The config of the cooldown, as est-train composes it."""
     arguments = argparse.Namespace(
@@ -203,8 +208,7 @@ def settled(checkpoint: Path, *overrides: str) -> TrainConfig:
     return config
 
 
-def test_the_decay_is_so_many_steps_or_a_share_of_the_whole_new_run(tmp_path):
-    at = trunk_in(tmp_path, train_config(optimizer=CONSTANT))
+def test_the_decay_is_so_many_steps_or_a_share_of_the_whole_new_run(constant):
     lengths = {
         ("optimizer.decay_steps=4",): (10, 4),
         ("optimizer.decay_steps=0.4",): (10, 4),
@@ -213,15 +217,15 @@ def test_the_decay_is_so_many_steps_or_a_share_of_the_whole_new_run(tmp_path):
         ("optimizer.decay_steps=0.001",): (7, 1),
     }
     for overrides, (max_steps, decay_steps) in lengths.items():
-        config = settled(at, *overrides)
+        config = settled(constant, *overrides)
         assert (config.trainer.max_steps, config.optimizer.decay_steps) == (max_steps, decay_steps)
         assert config.optimizer.decay_start(max_steps) == 6
     with pytest.raises(UserError, match=r"optimizer.decay_steps=1.0: must be below 1 in a cooldown"):
-        settled(at, "optimizer.decay_steps=1.0")
+        settled(constant, "optimizer.decay_steps=1.0")
 
 
-def test_a_share_of_the_run_is_the_share_that_a_straight_run_would_take(tmp_path):
-    trunk = Trunk.at(str(trunk_in(tmp_path, train_config(optimizer=CONSTANT))))
+def test_a_share_of_the_run_is_the_share_that_a_straight_run_would_take(constant):
+    trunk = Trunk.at(str(constant))
     for step in (6, 100, 1001):
         for share in (0.05, 0.1, 0.15, 1 / 3, 0.5, 0.77):
             length = replace(trunk, step=step).length(share, 0.2)
@@ -286,29 +290,26 @@ def test_a_trunk_is_taken_up_to_the_step_at_which_its_rate_falls(tmp_path, optim
         "trainer=gpu", "kernels=masked", "experiment=quickstart", "+arm=full",
     ],
 )  # fmt: skip
-def test_what_the_trunk_has_decided_is_refused_by_its_name(tmp_path, override):
-    at = str(trunk_in(tmp_path, train_config(optimizer=CONSTANT)))
+def test_what_the_trunk_has_decided_is_refused_by_its_name(constant, override):
     with pytest.raises(UserError) as caught:
-        cooldown_config(at, [override, "logger=none"])
+        cooldown_config(str(constant), [override, "logger=none"])
     key = override.partition("=")[0].lstrip("+")
     assert caught.value.problems[0] == f"{key}: the trunk has decided this"
     assert "may change only optimizer.decay_steps, " in caught.value.problems[1]
     assert len(caught.value.problems) == 2
 
 
-def test_the_length_is_given_by_the_decay_and_a_mistyped_key_is_told(tmp_path):
-    at = str(trunk_in(tmp_path, train_config(optimizer=CONSTANT)))
+def test_the_length_is_given_by_the_decay_and_a_mistyped_key_is_told(constant):
     with pytest.raises(UserError) as caught:
-        cooldown_config(at, ["trainer.max_steps=50", "optimizer.decay_step=5"])
+        cooldown_config(str(constant), ["trainer.max_steps=50", "optimizer.decay_step=5"])
     assert caught.value.problems == (
         "trainer.max_steps: follows from the checkpoint and the length of the decay; give optimizer.decay_steps",
         "optimizer.decay_step: there is no such key; did you mean 'optimizer.decay_steps'?",
     )
 
 
-def test_what_does_not_change_the_result_may_change(tmp_path):
+def test_what_does_not_change_the_result_may_change(constant):
     """Sizes of a micro-batch too, as long as a step has as many sequences."""
-    at = trunk_in(tmp_path, train_config(optimizer=CONSTANT))
     overrides = (
         "trainer.eval_every=2", "trainer.eval_tokens=8", "trainer.log_every=3", "trainer.checkpoint_every=1",
         "trainer.save_final=none", "trainer.threads=1", "trainer.device=cpu", "logger=csv", "logger.project=p",
@@ -316,14 +317,9 @@ def test_what_does_not_change_the_result_may_change(tmp_path):
         "optimizer.decay_shape=linear", "optimizer.min_lr_ratio=0.0", "hydra/launcher=basic",
         "trainer.batch_size=1", "trainer.grad_accum=2",
     )  # fmt: skip
-    config = settled(at, *overrides)
+    config = settled(constant, *overrides)
     assert (config.name, config.trainer.eval_every, config.logger.kind) == ("other", 2, "csv")
     assert (config.optimizer.decay_shape, config.optimizer.min_lr_ratio) == ("linear", 0.0)
-
-
-@pytest.fixture
-def at(tmp_path) -> Path:
-    return trunk_in(tmp_path / "trunk", train_config(optimizer=CONSTANT))
 
 
 def problem_of(path: Path) -> str:
