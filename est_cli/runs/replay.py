@@ -44,7 +44,7 @@ def run(value: str, composer: Composer) -> None:
 def _config(folder: Path, given: TrainConfig, keys: Sequence[str]) -> TrainConfig:
     """The run's config for one process, with the values of `keys` that were given."""
     config = read_train_config(json.loads((folder / STEP).read_text())["config"])
-    trainer = {"devices": 1, "strategy": "single", "shard": False, "shard_size": "auto"}
+    trainer = {"devices": 1, "strategy": "single", "shard_size": "auto"}
     if config.trainer.device == "cuda" and not torch.cuda.is_available():
         trainer["device"] = "cpu"
     trainer |= {key: getattr(given.trainer, key) for key in ("device", "precision") if f"trainer.{key}" in keys}

@@ -62,7 +62,7 @@ def test_a_run_that_is_not_finite_names_the_step_and_the_replay_that_repeats_it(
     kept = json.loads((folder / "step.json").read_text())
     seen = run("est-train", f"replay={folder / 'step.json'}", "format=json", cwd=place).json
     assert (seen["step"], seen["grad_norm"]) == (kept["step"], None)
-    kept["config"]["trainer"] |= {"strategy": "ddp", "devices": 2, "shard": True}
+    kept["config"]["trainer"] |= {"strategy": "fsdp", "devices": 2, "shard_size": 2}
     (folder / "step.json").write_text(json.dumps(kept))
     assert run("est-train", f"replay={folder}", "format=json", cwd=place).json == seen, "one process replays many"
 
