@@ -43,6 +43,11 @@ def problems_text(error: UserError) -> str:
     return "\n".join(f"{PROBLEM}{problem}" for problem in error.problems)
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of what an exception says, or its type's name if it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def say(message: str) -> None:
     """Report progress on standard error; standard output has only what was asked for."""
     print(message, file=sys.stderr, flush=True)

@@ -7,7 +7,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator
 
-from est_cli.reports.comparison import Frontier
+from est_cli.experiments.saving import Frontier
 from est_cli.reports.style import report_style, series
 from study.grid import ARMS, FULL, LEARNING_RATES, SEEDS, SIZES, SMALL, WINNER, runs_with
 from study.records import Records
@@ -122,7 +122,7 @@ def drawn(records: Records) -> dict[str, Figure]:
 def _against_flops(ax: Axes, full: Frontier) -> None:
     """The full model's line, on axes on which it is straight: losses between its runs are interpolated so."""
     if len(full.loss):
-        ax.plot(full.flops / full.flops[-1], full.loss, **_look(0), label="full model, fewer steps")
+        ax.plot(full.cost / full.cost[-1], full.loss, **_look(0), label="full model, fewer steps")
     ax.set_xscale("log")
     ax.xaxis.set_major_locator(FixedLocator([0.05, 0.1, *np.arange(2, 11) / 10]))
     ax.xaxis.set_major_formatter("{x:g}")

@@ -9,8 +9,7 @@ from typing import Any
 import numpy as np
 
 from est_cli.config import read_train_config
-from est_cli.experiments.saving import AT_LEAST, AT_MOST, needed
-from est_cli.reports.comparison import Frontier
+from est_cli.experiments.saving import AT_LEAST, AT_MOST, Frontier, needed
 from est_cli.reports.records import RunRecord
 from est_cli.subnet.memory import count_parameters
 from study.grid import ARMS, SEEDS, SHORT, SHORTER, SIZES, WARMUP, WINNER, Arm, Run, runs_with

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from est_cli.reports.comparison import Frontier
+from est_cli.experiments.saving import Frontier
 from est_cli.reports.records import RunRecord
 from est_cli.units import format_count, format_percent
 from study import training

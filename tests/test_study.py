@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from est_cli.errors import UserError
-from est_cli.reports.comparison import Frontier
+from est_cli.experiments.saving import Frontier
 from study import document, tables, training
 from study.figures import FIGURES
 from study.grid import (
@@ -313,8 +313,8 @@ def test_training_on_another_text_than_the_records_is_refused(records, monkeypat
 def test_the_frontier_is_linear_in_the_logarithm_of_the_flops_and_knows_its_ends():
     frontier = Frontier(np.array([1e12, 4e12]), np.array([3.0, 2.0]))
     assert frontier.loss_at(2e12) == pytest.approx(2.5)
-    assert frontier.flops_at(2.5) == pytest.approx(2e12)
-    assert np.isnan([frontier.loss_at(5e12), frontier.flops_at(1.9), frontier.flops_at(3.1)]).all()
+    assert frontier.cost_at(2.5) == pytest.approx(2e12)
+    assert np.isnan([frontier.loss_at(5e12), frontier.cost_at(1.9), frontier.cost_at(3.1)]).all()
 
 
 def test_the_same_records_give_the_same_figures_byte_for_byte(records, tmp_path):

@@ -8,13 +8,14 @@ from pathlib import Path
 from est_cli import runs, training
 from est_cli.commands import entry
 from est_cli.composition.composer import Composer, plain
+from est_cli.composition.typed_text import typed_keys
 from est_cli.config import TrainConfig
 from est_cli.errors import DONE, UserError
 from est_cli.experiments import sweep
 from est_cli.experiments.arms import read_config
 from est_cli.runs.cooldown import Trunk, cooldown_config
 from est_cli.runs.directory import RunDirectory
-from est_cli.runs.rerun import recorded_config, typed_keys
+from est_cli.runs.rerun import recorded_config
 from est_cli.runs.stopping import quit_until_training_begins
 
 _REPLAY = "replay="

@@ -1,5 +1,6 @@
 """Names stay what was typed: Hydra reads 47_113 as the number 47113, 1234e56 as a float, and a#b.txt not at all."""
 
+import contextlib
 import dataclasses
 import functools
 import re
@@ -27,6 +28,13 @@ _WORD = re.compile(r"""(?:'(?:\\.|[^'\\])*'|"(?:\\.|[^"\\])*"|\$\{[^}]*\}|[^\s,\
 def parse(override: str, loader: ConfigLoader | None = None) -> Override:
     """Raises HydraException. `loader` lets `glob(…)` list the options of a group."""
     return OverridesParser.create(loader).parse_overrides([override])[0]
+
+
+def typed_keys(overrides: list[str]) -> Iterator[str]:
+    """The key of every override, in order. Composing reports those that cannot be parsed."""
+    for text in overrides:
+        with contextlib.suppress(HydraException):
+            yield parse(text).key_or_group.lstrip("+~")
 
 
 @functools.cache

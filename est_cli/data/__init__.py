@@ -1,6 +1,6 @@
 """Text → token files → batches. Imports no torch.
 
-disk           local files: which ones a path names, their hashes, durable writes
+disk           local files: the cache, which ones a path names, their hashes, durable writes
 corpora        where documents come from: standard library, packages, text files
 dataset_files  the local files of data=hf, the split of each, and their rows
 hub            datasets and single files from the Hugging Face hub
@@ -24,8 +24,3 @@ Say = Callable[[str], None]
 """Takes one line that the user should read."""
 
 __getattr__ = on_demand(__name__)
-
-
-def reason(error: BaseException) -> str:
-    """The first line of what an exception says, or its name."""
-    return str(error).strip().split("\n")[0] or type(error).__name__

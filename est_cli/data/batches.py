@@ -5,12 +5,9 @@ tokens, so every token but the first is a target once. Training sample n is wind
 epoch = n // N: without replacement within an epoch, a pure function of (seed, n).
 """
 
-from collections.abc import Callable
 from typing import Protocol
 
 import numpy as np
-
-from est_cli.errors import RunFailed, UserError
 
 _ROUNDS = 8
 
@@ -40,15 +37,6 @@ def training_windows(tokens: np.ndarray | WindowSource, seq_len: int, seed: int,
     assert n > 0, "a text shorter than one window is refused by TokenStore.check"
     epochs, indices = np.divmod(first + np.arange(count, dtype=np.int64), n)
     return _gather(tokens, seq_len, permute(indices, n, seed, epochs))
-
-
-def reading_error(read: Callable[[], object]) -> Exception | None:
-    """The error with which `read` fails, or None."""
-    try:
-        read()
-    except (UserError, RunFailed) as error:
-        return error
-    return None
 
 
 def validation_windows(tokens: np.ndarray, seq_len: int, n_tokens: int) -> np.ndarray:

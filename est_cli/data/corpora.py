@@ -18,9 +18,7 @@ from pathlib import Path
 from typing import Protocol, TypeVar
 
 import numpy as np
-import platformdirs
 
-from est_cli.config import DataConfig
 from est_cli.data import Say, disk
 from est_cli.errors import UserError
 
@@ -295,10 +293,3 @@ def grouped(items: Iterable[T], n_bytes: Callable[[T], int], most: int) -> Itera
             group, size = [], 0
     if group:
         yield group
-
-
-def cache_folder(data: DataConfig) -> Path:
-    """Where token files and rows are kept."""
-    if data.cache_dir is None:
-        return platformdirs.user_cache_path("est-cli", appauthor=False)
-    return Path(os.path.abspath(os.path.expanduser(data.cache_dir)))

@@ -29,8 +29,8 @@ import yaml
 import zstandard
 
 from est_cli.config import DataConfig
-from est_cli.data import Say, disk, reason
-from est_cli.errors import UserError, nearest
+from est_cli.data import Say, disk
+from est_cli.errors import UserError, first_line, nearest
 
 _READERS = {
     ".parquet": "parquet",
@@ -251,7 +251,7 @@ def read_rows(file: DatasetFile, column: str, broken: Broken, start: int = 0) ->
     except (UserError, MemoryError):
         raise
     except Exception as error:  # pyarrow and each decompressor have their own exceptions.
-        raise UserError(f"data.path={file.path}: cannot be read as {file.reader} ({reason(error)})") from None
+        raise UserError(f"data.path={file.path}: cannot be read as {file.reader} ({first_line(error)})") from None
 
 
 def check_column(name: str, names: list[str], place: str = "") -> None:

@@ -1,4 +1,4 @@
-"""Local files: which ones `data.path` names, which are skipped and why, their hashes, and durable writes."""
+"""Local files: the cache, the files that `data.path` names, which are skipped and why, hashes, and durable writes."""
 
 import contextlib
 import glob
@@ -8,6 +8,9 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import platformdirs
+
+from est_cli.config import DataConfig
 from est_cli.data import Say
 from est_cli.errors import UserError, nearest
 
@@ -15,6 +18,13 @@ Skipped = dict[str, list[Path]]
 """Files that are not read, by reason."""
 FORMATS = "parquet, jsonl, json, csv, tsv, txt or arrow"
 """What data=hf reads."""
+
+
+def cache_folder(data: DataConfig) -> Path:
+    """Where token files and rows are kept."""
+    if data.cache_dir is None:
+        return platformdirs.user_cache_path("est-cli", appauthor=False)
+    return Path(os.path.abspath(os.path.expanduser(data.cache_dir)))
 
 
 def path_entries(paths: str | tuple[str, ...] | None) -> tuple[str, ...]:

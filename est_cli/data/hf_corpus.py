@@ -20,8 +20,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from est_cli.config import DataConfig
-from est_cli.data import Say, disk, hub, reason
-from est_cli.data.corpora import Corpus, cache_folder, grouped
+from est_cli.data import Say, disk, hub
+from est_cli.data.corpora import Corpus, grouped
 from est_cli.data.dataset_files import (
     Broken,
     DatasetFile,
@@ -32,7 +32,7 @@ from est_cli.data.dataset_files import (
     read_rows,
     text_bytes,
 )
-from est_cli.errors import RunFailed, UserError
+from est_cli.errors import RunFailed, UserError, first_line
 
 _BATCH_BYTES = 16 << 20
 _SAMPLED_BYTES = 1 << 16
@@ -149,7 +149,7 @@ class LocalRows:
         return tables
 
     def _mapped(self, files: list[DatasetFile]) -> pa.ChunkedArray:
-        cached = cache_folder(self._data) / f"rows-{self._key_of(files)[:16]}.arrow"
+        cached = disk.cache_folder(self._data) / f"rows-{self._key_of(files)[:16]}.arrow"
         try:
             if not cached.exists():
                 cached.parent.mkdir(parents=True, exist_ok=True)
@@ -342,4 +342,4 @@ class TextStream:
         except UserError:
             raise
         except Exception as error:  # The library passes on exceptions of pyarrow, httpx and others.
-            raise RunFailed(f"data.path={self._data.path}: the stream broke off ({reason(error)})") from None
+            raise RunFailed(f"data.path={self._data.path}: the stream broke off ({first_line(error)})") from None

@@ -8,9 +8,8 @@ from pathlib import Path
 import huggingface_hub
 
 from est_cli.config import DataConfig
-from est_cli.data import disk, reason
-from est_cli.data.corpora import cache_folder
-from est_cli.errors import UserError
+from est_cli.data import disk
+from est_cli.errors import UserError, first_line
 
 _TIMEOUT_S = 4
 
@@ -77,7 +76,7 @@ def load_split(data: DataConfig, split: str, streaming: bool = False):
     if name in datasets.packaged_modules._PACKAGED_DATASETS_MODULES:
         # load_dataset("json") would read any JSON in the current folder.
         raise UserError(f"data.path={name}: must be a dataset's name on the hub, or local {disk.FORMATS} files")
-    cache = None if data.cache_dir is None else str(cache_folder(data) / "huggingface")
+    cache = None if data.cache_dir is None else str(disk.cache_folder(data) / "huggingface")
     # The library itself would retry for half a minute if the hub cannot be reached.
     before = datasets.config.HF_HUB_OFFLINE
     datasets.config.HF_HUB_OFFLINE = before or not answers()
@@ -92,7 +91,7 @@ def load_split(data: DataConfig, split: str, streaming: bool = False):
 
 
 def _explain(error: Exception, data: DataConfig, split: str) -> UserError:
-    said = reason(error.__cause__ or error)
+    said = first_line(error.__cause__ or error)
     path = disk.show_paths(data.path)
     if "split" in said and split in said:
         key = "data.split" if split == data.split else "data.val_split"

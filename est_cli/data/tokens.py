@@ -20,7 +20,7 @@ import numpy as np
 
 from est_cli.config import DataConfig, TokenizerConfig
 from est_cli.data import Say, disk
-from est_cli.data.corpora import Source, cache_folder
+from est_cli.data.corpora import Source
 from est_cli.data.preparation import discard_work, has_work, write_store
 from est_cli.data.run_data import RunData, Text
 from est_cli.data.splits import open_sources
@@ -134,7 +134,7 @@ def prepare(
     text = _text_of(sources, data)
     check(text)
     fingerprint = _fingerprint(sources, data, chosen.definition)
-    cache = cache_folder(data)
+    cache = disk.cache_folder(data)
     folder = _folder(data, fingerprint)
     if run is not None and tokenizer.kind == "sentencepiece" and tokenizer.path is None:
         # The folder that the run began with is named after the training of its tokenizer.
@@ -183,7 +183,7 @@ def _with_tokenizer(folder: Path, tokenizer: Tokenizer) -> Path | None:
 
 
 def _folder(data: DataConfig, fingerprint: str) -> Path:
-    return cache_folder(data) / f"{data.kind}-{fingerprint[:16]}"
+    return disk.cache_folder(data) / f"{data.kind}-{fingerprint[:16]}"
 
 
 def _tried(call: Callable[[], _A], problems: list[str]) -> _A | None:

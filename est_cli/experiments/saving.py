@@ -1,7 +1,7 @@
 """Savings at equal loss: the cost of an arm compared with what the full model needs for the same loss.
 
-Comparisons and the study use it. The full model's runs, for all tokens and for fewer steps, each with its own
-learning-rate schedule, are the points of a frontier. Between them the loss is linear in the logarithm of the cost.
+A schedule that saves FLOPs must be compared with the full model trained for fewer steps. The full model's runs, for all
+tokens and for fewer steps, are the points of a frontier. Comparisons and the study use it.
 """
 
 import math
@@ -10,7 +10,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from est_cli.reports.comparison import Frontier
 from est_cli.reports.records import RunRecord
 from est_cli.units import format_percent
 
@@ -19,18 +18,60 @@ COSTS = {"flops": "flops_total", "seconds": "train_s"}
 AT_LEAST, AT_MOST = "at least", "at most"
 
 
+@dataclass(frozen=True)
+class Frontier:
+    """What the full model reaches at any cost: final losses of runs of different lengths.
+
+    Each run has its own learning-rate schedule. Between two runs the loss is taken as linear in the logarithm of the
+    cost.
+    """
+
+    cost: np.ndarray
+    """[n] whole-model FLOPs or seconds, ascending."""
+    loss: np.ndarray
+    """[n] final validation losses."""
+
+    @classmethod
+    def of(cls, runs: Sequence[RunRecord], cost: str = "flops_total") -> "Frontier":
+        """`cost` is the key of summary.json that is spent."""
+        points = sorted((run.outcome[cost], run.outcome["val_loss"]) for run in runs)
+        return cls(*np.array(points).reshape(-1, 2).T)
+
+    @classmethod
+    def mean(cls, frontiers: Sequence["Frontier"]) -> "Frontier":
+        """The mean over seeds that were measured at the same costs; empty if one of them is empty."""
+        if not frontiers or not all(len(frontier.cost) for frontier in frontiers):
+            return cls.of([])
+        return cls(*(np.mean([getattr(f, axis) for f in frontiers], 0) for axis in ("cost", "loss")))
+
+    def loss_at(self, cost: float, slack: float = 0.001) -> float:
+        """The full model's loss at this cost; NaN outside of what was measured.
+
+        `slack` is the share by which a run of the same cost may differ, because steps are whole.
+        """
+        if not len(self.cost) or not (1 - slack) * self.cost[0] <= cost <= (1 + slack) * self.cost[-1]:
+            return math.nan
+        return float(np.interp(math.log(cost), np.log(self.cost), self.loss))
+
+    def cost_at(self, loss: float) -> float:
+        """The cost that the full model needs for this loss; NaN outside of what was measured."""
+        if not len(self.loss) or not self.loss[-1] <= loss <= self.loss[0]:
+            return math.nan
+        return float(np.exp(np.interp(-loss, -self.loss, np.log(self.cost))))
+
+
 def needed(frontier: Frontier, loss: float) -> tuple[float, str | None]:
     """The full model's cost for `loss`, NaN if unknown, and how a saving against that cost is bounded.
 
     AT_LEAST if no run of the full model has a lower loss, AT_MOST if the loss is above the shortest run's, else None.
     """
     if len(frontier.loss) and loss <= frontier.loss.min():
-        return float(frontier.flops[frontier.loss.argmin()]), AT_LEAST
+        return float(frontier.cost[frontier.loss.argmin()]), AT_LEAST
     if len(frontier.loss) < 2 or (np.diff(frontier.loss) >= 0).any():
         return math.nan, None
     if loss > frontier.loss[0]:
-        return float(frontier.flops[0]), AT_MOST
-    return frontier.flops_at(loss), None
+        return float(frontier.cost[0]), AT_MOST
+    return frontier.cost_at(loss), None
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""What runs are compared by: settings that differ, arms of equal settings, stage times, the full model's frontier."""
+"""What runs are compared by: settings that differ, arms of equal settings, and stage times."""
 
 import itertools
 import math
@@ -246,45 +246,3 @@ def shortened(label: str, longest: int = _LONGEST_LABEL) -> str:
     """One line of at most `longest` printable characters."""
     label = "".join(c if c.isprintable() else " " for c in label)
     return label if len(label) <= longest else label[: longest - 1] + "…"
-
-
-@dataclass(frozen=True)
-class Frontier:
-    """What the full model reaches for any compute: the measure of every schedule.
-
-    A schedule that saves FLOPs must be compared with the full model that trains for fewer steps with a learning-rate
-    schedule of its own. Between such runs the loss is taken as linear in the logarithm of the FLOPs.
-    """
-
-    flops: np.ndarray
-    """Whole-model FLOPs, ascending, or another cost, such as seconds. [n]"""
-    loss: np.ndarray
-    """Final validation losses of the full model. [n]"""
-
-    @classmethod
-    def of(cls, runs: Sequence[RunRecord], cost: str = "flops_total") -> "Frontier":
-        """`cost` is the key of summary.json that is spent."""
-        points = sorted((run.outcome[cost], run.outcome["val_loss"]) for run in runs)
-        return cls(*np.array(points).reshape(-1, 2).T)
-
-    @classmethod
-    def mean(cls, frontiers: Sequence["Frontier"]) -> "Frontier":
-        """Of several seeds, measured at the same FLOPs; empty if one of them is."""
-        if not frontiers or not all(len(frontier.flops) for frontier in frontiers):
-            return cls.of([])
-        return cls(*(np.mean([getattr(f, axis) for f in frontiers], 0) for axis in ("flops", "loss")))
-
-    def loss_at(self, flops: float, slack: float = 0.001) -> float:
-        """The full model's loss for so much compute; NaN outside of what was measured.
-
-        `slack` is the share by which a run of the same FLOPs may differ, because steps are whole.
-        """
-        if not len(self.flops) or not (1 - slack) * self.flops[0] <= flops <= (1 + slack) * self.flops[-1]:
-            return math.nan
-        return float(np.interp(math.log(flops), np.log(self.flops), self.loss))
-
-    def flops_at(self, loss: float) -> float:
-        """The compute that the full model needs for this loss; NaN outside of what was measured."""
-        if not len(self.loss) or not self.loss[-1] <= loss <= self.loss[0]:
-            return math.nan
-        return float(np.exp(np.interp(-loss, -self.loss, np.log(self.flops))))

@@ -16,11 +16,12 @@ from typing import Any
 
 from est_cli import training
 from est_cli.composition.composer import dotted_keys
+from est_cli.composition.typed_text import typed_keys
 from est_cli.config import OptimizerConfig, TrainConfig, as_plain, read_train_config
 from est_cli.errors import UserError, nearest
 from est_cli.runs.changes import BATCH, HARMLESS, MAX_STEPS, changes
 from est_cli.runs.directory import METRICS, RunDirectory
-from est_cli.runs.rerun import store_config, typed_keys, without_call
+from est_cli.runs.rerun import store_config, without_call
 from est_cli.schema import read
 from est_cli.subnet.schedule import boundary_step
 from est_cli.tracking.metrics import truncate

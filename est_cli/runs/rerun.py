@@ -1,16 +1,13 @@
 """est-train --rerun DIR: the config that a run recorded becomes the primary one, which the overrides change."""
 
-import contextlib
 import hashlib
-from collections.abc import Iterator
 from pathlib import Path
 
 import yaml
 from hydra.core.config_store import ConfigStore
-from hydra.errors import HydraException
 from omegaconf import OmegaConf
 
-from est_cli.composition.typed_text import parse
+from est_cli.composition.typed_text import typed_keys
 from est_cli.errors import UserError
 from est_cli.runs.directory import CONFIG
 
@@ -46,13 +43,6 @@ def _check_overrides(run_dir: str, overrides: list[str]) -> None:
     if dead:
         again = "name also the scheduler that makes them anew, as in scheduler=three_stage"
         raise UserError(*(f"{key}: does not reach the stages that {run_dir} recorded; {again}" for key in dead))
-
-
-def typed_keys(overrides: list[str]) -> Iterator[str]:
-    """The key of every override, in order. Composing reports those that cannot be parsed."""
-    for text in overrides:
-        with contextlib.suppress(HydraException):
-            yield parse(text).key_or_group.lstrip("+~")
 
 
 def without_call(config: dict) -> dict:

@@ -22,6 +22,8 @@ from typing import Any
 
 import wandb
 
+from est_cli.errors import first_line
+
 _POLL_S = 0.5
 
 
@@ -110,14 +112,10 @@ def _start(job: dict[str, Any], say: Callable[[str], None]) -> Any:
             return wandb.init(**init, resume="allow", settings=settings)
         except Exception as error:
             say(
-                f"W&B cannot be reached online ({_first_line(error)}): recording offline, "
+                f"W&B cannot be reached online ({first_line(error)}): recording offline, "
                 f"`wandb sync {init['dir']}/wandb/offline-run-*` uploads it"
             )
     return wandb.init(**init | {"mode": "offline"}, settings=settings)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def main() -> None:
@@ -139,7 +137,7 @@ def main() -> None:
     except TimeoutError:
         say(f"W&B has not taken everything in time; `wandb sync {job['init']['dir']}/wandb/run-*` uploads the rest")
     except Exception as error:
-        say(f"W&B failed ({_first_line(error)}); training goes on, {Path(job['metrics']).name} has every step")
+        say(f"W&B failed ({first_line(error)}); training goes on, {Path(job['metrics']).name} has every step")
     finally:
         os._exit(0)  # wandb's own exit hooks wait for a service that may be gone
 

@@ -12,8 +12,8 @@ import numpy as np
 from torch import Tensor
 
 from est_cli.config import TrainConfig
-from est_cli.data.batches import Tokens, reading_error, training_windows
-from est_cli.errors import UserError
+from est_cli.data.batches import Tokens, training_windows
+from est_cli.errors import RunFailed, UserError
 from est_cli.kernels.pack import pinned
 from est_cli.subnet.plan import Plan
 from est_cli.subnet.sampler import sample
@@ -50,9 +50,13 @@ class Inputs:
         """The text is read while the run trains, so reading may fail."""
         return not isinstance(self.tokens, np.ndarray)
 
-    def error(self, step: int) -> UserError | None:
-        """Why the text of a step cannot be read, if so; waits for it."""
-        return reading_error(lambda: self.of_all_ranks(step))
+    def error(self, step: int) -> UserError | RunFailed | None:
+        """Why the text of a step cannot be read; None if it can. Waits for the text."""
+        try:
+            self.of_all_ranks(step)
+        except (UserError, RunFailed) as error:
+            return error
+        return None
 
     def _make(self, step: int) -> tuple[Plan, list[Tensor]]:
         config, world, size = self.config, self.world, self.config.trainer.batch_size

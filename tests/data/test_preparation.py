@@ -12,9 +12,10 @@ from tiny_corpora import BYTE, PIECES, Documents, documents, jsonl, prepared, pr
 from est_cli.config import DataConfig, SourceConfig
 from est_cli.config.checks import clashes
 from est_cli.data import preparation
+from est_cli.data.disk import cache_folder
 from est_cli.data.preparation import Counts, Shard, TokenStream, choose_workers, interleave
 from est_cli.data.splits import open_sources, split_corpus, split_sources
-from est_cli.data.tokens import cache_folder, current_text, inspect
+from est_cli.data.tokens import current_text, inspect
 from est_cli.errors import UserError
 
 

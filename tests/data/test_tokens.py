@@ -17,7 +17,8 @@ from tokenizers import Tokenizer, models, normalizers
 
 from est_cli.config import DataConfig, TokenizerConfig
 from est_cli.data.batches import training_windows
-from est_cli.data.tokens import TokenStore, cache_folder, count_tokens, inspect, prepare, unigram_entropy
+from est_cli.data.disk import cache_folder
+from est_cli.data.tokens import TokenStore, count_tokens, inspect, prepare, unigram_entropy
 from est_cli.errors import UserError
 
 
