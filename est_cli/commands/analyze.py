@@ -10,12 +10,13 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from est_cli import evaluation, reports
-from est_cli.commands.entry import folders_of, read_only, read_request, results_folder
+from est_cli.commands.entry import folders_of, read_request, results_folder, run_composed
 from est_cli.commands.evaluate import short_names
 from est_cli.config import Format
 from est_cli.errors import UserError, say
 from est_cli.evaluation import Measures
-from est_cli.runs.directory import CONFIG, METRICS, check_writable
+from est_cli.runs.directory import CONFIG, check_writable
+from est_cli.tracking.metrics import METRICS_NAME
 
 _JSON = "analysis.json"
 _MISSING = "–"
@@ -32,7 +33,7 @@ class Request(Measures):
 
 
 def main() -> None:
-    read_only("analyze", run)
+    run_composed("analyze", run)
 
 
 def run(composed: dict[str, Any]) -> None:
@@ -62,8 +63,8 @@ def _check_runs(folders: Sequence[Path]) -> None:
     for folder in folders:
         if folder.resolve() in seen:
             problems.append(f"run={folder}: is named twice")
-        elif (folder / CONFIG).exists() and not (folder / METRICS).exists():
-            problems.append(f"run={folder}: has logged no step yet: there is no {METRICS}")
+        elif (folder / CONFIG).exists() and not (folder / METRICS_NAME).exists():
+            problems.append(f"run={folder}: has logged no step yet: there is no {METRICS_NAME}")
         seen.add(folder.resolve())
     if problems:
         raise UserError(*problems)

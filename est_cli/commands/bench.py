@@ -9,7 +9,7 @@ from rich.progress import Progress
 from rich.table import Column, Table
 
 from est_cli import benchmark, training
-from est_cli.commands.entry import read_only, read_request_and_config
+from est_cli.commands.entry import read_request_and_config, run_composed
 from est_cli.config import Count, Natural, auto
 from est_cli.units import format_step_time
 
@@ -26,7 +26,7 @@ class Request:
 
 
 def main() -> None:
-    read_only("bench", run)
+    run_composed("bench", run)
 
 
 def run(composed: dict[str, Any]) -> None:

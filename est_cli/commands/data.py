@@ -11,7 +11,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from est_cli import data
-from est_cli.commands.entry import read_only, read_request_and_config
+from est_cli.commands.entry import read_request_and_config, run_composed
 from est_cli.config import Natural
 from est_cli.errors import UserError, say
 
@@ -23,7 +23,7 @@ class Request:
 
 
 def main() -> None:
-    read_only("prepare", run)
+    run_composed("prepare", run)
 
 
 def run(composed: dict[str, Any]) -> None:

@@ -36,8 +36,11 @@ _COMMENTED = re.compile(r"(?P<key>\w+):.*?\s# (?P<comment>.+)")
 _COMMENT_COLUMN = 34
 
 
-def read_only(config_name: str, call: Callable[[dict[str, Any]], None]) -> NoReturn:
-    """A command that makes no run directory: compose and `call(plain config)`; with -m, once for every job."""
+def run_composed(config_name: str, call: Callable[[dict[str, Any]], None]) -> NoReturn:
+    """The `main` of a command that makes no run directory: compose, `call` with the plain config, exit.
+
+    With -m, `call` gets the config of every job.
+    """
     arguments = read_arguments()
 
     def command() -> None:

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from est_cli import evaluation
-from est_cli.commands.entry import read_only, read_request
+from est_cli.commands.entry import read_request, run_composed
 from est_cli.config import Count, DataConfig, Format, Natural, as_plain, read_train_config
 from est_cli.errors import UserError, say
 
@@ -30,7 +30,7 @@ class Request:
 
 
 def main() -> None:
-    read_only("eval", run)
+    run_composed("eval", run)
 
 
 def run(composed: dict[str, Any]) -> None:

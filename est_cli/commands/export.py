@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from est_cli import evaluation, model
-from est_cli.commands.entry import read_only, read_request
+from est_cli.commands.entry import read_request, run_composed
 from est_cli.config import Format, Natural
 from est_cli.errors import UserError, say
 from est_cli.subnet.schedule import Rate, Rates
@@ -25,7 +25,7 @@ class Request:
 
 
 def main() -> None:
-    read_only("export", run)
+    run_composed("export", run)
 
 
 def run(composed: dict[str, Any]) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from est_cli import evaluation
-from est_cli.commands.entry import read_only, read_request
+from est_cli.commands.entry import read_request, run_composed
 from est_cli.config import Count, Format, Natural, NotNegative
 from est_cli.errors import say
 
@@ -26,7 +26,7 @@ class Request:
 
 def main() -> None:
     prompt = take_prompt(sys.argv)
-    read_only("generate", lambda composed: run(composed if prompt is None else {**composed, "prompt": prompt}))
+    run_composed("generate", lambda composed: run(composed if prompt is None else {**composed, "prompt": prompt}))
 
 
 def take_prompt(arguments: list[str]) -> str | None:

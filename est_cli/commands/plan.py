@@ -11,7 +11,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from est_cli.commands.entry import read_only, read_request_and_config
+from est_cli.commands.entry import read_request_and_config, run_composed
 from est_cli.config import TrainConfig, auto
 from est_cli.errors import UserError
 from est_cli.subnet.flops import config_ledger, scale_boundaries, with_boundaries
@@ -37,7 +37,7 @@ class Request:
 
 
 def main() -> None:
-    read_only("plan", run)
+    run_composed("plan", run)
 
 
 def run(composed: dict[str, Any]) -> None:

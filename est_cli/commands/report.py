@@ -7,7 +7,7 @@ from typing import Any, Literal
 from rich.console import Console
 
 from est_cli import reports
-from est_cli.commands.entry import folders_of, read_only, read_request, results_folder
+from est_cli.commands.entry import folders_of, read_request, results_folder, run_composed
 from est_cli.errors import UserError
 
 
@@ -19,7 +19,7 @@ class Request:
 
 
 def main() -> None:
-    read_only("report", run)
+    run_composed("report", run)
 
 
 def run(composed: dict[str, Any]) -> None:

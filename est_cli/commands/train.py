@@ -5,6 +5,8 @@ import os
 import sys
 from pathlib import Path
 
+from omegaconf import DictConfig
+
 from est_cli import runs, training
 from est_cli.commands import entry
 from est_cli.composition.composer import Composer, plain
@@ -49,7 +51,8 @@ def primary_config(arguments: argparse.Namespace) -> str:
 
     Raises UserError.
     """
-    given = {flag: path for flag in ("rerun", "cooldown") if (path := getattr(arguments, flag, None)) is not None}
+    makers = {"rerun": recorded_config, "cooldown": cooldown_config}
+    given = {flag: path for flag in makers if (path := getattr(arguments, flag, None)) is not None}
     if arguments.config_name is not None and given:
         raise UserError(
             *(
@@ -59,8 +62,9 @@ def primary_config(arguments: argparse.Namespace) -> str:
         )
     if len(given) > 1:
         raise UserError("--rerun, --cooldown: only one of them at a time")
-    make = {"rerun": recorded_config, "cooldown": cooldown_config}
-    return next((make[flag](path, arguments.overrides) for flag, path in given.items()), "train")
+    for flag, path in given.items():
+        return makers[flag](path, arguments.overrides)
+    return "train"
 
 
 def _train(composer: Composer) -> int:
@@ -79,24 +83,29 @@ def _train(composer: Composer) -> int:
 
 
 def _read(composer: Composer, size: int) -> tuple[TrainConfig, list[str], Trunk | None, Path] | None:
-    """What `read_config` returns, and the run directory; None for a sweep.
-
-    A run is named by its Slurm job, so that a requeued job continues it. A second run in the same allocation, typed
-    after the first has finished, is named JOB-2.
-    """
+    """What `read_config` returns, and the run directory; None for a sweep."""
     config = composer.compose_run()
     if config is None:
         if size > 1:
             raise UserError(f"-m: {size} processes were started; a sweep starts those of its jobs itself")
         return None
+    config = _after_finished_runs(composer, config)
+    return *read_config(plain(config), config.hydra), Path(config.hydra.run.dir).absolute()
+
+
+def _after_finished_runs(composer: Composer, config: DictConfig) -> DictConfig:
+    """The config with a free run_id, if the run is named by its Slurm job and another run of the job is finished.
+
+    A requeued job has the same number, so it continues its run. A second run in the same allocation, typed after the
+    first has finished, is named JOB-2.
+    """
     typed, number = composer.arguments.overrides, 2
     named = {"run_id", "hydra.run.dir"} & set(typed_keys(typed))
-    if not named and "SLURM_JOB_ID" in os.environ and "SLURM_RESTART_COUNT" not in os.environ:
-        job = config.get("run_id")
-        while (run_dir := Path(config.hydra.run.dir)).name == config.get("run_id") and RunDirectory(
-            run_dir
-        ).is_finished:
-            composer.arguments.overrides = [*typed, f"run_id='{job}-{number}'"]
-            config = composer.compose()
-            number += 1
-    return *read_config(plain(config), config.hydra), Path(config.hydra.run.dir).absolute()
+    if named or "SLURM_JOB_ID" not in os.environ or "SLURM_RESTART_COUNT" in os.environ:
+        return config
+    job = config.get("run_id")
+    while (run_dir := Path(config.hydra.run.dir)).name == config.get("run_id") and RunDirectory(run_dir).is_finished:
+        composer.arguments.overrides = [*typed, f"run_id='{job}-{number}'"]
+        config = composer.compose()
+        number += 1
+    return config

@@ -1,4 +1,4 @@
-"""Composes the Hydra configuration, and turns what Hydra says about mistakes into our one kind of message."""
+"""Composes the Hydra configuration, and reports every mistake in it as one line of a UserError."""
 
 import argparse
 import contextlib
@@ -105,11 +105,11 @@ class Composer:
     def compose(self) -> DictConfig:
         """The composed config, `hydra` node included. Raises UserError naming every bad override."""
         overrides = self.arguments.overrides
-        with self._mistakes_told([overrides], sweeps=False):
-            return _checked(self._compose(overrides))
+        with self._as_user_errors([overrides], sweeps=False):
+            return _check_experiment(self._compose(overrides))
 
     def compose_run(self) -> DictConfig | None:
-        """The same for one run; None if -m, or a config with hydra.mode=MULTIRUN, asks for a sweep."""
+        """As `compose`, for est-train; None if -m, or a config with hydra.mode=MULTIRUN, asks for a sweep."""
         if self.arguments.multirun:
             return None
         try:
@@ -125,10 +125,10 @@ class Composer:
         """The config that the jobs of a sweep share. Raises UserError naming every override that no job can compose."""
         overrides = self.arguments.overrides
         jobs = _every_value_once(overrides, self.loader)
-        with self._mistakes_told(jobs):
+        with self._as_user_errors(jobs):
             master = self.compose_master(overrides)
             for job in jobs:
-                _checked(self._compose([*job, "hydra.mode=RUN"]))
+                _check_experiment(self._compose([*job, "hydra.mode=RUN"]))
         problems: list[str] = []
         for override in (parse(text, self.loader) for text in overrides):
             if override.is_discrete_sweep():
@@ -144,7 +144,7 @@ class Composer:
 
     def compose_job(self, overrides: list[str]) -> DictConfig:
         """One job of a sweep. Raises UserError naming every bad override."""
-        with self._mistakes_told([overrides]):
+        with self._as_user_errors([overrides]):
             return self._compose([*overrides, "hydra.mode=RUN"])
 
     def _compose(self, overrides: list[str], mode: RunMode = RunMode.RUN) -> DictConfig:
@@ -171,7 +171,7 @@ class Composer:
         return returned[-1]
 
     @contextlib.contextmanager
-    def _mistakes_told(self, jobs: list[list[str]], sweeps: bool = True) -> Iterator[None]:
+    def _as_user_errors(self, jobs: list[list[str]], sweeps: bool = True) -> Iterator[None]:
         """Raises UserError instead of what Hydra, OmegaConf and the YAML reader raise for a mistake in `jobs`."""
         try:
             yield
@@ -227,7 +227,7 @@ class Composer:
             return []
 
 
-def _checked(config: DictConfig) -> DictConfig:
+def _check_experiment(config: DictConfig) -> DictConfig:
     """Raises UserError for an experiment's file without its package line: its keys would change nothing."""
     if "experiment" in config:
         option = config.hydra.runtime.choices.get("experiment")

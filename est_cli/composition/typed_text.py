@@ -53,14 +53,14 @@ def _as_typed(override: str, multirun: bool) -> str:
     key = typed_key.strip().lstrip("+")
     if not equals or key not in text_keys() or not value.strip():
         return override
-    reads, listed = _reads(override), multirun or value.lstrip().startswith("[")
+    readable, listed = _is_readable(override), multirun or value.lstrip().startswith("[")
     choice = re.fullmatch(r"\s*choice\((.*)\)\s*", value)
-    if reads and not choice and re.match(r"\s*\w+\(", value):
+    if readable and not choice and re.match(r"\s*\w+\(", value):
         return override
     # Hydra forgets the quotes of a choice's elements.
-    elements = choice[1] if reads and choice else value
+    elements = choice[1] if readable and choice else value
     by_word = f"{typed_key}={_WORD.sub(lambda word: _quoted_word(key, word[0]), elements)}"
-    return by_word if reads or (listed and _reads(by_word)) else f"{typed_key}={quoted(value)}"
+    return by_word if readable or (listed and _is_readable(by_word)) else f"{typed_key}={quoted(value)}"
 
 
 def quoted(text: str) -> str:
@@ -77,7 +77,7 @@ def _quoted_word(key: str, word: str) -> str:
     return word if is_text else quoted(word.strip())
 
 
-def _reads(override: str) -> bool:
+def _is_readable(override: str) -> bool:
     try:
         parse(override)
     except HydraException:

@@ -122,7 +122,7 @@ def key_of(data: DataConfig) -> str:
     return f"data={data.kind}" if data.path is None else f"data.path={data.path}"
 
 
-def keep(folder: Path, store: "TokenStore", begins: bool) -> None:
+def keep_data(folder: Path, store: "TokenStore", begins: bool) -> None:
     """Records in a run's folder what it trains on. Writes its tokenizer once, when the run begins."""
     place = folder / TOKENIZER
     if begins or not place.is_dir():

@@ -1,6 +1,6 @@
 """Many runs: a sweep, and the comparison of ways to train.
 
-arms          one config, trained in several ways
+arms          composed config → the config of a run or of one arm of a comparison
 naming        what a sweep's overrides ask for, and the folder names made from them
 comparison    which jobs compare the arms fairly, and in which order they run
 sweep         runs jobs, one folder each

@@ -1,4 +1,7 @@
-"""The arms of a comparison, `+arm=NAME`: one config, trained in ways that differ only in how they spend FLOPs."""
+"""A composed config as est-train trains it; and the arms of a comparison, `+arm=NAME`, which change it last.
+
+An arm is a way to train one config. Arms differ only in how they spend FLOPs.
+"""
 
 from dataclasses import replace
 from typing import Any

@@ -18,7 +18,7 @@ from est_cli.composition.composer import Composer, plain
 from est_cli.config import TrainConfig
 from est_cli.errors import UserError, nearest, say
 from est_cli.experiments.arms import DENSE, EST, FULL_SAME_FLOPS, SMALL, read_config, spent
-from est_cli.experiments.naming import Asked
+from est_cli.experiments.naming import SweepRequest
 from est_cli.experiments.verdict import arm_table
 from est_cli.plugins import is_installed
 from est_cli.runs.directory import RunDirectory
@@ -30,8 +30,8 @@ Launch = Callable[[Sequence[Sequence[str]]], Sequence[Path] | None]
 
 UNNAMED_KEYS = ("arms", "arm_flops", "scheduler", "trainer.threads")
 """Keys of the jobs' overrides that are not in their folders' names: the arm's name stands for them."""
-AT_A_TIME = 2
-SIDE_BY_SIDE = ("hydra/launcher=joblib", f"hydra.launcher.n_jobs={AT_A_TIME}")
+_AT_A_TIME = 2
+_SIDE_BY_SIDE = ("hydra/launcher=joblib", f"hydra.launcher.n_jobs={_AT_A_TIME}")
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class ComparisonJobs:
             raise UserError(
                 f"hydra/sweeper={sweeper}: must be basic beside arms, which have a grid: optimizer.lr=A,B,C"
             )
-        asked, names = Asked(master), _names(master, composer)
+        asked, names = SweepRequest(master), _names(master, composer)
         params = [f"{key}={value}" for key, value in asked.params.items()]
         parsed = OverridesParser.create(composer.loader).parse_overrides(params)
         fixed, swept = _split([*parsed, *asked.overrides.values()])
@@ -152,12 +152,12 @@ def side_by_side(jobs: ComparisonJobs, master: DictConfig, launcher_given: bool)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     is_basic = master.hydra.runtime.choices["hydra/launcher"] == "basic"
     on_cpu = all(arm.config.trainer.device == "cpu" for arm in jobs.arms)
-    if launcher_given or not is_basic or not on_cpu or cores < AT_A_TIME:
+    if launcher_given or not is_basic or not on_cpu or cores < _AT_A_TIME:
         return ()
     if not is_installed("hydra_plugins.hydra_joblib_launcher"):
         say("one run after another; with `pip install 'est-cli[joblib]'` two run at a time")
         return ()
-    return SIDE_BY_SIDE
+    return _SIDE_BY_SIDE
 
 
 def _names(master: DictConfig, composer: Composer) -> list[str]:

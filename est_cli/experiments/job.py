@@ -26,10 +26,11 @@ class Call:
     arguments: tuple[str, ...]
     """sys.argv"""
     flags: tuple[str, ...]
-    """The flags among them that decide what is composed."""
+    """Those of its flags that decide what is composed, such as --config-dir."""
     command: str
-    """What continues the sweep."""
+    """The command line that continues the sweep."""
     process: int
+    """Id of the sweep's own process."""
 
     @property
     def is_elsewhere(self) -> bool:
@@ -62,7 +63,7 @@ def run_job(call: Call, composed: DictConfig) -> float | None:
 
 
 def _run(call: Call, composed: DictConfig, directory: RunDirectory) -> float:
-    """A job that is done is not run again."""
+    """Train the job, unless it is done already. Raises SystemExit if it did not end with DONE."""
     if call.is_elsewhere:
         sys.argv[:] = call.arguments
         if stop_request()():
@@ -71,7 +72,7 @@ def _run(call: Call, composed: DictConfig, directory: RunDirectory) -> float:
     config, notes, trunk = read_config(plain(composed), node)
     group = config.logger.group or Path(node.sweep.dir).name
     config = replace(config, logger=replace(config.logger, group=group))
-    if directory.is_done(config):
+    if directory.was_finished_with(config):
         _check_text(directory, config)
         say(f"{name}: done already, skipped")
         return directory.summary()["val_loss"]
@@ -81,8 +82,8 @@ def _run(call: Call, composed: DictConfig, directory: RunDirectory) -> float:
     if in_ranks:
         code = _run_in_ranks(node, config.trainer.devices, group, directory, call.flags, job)
     else:
-        alone, overrides = training.distributed.Peers(), list(node.overrides.task)
-        code = runs.run.prepare(config, notes, trunk, directory, overrides, alone, job).execute()
+        no_peers, overrides = training.distributed.Peers(), list(node.overrides.task)
+        code = runs.run.prepare(config, notes, trunk, directory, overrides, no_peers, job).execute()
     if code != DONE:
         raise SystemExit(code)
     return directory.summary()["val_loss"]

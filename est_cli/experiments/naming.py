@@ -14,8 +14,8 @@ _PLAIN_VALUE = re.compile(r"[A-Za-z0-9.]+|[A-Za-z0-9._]+|[A-Za-z0-9.-]+")
 """Values that a name shows as they are; `_` and `-` together could be read as the next key."""
 
 
-class Asked:
-    """What the command line asks for, and what the config sweeps by itself."""
+class SweepRequest:
+    """What a sweep was asked for: overrides of the command line, and the keys that the config sweeps by itself."""
 
     def __init__(self, config: DictConfig):
         parsed = OverridesParser.create().parse_overrides(list(config.hydra.overrides.task))
@@ -37,7 +37,7 @@ class Asked:
 
 def sweep_name(_root_: DictConfig) -> str:
     """`sweep-stage1_end-seed-1f0c93aa`: the swept keys, and a digest of all overrides in any order."""
-    asked = Asked(_root_)
+    asked = SweepRequest(_root_)
     overrides = [*(f"{key}={value}" for key, value in asked.params.items()), *_root_.hydra.overrides.task]
     if asked.arms is not None and "arms" not in asked.overrides:
         overrides.append(f"arms={list(asked.arms)}")
@@ -52,7 +52,7 @@ def sweep_name(_root_: DictConfig) -> str:
 def job_name(_root_: DictConfig) -> str:
     """`stage1_end-0.1_seed-0`: what this job does not share with the others. Unique; only [A-Za-z0-9._-]."""
     fixed = set(_root_.hydra.job.config.override_dirname.exclude_keys)
-    written = {key: _unquoted(o) for key, o in sorted(Asked(_root_).overrides.items()) if key not in fixed}
+    written = {key: _unquoted(o) for key, o in sorted(SweepRequest(_root_).overrides.items()) if key not in fixed}
     name = "_".join(f"{_safe(key.rpartition('.')[2])}-{_safe(value)}" for key, value in written.items()) or "job"
     if len(name) <= _LONGEST_NAME and all(map(_PLAIN_VALUE.fullmatch, written.values())):
         return name

@@ -14,8 +14,9 @@ from est_cli import reports
 from est_cli.errors import BAD_INPUT, DONE, FAILED, STOPPED
 from est_cli.experiments.verdict import Verdict
 from est_cli.reports.records import load_runs
-from est_cli.runs.directory import CONFIG, ERROR, METRICS, RunDirectory
+from est_cli.runs.directory import CONFIG, ERROR, RunDirectory
 from est_cli.tracking.display import console_for
+from est_cli.tracking.metrics import METRICS_NAME
 from est_cli.units import format_clock, format_loss, format_percent
 
 
@@ -46,7 +47,7 @@ class SweepResult:
     @cached_property
     def report(self) -> Path | str | None:
         """The page of all jobs; in words why there is none; None if no job has taken a step."""
-        if not any((job.path / METRICS).exists() for job in self.jobs):
+        if not any((job.path / METRICS_NAME).exists() for job in self.jobs):
             return None
         files = reports.report.try_report([self.directory], self.directory / "report")
         return files if isinstance(files, str) else files["html"]
@@ -57,7 +58,7 @@ class SweepResult:
         done = [job.path for job in self.jobs if job.status == "done"]
         if not done or "arm" not in self.swept or self._not_shared:
             return None
-        failed = [job.path for job in self.jobs if job.status == "failed" and (job.path / METRICS).exists()]
+        failed = [job.path for job in self.jobs if job.status == "failed" and (job.path / METRICS_NAME).exists()]
         return Verdict.of(load_runs(done), self._tuned, load_runs(failed) if failed else ())
 
     @property

@@ -21,7 +21,7 @@ from est_cli.composition.typed_text import quoted
 from est_cli.errors import DONE, STOPPED, say
 from est_cli.experiments.comparison import UNNAMED_KEYS, ComparisonJobs, Launch, side_by_side
 from est_cli.experiments.job import Call, run_job
-from est_cli.experiments.naming import Asked
+from est_cli.experiments.naming import SweepRequest
 from est_cli.experiments.result import SweepResult
 from est_cli.plugins import require_package
 from est_cli.runs.directory import make_folder, program
@@ -37,7 +37,7 @@ def run(composer: Composer) -> int:
     flags = tuple(f"--{flag.replace('_', '-')}={value}" for flag, value in given.items() if value is not None)
     call = Call(tuple(sys.argv), flags, shlex.join([*program(), *sys.argv[1:]]), os.getpid())
     master = composer.compose_sweep()
-    asked = Asked(master)
+    asked = SweepRequest(master)
     _check_installed(master)
     comparison = None if asked.arms is None else ComparisonJobs.of(composer, master)
     directory = Path(master.hydra.sweep.dir).absolute()
@@ -82,7 +82,7 @@ def _check_installed(master: DictConfig) -> None:
 
 
 def _launch(launcher: Launcher, received: list[int]) -> Launch:
-    """Launches jobs in several goes, numbered on from go to go, until a signal comes."""
+    """A function that launches jobs, numbered on from those of its last call. It returns None after a signal."""
     begun = 0
 
     def launch(jobs: Sequence[Sequence[str]]) -> list[Path] | None:

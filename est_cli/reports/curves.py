@@ -29,7 +29,7 @@ class Axis:
     label: str
     """The title with the unit."""
     scale: float
-    """Of the unit, in steps, tokens, FLOPs or seconds."""
+    """Steps, tokens, FLOPs or seconds in one unit."""
 
     @classmethod
     def of(cls, key: str, runs: Sequence[RunRecord]) -> "Axis":

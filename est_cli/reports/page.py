@@ -34,8 +34,8 @@ _MODEL_LINE = {
 """The settings that a reader asks for first."""
 
 
-def page(comparison: Comparison, drawings: Sequence[Drawing], found: Coverage | str) -> str:
-    """The whole document. `found` is the coverage, or why there is none."""
+def page(comparison: Comparison, drawings: Sequence[Drawing], coverage: Coverage | str) -> str:
+    """The whole document. `coverage` is a text if it is not known: why."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(_FOLDER),
         autoescape=True,
@@ -59,7 +59,7 @@ def page(comparison: Comparison, drawings: Sequence[Drawing], found: Coverage | 
         grows=any((run.column("grown/layers") < 1).any() for run in runs),
         strips=any(len(run.stages) > 1 for run in runs)
         and any(run_with_shared_stages(runs, drawing.axis) is None for drawing in losses),
-        found=found,
+        coverage=coverage,
         config=yaml.safe_dump(runs[0].config, sort_keys=False) if comparison.single else "",
         logged=any(run.n_rows for run in runs),
         lines=sum(run.n_lines for run in runs),

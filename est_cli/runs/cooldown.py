@@ -20,11 +20,11 @@ from est_cli.composition.typed_text import typed_keys
 from est_cli.config import OptimizerConfig, TrainConfig, as_plain, read_train_config
 from est_cli.errors import UserError, nearest
 from est_cli.runs.changes import BATCH, HARMLESS, MAX_STEPS, changes
-from est_cli.runs.directory import METRICS, RunDirectory
+from est_cli.runs.directory import RunDirectory
 from est_cli.runs.rerun import store_config, without_call
 from est_cli.schema import read
 from est_cli.subnet.schedule import boundary_step
-from est_cli.tracking.metrics import truncate
+from est_cli.tracking.metrics import METRICS_NAME, truncate
 
 KEY = "--cooldown"
 """The flag, and the composed config's key for the checkpoint: no override can be written with this name."""
@@ -130,22 +130,22 @@ class Trunk:
         """Raises UserError if the checkpoint is damaged, or the trunk's metrics are not beside it."""
         if problem := training.checkpoint.damage(self.folder):
             raise UserError(f"{KEY}={self.folder}: this checkpoint is damaged: {problem}")
-        if not (self.run_dir / METRICS).is_file():
+        if not (self.run_dir / METRICS_NAME).is_file():
             raise UserError(
-                f"{KEY}={self.folder}: must lie in its run directory, whose {METRICS} the cooldown begins with; "
+                f"{KEY}={self.folder}: must lie in its run directory, whose {METRICS_NAME} the cooldown begins with; "
                 f"there is none in {self.run_dir}"
             )
 
     def begin(self, directory: RunDirectory, config: TrainConfig) -> None:
-        """Leave in `directory` what a run of `config` that was stopped after the trunk's last step would have left.
+        """Copy the trunk's checkpoint and metrics into `directory`, as if a run of `config` had stopped there.
 
         If the process dies here, the next one does it again. Raises OSError.
         """
         directory.write_config(config)
-        copied = directory.path / f".{METRICS}"
-        shutil.copyfile(self.run_dir / METRICS, copied)
+        copied = directory.path / f".{METRICS_NAME}"
+        shutil.copyfile(self.run_dir / METRICS_NAME, copied)
         truncate(copied, self.step)
-        copied.rename(directory.path / METRICS)
+        copied.rename(directory.path / METRICS_NAME)
         training.checkpoint.Checkpoints(directory.checkpoints).adopt(self.folder)
 
     def note(self, config: TrainConfig) -> str:
@@ -163,7 +163,7 @@ class Trunk:
 
 
 def cooldown_config(path: str, overrides: list[str]) -> str:
-    """The name of a primary config, made for this process, of a cooldown whose length is not settled yet.
+    """Make the primary config of a cooldown for this process, and return its name. `take_trunk` sets its length.
 
     Raises UserError if `path` is no trunk, and for overrides of what the trunk has decided.
     """
@@ -177,7 +177,7 @@ def cooldown_config(path: str, overrides: list[str]) -> str:
 
 
 def take_trunk(composed: dict[str, Any]) -> Trunk | None:
-    """The trunk of a composed config, in which the lengths are settled here; None if it is no cooldown's."""
+    """Take the trunk out of a composed config, and write the cooldown's lengths into it; None if there is no trunk."""
     path = composed.pop(KEY, None)
     if path is None:
         return None

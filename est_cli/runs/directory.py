@@ -1,4 +1,4 @@
-"""The folder of a run: its content decides whether a run starts, continues or is refused."""
+"""The folder of a run: its files, its lock, and whether a run starts there, continues or is refused."""
 
 import contextlib
 import json
@@ -20,9 +20,7 @@ from est_cli.config import TrainConfig, as_plain, read_train_config
 from est_cli.errors import PROBLEM, UserError
 from est_cli.runs.changes import changes
 
-CONFIG, METRICS, SUMMARY, ERROR = "config.yaml", "metrics.jsonl", "summary.json", "error.txt"
-ENVIRONMENT = "environment.json"
-
+CONFIG, SUMMARY, ERROR, ENVIRONMENT = "config.yaml", "summary.json", "error.txt", "environment.json"
 LOCK, HOLDER = ".lock", ".holder"
 _BEFORE_A_RUN = {".hydra", ERROR, ENVIRONMENT, f".{CONFIG}", LOCK, HOLDER}
 """What a folder may hold in which no run has begun."""
@@ -65,15 +63,15 @@ class RunDirectory:
         return math.inf if loss is None or math.isnan(loss) else loss
 
     def _named(self, config: TrainConfig) -> tuple[str, str]:
-        """The key and value that decide this folder, and what else could be named."""
+        """What the person typed that names this folder, and what to type instead for another one; for messages."""
         if config.run_id == self.path.name:
             return f"run_id={config.run_id}", "another run_id"
         return f"hydra.run.dir={self.path}", "another folder"
 
     def check(self, config: TrainConfig) -> list[str]:
-        """Whether a run of this config may start or continue here; returns what to say of changed keys.
+        """Refuse a folder in which a run of this config may not start or continue; returns notes on changed keys.
 
-        Raises UserError for a finished run, for one of another config, and for a folder of something else.
+        Raises UserError for a finished run, for a run of another config, and for a folder of something else.
         """
         check_writable(self.path, "hydra.run.dir")
         if not self.path.exists() or {path.name for path in self.path.iterdir()} <= _BEFORE_A_RUN:
@@ -114,8 +112,11 @@ class RunDirectory:
             holder.unlink(missing_ok=True)
             lock.release()
 
-    def is_done(self, config: TrainConfig) -> bool:
-        """Whether this run is finished already. Raises UserError for a finished one of another config."""
+    def was_finished_with(self, config: TrainConfig) -> bool:
+        """Whether this run is finished. Raises UserError if it is, and had another config.
+
+        Removes the error of a later attempt, which no longer says anything about the run.
+        """
         if not self.is_finished:
             return False
         self._harmless_changes(config)
@@ -196,7 +197,7 @@ def make_folder(path: Path, key: str) -> None:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """A process that dies here leaves the file of before, or the new one."""
+    """Write a file so that a process that dies here leaves the old content or the new one, and no mixture."""
     temporary = path.with_name(f".{path.name}")
     with temporary.open("w") as file:
         file.write(text)
@@ -206,7 +207,7 @@ def write_whole(path: Path, text: str) -> None:
 
 
 def continue_command(arguments: list[str], config: TrainConfig) -> str:
-    """The exact command line that goes on with a stopped run that was called with `arguments`, flags included."""
+    """The command line that continues a stopped run. `arguments` are those of its own command line, flags included."""
     kept = [argument for argument in arguments if not argument.startswith("run_id=")]
     by_folder = any(argument.startswith("hydra.run.dir=") for argument in kept)
     if not by_folder:

@@ -1,4 +1,4 @@
-"""One run: made ready, trained in its directory, and ended with what was saved, or what went wrong."""
+"""One run: prepare it, train it in its directory, and tell how it ended."""
 
 import contextlib
 import json
@@ -12,18 +12,17 @@ from pathlib import Path
 from typing import Any
 
 from est_cli.config import TrainConfig
-from est_cli.data.run_data import RunData
-from est_cli.data.run_data import keep as keep_data
+from est_cli.data.run_data import RunData, keep_data
 from est_cli.data.tokens import TokenStore
 from est_cli.data.tokens import prepare as prepare_tokens
 from est_cli.errors import DONE, STOPPED, PeerLost, RunFailed, UserError, say
 from est_cli.reports.report import FORMATS, try_report
 from est_cli.runs.cooldown import Trunk
-from est_cli.runs.directory import ENVIRONMENT, METRICS, RunDirectory, continue_command, make_folder, program
+from est_cli.runs.directory import ENVIRONMENT, RunDirectory, continue_command, make_folder, program
 from est_cli.runs.provenance import git_state, write_environment
 from est_cli.runs.stopping import stop_request
 from est_cli.tracking.display import console_for
-from est_cli.tracking.metrics import iterate_metrics
+from est_cli.tracking.metrics import METRICS_NAME, iterate_metrics
 from est_cli.tracking.summary import stage_table, summarize
 from est_cli.tracking.tracker import RunInfo, Tracker
 from est_cli.tracking.trackers import trackers_for
@@ -31,7 +30,7 @@ from est_cli.training.checkpoint import Checkpoint, Checkpoints
 from est_cli.training.device import keep_freed_memory, return_freed_memory, set_threads
 from est_cli.training.distributed import Peers, join, leave
 from est_cli.training.loop import Outcome, Training
-from est_cli.training.nonfinite import NonFinite, keep
+from est_cli.training.nonfinite import NonFinite, keep_step
 from est_cli.training.profile import Profile
 from est_cli.units import format_loss
 
@@ -41,16 +40,16 @@ _AS_JOB = "EST_JOB"
 
 @dataclass(frozen=True)
 class Job:
-    """Makes a run one of a sweep, which prints the result of all its runs."""
+    """What a run knows about the sweep that it is a job of. The sweep prints the result of all its runs."""
 
     command: str
-    """What continues the sweep."""
+    """The command line that continues the sweep."""
     label: str | None
-    """What the run's lines begin with if other jobs print at the same time."""
+    """Begins each of the run's lines if other jobs print at the same time, else None."""
 
     @classmethod
     def of_environment(cls) -> "Job | None":
-        """The job that this process is a rank of."""
+        """The job that this process is a rank of, if its parent started it as one."""
         return cls(**json.loads(os.environ[_AS_JOB])) if _AS_JOB in os.environ else None
 
     def as_environment(self) -> dict[str, str]:
@@ -66,38 +65,39 @@ def prepare(
     peers: Peers,
     job: Job | None = None,
 ) -> "Run":
-    """What a run needs, with its data on disk and its folder made.
+    """A run that is ready to train: its data is on disk and its folder exists. All ranks call it together.
 
-    Only rank 0 looks into the directory and reports; it also prepares the data first. Raises UserError.
+    Only rank 0 reads the directory and has trackers. It prepares the data before the other ranks open it. Raises
+    UserError.
     """
 
-    def look() -> tuple[list[str], list[Tracker], Path | None]:
-        """Notes, trackers, and the folder of the run that this one continues: its own, or its trunk's."""
+    def read_directory() -> tuple[list[str], list[Tracker], Path | None]:
+        """Notes, trackers, and the folder of the run that this one continues: its own, its trunk's, or None."""
         if not peers.is_main:
             return notes, [], None
-        changes, begun = directory.check(config), directory.path if directory.has_checkpoints else None
+        changes, continued = directory.check(config), directory.path if directory.has_checkpoints else None
         said = [*notes, *changes]
         if trunk is not None:
             trunk.check(config)
-            if begun is None:  # else it no longer needs the trunk's checkpoint
+            if continued is None:  # else it no longer needs the trunk's checkpoint
                 trunk.verify()
-                begun = trunk.run_dir
+                continued = trunk.run_dir
             said = [trunk.note(config), *said]
-        return said, trackers_for(config, job and job.label), begun
+        return said, trackers_for(config, job and job.label), continued
 
-    said, trackers, begun = peers.agree("directory looked into", look)
-    begun = peers.from_main("begun", begun and str(begun))
-    store = peers.agree("data", lambda: _tokens(config, begun, quiet=not peers.is_main), main_first=True)
+    said, trackers, continued = peers.agree("directory looked into", read_directory)
+    continued = peers.from_main("begun", continued and str(continued))
+    store = peers.agree("data", lambda: _tokens(config, continued, quiet=not peers.is_main), main_first=True)
     peers.agree("folder", lambda: make_folder(directory.path, "hydra.run.dir") if peers.is_main else None)
     command = continue_command(sys.argv[1:], config) if job is None else job.command
     return Run(config, directory, peers, store, trackers, said, overrides, command, trunk, job)
 
 
-def _tokens(config: TrainConfig, begun: str | None, quiet: bool) -> TokenStore:
-    """The token files to train on; a run that has begun keeps those of the text that it began with."""
+def _tokens(config: TrainConfig, continued: str | None, quiet: bool) -> TokenStore:
+    """The token files to train on. A run that continues the one in folder `continued` keeps its text and tokenizer."""
     tell = (lambda message: None) if quiet else say
     show_progress = not quiet and sys.stderr.isatty()
-    run = None if begun is None else RunData(Path(begun), config.tokenizer.kind)
+    run = None if continued is None else RunData(Path(continued), config.tokenizer.kind)
     check = (lambda text: None) if run is None else (lambda text: run.check(text, config.data, tell))
     store = prepare_tokens(config.data, config.tokenizer, config.model.vocab_size, tell, show_progress, run, check)
     store.check(config.data.seq_len, config.sequences_per_step)
@@ -129,15 +129,15 @@ class Run:
 
     def _execute(self) -> int:
         config, directory, peers, summary = self.config, self.directory, self.peers, {}
-        code, kept = git_state(Path(__file__).parent), config.checkpoint
-        checkpoints = Checkpoints(directory.checkpoints, kept.keep, kept.keep_best, code, config.lasting_checkpoints)
+        commit, kept = git_state(Path(__file__).parent), config.checkpoint
+        checkpoints = Checkpoints(directory.checkpoints, kept.keep, kept.keep_best, commit, config.lasting_checkpoints)
         stopping = stop_request()
         keep_freed_memory() if peers.size == 1 else return_freed_memory()
         set_threads(config.trainer.threads)
         with contextlib.ExitStack() as stack:
             lock = directory.locked(config) if peers.is_main else contextlib.nullcontext()
             peers.agree("lock", lambda: stack.enter_context(lock))
-            stack.enter_context(self._told_by_one())
+            stack.enter_context(self._told_once())
             world = join(config.trainer.device, peers, config.trainer.collective_timeout_s, config.trainer.shard_size)
             training = Training(config, self.store, world, self.trackers)
             self._restore(training, checkpoints)
@@ -162,7 +162,7 @@ class Run:
             tracker.say(message)
 
     def _restore(self, training: Training, checkpoints: Checkpoints) -> None:
-        """Rank 0 says which checkpoint is sound; every rank reads of it what it holds."""
+        """Load the newest sound checkpoint, which rank 0 chooses. Every rank reads its own part of it."""
         is_main, steps = self.peers.is_main, self.config.trainer.max_steps
         if is_main and self.trunk is not None and not self.directory.has_checkpoints:
             try:
@@ -175,7 +175,7 @@ class Run:
             training.restore(found or Checkpoint(Path(folder)))
 
     def _begin(self, training: Training) -> RunInfo:
-        """Leave in the directory what decides the run, and say what is worth it."""
+        """Write config, data and environment into the directory, tell the notes, and start the trackers."""
         config, folder = self.config, self.directory.path
         self.directory.write_config(config)
         keep_data(folder, self.store, begins=training.step == 0)
@@ -191,14 +191,14 @@ class Run:
 
     def _end(self, info: RunInfo, outcome: Outcome) -> dict[str, Any]:
         """Write the summary, and return it."""
-        summary = summarize(info, iterate_metrics(self.directory.path / METRICS), **vars(outcome))
+        summary = summarize(info, iterate_metrics(self.directory.path / METRICS_NAME), **vars(outcome))
         for tracker in self.trackers:
             tracker.finish(outcome.status, summary)
         self.directory.write_summary(summary)
         return summary
 
     def _end_failed(self, training: Training, error: BaseException) -> None:
-        """Tell how to go on. Raises RunFailed in the place of a reason that is known."""
+        """Close the trackers and tell how to go on. Raises RunFailed in place of an error whose cause is known."""
         # Where a loss is not finite, the same command would only come to the same step again.
         again = "" if isinstance(error, NonFinite) else f"; continue with: {self.command}"
         if isinstance(error, NonFinite):
@@ -218,12 +218,12 @@ class Run:
             raise error
 
     def _keep_step(self, training: Training, failed: NonFinite) -> str:
-        """What to do with a step that was not finite, and is kept if the disk takes it. All ranks come here."""
+        """Keep a step that was not finite for a replay; returns what to do about it. All ranks call it together."""
         what, weights = None, training.world.gathered(training.weights())
         if self.peers.is_main:
             try:
                 windows = training.inputs.of_all_ranks(training.step)
-                folder = keep(self.directory.nonfinite, failed, weights, windows, training.config)
+                folder = keep_step(self.directory.nonfinite, failed, weights, windows, training.config)
                 what = f"`{shlex.join([*program(), f'replay={folder}'])}` runs it again"
             except OSError as error:
                 what = f"it could not be kept for a replay ({error})"
@@ -232,12 +232,12 @@ class Run:
         return f"{what}; trainer.on_nonfinite=skip goes on without such steps"
 
     @contextlib.contextmanager
-    def _told_by_one(self) -> Iterator[None]:
-        """The rank that failed first tells what ended the run, and leaves it in the directory."""
+    def _told_once(self) -> Iterator[None]:
+        """One of the ranks that fail writes error.txt and raises the error; the others raise one without a message."""
         try:
             yield
         except BaseException as error:
-            if self._tells(error):
+            if self._is_told_here(error):
                 known = isinstance(error, RunFailed | UserError)
                 self.directory.write_error(f"{error}\n" if known else traceback.format_exc())
                 raise
@@ -245,7 +245,7 @@ class Run:
                 raise
             raise (UserError() if isinstance(error, UserError) else PeerLost()) from error
 
-    def _tells(self, error: BaseException) -> bool:
+    def _is_told_here(self, error: BaseException) -> bool:
         if isinstance(error, RunFailed) and not self.peers.is_main:
             return False  # all ranks have seen it, or know only that another has ended
         return self.peers.first_to_fail() or (isinstance(error, RunFailed) and not isinstance(error, PeerLost))

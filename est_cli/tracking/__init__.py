@@ -1,4 +1,13 @@
-"""What a run tells people and machines: metrics.jsonl and its copies, Weights & Biases, the terminal, the summary."""
+"""What a run tells people and machines.
+
+tracker        what a tracker hears of a run; the class to derive one from
+metrics        metrics.jsonl, the record that the others read
+display        the live panel, or plain lines
+trackers       which trackers a config asks for; CSV and TensorBoard
+wandb_tracker  W&B: starts the process that feeds it
+wandb_process  that process
+summary        summary.json and the table that a run ends with
+"""
 
 from est_cli.lazy import on_demand
 

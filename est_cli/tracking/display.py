@@ -19,7 +19,7 @@ from rich.text import Text
 
 from est_cli.config import TrainConfig
 from est_cli.subnet.schedule import Stage
-from est_cli.tracking.summary import of_part
+from est_cli.tracking.summary import joined_part
 from est_cli.tracking.tracker import Record, RunInfo, Tracker
 from est_cli.units import format_clock, format_count, format_flops, format_loss, format_percent, format_step_time
 
@@ -134,7 +134,7 @@ class Display(Tracker):
                 f"left {format_clock(self._panel.pace.seconds_left(time.monotonic()))}",
             ]
         if record["val/loss"] is not None:
-            parts.append(f"validation {format_loss(record['val/loss'])}{of_part(record)}")
+            parts.append(f"validation {format_loss(record['val/loss'])}{joined_part(record)}")
         return "  ".join(parts)
 
 
@@ -194,7 +194,7 @@ class Panel:
         done, now = self._record["step"] + 1, time.monotonic()
         validated, saved = "-", "-"
         if validation is not None:
-            loss = f"{format_loss(validation['val/loss'])}{of_part(validation)}"
+            loss = f"{format_loss(validation['val/loss'])}{joined_part(validation)}"
             validated = f"{loss} after {validation['step'] + 1} steps"
         if known("flops/total") is not None:
             flops = format_flops(known("flops/full_total") - known("flops/total"))

@@ -76,7 +76,7 @@ def _summarize_stage(run: RunInfo, stage: Stage, end: int, step_s: list[float], 
     }
 
 
-def of_part(record: Mapping[str, Any]) -> str:
+def joined_part(record: Mapping[str, Any]) -> str:
     """` (50.0% of the layers)` if the loss is not the full model's: a run that grows logs grown/*. Else empty."""
     units = {"grown/heads": "heads", "grown/mlp": "neurons", "grown/layers": "layers"}
     parts = [f"{format_percent(record[key])} of the {what}" for key, what in units.items() if record.get(key, 1.0) < 1]
@@ -114,7 +114,7 @@ def _steps(steps: int) -> str:
 def _totals(summary: dict[str, Any]) -> str:
     steps = "" if summary["status"] == "done" else f" ({summary['status']} after {summary['steps']} steps)"
     return (
-        f"\nValidation loss{of_part(summary) or ' of the full model'}: {format_loss(summary['val_loss'])}{steps}\n"
+        f"\nValidation loss{joined_part(summary) or ' of the full model'}: {format_loss(summary['val_loss'])}{steps}\n"
         f"FLOPs saved: {format_percent(summary['flops_saved'])} of the whole model, "
         f"{format_percent(summary['flops_saved_blocks'])} on its blocks (as the paper counts)\n"
         f"Trained for {format_clock(summary['train_s'])} on {format_count(summary['tokens'])} tokens"

@@ -30,7 +30,7 @@ from est_cli.training.subnetwork import DTYPES, MaskedSubnetwork, PackedSubnetwo
 BATCH, STEP = "batch.safetensors", "step.json"
 
 
-def keep(
+def keep_step(
     parent: Path,
     failed: NonFinite,
     weights: Mapping[str, Tensor],
@@ -69,7 +69,7 @@ class Kept:
 
 
 def read(folder: Path) -> Kept:
-    """What `keep` wrote. Raises OSError, ValueError or KeyError for anything else."""
+    """What `keep_step` wrote. Raises OSError, ValueError or KeyError for anything else."""
     content = json.loads((folder / STEP).read_text())
     # An empty list, of a skipped layer's units, has no type of its own.
     units = {name: np.array(content["plan"][name], np.int64) for name in ("layers", "heads", "kv_heads", "neurons")}

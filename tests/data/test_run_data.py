@@ -6,7 +6,7 @@ import shutil
 import pytest
 from tiny_corpora import BYTE, PIECES, prepared, prose
 
-from est_cli.data.run_data import RECORD, RunData, keep
+from est_cli.data.run_data import RECORD, RunData, keep_data
 from est_cli.data.tokens import prepare, stored
 from est_cli.errors import UserError
 
@@ -27,7 +27,7 @@ def begun(tmp_path, corpus, text_data):
     store = prepared(data, PIECES)
     folder = tmp_path / "run"
     folder.mkdir()
-    keep(folder, store, begins=True)
+    keep_data(folder, store, begins=True)
     return folder, data, store
 
 
@@ -63,7 +63,7 @@ def test_a_changed_text_is_refused_and_taken_with_the_runs_tokenizer_when_told_s
     assert any(said in line for line in lines)
     assert new.tokenizer.definition == store.tokenizer.definition
     assert prepared(data, PIECES).fingerprint != new.fingerprint
-    keep(folder, new, begins=False)
+    keep_data(folder, new, begins=False)
     assert RunData(folder, "sentencepiece").record["earlier"][0]["fingerprint"] == store.text.fingerprint
     assert go_on(folder, data).fingerprint == new.fingerprint
 
@@ -96,7 +96,7 @@ def test_the_tokenizer_is_written_once(begun, text_data, corpus):
     add(corpus)
     other = prepared(data, PIECES)
     assert other.tokenizer.definition != store.tokenizer.definition
-    keep(folder, other, begins=False)
+    keep_data(folder, other, begins=False)
     assert (folder / "tokenizer" / "tokenizer.model").read_bytes() == store.tokenizer.proto
 
 

@@ -17,7 +17,7 @@ from est_cli.errors import UserError
 from est_cli.experiments import comparison
 from est_cli.experiments.arms import spent, with_arm
 from est_cli.experiments.comparison import ComparisonJobs, side_by_side
-from est_cli.experiments.naming import Asked
+from est_cli.experiments.naming import SweepRequest
 from est_cli.experiments.verdict import Verdict
 from est_cli.plugins import is_installed
 from est_cli.reports.records import RunRecord
@@ -94,7 +94,7 @@ def test_the_problems_of_all_arms_are_told_before_anything_runs(tmp_path):
 def test_a_sweep_over_arm_is_what_it_was():
     arguments = argparse.Namespace(overrides=["experiment=compare", "+arm=est,full"], config_name=None, config_dir=None)
     with Composer("train", arguments) as composer:
-        assert Asked(composer.compose_sweep()).arms is None
+        assert SweepRequest(composer.compose_sweep()).arms is None
 
 
 def test_the_full_models_runs_bracket_the_flops_of_every_arm():

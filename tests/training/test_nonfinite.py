@@ -16,7 +16,7 @@ from est_cli.subnet.sampler import sample
 from est_cli.subnet.schedule import StageSpec, stage_at
 from est_cli.training.checkpoint import Checkpoints
 from est_cli.training.loop import Training
-from est_cli.training.nonfinite import keep, read, replay
+from est_cli.training.nonfinite import keep_step, read, replay
 from est_cli.training.steps import Launched, NonFinite
 from tests.training import runs
 from tests.training.runs import CPU, assert_same_bits, train
@@ -113,15 +113,15 @@ def test_a_validation_loss_that_is_not_finite_is_no_result(tmp_path, monkeypatch
         assert train(training, tmp_path).status == "done"
 
 
-def keep_step(folder, training: Training, failed: NonFinite):
+def keep_failed_step(folder, training: Training, failed: NonFinite):
     windows = training.inputs.of_all_ranks(training.step)
-    return keep(folder, failed, training.weights(), windows, training.config)
+    return keep_step(folder, failed, training.weights(), windows, training.config)
 
 
 def kept_step(tmp_path, training: Training):
     with pytest.raises(NonFinite) as caught:
         train(training, tmp_path / "checkpoints")
-    return keep_step(tmp_path / "nonfinite", training, caught.value)
+    return keep_failed_step(tmp_path / "nonfinite", training, caught.value)
 
 
 def test_step_plan_and_batch_are_kept_in_files_that_run_no_code(tmp_path):
@@ -146,7 +146,7 @@ def test_a_replay_computes_the_steps_own_losses(tmp_path, kernels, precision):
     training, recorder = start(model=GPT2, kernels=kernels, precision=precision)
     train(training, tmp_path, stop_after=BAD_STEP)
     step = Launched(BAD_STEP, stage_at(training.stages, BAD_STEP), plan_of(training, BAD_STEP), 0.0)
-    folder = keep_step(tmp_path, training, NonFinite(step))
+    folder = keep_failed_step(tmp_path, training, NonFinite(step))
     train(training, tmp_path, stop_after=BAD_STEP + 1)
     seen, record = replay(read(folder), training.config, CPU.device), recorder.records[BAD_STEP]
     assert (len(seen.losses), seen.first, seen.weights, seen.gradients) == (2, None, [], [])
