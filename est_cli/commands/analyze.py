@@ -12,10 +12,10 @@ from rich.table import Column, Table
 from est_cli import evaluation, reports
 from est_cli.commands.entry import folders_of, read_request, results_folder, run_composed
 from est_cli.commands.evaluate import short_names
-from est_cli.config import Format
+from est_cli.config import CONFIG_FILE, Format
 from est_cli.errors import UserError, say
 from est_cli.evaluation import Measures
-from est_cli.runs.directory import CONFIG, check_writable
+from est_cli.runs.directory import check_writable
 from est_cli.tracking.metrics import METRICS_NAME
 
 _JSON = "analysis.json"
@@ -63,7 +63,7 @@ def _check_runs(folders: Sequence[Path]) -> None:
     for folder in folders:
         if folder.resolve() in seen:
             problems.append(f"run={folder}: is named twice")
-        elif (folder / CONFIG).exists() and not (folder / METRICS_NAME).exists():
+        elif (folder / CONFIG_FILE).exists() and not (folder / METRICS_NAME).exists():
             problems.append(f"run={folder}: has logged no step yet: there is no {METRICS_NAME}")
         seen.add(folder.resolve())
     if problems:

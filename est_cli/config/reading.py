@@ -1,11 +1,14 @@
-"""Plain values → a `TrainConfig`, in one pass: read each section, then check the sections against each other."""
+"""Plain values → a `TrainConfig`: reads each section, then checks them against each other. Also a run's config.yaml."""
 
 import dataclasses
 import inspect
 import re
 import typing
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
+
+import yaml
 
 from est_cli.config.checks import AUTO_MAX_STEPS, clashes
 from est_cli.config.sections import GROW_KEYS, Count, SchedulerConfig, TrainConfig, option_that_gave
@@ -13,6 +16,9 @@ from est_cli.errors import UserError, nearest
 from est_cli.plugins import named_function
 from est_cli.schema import read
 from est_cli.subnet.schedule import NAMED_SCHEDULES, Rates, StageSpec
+
+CONFIG_FILE = "config.yaml"
+"""The file of a run directory that holds the resolved config."""
 
 
 def read_train_config(plain: Mapping[str, Any]) -> TrainConfig:
@@ -37,6 +43,20 @@ def read_train_config(plain: Mapping[str, Any]) -> TrainConfig:
     if problems:
         raise UserError(*problems)
     return TrainConfig(**{**sections, "model": sections["model"].with_head_dim()})
+
+
+def read_config_file(folder: Path, named: str) -> dict[str, Any]:
+    """The plain config of the run in `folder`. `named` is the key or flag, with its value, that names the folder.
+
+    Raises UserError if the file cannot be read or is something else.
+    """
+    try:
+        plain = yaml.safe_load((folder / CONFIG_FILE).read_text("utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise UserError(f"{named}: its {CONFIG_FILE} cannot be read: {error}") from error
+    if not isinstance(plain, dict):
+        raise UserError(f"{named}: its {CONFIG_FILE} is not that of a run of est-train")
+    return plain
 
 
 def check_value(key: str, value: Any, problems: list[str]) -> None:

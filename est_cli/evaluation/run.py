@@ -6,9 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import yaml
 
-from est_cli.config import DataConfig, TrainConfig, read_train_config
+from est_cli.config import CONFIG_FILE, DataConfig, TrainConfig, read_config_file, read_train_config
 from est_cli.data.run_data import RunData, Text
 from est_cli.data.tokenizers import Tokenizer
 from est_cli.data.tokens import TokenStore, prepare, stored
@@ -32,18 +31,11 @@ class OpenRun:
 
 def read_run_config(folder: Path) -> TrainConfig:
     """The config of a run directory. Raises UserError if `folder` is not one."""
-    path = folder / "config.yaml"
-    if not path.exists():
+    if not (folder / CONFIG_FILE).exists():
         parent = folder.parent
-        siblings = [str(p.parent) for p in parent.glob("*/config.yaml")] if parent.is_dir() else []
-        raise UserError(f"run={folder}: must be a run directory (with config.yaml){nearest(str(folder), siblings)}")
-    try:
-        plain = yaml.safe_load(path.read_text("utf-8"))
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise UserError(f"run={folder}: its config.yaml cannot be read: {error}") from error
-    if not isinstance(plain, dict):
-        raise UserError(f"run={folder}: its config.yaml is not that of a run of est-train")
-    return read_train_config(plain)
+        siblings = [str(p.parent) for p in parent.glob(f"*/{CONFIG_FILE}")] if parent.is_dir() else []
+        raise UserError(f"run={folder}: must be a run directory (with {CONFIG_FILE}){nearest(str(folder), siblings)}")
+    return read_train_config(read_config_file(folder, f"run={folder}"))
 
 
 def open_run(folder: Path, warn: Callable[[str], None]) -> OpenRun:

@@ -11,10 +11,11 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from est_cli import reports
+from est_cli.config import CONFIG_FILE
 from est_cli.errors import BAD_INPUT, DONE, FAILED, STOPPED
 from est_cli.experiments.verdict import Verdict
 from est_cli.reports.records import load_runs
-from est_cli.runs.directory import CONFIG, ERROR, RunDirectory
+from est_cli.runs.directory import ERROR, RunDirectory
 from est_cli.tracking.display import console_for
 from est_cli.tracking.metrics import METRICS_NAME
 from est_cli.units import format_clock, format_loss, format_percent
@@ -32,7 +33,9 @@ class SweepResult:
 
     @classmethod
     def of(cls, directory: Path, swept: Iterable[str] = (), at_a_time: int | None = None) -> "SweepResult":
-        folders = [path for path in sorted(directory.iterdir()) if (path / CONFIG).exists() or (path / ERROR).exists()]
+        folders = [
+            path for path in sorted(directory.iterdir()) if (path / CONFIG_FILE).exists() or (path / ERROR).exists()
+        ]
         jobs = sorted(map(RunDirectory, folders), key=lambda job: job.val_loss)
         return cls(directory, tuple(jobs), frozenset(swept), at_a_time)
 

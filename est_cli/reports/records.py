@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import yaml
 
+from est_cli.config import CONFIG_FILE
 from est_cli.errors import UserError, nearest
 from est_cli.subnet.schedule import Rates, Stage, StageSpec, build_stages
 
@@ -159,10 +160,10 @@ def _explain_nothing(path: Path) -> str:
 
 def _read_run(name: str, folder: Path) -> RunRecord:
     problems: list[str] = []
-    config = _read_mapping(folder / "config.yaml", yaml.safe_load, problems)
+    config = _read_mapping(folder / CONFIG_FILE, yaml.safe_load, problems)
     summary = _read_mapping(folder / "summary.json", json.loads, problems)
     if config is None:
-        problems.append(f"{name}: no config.yaml")
+        problems.append(f"{name}: no {CONFIG_FILE}")
     columns, n_lines = read_metrics(folder / "metrics.jsonl")
     return RunRecord(name, folder, config or {}, summary, columns, n_lines, tuple(problems))
 

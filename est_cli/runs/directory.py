@@ -16,13 +16,13 @@ from typing import Any
 import filelock
 import yaml
 
-from est_cli.config import TrainConfig, as_plain, read_train_config
+from est_cli.config import CONFIG_FILE, TrainConfig, as_plain, read_train_config
 from est_cli.errors import PROBLEM, UserError
 from est_cli.runs.changes import changes
 
-CONFIG, SUMMARY, ERROR, ENVIRONMENT = "config.yaml", "summary.json", "error.txt", "environment.json"
+SUMMARY, ERROR, ENVIRONMENT = "summary.json", "error.txt", "environment.json"
 LOCK, HOLDER = ".lock", ".holder"
-_BEFORE_A_RUN = {".hydra", ERROR, ENVIRONMENT, f".{CONFIG}", LOCK, HOLDER}
+_BEFORE_A_RUN = {".hydra", ERROR, ENVIRONMENT, f".{CONFIG_FILE}", LOCK, HOLDER}
 """What a folder may hold in which no run has begun."""
 
 
@@ -76,7 +76,7 @@ class RunDirectory:
         check_writable(self.path, "hydra.run.dir")
         if not self.path.exists() or {path.name for path in self.path.iterdir()} <= _BEFORE_A_RUN:
             return []
-        if not (self.path / CONFIG).exists():
+        if not (self.path / CONFIG_FILE).exists():
             raise UserError(f"hydra.run.dir={self.path}: holds other files and no run; name another folder")
         if self.is_finished:
             named, other = self._named(config)
@@ -134,7 +134,7 @@ class RunDirectory:
         return [str(change) for change in changed]
 
     def write_config(self, config: TrainConfig) -> None:
-        write_whole(self.path / CONFIG, yaml.safe_dump(as_plain(config), sort_keys=False))
+        write_whole(self.path / CONFIG_FILE, yaml.safe_dump(as_plain(config), sort_keys=False))
 
     def config(self) -> dict[str, Any]:
         """The run's plain config. Keys that are younger than the run have their defaults, which is how it trained.
@@ -142,12 +142,12 @@ class RunDirectory:
         Raises UserError for a damaged file.
         """
         try:
-            plain = yaml.safe_load((self.path / CONFIG).read_text())
+            plain = yaml.safe_load((self.path / CONFIG_FILE).read_text())
         except (yaml.YAMLError, UnicodeDecodeError):
             plain = None
         if not isinstance(plain, dict):
             raise UserError(
-                f"{self.path / CONFIG}: is damaged; the newest checkpoint's state.json holds the config too"
+                f"{self.path / CONFIG_FILE}: is damaged; the newest checkpoint's state.json holds the config too"
             )
         with contextlib.suppress(UserError):  # of another version: the comparison tells what differs
             return as_plain(read_train_config(plain))

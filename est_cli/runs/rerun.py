@@ -3,13 +3,12 @@
 import hashlib
 from pathlib import Path
 
-import yaml
 from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
 
 from est_cli.composition.typed_text import typed_keys
+from est_cli.config import CONFIG_FILE, read_config_file
 from est_cli.errors import UserError
-from est_cli.runs.directory import CONFIG
 
 _OF_THE_CALL = ("run_id", "format")
 """Keys that say how a run was called, not what it computes."""
@@ -21,17 +20,14 @@ def recorded_config(run_dir: str, overrides: list[str]) -> str:
 
     Raises UserError if DIR holds no run, and for overrides that cannot reach what is recorded.
     """
-    try:
-        text = (Path(run_dir) / CONFIG).read_text(encoding="utf-8")
-        config = yaml.safe_load(text)
-    except OSError:
-        raise UserError(f"--rerun={run_dir}: is no run directory: there is no {CONFIG} in it") from None
-    except (ValueError, yaml.YAMLError) as error:
-        raise UserError(f"--rerun={run_dir}: its {CONFIG} cannot be read: {error}") from error
-    if not isinstance(config, dict) or not isinstance(config.get("model"), dict):
-        raise UserError(f"--rerun={run_dir}: its {CONFIG} is not that of a run of est-train")
+    file = Path(run_dir) / CONFIG_FILE
+    if not file.exists():
+        raise UserError(f"--rerun={run_dir}: is no run directory: there is no {CONFIG_FILE} in it")
+    config = read_config_file(file.parent, f"--rerun={run_dir}")
+    if not isinstance(config.get("model"), dict):
+        raise UserError(f"--rerun={run_dir}: its {CONFIG_FILE} is not that of a run of est-train")
     _check_overrides(run_dir, overrides)
-    return store_config(f"rerun-{hashlib.sha256(text.encode()).hexdigest()[:8]}", without_call(config))
+    return store_config(f"rerun-{hashlib.sha256(file.read_bytes()).hexdigest()[:8]}", without_call(config))
 
 
 def _check_overrides(run_dir: str, overrides: list[str]) -> None:
