@@ -79,9 +79,9 @@ def read_arguments(add_flags: AddFlags | None = None) -> argparse.Namespace:
 
 
 def open_standard_streams() -> None:
-    """Open what the caller closed (`>&-`), and let messages on standard error be lost, on a full disk for example.
+    """Open standard streams that the caller closed (`>&-`), and ignore failed writes to standard error.
 
-    A run's results are in its folder; no message may end it.
+    A run's results are in its folder, so no message may end it.
     """
     while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
         pass  # taken, so that no file of the run gets the number of a standard stream

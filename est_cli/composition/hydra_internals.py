@@ -37,6 +37,6 @@ def close_hydra() -> None:
 
 
 def launcher(hydra: Hydra, master: DictConfig, task: TaskFunction) -> Launcher:
-    """What runs the jobs of a sweep, for a list of jobs that no sweeper can make."""
+    """The launcher that the config names, to run a list of jobs that no sweeper can make."""
     context = HydraContext(config_loader=hydra.config_loader, callbacks=Callbacks(master))
     return Plugins.instance().instantiate_launcher(hydra_context=context, task_function=task, config=master)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -149,3 +150,8 @@ def _sentences(chosen: dict[str, Any], config: TrainConfig, full_bytes: int) -> 
             f"{chosen['save_final']} was chosen; trainer.save_final=full or weights writes it"
         )
     return lines
+
+
+def n_cores() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -221,10 +221,10 @@ _SHOWN_CHARACTERS = 40
 _KINDS = {bool: "true or false", int: "a number", float: "a number", list: "a list", dict: "an object", str: "a text"}
 
 
-class Broken:
-    """Called with what is broken in a row. Raises UserError, or with data.on_broken=skip counts the row.
+class BrokenRows:
+    """Counts rows that cannot be read. It is called with the problem of each row.
 
-    With `say` it also tells the first one.
+    Raises UserError unless data.on_broken=skip. With `say` it also tells the first problem.
     """
 
     def __init__(self, on_broken: str, say: Say | None = None):
@@ -241,7 +241,7 @@ class Broken:
         self.count += 1
 
 
-def read_rows(file: DatasetFile, column: str, broken: Broken, start: int = 0) -> Rows:
+def read_rows(file: DatasetFile, column: str, broken: BrokenRows, start: int = 0) -> Rows:
     """The rows after position `start`.
 
     Raises UserError if the file cannot be read.
@@ -282,7 +282,7 @@ class _Reader:
 
     file: Path
     column: str
-    broken: Broken
+    broken: BrokenRows
     start: int
 
     def parquet(self) -> Rows:

@@ -23,7 +23,7 @@ from est_cli.config import DataConfig
 from est_cli.data import Say, disk, hub
 from est_cli.data.corpora import Corpus, grouped
 from est_cli.data.dataset_files import (
-    Broken,
+    BrokenRows,
     DatasetFile,
     check_column,
     describe_files,
@@ -169,7 +169,7 @@ class LocalRows:
         return _digest([_ROWS_FORMAT, content, self._data.column, self._data.on_broken])
 
     def _write(self, files: list[DatasetFile], cached: Path) -> None:
-        broken = Broken(self._data.on_broken)
+        broken = BrokenRows(self._data.on_broken)
         n_rows = n_empty = 0
         schema = pa.schema([("text", pa.large_binary())])
         with disk.replacing(cached) as partial, pa.ipc.new_file(str(partial), schema) as out:
@@ -266,7 +266,7 @@ class StreamedFiles:
     """The rows of local files as they come. A position stays valid as long as the files do not change."""
 
     def __init__(self, data: DataConfig, files: list[DatasetFile], key: str, say: Say):
-        self._column, self._broken, self._say = data.column, Broken(data.on_broken, say), say
+        self._column, self._broken, self._say = data.column, BrokenRows(data.on_broken, say), say
         parts = _parts(data, files, key)
         if any((low, high) != (None, None) for _, low, high in parts):
             raise UserError(f"data.{key}={getattr(data, key)}: a stream has no length; must be the name of a split")

@@ -23,10 +23,11 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from est_cli.config import DataConfig
+from est_cli.config.auto import n_cores
 from est_cli.data import Say, disk
 from est_cli.data.corpora import Corpus, Source, grouped
 from est_cli.data.splits import Split, sample_sources, split_sources
-from est_cli.data.tokenizers import SentencePieceTraining, Tokenizer, load_tokenizer, n_cores, save_tokenizer
+from est_cli.data.tokenizers import SentencePieceTraining, Tokenizer, load_tokenizer, save_tokenizer
 from est_cli.errors import UserError
 
 SPLITS = ("train", "val")
@@ -85,7 +86,7 @@ def write_store(
     streams: dict[str, list[TokenStream]] = {name: [] for name in SPLITS}
     for name, own in shards.items():
         for part, source in zip(own, sources, strict=True):
-            counts = _total(shard.find(dtype.itemsize) for shard in part)
+            counts = _total(shard.written(dtype.itemsize) for shard in part)
             streams[name].append(TokenStream([shard.file for shard in part], counts, source.weight))
         interleave(streams[name], tokenizer.eot, dtype, folder / f"{name}.bin")
     totals = {name: _total(stream.mixed_counts() for stream in own) for name, own in streams.items()}
@@ -159,8 +160,8 @@ class Shard:
     split: Split
     file: Path
 
-    def find(self, item_bytes: int) -> Counts | None:
-        """The shard's counts, if its file is complete."""
+    def written(self, item_bytes: int) -> Counts | None:
+        """The counts of the tokens in its file; None if the file is missing or cut short."""
         try:
             counts = Counts(**json.loads(self._record.read_text("utf-8")))
             return counts if self.file.stat().st_size == counts.tokens * item_bytes else None
@@ -217,7 +218,7 @@ def _tokenize(
     """Writes the missing shards; returns how fast that was."""
     everything = [shard for own in shards.values() for of_source in own for shard in of_source]
     item_bytes = token_dtype(tokenizer.vocab_size).itemsize
-    missing = [shard for shard in everything if shard.find(item_bytes) is None]
+    missing = [shard for shard in everything if shard.written(item_bytes) is None]
     total, left = (sum(shard.split.n_bytes for shard in some) for some in (everything, missing))
     workers = choose_workers(data.num_workers, len(missing), left, SHARD_BYTES)
     n_documents = sum(shard.split.n_documents for shard in everything)

@@ -62,7 +62,7 @@ class RunData:
 
     folder: Path
     kind: str
-    """Of its tokenizer, as its config says."""
+    """Kind of its tokenizer, from its config."""
 
     @cached_property
     def record(self) -> dict[str, Any] | None:

@@ -17,6 +17,7 @@ import sentencepiece
 import tokenizers
 
 from est_cli.config import TokenizerConfig
+from est_cli.config.auto import n_cores
 from est_cli.data import Say, hub
 from est_cli.errors import UserError, nearest
 
@@ -257,10 +258,6 @@ def _train(lines: list[str], vocab_size: int) -> bytes:
         minloglevel=2,
     )
     return model.getvalue()
-
-
-def n_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 class HFTokenizer(Tokenizer):

@@ -4,7 +4,6 @@ The first seed tries all settings. Later seeds run each arm only at the setting 
 """
 
 import itertools
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,6 +15,7 @@ from rich.console import Console
 
 from est_cli.composition.composer import Composer, plain
 from est_cli.config import TrainConfig
+from est_cli.config.auto import n_cores
 from est_cli.errors import UserError, nearest, say
 from est_cli.experiments.arms import DENSE, EST, FULL_SAME_FLOPS, SMALL, read_config, spent
 from est_cli.experiments.naming import SweepRequest
@@ -149,10 +149,9 @@ def side_by_side(jobs: ComparisonJobs, master: DictConfig, launcher_given: bool)
 
     For CPU jobs, if the machine has the cores and nobody has chosen a launcher.
     """
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     is_basic = master.hydra.runtime.choices["hydra/launcher"] == "basic"
     on_cpu = all(arm.config.trainer.device == "cpu" for arm in jobs.arms)
-    if launcher_given or not is_basic or not on_cpu or cores < _AT_A_TIME:
+    if launcher_given or not is_basic or not on_cpu or n_cores() < _AT_A_TIME:
         return ()
     if not is_installed("hydra_plugins.hydra_joblib_launcher"):
         say("one run after another; with `pip install 'est-cli[joblib]'` two run at a time")

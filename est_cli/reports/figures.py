@@ -23,7 +23,7 @@ from est_cli.units import format_loss, format_percent, format_setting, format_st
 _PANEL = 4.5
 _MOST_MARKERS = 40
 _CORNER = (0.47, 0.4, 0.51, 0.5)
-"""Of a loss plot, where its end is shown again: left, bottom, width and height, as shares of the axes."""
+"""Where a loss plot shows its end again: left, bottom, width and height, as shares of the axes."""
 _BOTH_ACCOUNTINGS = (("flops/saved", "-", "whole model"), ("flops/saved_blocks", (0, (4, 2)), "blocks alone"))
 _STRIP_POINTS = 5.0
 _MOST_STAGE_TIME_ARMS = 6

@@ -71,7 +71,7 @@ def launch(count: int, command: Sequence[str], environment: Mapping[str, str] | 
 
 
 def _exit_code(codes: Sequence[int]) -> int:
-    """The run's: what ended it, not what became of the ranks that were ended because of it."""
+    """The exit code of the run: that of the rank that ended it, not of ranks that were stopped because of it."""
     for code in (BAD_INPUT, INTERRUPTED):
         if code in codes:
             return code

@@ -14,7 +14,7 @@ from est_cli.training.device import available_device
 from est_cli.training.nonfinite import STEP, Kept, Replay, read, replay
 
 ALLOWED = ("format", "kernels", "trainer.device", "trainer.precision")
-"""The keys that may be given beside it: the others are the run's own."""
+"""The keys that may be given with replay=; all others have the run's values."""
 _NAMES_SHOWN = 8
 
 

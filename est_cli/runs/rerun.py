@@ -42,7 +42,7 @@ def _check_overrides(run_dir: str, overrides: list[str]) -> None:
 
 
 def without_call(config: dict) -> dict:
-    """Without what the call decides, and without a head width or shard size that follows from other keys."""
+    """`config` without the keys of the call, and without a head width or shard size that follows from other keys."""
     model, trainer = config["model"], config.get("trainer", {})
     if model.get("head_dim") == model.get("d_model", 0) // max(1, model.get("n_heads", 1)):
         config = {**config, "model": {**model, "head_dim": None}}

@@ -33,7 +33,7 @@ def _handle(handler: Callable[[int, FrameType | None], None], numbers: Sequence[
 
 @contextlib.contextmanager
 def handlers_restored() -> Iterator[None]:
-    """In the end every signal has the handler again that it had at the beginning."""
+    """Restores the handler of every signal at the end of the block."""
     before = {number: signal.getsignal(number) for number in signal.valid_signals()}
     try:
         yield
@@ -44,9 +44,9 @@ def handlers_restored() -> Iterator[None]:
 
 
 class StopRequest:
-    """Called, it tells whether one of the signals has come. SIGINT twice quits at once.
+    """Handles the stop signals. Calling it returns whether one has come; a second SIGINT quits at once.
 
-    A process of several also stops when the one that started it is gone, because nobody could stop it any more.
+    A rank also stops when the process that started it is gone, because nothing could stop it any more.
     """
 
     def __init__(self) -> None:
@@ -65,5 +65,5 @@ class StopRequest:
 
 @functools.cache
 def stop_request() -> StopRequest:
-    """The one of this process: a signal that comes between two jobs of a sweep stops the next."""
+    """The only one of this process, so a signal that comes between two jobs of a sweep stops the next."""
     return StopRequest()

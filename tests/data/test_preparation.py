@@ -91,11 +91,11 @@ def test_a_preparation_that_was_killed_goes_on_where_it_was(corpus_folder, text_
 def test_a_shard_whose_file_is_cut_short_is_not_taken_for_done(tmp_path):
     split, _ = split_corpus(Documents(prose(50).encode()), 0.1)
     shard = Shard(0, split, tmp_path / "train-0-000000.bin")
-    assert shard.find(2) is None
+    assert shard.written(2) is None
     shard.write(preparation.load_tokenizer("byte", tmp_path), 1, lambda _: None)
-    assert shard.find(2).tokens == split.n_bytes + 1
+    assert shard.written(2).tokens == split.n_bytes + 1
     shard.file.write_bytes(shard.file.read_bytes()[:-1])
-    assert shard.find(2) is None
+    assert shard.written(2) is None
 
 
 def test_a_full_disk_keeps_what_was_tokenized_and_says_where(corpus_folder, text_data, monkeypatch):

@@ -201,7 +201,7 @@ def test_two_run_at_a_time_where_nobody_says_otherwise(monkeypatch, capsys):
     jobs = jobs_of("arms=[full,est]")
 
     def chosen(cores: int, found: bool = True, given: bool = False, launcher: str = "basic", jobs=jobs):
-        monkeypatch.setattr(comparison.os, "sched_getaffinity", lambda process: set(range(cores)), raising=False)
+        monkeypatch.setattr("os.sched_getaffinity", lambda process: set(range(cores)), raising=False)
         monkeypatch.setattr(comparison, "is_installed", lambda name: found)
         return bool(side_by_side(jobs, master(launcher), given))
 
