@@ -42,7 +42,8 @@ def _command(arguments: argparse.Namespace) -> int:
         if entry.answers_flag(composer):
             return DONE
         if replays:
-            return runs.replay.run(replays[-1], composer)
+            runs.replay.run(replays[-1], composer)
+            return DONE
         return _train(composer)
 
 
@@ -62,9 +63,10 @@ def primary_config(arguments: argparse.Namespace) -> str:
         )
     if len(given) > 1:
         raise UserError("--rerun, --cooldown: only one of them at a time")
-    for flag, path in given.items():
-        return makers[flag](path, arguments.overrides)
-    return "train"
+    if not given:
+        return "train"
+    ((flag, path),) = given.items()
+    return makers[flag](path, arguments.overrides)
 
 
 def _train(composer: Composer) -> int:

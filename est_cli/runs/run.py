@@ -86,7 +86,7 @@ def prepare(
         return said, trackers_for(config, job and job.label), continued
 
     said, trackers, continued = peers.agree("directory looked into", read_directory)
-    continued = peers.from_main("begun", continued and str(continued))
+    continued = peers.from_main("continued", continued and str(continued))
     store = peers.agree("data", lambda: _tokens(config, continued, quiet=not peers.is_main), main_first=True)
     peers.agree("folder", lambda: make_folder(directory.path, "hydra.run.dir") if peers.is_main else None)
     command = continue_command(sys.argv[1:], config) if job is None else job.command
