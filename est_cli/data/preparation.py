@@ -83,16 +83,16 @@ def write_store(
     dtype = token_dtype(tokenizer.vocab_size)
     shards = {name: _shards(work, name, own) for name, own in splits.items()}
     speed = _tokenize(shards, tokenizer, work / "tokenizer", sources, data, say, show_progress)
-    streams: dict[str, list[TokenStream]] = {name: [] for name in SPLITS}
+    tokenized: dict[str, list[SourceTokens]] = {name: [] for name in SPLITS}
     for name, own in shards.items():
         for part, source in zip(own, sources, strict=True):
             counts = _total(shard.written(dtype.itemsize) for shard in part)
-            streams[name].append(TokenStream([shard.file for shard in part], counts, source.weight))
-        interleave(streams[name], tokenizer.eot, dtype, folder / f"{name}.bin")
-    totals = {name: _total(stream.mixed_counts() for stream in own) for name, own in streams.items()}
+            tokenized[name].append(SourceTokens([shard.file for shard in part], counts, source.weight))
+        interleave(tokenized[name], tokenizer.eot, dtype, folder / f"{name}.bin")
+    totals = {name: _total(source.mixed_counts() for source in own) for name, own in tokenized.items()}
     if replaced := sum(total.replaced for total in totals.values()):
         say(f"data: replaced {replaced} invalid UTF-8 sequences by U+FFFD")
-    mixture = _describe_mixture(sources, streams) if len(sources) > 1 else []
+    mixture = _describe_mixture(sources, tokenized) if len(sources) > 1 else []
     for source in mixture:
         train = source["splits"]["train"]
         again = f", used {train['passes']:.2f} times" if train["passes"] > 1.005 else ""
@@ -324,7 +324,7 @@ class TokenizingProgress(Progress):
 
 
 @dataclass
-class TokenStream:
+class SourceTokens:
     """The tokenized documents of a source's split."""
 
     files: Sequence[Path]
@@ -354,29 +354,29 @@ class TokenStream:
         return Counts(self.documents, n_bytes, self.taken, replaced)
 
 
-def interleave(streams: Sequence[TokenStream], eot: int, dtype: np.dtype, file: Path) -> None:
-    """Writes whole documents of the streams to `file`, in proportion to their weights, and updates `taken`.
+def interleave(sources: Sequence[SourceTokens], eot: int, dtype: np.dtype, file: Path) -> None:
+    """Writes whole documents of the sources to `file`, in proportion to their weights, and updates `taken`.
 
-    The next document always comes from the stream with the fewest tokens per weight so far (the first of equals), so
-    that shares are within one document of the weights. A stream that ends starts again; the mixture is complete when
-    every stream was used once and the others have caught up.
+    The next document always comes from the source with the fewest tokens per weight so far (the first of equals), so
+    that shares are within one document of the weights. A source that ends starts again; the mixture is complete when
+    every source was used once and the others have caught up.
     """
-    endless = [_endless(stream.files, eot, dtype) for stream in streams]
-    n_unfinished, goal = len(streams), 0.0
+    endless = [_endless(source.files, eot, dtype) for source in sources]
+    n_unfinished, goal = len(sources), 0.0
     with file.open("wb") as out:
         while True:
-            i = min(range(len(streams)), key=lambda i: streams[i].tokens_per_weight)
-            stream = streams[i]
-            if not n_unfinished and stream.tokens_per_weight >= goal:
+            i = min(range(len(sources)), key=lambda i: sources[i].tokens_per_weight)
+            source = sources[i]
+            if not n_unfinished and source.tokens_per_weight >= goal:
                 return
             document = next(endless[i])
             out.write(document)
-            first_pass = stream.taken < stream.counts.tokens
-            stream.taken += len(document)
-            stream.documents += 1
-            if first_pass and stream.taken >= stream.counts.tokens:
+            first_pass = source.taken < source.counts.tokens
+            source.taken += len(document)
+            source.documents += 1
+            if first_pass and source.taken >= source.counts.tokens:
                 n_unfinished -= 1
-                goal = max(stream.tokens_per_weight for stream in streams)
+                goal = max(source.tokens_per_weight for source in sources)
 
 
 def _endless(files: Sequence[Path], eot: int, dtype: np.dtype) -> Iterator[memoryview]:
@@ -393,8 +393,8 @@ def _endless(files: Sequence[Path], eot: int, dtype: np.dtype) -> Iterator[memor
             rest = tokens[start:]
 
 
-def _describe_mixture(sources: Sequence[Source], streams: dict[str, list[TokenStream]]) -> list[dict]:
-    totals = {name: sum(stream.taken for stream in own) for name, own in streams.items()}
+def _describe_mixture(sources: Sequence[Source], tokenized: dict[str, list[SourceTokens]]) -> list[dict]:
+    totals = {name: sum(source.taken for source in own) for name, own in tokenized.items()}
     return [
         {
             "path": source.corpus.source["path"],
@@ -405,7 +405,7 @@ def _describe_mixture(sources: Sequence[Source], streams: dict[str, list[TokenSt
                     "passes": own[i].passes,
                     **dataclasses.asdict(own[i].mixed_counts()),
                 }
-                for name, own in streams.items()
+                for name, own in tokenized.items()
             },
         }
         for i, source in enumerate(sources)

@@ -13,7 +13,7 @@ from est_cli.config import DataConfig, SourceConfig
 from est_cli.config.checks import clashes
 from est_cli.data import preparation
 from est_cli.data.disk import cache_folder
-from est_cli.data.preparation import Counts, Shard, TokenStream, choose_workers, interleave
+from est_cli.data.preparation import Counts, Shard, SourceTokens, choose_workers, interleave
 from est_cli.data.splits import open_sources, split_corpus, split_sources
 from est_cli.data.tokens import current_text, inspect
 from est_cli.errors import UserError
@@ -252,13 +252,13 @@ def files_of(folder, name: str, *parts: list[int]) -> list:
     ids=["the source that is furthest behind is next", "a document that goes on in the next file stays whole"],
 )
 def test_sources_are_mixed_document_by_document(first, second, mixed, used, tmp_path):
-    streams = [
-        TokenStream(files_of(tmp_path, "a", *first), Counts(3, 4, 7), 0.5),
-        TokenStream(files_of(tmp_path, "b", second), Counts(1, 3, len(second)), 0.5),
+    sources = [
+        SourceTokens(files_of(tmp_path, "a", *first), Counts(3, 4, 7), 0.5),
+        SourceTokens(files_of(tmp_path, "b", second), Counts(1, 3, len(second)), 0.5),
     ]
-    interleave(streams, 0, np.dtype("<u2"), tmp_path / "out")
+    interleave(sources, 0, np.dtype("<u2"), tmp_path / "out")
     assert np.fromfile(tmp_path / "out", "<u2").tolist() == mixed
-    assert [(stream.taken, stream.documents, stream.passes) for stream in streams] == used
+    assert [(source.taken, source.documents, source.passes) for source in sources] == used
 
 
 def test_without_a_terminal_progress_is_a_line_now_and_then(said, monkeypatch):
