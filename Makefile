@@ -15,7 +15,7 @@ run: $(STAMP) ## Grow a small model on real text beside the full model for the s
 	$(BIN)/est-train -m experiment=quickstart +arm=doubling,full_same_flops
 
 test: $(STAMP) ## Run the tests
-	$(BIN)/python -m pytest --numprocesses auto --dist loadfile
+	$(BIN)/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder
 
 soak: $(STAMP) ## Kill and resume runs at 25 random moments and compare the bits: some minutes
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.soak --wandb
