@@ -1,4 +1,4 @@
-"""The figures of docs/study.md, drawn in the reports' style, from the records alone."""
+"""The figures of docs/study.md, drawn in the reports' style, from the records only."""
 
 from collections.abc import Callable, Iterator
 

@@ -1,4 +1,4 @@
-"""The tables and sentences of docs/study.md, from the records alone."""
+"""The tables and sentences of docs/study.md, from the records only."""
 
 import math
 from collections.abc import Callable, Sequence

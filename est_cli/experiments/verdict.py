@@ -166,7 +166,7 @@ def _to_full_model(differences: Values) -> str:
     """`is 0.0210 ± 0.0040 (2 seeds) below the full model's`: mean and spread of one difference a seed."""
     known = _known(differences)
     if not len(known):
-        return "has no full model's to be held against"
+        return "has no full model to compare with"
     mean, n = float(known.mean()), len(known)
     side = "below" if mean < 0 else "above"
     if n == 1:

@@ -24,7 +24,7 @@ _PANEL = 4.5
 _MOST_MARKERS = 40
 _CORNER = (0.47, 0.4, 0.51, 0.5)
 """Where a loss plot shows its end again: left, bottom, width and height, as shares of the axes."""
-_BOTH_ACCOUNTINGS = (("flops/saved", "-", "whole model"), ("flops/saved_blocks", (0, (4, 2)), "blocks alone"))
+_BOTH_ACCOUNTINGS = (("flops/saved", "-", "whole model"), ("flops/saved_blocks", (0, (4, 2)), "only blocks"))
 _STRIP_POINTS = 5.0
 _MOST_STAGE_TIME_ARMS = 6
 _LONGEST_VALUE = 24
@@ -55,7 +55,7 @@ def drawings(comparison: Comparison, coverage: Coverage | str) -> list[Drawing]:
             narrow = _figure(3.9, 3.2, draw_loss, comparison, axis, narrow=True)
             text = f"Training and validation loss against {axis.title.lower()}"
             found.append(Drawing(f"loss_{axis.key}", text, wide, narrow, axis, "loss"))
-        text = "Share of FLOPs saved so far, for the whole model and for the transformer blocks alone"
+        text = "Share of FLOPs saved so far, for the whole model and for its transformer blocks"
         figure = _figure(_PANEL, 3.1, draw_savings, comparison)
         found.append(Drawing("savings", text, figure, axis=Axis.of("steps", comparison.runs), hover="saved"))
         if arms := _timed_arms(comparison):

@@ -114,7 +114,7 @@ def _tiles(comparison: Comparison) -> list[tuple[str, str, str]]:
     return [
         (first, units.format_loss(best.mean("val_loss")), notes[0]),
         ("FLOPs saved", between("flops_saved"), "whole model, LM head included"),
-        ("FLOPs saved, blocks", between("flops_saved_blocks"), "blocks alone, as the paper counts"),
+        ("FLOPs saved, blocks", between("flops_saved_blocks"), "only the blocks, as the paper counts"),
         ("Training compute", units.format_flops(total("flops_total")), notes[1]),
         ("Training time", units.format_clock(total("train_s")), notes[2]),
         ("Tokens", units.format_count(total("tokens")), notes[3]),

@@ -24,7 +24,7 @@ def run(value: str, composer: Composer) -> None:
     keys = [text.partition("=")[0] for text in arguments.overrides]
     strange = [key for key in keys if key not in ALLOWED] + ["-m"] * arguments.multirun
     if strange:
-        raise UserError(f"replay={value}: goes with {', '.join(ALLOWED)} alone, and not with {', '.join(strange)}")
+        raise UserError(f"replay={value}: goes only with {', '.join(ALLOWED)}, and not with {', '.join(strange)}")
     given = read_train_config(plain(composer.compose()))
     folder = Path(value).expanduser()
     folder = folder.parent if folder.is_file() else folder

@@ -37,7 +37,7 @@ def _check_overrides(run_dir: str, overrides: list[str]) -> None:
         return
     dead = [key for key in sorted(keys) if key in _RATES or (key.startswith("scheduler.") and "stages" not in key)]
     if dead:
-        again = "name also the scheduler that makes them anew, as in scheduler=three_stage"
+        again = "also name the scheduler, which makes them again, as in scheduler=three_stage"
         raise UserError(*(f"{key}: does not reach the stages that {run_dir} recorded; {again}" for key in dead))
 
 

@@ -163,7 +163,7 @@ class Checkpoints:
         for checkpoint in self.sound(warn):
             if checkpoint.can_resume or checkpoint.step == max_steps:
                 return checkpoint
-            weights_alone.append(f"{checkpoint.folder}: holds weights alone, which cannot be trained further")
+            weights_alone.append(f"{checkpoint.folder}: holds only weights, which cannot be trained further")
             warn(weights_alone[-1])
         if weights_alone:
             raise UserError("no checkpoint of this run can be continued:", *weights_alone)

@@ -37,7 +37,7 @@ AS_LONG_AS_IT_TAKES = timedelta(days=30)
 
 @dataclass(frozen=True)
 class Peers:
-    """This process among those of its run; alone if it has no store. A topic names one exchange and is used once."""
+    """This process among those of its run; the only one if there is no store. A topic names one exchange, used once."""
 
     rank: int = 0
     size: int = 1
@@ -136,7 +136,7 @@ def meet() -> Peers:
 
 @dataclass(frozen=True)
 class World:
-    """This process among the ranks of its run; a process alone has no mesh.
+    """This process among the ranks of its run. A single process has no mesh.
 
     `sum_`, `any`, `combine` and `gathered` are collectives: all ranks must call them with tensors of the same shapes.
     """

@@ -172,7 +172,7 @@ def test_weights_alone_are_passed_over_by_a_run_that_has_steps_to_go(tmp_path):
     assert not checkpoints.newest(silent).can_resume
     assert checkpoints.to_resume(15, silent).step == 15
     assert checkpoints.to_resume(20, said.append).step == 10
-    assert len(said) == 1 and "step-00000015: holds weights alone" in said[0]
+    assert len(said) == 1 and "step-00000015: holds only weights" in said[0]
     shutil.rmtree(tmp_path / "step-00000010")
     with pytest.raises(UserError, match="no checkpoint of this run can be continued"):
         checkpoints.to_resume(20, said.append)
