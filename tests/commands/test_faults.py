@@ -69,7 +69,7 @@ def test_a_run_that_is_not_finite_names_the_step_and_the_replay_that_repeats_it(
 
 @pytest.mark.parametrize(
     ("arguments", "said"),
-    [(("trainer.max_steps=4",), "goes with format"), ((), "replay=corpus: must be a folder")],
+    [(("trainer.max_steps=4",), "goes only with format"), ((), "replay=corpus: must be a folder")],
 )
 def test_a_replay_of_something_else_is_refused(place, arguments, said):
     done = call("est-train", "replay=corpus", *arguments, cwd=place)
