@@ -13,7 +13,7 @@ PROBLEM = "error: "
 class UserError(ValueError):
     """Bad input. The outermost entry point prints `problems`, one a line, and exits with code 2.
 
-    There are none where another process of the run tells them.
+    `problems` is empty if another process of the run prints them.
     """
 
     def __init__(self, *problems: str):
@@ -24,7 +24,7 @@ class UserError(ValueError):
 class RunFailed(RuntimeError):
     """A run that ended for a reason it can name. The outermost entry point prints it and exits with code 1.
 
-    The message is empty where another process of the run tells it.
+    The message is empty if another process of the run prints it.
     """
 
 

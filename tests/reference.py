@@ -1,4 +1,4 @@
-"""Evolving Subnetwork Training written a second time, from DESIGN.md section 1 alone.
+"""Evolving Subnetwork Training written a second time, only from the paper's description.
 
 Plain loops over layers, heads and neurons; no fused projections, no packing, no masks on weights, nothing from est_cli.
 Slow on purpose: it is what the product's fast paths are compared against. All of it runs in the parameters' dtype,

@@ -83,7 +83,7 @@ def libraries(name: str) -> set[str]:
 
 @pytest.mark.parametrize("name", [name for name in MODULES if part(name)])
 def test_a_module_imports_only_from_its_own_tier_and_those_before(name):
-    assert part(name) in TIER, f"{part(name)} has no place in DESIGN section 4"
+    assert part(name) in TIER, f"{part(name)} has no place in TIER"
     for other in own_imports(name):
         assert TIER[part(other)] <= TIER[part(name)], f"{name} imports {other}"
 

@@ -165,6 +165,7 @@ class SchedulerConfig:
 @dataclass(frozen=True)
 class OptimizerConfig:
     GONE: ClassVar = {"kind": ("adamw", "leave it out, there is only AdamW")}
+    """Former keys, each with the only value that is still read, and what to write instead of any other."""
 
     lr: Positive = 6e-4
     weight_decay: NotNegative = 0.1

@@ -1,8 +1,8 @@
 """The processes of a run: how they meet, what each of them holds, and what they compute together.
 
-They meet (`meet`) before they know the config, through the store of who started them. What they exchange then is JSON,
-and others may wait for rank 0 as long as it takes to tokenize a corpus. When the config says which devices to use, they
-join in a mesh (`join`; gloo on CPUs, NCCL on GPUs) of `replicas` rows of `shards` ranks. A trainer is its shape:
+They meet (`meet`) before they know the config, through the store of the launcher that started them. There they exchange
+JSON; others may wait for rank 0 as long as it takes to tokenize a corpus. When the config says which devices to use,
+they join in a mesh (`join`; gloo on CPUs, NCCL on GPUs) of `replicas` rows of `shards` ranks. A trainer is its shape:
 
 ddp   (R, 1)                  every rank holds all master weights and moments
 fsdp  (1, R)                  every rank holds its share of them
@@ -32,7 +32,7 @@ NORM_ELEMENTS = 1 << 22
 _Result = TypeVar("_Result")
 _TO_START = timedelta(minutes=10)
 AS_LONG_AS_IT_TAKES = timedelta(days=30)
-"""Who started the processes ends the others when one dies."""
+"""No shorter limit is needed: if a process dies, the launcher ends the others."""
 
 
 @dataclass(frozen=True)

@@ -210,7 +210,7 @@ class Steps:
             observer.say(message)
 
     def _record(self, step: Launched, step_s: float) -> Record:
-        """The keys of DESIGN section 3; `step_s` is the mean seconds of a step since something was logged last."""
+        """The keys of metrics.jsonl; `step_s` is the mean seconds of a step since something was logged last."""
         config, full, plan, stage = self.config, self.config.model, step.plan, step.stage.number - 1
         done, joined = step.number + 1, self.joined[stage]
         record = {
