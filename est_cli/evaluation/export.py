@@ -1,6 +1,5 @@
 """Writes a model as a folder that `AutoModelForCausalLM` and `AutoTokenizer` load, and checks it by loading it."""
 
-import json
 import os
 import shutil
 import sys
@@ -17,6 +16,7 @@ from est_cli.data.tokenizers import HFTokenizer, SentencePieceTokenizer, Tokeniz
 from est_cli.errors import UserError
 from est_cli.model.huggingface import to_huggingface
 from est_cli.model.transformer import Transformer
+from est_cli.training.files import write_json
 
 TOLERANCE = 1e-5
 """Largest difference of a logit, in fp32, as a share of the largest logit where that is above 1."""
@@ -62,8 +62,8 @@ def _write(model: Transformer, tokenizer: Tokenizer, folder: Path) -> None:
     config, tensors = to_huggingface(model)
     # Every document follows an end-of-text token, so it also begins one.
     ends = {"bos_token_id": tokenizer.eot, "eos_token_id": tokenizer.eot}
-    _write_json(folder / "config.json", {**config, **ends})
-    _write_json(folder / "generation_config.json", ends)
+    write_json(folder / "config.json", {**config, **ends})
+    write_json(folder / "generation_config.json", ends)
     tensors = {name: tensor.float().cpu().contiguous() for name, tensor in tensors.items()}
     weights = folder / "model.safetensors"
     save_file(tensors, weights, metadata={"format": "pt"})
@@ -96,10 +96,6 @@ def _check(reference: Transformer, tokenizer: Tokenizer, folder: Path) -> float 
         if theirs(text)["input_ids"] != tokenizer.encode(text):
             raise RuntimeError(f"transformers' token ids differ from ours for {text!r}: nothing was exported")
     return difference
-
-
-def _write_json(path: Path, content: dict) -> None:
-    path.write_text(json.dumps(content, indent=1) + "\n", "utf-8")
 
 
 SAMPLES = (
@@ -141,7 +137,7 @@ def save_tokenizer_files(tokenizer: Tokenizer, folder: Path, max_seq_len: int) -
         "add_bos_token": False,
         "add_eos_token": False,
     }
-    _write_json(folder / "tokenizer_config.json", config)
+    write_json(folder / "tokenizer_config.json", config)
 
 
 def convert(tokenizer: Tokenizer) -> tokenizers.Tokenizer:

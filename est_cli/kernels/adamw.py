@@ -70,17 +70,22 @@ class Move:
 
     def pieces(self, low: int, high: int) -> list[Tensor]:
         """Rows low … high − 1 of the gradients, one after the other."""
-        found, end = [], 0
-        for gradient in self.gradients:
-            start, end = end, end + len(gradient)
-            if start < high and low < end:
-                found.append(gradient[max(low - start, 0) : high - start])
-        return found
+        return rows_between(self.gradients, low, high)
 
     def gradient(self, low: int, high: int) -> Tensor:
         """The same in one matrix [high − low, C]."""
         pieces = self.pieces(low, high)
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+
+
+def rows_between(matrices: Sequence[Tensor], low: int, high: int) -> list[Tensor]:
+    """Views of rows low … high − 1 of matrices that lie one below the other."""
+    found, end = [], 0
+    for matrix in matrices:
+        start, end = end, end + len(matrix)
+        if start < high and low < end:
+            found.append(matrix[max(low - start, 0) : high - start])
+    return found
 
 
 @dataclass

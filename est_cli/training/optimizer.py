@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from est_cli.config import ModelConfig, OptimizerConfig
-from est_cli.kernels.adamw import Hyperparameters, Move, Rows
+from est_cli.kernels.adamw import Hyperparameters, Move, Rows, rows_between
 from est_cli.kernels.pack import upload
 from est_cli.model.transformer import Transformer, layer_of, row_kind
 from est_cli.subnet.plan import Growth, n_rows, sampled_rows, whole_plan
@@ -257,10 +257,5 @@ def _runs(counts: np.ndarray, joined: np.ndarray | None) -> Iterator[tuple[slice
 def _within(run: slice, gradients: Sequence[Tensor], host: np.ndarray) -> tuple[list[Tensor], np.ndarray | None]:
     """The gradients of the rows of a run, and these rows counted from its start; None for all of them."""
     low, high = np.searchsorted(host, (run.start, run.stop)).tolist()
-    found, end = [], 0
-    for gradient in gradients:
-        start, end = end, end + len(gradient)
-        if start < high and low < end:
-            found.append(gradient[max(low - start, 0) : high - start])
     rows = None if high - low == run.stop - run.start else host[low:high] - run.start
-    return found, rows
+    return rows_between(gradients, low, high), rows
