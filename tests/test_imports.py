@@ -12,7 +12,7 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parents[1] / "est_cli"
 TIERS = [
-    {"errors", "units", "lazy", "schema", "plugins", "config", "subnet"},
+    {"errors", "units", "files", "lazy", "schema", "plugins", "config", "subnet"},
     {"model", "kernels", "data"},
     {"training"},
     {"evaluation", "benchmark", "tracking", "reports"},

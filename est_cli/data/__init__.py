@@ -1,6 +1,6 @@
 """Text → token files → batches. Imports no torch.
 
-disk           local files: the cache, which ones a path names, their hashes, durable writes
+disk           local files: the cache, which ones a path names, their hashes
 corpora        where documents come from: standard library, packages, text files
 dataset_files  the local files of data=hf, the split of each, and their rows
 hub            datasets and single files from the Hugging Face hub

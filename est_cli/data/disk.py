@@ -1,6 +1,5 @@
-"""Local files: the cache, the files that `data.path` names, which are skipped and why, hashes, and durable writes."""
+"""Local files: the cache, the files that `data.path` names, which are skipped and why, hashes."""
 
-import contextlib
 import glob
 import hashlib
 import os
@@ -109,24 +108,3 @@ def _hash_file(file: Path) -> bytes:
             return hashlib.file_digest(stream, "sha256").digest()
     except OSError as error:
         raise UserError(f"data.path: cannot read {file} ({error.strerror})") from None
-
-
-@contextlib.contextmanager
-def replacing(file: Path) -> Iterator[Path]:
-    """A temporary path that is synced and renamed to `file` at the end, so that `file` is always complete."""
-    partial = file.with_suffix(f".{os.getpid()}")
-    try:
-        yield partial
-        sync(partial)
-        os.replace(partial, file)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def sync(path: Path) -> None:
-    """Waits until a file, or the entries of a folder, are on disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -33,6 +33,7 @@ from est_cli.data.dataset_files import (
     text_bytes,
 )
 from est_cli.errors import RunFailed, UserError, first_line
+from est_cli.files import replacing
 
 _BATCH_BYTES = 16 << 20
 _SAMPLED_BYTES = 1 << 16
@@ -172,7 +173,7 @@ class LocalRows:
         broken = BrokenRows(self._data.on_broken)
         n_rows = n_empty = 0
         schema = pa.schema([("text", pa.large_binary())])
-        with disk.replacing(cached) as partial, pa.ipc.new_file(str(partial), schema) as out:
+        with replacing(cached) as partial, pa.ipc.new_file(str(partial), schema) as out:
             rows = (text for file in files for _, text in read_rows(file, self._data.column, broken))
             for texts in grouped(rows, lambda text: len(text or b"") + 16, _BATCH_BYTES):
                 n_rows += len(texts)

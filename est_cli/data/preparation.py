@@ -4,8 +4,8 @@ Several processes tokenize the shards. The trained tokenizer and every complete 
 the store is complete, so that a killed preparation continues where it was.
 """
 
+import contextlib
 import dataclasses
-import json
 import math
 import multiprocessing
 import os
@@ -24,11 +24,12 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 
 from est_cli.config import DataConfig
 from est_cli.config.auto import n_cores
-from est_cli.data import Say, disk
+from est_cli.data import Say
 from est_cli.data.corpora import Corpus, Source, grouped
 from est_cli.data.splits import Split, sample_sources, split_sources
 from est_cli.data.tokenizers import SentencePieceTraining, Tokenizer, load_tokenizer, save_tokenizer
 from est_cli.errors import UserError
+from est_cli.files import read_json, replacing, write_json
 
 SPLITS = ("train", "val")
 SHARD_BYTES = 16 << 20
@@ -162,11 +163,11 @@ class Shard:
 
     def written(self, item_bytes: int) -> Counts | None:
         """The counts of the tokens in its file; None if the file is missing or cut short."""
-        try:
-            counts = Counts(**json.loads(self._record.read_text("utf-8")))
-            return counts if self.file.stat().st_size == counts.tokens * item_bytes else None
-        except (OSError, ValueError, TypeError):
-            return None
+        record = read_json(self._record)
+        with contextlib.suppress(OSError, TypeError):
+            if record and self.file.stat().st_size == record["tokens"] * item_bytes:
+                return Counts(**record)
+        return None
 
     def write(self, tokenizer: Tokenizer, threads: int | None, advance: Callable[[int], None]) -> None:
         """Writes the tokens; `tokenizer.eot` follows each document that ends. Calls `advance` with bytes of text.
@@ -174,7 +175,7 @@ class Shard:
         Raises OSError if the file cannot be written.
         """
         counts, dtype = Counts(), token_dtype(tokenizer.vocab_size)
-        with disk.replacing(self.file) as partial, partial.open("wb") as out:
+        with replacing(self.file) as partial, partial.open("wb") as out:
             for batch in grouped(self.split.pieces(), lambda piece: piece.n_bytes, _BATCH_BYTES):
                 ids = tokenizer.encode_batch(
                     [piece.text for piece in batch], [piece.continued for piece in batch], threads
@@ -187,8 +188,8 @@ class Shard:
                 n_bytes, replaced = (sum(getattr(piece, key) for piece in batch) for key in ("n_bytes", "replaced"))
                 counts += Counts(sum(piece.last for piece in batch), n_bytes, len(tokens), replaced)
                 advance(n_bytes)
-        with disk.replacing(self._record) as partial:
-            partial.write_text(json.dumps(dataclasses.asdict(counts)), "utf-8")
+        with replacing(self._record) as partial:
+            write_json(partial, dataclasses.asdict(counts))
 
     @property
     def _record(self) -> Path:

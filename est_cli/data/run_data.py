@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from est_cli.config import DataConfig
-from est_cli.data import Say, disk
+from est_cli.data import Say
 from est_cli.data.corpora import Source
 from est_cli.data.tokenizers import Tokenizer, load_tokenizer, save_tokenizer
 from est_cli.errors import UserError
+from est_cli.files import replacing, write_json
 
 if TYPE_CHECKING:
     from est_cli.data.tokens import TokenStore
@@ -130,8 +131,8 @@ def keep_data(folder: Path, store: "TokenStore", begins: bool) -> None:
     record = {"text": asdict(store.text), "store": store.fingerprint, "tokenizer": store.tokenizer.definition}
     path = folder / RECORD
     earlier = [] if begins or not path.exists() else _earlier(json.loads(path.read_text("utf-8")), record)
-    with disk.replacing(path) as partial:
-        partial.write_text(json.dumps({**record, "earlier": earlier}, indent=1) + "\n", "utf-8")
+    with replacing(path) as partial:
+        write_json(partial, {**record, "earlier": earlier})
 
 
 def _earlier(before: dict[str, Any], record: dict[str, Any]) -> list[dict[str, Any]]:

@@ -11,7 +11,6 @@ import atexit
 import bisect
 import dataclasses
 import hashlib
-import json
 import queue
 import threading
 import time
@@ -24,12 +23,13 @@ import filelock
 import numpy as np
 
 from est_cli.config import DataConfig
-from est_cli.data import Say, disk
+from est_cli.data import Say
 from est_cli.data.batches import permute
 from est_cli.data.corpora import Source, grouped
 from est_cli.data.preparation import Counts, token_dtype, tokenizer_facts
 from est_cli.data.tokenizers import SentencePieceTraining, Tokenizer
 from est_cli.errors import UserError
+from est_cli.files import read_json, replacing, write_json
 
 if TYPE_CHECKING:
     from est_cli.data.hf_corpus import TextStream
@@ -109,12 +109,9 @@ def shard_file(folder: Path, number: int) -> Path:
     return folder / f"stream-{number:08}.bin"
 
 
-def _shard_record(folder: Path, number: int) -> dict | None:
-    """A shard's `tokens` (their number) and `feeds`; None if the shard is not there yet."""
-    try:
-        return json.loads(shard_file(folder, number).with_suffix(".json").read_text("utf-8"))
-    except FileNotFoundError:
-        return None
+def _shard_record(folder: Path, number: int) -> dict:
+    """A shard's `tokens` (their number) and `feeds`; empty if the shard is not there yet."""
+    return read_json(shard_file(folder, number).with_suffix(".json"))
 
 
 @dataclass
@@ -185,11 +182,10 @@ class ShardWriter:
             documents.append(feed.next_document().astype(self._dtype))
             n_tokens += len(documents[-1])
         file = shard_file(self._folder, number)
-        with disk.replacing(file) as partial, partial.open("wb") as out:
+        with replacing(file) as partial, partial.open("wb") as out:
             np.concatenate(documents).tofile(out)
-        with disk.replacing(file.with_suffix(".json")) as partial:
-            record = {"tokens": n_tokens, "feeds": [feed.state() for feed in self._feeds]}
-            partial.write_text(json.dumps(record), "utf-8")
+        with replacing(file.with_suffix(".json")) as partial:
+            write_json(partial, {"tokens": n_tokens, "feeds": [feed.state() for feed in self._feeds]})
         self._next = number + 1
 
 
@@ -238,7 +234,7 @@ class StreamedTokens:
 
     def _await_shard(self, number: int) -> None:
         self._asked.put(number + 1 + self._ahead)
-        while (record := _shard_record(self._folder, number)) is None:
+        while not (record := _shard_record(self._folder, number)):
             if self._error is not None:
                 raise self._error
             time.sleep(_WAIT_S)
@@ -252,7 +248,7 @@ class StreamedTokens:
                 # One of several processes writes; the others find its shards.
                 with filelock.FileLock(self._folder / "stream.lock"):
                     while number < wanted:
-                        if _shard_record(self._folder, number) is None:
+                        if not _shard_record(self._folder, number):
                             with self._writing:
                                 writer = writer or self._open_writer()
                                 writer.write(number, self._stopped.is_set)

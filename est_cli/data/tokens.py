@@ -27,6 +27,7 @@ from est_cli.data.splits import open_sources
 from est_cli.data.streams import ShardWriter, StreamedTokens, write_streamed_store
 from est_cli.data.tokenizers import SentencePieceTraining, Tokenizer, choose_tokenizer, load_tokenizer
 from est_cli.errors import UserError
+from est_cli.files import read_json, sync, write_json
 
 # Raise it when the same text would no longer give the same token files.
 _FORMAT = 3
@@ -238,9 +239,9 @@ def _build(folder: Path, fingerprint: str, write: Callable[[Path], dict], say: S
     try:
         manifest = {"format": _FORMAT, "fingerprint": fingerprint, **write(partial)}
         manifest["files"] = {file.name: file.stat().st_size for file in sorted(partial.iterdir()) if file.is_file()}
-        (partial / _MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", "utf-8")
+        write_json(partial / _MANIFEST, manifest)
         for path in (*partial.iterdir(), partial):
-            disk.sync(path)
+            sync(path)
         discard_work(partial)
         os.replace(partial, folder)
     except BaseException:
@@ -249,16 +250,16 @@ def _build(folder: Path, fingerprint: str, write: Callable[[Path], dict], say: S
         else:
             shutil.rmtree(partial, ignore_errors=True)
         raise
-    disk.sync(folder.parent)
+    sync(folder.parent)
 
 
 def _read_manifest(folder: Path) -> dict | None:
     """The manifest of a store, or None if its files do not have the sizes that it says."""
+    manifest = read_json(folder / _MANIFEST)
     try:
-        manifest = json.loads((folder / _MANIFEST).read_text("utf-8"))
         complete = all((folder / name).stat().st_size == size for name, size in manifest["files"].items())
         return manifest if complete and manifest["format"] == _FORMAT else None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, KeyError, TypeError, AttributeError):
         return None
 
 

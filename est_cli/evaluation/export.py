@@ -14,9 +14,9 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers
 
 from est_cli.data.tokenizers import HFTokenizer, SentencePieceTokenizer, Tokenizer
 from est_cli.errors import UserError
+from est_cli.files import write_json
 from est_cli.model.huggingface import to_huggingface
 from est_cli.model.transformer import Transformer
-from est_cli.training.files import write_json
 
 TOLERANCE = 1e-5
 """Largest difference of a logit, in fp32, as a share of the largest logit where that is above 1."""

@@ -1,7 +1,6 @@
 """The folder of a run: its files, its lock, and whether a run starts there, continues or is refused."""
 
 import contextlib
-import json
 import math
 import os
 import platform
@@ -18,12 +17,15 @@ import yaml
 
 from est_cli.config import CONFIG_FILE, TrainConfig, as_plain, read_train_config
 from est_cli.errors import PROBLEM, UserError
+from est_cli.files import read_json, replacing, write_json
 from est_cli.runs.changes import changes
 
 SUMMARY, ERROR, ENVIRONMENT = "summary.json", "error.txt", "environment.json"
 LOCK, HOLDER = ".lock", ".holder"
-_BEFORE_A_RUN = {".hydra", ERROR, ENVIRONMENT, f".{CONFIG_FILE}", LOCK, HOLDER}
+_BEFORE_A_RUN = {".hydra", ERROR, ENVIRONMENT, LOCK, HOLDER}
 """What a folder may hold in which no run has begun."""
+_UNFINISHED = (f".{CONFIG_FILE}", f".{ENVIRONMENT}")
+"""How the names of files begin that a process had not finished when it was killed."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,8 @@ class RunDirectory:
         Raises UserError for a finished run, for a run of another config, and for a folder of something else.
         """
         check_writable(self.path, "hydra.run.dir")
-        if not self.path.exists() or {path.name for path in self.path.iterdir()} <= _BEFORE_A_RUN:
+        names = {path.name for path in self.path.iterdir()} if self.path.exists() else set()
+        if all(name in _BEFORE_A_RUN or name.startswith(_UNFINISHED) for name in names):
             return []
         if not (self.path / CONFIG_FILE).exists():
             raise UserError(f"hydra.run.dir={self.path}: holds other files and no run; name another folder")
@@ -134,7 +137,8 @@ class RunDirectory:
         return [str(change) for change in changed]
 
     def write_config(self, config: TrainConfig) -> None:
-        write_whole(self.path / CONFIG_FILE, yaml.safe_dump(as_plain(config), sort_keys=False))
+        with replacing(self.path / CONFIG_FILE) as partial:
+            partial.write_text(yaml.safe_dump(as_plain(config), sort_keys=False))
 
     def config(self) -> dict[str, Any]:
         """The run's plain config. Keys that are younger than the run have their defaults, which is how it trained.
@@ -155,15 +159,12 @@ class RunDirectory:
 
     def summary(self) -> dict[str, Any]:
         """summary.json, or an empty dict if there is none, or one that a power loss has emptied."""
-        try:
-            found = json.loads((self.path / SUMMARY).read_text())
-        except (OSError, ValueError):
-            return {}
-        return found if isinstance(found, dict) else {}
+        return read_json(self.path / SUMMARY)
 
     def write_summary(self, summary: dict[str, Any]) -> None:
         (self.path / ERROR).unlink(missing_ok=True)
-        write_whole(self.path / SUMMARY, json.dumps(summary, indent=1) + "\n")
+        with replacing(self.path / SUMMARY) as partial:
+            write_json(partial, summary)
 
     def error(self) -> str | None:
         """What ended the last attempt, if it failed."""
@@ -194,16 +195,6 @@ def make_folder(path: Path, key: str) -> None:
             pass
     except OSError as error:
         raise UserError(f"{key}={path}: cannot be written ({error.strerror})") from error
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a file so that a process that dies here leaves the old content or the new one, and no mixture."""
-    temporary = path.with_name(f".{path.name}")
-    with temporary.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())  # a rename can reach the disk before the contents
-    temporary.rename(path)
 
 
 def continue_command(arguments: list[str], config: TrainConfig) -> str:

@@ -1,7 +1,5 @@
 """environment.json: where a run's numbers come from. Environment variables, which hold secrets, are not recorded."""
 
-import contextlib
-import json
 import os
 import platform
 import subprocess
@@ -13,8 +11,8 @@ from typing import Any
 
 import torch
 
+from est_cli.files import read_json, replacing, write_json
 from est_cli.runs.cooldown import Trunk
-from est_cli.runs.directory import write_whole
 from est_cli.training.device import cpu_name
 
 PACKAGES = (
@@ -29,10 +27,10 @@ def write_environment(path: Path, overrides: list[str], trunk: Trunk | None = No
     record = environment(overrides)
     if trunk is not None:
         record["cooldown_of"] = trunk.as_record()
-    with contextlib.suppress(OSError, ValueError, AttributeError):
-        before = json.loads(path.read_text())
+    if before := read_json(path):
         record["earlier_starts"] = [*before.pop("earlier_starts", []), before]
-    write_whole(path, json.dumps(record, indent=1) + "\n")
+    with replacing(path) as partial:
+        write_json(partial, record)
 
 
 def environment(overrides: list[str]) -> dict[str, Any]:

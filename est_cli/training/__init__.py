@@ -9,7 +9,7 @@ steps               whether a step was finite, read later; its progress and its 
 validation          mean losses over windows
 checkpoint          a run's checkpoints on disk, and when they are written
 sharded_checkpoint  the tensors of one whose state ranks share
-files               tensors, JSON and checksums
+files               files of tensors, and checksums
 nonfinite           a step that was not finite, kept and run again
 pretrained          weights to start from
 distributed         how the processes of a run meet, and what they hold and compute together

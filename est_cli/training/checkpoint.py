@@ -30,11 +30,11 @@ from safetensors import safe_open
 from torch import Tensor
 
 import est_cli
-from est_cli.data.disk import sync
 from est_cli.errors import PeerLost, RunFailed, UserError
+from est_cli.files import read_json, sync, write_json
 from est_cli.model.transformer import Transformer
 from est_cli.training.distributed import AS_LONG_AS_IT_TAKES, World
-from est_cli.training.files import check_names, checksum, read_json, write_json, write_tensors
+from est_cli.training.files import check_names, checksum, write_tensors
 
 MODEL, OPTIMIZER, STATE = "model.safetensors", "optimizer.safetensors", "state.json"
 CHECKSUMS = "checksums.json"

@@ -1,12 +1,10 @@
-"""Files that a training leaves: tensors as safetensors, the rest as JSON, known by their checksums."""
+"""Files of tensors (safetensors), and checksums of files."""
 
 import hashlib
-import json
 import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import save_file
@@ -32,19 +30,6 @@ def check_names(shapes: Mapping[str, Sequence[int]], targets: Mapping[str, Tenso
     for name, target in targets.items():
         if tuple(target.shape) != tuple(shapes[name]):
             raise ValueError(f"{name} has shape {tuple(shapes[name])}, expected {tuple(target.shape)}")
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a file; an empty one if there is none."""
-    try:
-        content = json.loads(path.read_text())
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=1) + "\n")
 
 
 def checksum(path: Path) -> str:

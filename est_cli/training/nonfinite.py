@@ -19,11 +19,12 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from est_cli.config import TrainConfig, as_plain
+from est_cli.files import write_json
 from est_cli.kernels.dispatch import kernels_for
 from est_cli.model.transformer import Transformer
 from est_cli.subnet.plan import Plan, stage_subnetwork
 from est_cli.training.checkpoint import MODEL
-from est_cli.training.files import write_json, write_tensors
+from est_cli.training.files import write_tensors
 from est_cli.training.steps import NonFinite
 from est_cli.training.subnetwork import DTYPES, MaskedSubnetwork, PackedSubnetwork
 

@@ -134,11 +134,6 @@ def test_a_reader_that_has_left_is_no_failure(place):
     assert done.returncode == 0
 
 
-def test_a_summary_that_a_power_loss_emptied_is_none(tmp_path):
-    (tmp_path / "summary.json").touch()
-    assert RunDirectory(tmp_path).summary() == {}
-
-
 @pytest.mark.parametrize(
     ("error", "bad_input"),
     [("failed: step 7: the loss is not finite\n", False), ("error: seed=zero: must be an integer\n", True)],

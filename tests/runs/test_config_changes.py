@@ -135,7 +135,7 @@ def test_a_folder_of_something_else_is_never_written_to(directory):
 
 def test_a_run_that_died_while_it_wrote_its_config_begins_again(directory):
     directory.path.mkdir()
-    (directory.path / ".config.yaml").write_text("model:")
+    (directory.path / ".config.yaml.123").write_text("model:")
     assert directory.check(train_config()) == []
 
 
