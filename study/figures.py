@@ -11,7 +11,7 @@ from est_cli.experiments.saving import Frontier
 from est_cli.reports.style import report_style, series
 from study.grid import ARMS, FULL, LEARNING_RATES, SEEDS, SIZES, SMALL, WINNER, runs_with
 from study.records import Records
-from study.results import frontier_of, headline, screened
+from study.results import frontier_of, headline, result_of, screened
 from study.tables import losses_by_rate
 
 Panels = Iterator[Callable[[Axes], None]]
@@ -41,8 +41,8 @@ def _learning_rates(records: Records) -> Panels:
 def _headline(records: Records) -> Panels:
     for size in SIZES:
         results = {arm: result for arm, result in headline(records, size).items() if np.isfinite(result.share)}
-        frontiers = [frontier_of(records, run) for run in runs_with(group="headline", size=size, arm=ARMS[FULL])]
-        full = Frontier.mean([frontier for frontier in frontiers if len(frontier.loss)])
+        frontiers = result_of(records, runs_with(group="headline", size=size, arm=ARMS[FULL])).full.frontiers["flops"]
+        full = Frontier.mean(list(frontiers.values()))
 
         def draw(ax: Axes, size=size, results=results, full=full) -> None:
             _against_flops(ax, full)

@@ -21,8 +21,8 @@ WARMUP = {SMALL: 400, LARGE: 600}
 shorter full model, which is better with SHORT."""
 LEARNING_RATES = ("1e-3", "2e-3", "4e-3", "8e-3", "16e-3")
 SEEDS = (0, 1, 2, 3, 4)
-SHORTER = (0.5,)
-"""The full model for fewer steps, with a decay of its own: what every schedule is held against at equal FLOPs."""
+SHORTER = 0.5
+"""Share of the steps of SHORTER_FULL, whose decay is its own: it shows what the full model reaches with fewer FLOPs."""
 FULL, SHORTER_FULL, WINNER = "full", "full-0.5", "doubling"
 GROUPS = {
     "lr": "learning rates and warmup: one seed",
@@ -44,7 +44,7 @@ class Arm:
     says: str
     """In a table's words."""
     overrides: tuple[str, ...]
-    lr: str
+    lr: str = "4e-3"
     """The best of the learning rates that were tried, at SMALL and its full length."""
     length: float = 1.0
     """Steps, as a share of the size's."""
@@ -61,31 +61,27 @@ class Arm:
         return self.large_lr if size == LARGE and warmup == SHORT and self.large_lr else self.lr
 
 
-def _arm(name: str, says: str, *overrides: str, lr: str = "4e-3", length: float = 1.0, large_lr: str = "") -> Arm:
-    return Arm(name, says, overrides, lr, length, large_lr)
-
-
 def _stack(name: str, says: str, depths: str, grow_at: str, *overrides: str, lr: str = "8e-3") -> Arm:
     stages = (f"scheduler.depths={depths}", f"scheduler.grow_at={grow_at}")
-    return _arm(name, says, "scheduler=stacking", *stages, *overrides, lr=lr)
+    return Arm(name, says, ("scheduler=stacking", *stages, *overrides), lr)
 
 
 def _doubling(first: float, second: float, length: float = 1.0) -> Arm:
     says, name = f"a quarter of the layers until {first:g}, half until {second:g}", f"{WINNER}-{first:g}-{second:g}"
     if length != 1:
         says, name = f"{says}, {length:g} of the steps", f"{name}-for-{length:g}"
-    return _arm(name, says, "scheduler=doubling", f"scheduler.grow_at=[{first:g},{second:g}]", lr="8e-3", length=length)
+    return Arm(name, says, ("scheduler=doubling", f"scheduler.grow_at=[{first:g},{second:g}]"), "8e-3", length)
 
 
 ARMS = {
     arm.name: arm
     for arm in (
-        _arm(FULL, "full model", "scheduler=full", large_lr="2e-3"),
-        _arm(SHORTER_FULL, "full model, 0.5 of the steps", "scheduler=full", length=SHORTER[0], large_lr="2e-3"),
-        _arm("full-decay-0.03", "full model, weight decay 0.03", "scheduler=full", "optimizer.weight_decay=0.03"),
-        _arm("full-decay-0.3", "full model, weight decay 0.3", "scheduler=full", "optimizer.weight_decay=0.3"),
-        _arm("full-init", "full model, GPT-2's initialisation", "scheduler=full", "model.init=gpt2"),
-        _arm(WINNER, "a quarter of the layers until 0.4, half until 0.7", "scheduler=doubling", lr="8e-3"),
+        Arm(FULL, "full model", ("scheduler=full",), large_lr="2e-3"),
+        Arm(SHORTER_FULL, "full model, 0.5 of the steps", ("scheduler=full",), length=SHORTER, large_lr="2e-3"),
+        Arm("full-decay-0.03", "full model, weight decay 0.03", ("scheduler=full", "optimizer.weight_decay=0.03")),
+        Arm("full-decay-0.3", "full model, weight decay 0.3", ("scheduler=full", "optimizer.weight_decay=0.3")),
+        Arm("full-init", "full model, GPT-2's initialisation", ("scheduler=full", "model.init=gpt2")),
+        Arm(WINNER, "a quarter of the layers until 0.4, half until 0.7", ("scheduler=doubling",), lr="8e-3"),
         _stack("stack-2-at-0.5", "2 layers until 0.5", "2", "0.5"),
         _stack("stack-1-at-0.5", "1 layer until 0.5", "1", "0.5", lr="4e-3"),
         _stack("stack-4-at-0.5", "4 layers until 0.5", "4", "0.5"),
@@ -106,9 +102,9 @@ ARMS = {
         _doubling(0.4, 0.7, 0.8),
         _doubling(0.25, 0.5, 0.75),
         _doubling(0.25, 0.5, 0.6),
-        _arm("raptr", "RAPTR", "scheduler=raptr"),
-        _arm("layer_drop", "layer dropping by depth", "scheduler=layer_drop"),
-        _arm("est", "EST, the paper's schedule", "scheduler=three_stage"),
+        Arm("raptr", "RAPTR", ("scheduler=raptr",)),
+        Arm("layer_drop", "layer dropping by depth", ("scheduler=layer_drop",)),
+        Arm("est", "EST, the paper's schedule", ("scheduler=three_stage",)),
     )
 }
 
@@ -142,7 +138,7 @@ class Run:
         tuned = runs_with(size=self.size, seed=self.seed)
         tuned = [run for run in tuned if run.arm.is_full and run.group in ("headline", "short", "length")]
         found = []
-        for length in (1.0, *SHORTER):
+        for length in (1.0, SHORTER):
             steps = round(self.steps / self.arm.length * length)
             fitting = [r for r in tuned if r.steps == steps and (r.warmup == self.warmup or r.arm.length < 1)]
             if not fitting:

@@ -45,6 +45,10 @@ class Records:
         """The same by their names."""
         return [_as_run(self.folder, self.contents[name]) for name in names]
 
+    def loss(self, run: Run) -> float:
+        """The final validation loss of a run that is done."""
+        return self.contents[run.name]["summary"]["val_loss"]
+
     @property
     def corpus(self) -> str | None:
         """The fingerprint of the text that all runs were trained on; None where there is no run.

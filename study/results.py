@@ -2,74 +2,67 @@
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from est_cli.config import read_train_config
-from est_cli.experiments.saving import AT_LEAST, AT_MOST, Frontier, needed
+from est_cli.experiments.saving import AT_LEAST, AT_MOST, Frontier, FullModel, MeasuredArm, seed_of
 from est_cli.reports.records import RunRecord
 from est_cli.subnet.memory import count_parameters
-from study.grid import ARMS, SEEDS, SHORT, SHORTER, SIZES, WARMUP, WINNER, Arm, Run, runs_with
+from study.grid import ARMS, SEEDS, SHORT, SIZES, WARMUP, WINNER, Arm, Run, runs_with
 from study.records import Records
-
-Seeds = dict[int, RunRecord]
 
 
 @dataclass(frozen=True)
-class Result:
-    """The finished seeds of one schedule. Differences are its losses less the full model's of the same seed; shares and
-    savings are NaN where they are not known."""
+class Result(MeasuredArm):
+    """The finished seeds of one schedule beside the full model. Shares and savings are NaN where they are not known."""
 
-    runs: Seeds
-    losses: list[float]
-    share: float
-    """FLOPs as a share of the full model's for the same tokens."""
-    same_tokens: list[float]
-    same_flops: list[float]
-    saved: float
-    """Share of the FLOPs that the full model needs for the mean loss."""
-    at_least: bool
-    """Whether the mean loss is below the full model's for the same tokens: `saved` is then counted against that."""
-    seconds_saved: float
-    """`saved` in seconds of measured steps, without evaluations."""
+    step_s: Sequence[float]
+    """Measured seconds of a step in each stage, the full model's last; empty where they were not measured."""
 
+    @property
+    def share(self) -> float:
+        """FLOPs as a share of the full model's for the same tokens."""
+        full = [run.outcome["flops_total"] for run in self.full.runs.values()]
+        return _mean(self.outcomes("flops_total")) / _mean(full)
 
-def compare(runs: Seeds, full: Seeds, frontiers: dict[int, Frontier], step_s: list[float]) -> Result:
-    """`full` has the full model for the same tokens, `frontiers` also for fewer; `step_s` as in `times_of`."""
-    losses = {seed: run.outcome["val_loss"] for seed, run in runs.items()}
-    flops, full_flops = (_mean([run.outcome["flops_total"] for run in seeds.values()]) for seeds in (runs, full))
-    known = [seed for seed in runs if seed in frontiers]
-    same_flops = [losses[seed] - frontiers[seed].loss_at(flops) for seed in known]
-    least, bound = needed(Frontier.mean([frontiers[seed] for seed in known]), _mean([losses[seed] for seed in known]))
-    least = math.nan if bound == AT_MOST else least
-    return Result(
-        runs,
-        list(losses.values()),
-        flops / full_flops,
-        [losses[seed] - full[seed].outcome["val_loss"] for seed in runs if seed in full],
-        [difference for difference in same_flops if math.isfinite(difference)],
-        1 - flops / least,
-        bound == AT_LEAST,
-        1 - _seconds(runs, step_s) / (_seconds(full, step_s[-1:]) * least / full_flops),
-    )
+    @property
+    def differences(self) -> np.ndarray:
+        """Its losses less the full model's for the same tokens, of the seeds that have both."""
+        return self.to_full[np.isfinite(self.to_full)]
+
+    @property
+    def saved(self) -> float:
+        """Share of the FLOPs that the full model needs for the mean loss."""
+        saving = self.saving("flops")
+        return math.nan if saving.bound == AT_MOST else saving.share
+
+    @property
+    def at_least(self) -> bool:
+        """Whether the mean loss is below the full model's for the same tokens: `saved` is then counted against that."""
+        return self.saving("flops").bound == AT_LEAST
+
+    @property
+    def seconds_saved(self) -> float:
+        """`saved` in seconds of measured steps, without evaluations."""
+        full_needs = self.share / (1 - self.saved)
+        ours, full = _seconds(self.runs, self.step_s), _seconds(list(self.full.runs.values()), self.step_s[-1:])
+        return 1 - ours / (full * full_needs)
 
 
 def result_of(records: Records, runs: list[Run]) -> Result:
     """Of `runs`, which are the seeds of one arm at one size and number of steps."""
-    done = {run.seed: run for run in runs if run in records}
-    same_tokens = {seed: run.held_against[0] for seed, run in done.items() if run.held_against}
-    frontiers = {seed: frontier_of(records, run) for seed, run in done.items()}
+    done = [run for run in runs if run in records]
+    full = records.of([run.held_against[0] for run in done if run.held_against])
+    frontiers = {run.seed: frontier for run in done if len((frontier := frontier_of(records, run)).loss)}
     # Everything that doubles has stages of the same depths.
     timed = WINNER if runs[0].arm.name.startswith(WINNER) else runs[0].arm.name
-    return compare(
-        _by_seed(records, done),
-        _by_seed(records, same_tokens),
-        {seed: frontier for seed, frontier in frontiers.items() if len(frontier.loss)},
-        times_of(records).get(runs[0].size, {}).get(timed, []),
-    )
+    step_s = times_of(records).get(runs[0].size, {}).get(timed, [])
+    reached = FullModel({seed_of(run): run for run in full}, {"flops": frontiers}, slack=0.001)
+    return Result(records.of(done), reached, step_s)
 
 
 def headline(records: Records, size: str, group: str = "headline") -> dict[Arm, Result]:
@@ -88,11 +81,11 @@ def screened(records: Records, size: str, warmup: int = SHORT) -> list[tuple[Run
     """Every schedule at one seed and the best of its learning rates; what saves most at equal loss comes first."""
     schedules = [arm for arm in ARMS.values() if not arm.is_full]
     done = [[run for run in at_first_seed(arm, size, warmup) if run in records] for arm in schedules]
-    best = [min(runs, key=lambda run: records.of([run])[0].outcome["val_loss"]) for runs in done if runs]
+    best = [min(runs, key=records.loss) for runs in done if runs]
 
     def rank(entry: tuple[Run, Result]) -> list[float]:
         result = entry[1]
-        return [math.inf if math.isnan(key) else key for key in (-result.saved, _mean(result.same_flops))]
+        return [math.inf if math.isnan(key) else key for key in (-result.saved, _mean(result.to_same_flops))]
 
     return sorted(((run, result_of(records, [run])) for run in best), key=rank)
 
@@ -100,7 +93,7 @@ def screened(records: Records, size: str, warmup: int = SHORT) -> list[tuple[Run
 def frontier_of(records: Records, run: Run) -> Frontier:
     """What `run` is held against; empty if a run of it is missing."""
     done = records.of(run.held_against)
-    return Frontier.of(done if len(done) == 1 + len(SHORTER) else [])
+    return Frontier.of(done if len(done) == 2 else [])
 
 
 def times_of(records: Records) -> dict[str, Any]:
@@ -115,7 +108,7 @@ def parameters(run: RunRecord) -> int:
 
 def headline_json(records: Records) -> dict[str, Any]:
     """The winner in numbers. Those at the top are of the size that most seeds are done of, the larger one if equal."""
-    sizes = [_size_json(runs[0], result) for runs, result in winners(records) if result.same_tokens]
+    sizes = [_size_json(runs[0], result) for runs, result in winners(records) if len(result.differences)]
     tuned = [entry for entry in sizes if entry["warmup"] == WARMUP[entry["size"]]]
     main = max(reversed(tuned or sizes), key=lambda entry: entry["seeds"], default={})
     return {"schedule": ARMS[WINNER].says, "overrides": list(ARMS[WINNER].overrides), **main, "sizes": sizes}
@@ -132,7 +125,7 @@ def winners(records: Records) -> list[tuple[list[Run], Result]]:
 
 def _size_json(first: Run, result: Result) -> dict[str, Any]:
     layers, width, _ = SIZES[first.size]
-    run, differences = next(iter(result.runs.values())), result.same_tokens
+    run, differences = result.runs[0], result.differences
     n_parameters, tokens = parameters(run), int(run.outcome["tokens"])
     numbers = {
         "tokens_per_parameter": tokens / n_parameters,
@@ -150,17 +143,13 @@ def _size_json(first: Run, result: Result) -> dict[str, Any]:
     }
 
 
-def _by_seed(records: Records, runs: Mapping[int, Run]) -> Seeds:
-    return {seed: records.of([run])[0] for seed, run in runs.items() if run in records}
-
-
-def _seconds(runs: Seeds, step_s: list[float]) -> float:
+def _seconds(runs: Sequence[RunRecord], step_s: Sequence[float]) -> float:
     """Of one run's steps; NaN where there is no run or a stage was not measured."""
-    stages = next(iter(runs.values())).summary["stages"] if runs else []
+    stages = runs[0].summary["stages"] if runs else []
     if not stages or len(stages) > len(step_s):
         return math.nan
     return sum((s["last_step"] - s["first_step"] + 1) * t for s, t in zip(stages, step_s, strict=False))
 
 
-def _mean(values: list[float]) -> float:
-    return float(np.mean(values)) if values else math.nan
+def _mean(values: Sequence[float] | np.ndarray) -> float:
+    return float(np.mean(values)) if len(values) else math.nan

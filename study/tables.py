@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from est_cli.experiments.saving import Frontier
+from est_cli.experiments.saving import FullModel, MeasuredArm, is_clear, over_seeds
 from est_cli.reports.records import RunRecord
 from est_cli.units import format_count, format_percent
 from study import training
@@ -13,9 +13,7 @@ from study.grid import ARMS, FULL, GROUPS, LEARNING_RATES, SEEDS, SHORT, SIZES, 
 from study.records import ROOT, Records
 from study.results import (
     Result,
-    Seeds,
     at_first_seed,
-    compare,
     headline,
     parameters,
     screened,
@@ -41,11 +39,11 @@ def headline_table(records: Records) -> str:
     for size, group in ((size, group) for group in ("headline", "short") for size in SIZES):
         for arm, result in headline(records, size, group).items():
             runs = runs_with(group=group, size=size, arm=arm)
-            cells = [_number(result.share, "{:.3f}"), *_against(result)] if result.losses else ["", MISSING, *[""] * 4]
-            if arm.is_full and result.losses:
+            cells = [_number(result.share, "{:.3f}"), *_against(result)] if result.runs else ["", MISSING, *[""] * 4]
+            if arm.is_full and result.runs:
                 # Against itself there is nothing to say.
                 cells[2 if arm.name == FULL else 3 :] = ["-"] * (4 if arm.name == FULL else 3)
-            rows.append((size, runs[0].warmup, arm.says, f"{len(result.losses)} of {len(runs)}", *cells))
+            rows.append((size, runs[0].warmup, arm.says, f"{len(result.runs)} of {len(runs)}", *cells))
     return _table(("size", "warmup", "schedule", "seeds", "FLOPs", *_AGAINST), rows)
 
 
@@ -55,11 +53,11 @@ def headline_says(records: Records) -> str:
     for (run, *_), result in winners(records):
         if run.group != "headline":
             continue
-        if not result.same_tokens:
+        if not len(result.differences):
             said.append(f"**{_sized(records, run.size, run.steps)}**: {MISSING}.")
             continue
-        n, mean = len(result.same_tokens), float(np.mean(result.same_tokens))
-        unclear = n > 1 and abs(mean) <= 2 * np.std(result.same_tokens, ddof=1) / math.sqrt(n)
+        n = len(result.differences)
+        unclear = n > 1 and not is_clear(result.differences)
         facts = f"{n} seed{'s' if n > 1 else ''}{', no clear difference' if unclear else ''}"
         _, same_tokens, same_flops, *shares = _against(result)
         saved = " and ".join(
@@ -94,7 +92,7 @@ def learning_rates(records: Records) -> str:
 def losses_by_rate(records: Records, arm: str, size: str = SMALL, warmup: int = SHORT) -> dict[str, float]:
     """Final losses of the arm at one seed by learning rate, ascending."""
     runs = sorted(at_first_seed(ARMS[arm], size, warmup), key=lambda run: float(run.lr))
-    return {run.lr: _losses(records.of([run]))[0] for run in runs if run in records}
+    return {run.lr: records.loss(run) for run in runs if run in records}
 
 
 def baseline(records: Records) -> str:
@@ -103,8 +101,8 @@ def baseline(records: Records) -> str:
     rows = []
     for run in (plain, *runs_with(group="baseline")):
         if run in records and plain in records:
-            loss, reference = _losses(records.of([run, plain])) if run != plain else 2 * _losses(records.of([plain]))
-            rows.append((run.arm.says, f"{loss:.4f}", _number(loss - reference, "{:+.4f}")))
+            loss = records.loss(run)
+            rows.append((run.arm.says, f"{loss:.4f}", _number(loss - records.loss(plain), "{:+.4f}")))
         else:
             rows.append((run.arm.says, MISSING, ""))
     return _table(("trained as", "loss", "less the first row"), rows)
@@ -130,22 +128,22 @@ def lengths(records: Records) -> str:
     rows, shown = [], [(seeds, result) for seeds, result in winners(records) if seeds[0].group != "headline"]
     for seeds, result in sorted(shown, key=lambda entry: (SIZES[entry[0][0].size], entry[0][0].steps)):
         size, steps = seeds[0].size, seeds[0].steps
-        full = records.of([run.held_against[0] for run in seeds])
-        known = [*full, *result.runs.values()]
+        full = MeasuredArm(records.of([run.held_against[0] for run in seeds]), result.full)
+        known = [*full.runs, *result.runs]
         ratio = known[0].outcome["tokens"] / parameters(known[0]) if known else 10 * steps / SIZES[size][2]
         rows.append(
             (
-                *(size, f"{ratio:.1f}", f"{steps:,}", f"{len(result.same_tokens)} of {len(seeds)}"),
-                *(_over_seeds(losses) if losses else MISSING for losses in (_losses(full), result.losses)),
-                _over_seeds(result.same_tokens, "{:+.4f}"),
+                *(size, f"{ratio:.1f}", f"{steps:,}", f"{len(result.differences)} of {len(seeds)}"),
+                *(_over_seeds(arm.losses) if arm.runs else MISSING for arm in (full, result)),
+                _over_seeds(result.differences, "{:+.4f}"),
                 _percent(1 - result.share),
-                _against(result)[3] if result.losses else "-",
+                _against(result)[3] if result.runs else "-",
             )
         )
     header = ("size", "tokens a parameter", "steps", "pairs", ARMS[FULL].says, ARMS[WINNER].says)
     tried = [run for group in ("length", "length-lr") for run in runs_with(group=group, arm=ARMS[FULL], seed=SEEDS[0])]
     rates = [
-        f"{_losses(records.of([run]))[0]:.4f} at {float(run.lr):g}"
+        f"{records.loss(run):.4f} at {float(run.lr):g}"
         for run in tried
         if run in records and run.steps > SIZES[run.size][2]
     ]
@@ -156,20 +154,19 @@ def lengths(records: Records) -> str:
 
 def micro(records: Records) -> str:
     """The earlier study in three rows, and what an untuned baseline would have said there."""
-    old, seeds = Records(_MICRO), range(3)
+    old = Records(_MICRO)
 
-    def by_seed(prefix: str) -> Seeds:
-        return {n: old.named([f"{prefix}-seed{n}"])[0] for n in seeds if f"{prefix}-seed{n}" in old.contents}
+    def by_seed(prefix: str) -> list[RunRecord]:
+        return old.named(name for seed in range(3) if (name := f"{prefix}-seed{seed}") in old.contents)
 
-    full, shorter = by_seed("headline-full"), by_seed("headline-full_same_flops")
-    frontiers = {seed: Frontier.of([full[seed], shorter[seed]]) for seed in seeds}
+    full = FullModel.of(by_seed("headline-full"), by_seed("headline-full_same_flops"))
     rows = []
     for says, prefix in _MICRO_ARMS.items():
-        result = compare(by_seed(prefix), full, frontiers, [])
+        result = Result(by_seed(prefix), full, step_s=[])
         rows.append((says, len(result.runs), _percent(1 - result.share), *_against(result)[:-1]))
     table = _table(("schedule", "seeds", "fewer FLOPs", *_AGAINST[:-1]), rows)
     names = ("headline-est-seed0", "candidate-full_same_flops-4e-3-seed0", "headline-full_same_flops-seed0")
-    est, *full_losses = _losses(old.named(names))
+    est, *full_losses = (run.outcome["val_loss"] for run in old.named(names))
     at_est, at_own = (_number(est - loss, "{:+.4f}") for loss in full_losses)
     return (
         f"{table}\n\nSeed 0 of EST less the full model for the same FLOPs: {at_est} with EST's learning rate for both, "
@@ -231,21 +228,13 @@ def _against(result: Result) -> list[str]:
     """The cells under _AGAINST."""
     bound = "at least " if result.at_least else ""
     shares = [_percent(share) for share in (result.saved, result.seconds_saved)]
-    differences = [_over_seeds(values, "{:+.4f}", result) for values in (result.same_tokens, result.same_flops)]
+    differences = [_over_seeds(values, "{:+.4f}") for values in (result.to_full, result.to_same_flops)]
     return [_over_seeds(result.losses), *differences, *(share if share == "-" else bound + share for share in shares)]
 
 
-def _over_seeds(values: Sequence[float], form: str = "{:.4f}", of: Result | None = None) -> str:
-    """`2.2782 ± 0.0031`; no spread of one seed, a dash for none, how many where it is not all seeds of a result."""
-    if not len(values):
-        return "-"
-    spread = f" ± {form.replace('+', '').format(np.std(values, ddof=1))}" if len(values) > 1 else ""
-    count = f" ({len(values)} of {len(of.losses)})" if of and len(values) < len(of.losses) else ""
-    return _number(float(np.mean(values)), form) + spread + count
-
-
-def _losses(runs: list[RunRecord]) -> list[float]:
-    return [run.outcome["val_loss"] for run in runs]
+def _over_seeds(values: np.ndarray, form: str = "{:.4f}") -> str:
+    # A spread has no sign.
+    return over_seeds(values, lambda value: _number(value, form)).replace("± +", "± ")
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:

@@ -19,6 +19,7 @@ from est_cli.data.tokens import prepare
 from est_cli.errors import DONE, UserError, say
 from est_cli.experiments.arms import read_config
 from est_cli.runs.directory import RunDirectory
+from est_cli.runs.stopping import handlers_restored
 from est_cli.subnet.flops import config_ledger
 from study.grid import Arm, Run, run_of
 from study.records import ROOT, Records
@@ -69,7 +70,8 @@ def train(runs: list[Run], records: Records, corpus: str, workers: int) -> list[
     Ctrl-C or SIGTERM stops the runs after their step, with checkpoints, and is passed on as KeyboardInterrupt.
     """
     waiting, going, failed = list(runs), {}, []
-    with only_study() as lock, _terminated_as_interrupted():
+    with only_study() as lock, handlers_restored():
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
         try:
             while waiting or going:
                 while waiting and len(going) < workers:
@@ -80,9 +82,7 @@ def train(runs: list[Run], records: Records, corpus: str, workers: int) -> list[
                     code = going.pop(run).returncode
                     if code == DONE:
                         records.add(run, RUNS / run.name, corpus)
-                        say(
-                            f"{run.name}: done, validation loss {records.contents[run.name]['summary']['val_loss']:.4f}"
-                        )
+                        say(f"{run.name}: done, validation loss {records.loss(run):.4f}")
                     else:
                         failed.append(run)
                         say(f"{run.name}: exit code {code}, see {_log(run)}")
@@ -123,15 +123,3 @@ def only_study() -> Iterator[IO[str]]:
         except OSError:
             raise UserError(f"{RUNS}: a study trains there already, or a run that it left behind") from None
         yield lock
-
-
-@contextmanager
-def _terminated_as_interrupted() -> Iterator[None]:
-    def interrupt(number: int, frame: object) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)

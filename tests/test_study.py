@@ -17,7 +17,6 @@ import numpy as np
 import pytest
 
 from est_cli.errors import UserError
-from est_cli.experiments.saving import Frontier
 from study import document, tables, training
 from study.figures import FIGURES
 from study.grid import (
@@ -26,7 +25,7 @@ from study.grid import (
     LEARNING_RATES,
     SEEDS,
     SHORT,
-    SHORTER,
+    SHORTER_FULL,
     SIZES,
     SMALL,
     WARMUP,
@@ -135,6 +134,7 @@ def make_up(records: Records, runs: list[Run], losses: Losses = full_and_winner)
         share, loss = losses(run)
         content = deepcopy(TEMPLATE)
         content["config"]["model"]["n_layers"] = SIZES[run.size][0]
+        content["config"]["seed"] = run.seed
         half = run.steps // 2
         stages = [(0, run.steps - 1)] if run.arm.is_full else [(0, half - 1), (half, run.steps - 1)]
         content["summary"] |= {
@@ -152,7 +152,7 @@ def make_up(records: Records, runs: list[Run], losses: Losses = full_and_winner)
 
 
 def headline_runs(*seeds: int, size: str = SMALL, group: str = "headline") -> list[Run]:
-    names = (FULL, WINNER, *(f"{FULL}-{length:g}" for length in SHORTER))
+    names = (FULL, SHORTER_FULL, WINNER)
     runs = dict.fromkeys([*runs_with(group=group, size=size), *runs_with(group="headline", size=size, warmup=SHORT)])
     return [run for run in runs if run.seed in seeds and run.arm.name in names]
 
@@ -308,13 +308,6 @@ def test_training_on_another_text_than_the_records_is_refused(records, monkeypat
     monkeypatch.setattr(training, "prepare", lambda *_: SimpleNamespace(fingerprint="another"))
     with pytest.raises(UserError, match="another text: the packages installed there differ"):
         training.corpus_of(training.config_of(grid()[0]), records)
-
-
-def test_the_frontier_is_linear_in_the_logarithm_of_the_flops_and_knows_its_ends():
-    frontier = Frontier(np.array([1e12, 4e12]), np.array([3.0, 2.0]))
-    assert frontier.loss_at(2e12) == pytest.approx(2.5)
-    assert frontier.cost_at(2.5) == pytest.approx(2e12)
-    assert np.isnan([frontier.loss_at(5e12), frontier.cost_at(1.9), frontier.cost_at(3.1)]).all()
 
 
 def test_the_same_records_give_the_same_figures_byte_for_byte(records, tmp_path):

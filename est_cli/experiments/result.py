@@ -123,5 +123,5 @@ class SweepResult:
         facts: dict[str, Any] = {"sweep_dir": str(self.directory), "jobs": jobs}
         facts["report"] = None if self.report is None else str(self.report)
         if self.verdict is not None:
-            facts |= {"arms": self.verdict.arms, "at_a_time": self.at_a_time}
+            facts |= {"arms": [arm.facts() for arm in self.verdict.arms], "at_a_time": self.at_a_time}
         return facts

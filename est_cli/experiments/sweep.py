@@ -19,7 +19,7 @@ from est_cli.composition.composer import Composer
 from est_cli.composition.hydra_internals import launcher
 from est_cli.composition.typed_text import quoted
 from est_cli.errors import DONE, STOPPED, say
-from est_cli.experiments.comparison import UNNAMED_KEYS, ComparisonJobs, Launch, side_by_side
+from est_cli.experiments.arm_jobs import UNNAMED_KEYS, ComparisonJobs, Launch, side_by_side
 from est_cli.experiments.job import Call, run_job
 from est_cli.experiments.naming import SweepRequest
 from est_cli.experiments.result import SweepResult

@@ -175,7 +175,7 @@ def _names(master: DictConfig, composer: Composer) -> list[str]:
 
 
 def _split(overrides: Sequence[Override]) -> tuple[dict[str, str], dict[str, list[str]]]:
-    """The overrides that all jobs share, and those that are swept, by key. A later one replaces an earlier one.
+    """The overrides that all jobs share, and those that are swept, by key.
 
     Raises UserError for a sweep over a key that arms must share, and for a search, which has no grid.
     """
@@ -186,7 +186,6 @@ def _split(overrides: Sequence[Override]) -> tuple[dict[str, str], dict[str, lis
         name = override.get_key_element()
         key = name.lstrip("+~")
         if not override.is_sweep_override():
-            swept.pop(key, None)
             fixed[key] = override.input_line
         elif key == "arms":
             problems.append("arms: must be one list: arms=[full,est]")
@@ -199,7 +198,7 @@ def _split(overrides: Sequence[Override]) -> tuple[dict[str, str], dict[str, lis
     if problems:
         raise UserError(*problems)
     fixed.pop("arms", None)
-    return {key: line for key, line in fixed.items() if key not in swept}, swept
+    return fixed, swept
 
 
 def _overrides_of(name: str, fixed: dict[str, str]) -> tuple[str, ...]:
