@@ -15,10 +15,10 @@ from est_cli.commands.entry import read_request_and_config, run_composed
 from est_cli.config import TrainConfig, auto
 from est_cli.errors import UserError
 from est_cli.subnet.flops import config_ledger, scale_boundaries, with_boundaries
-from est_cli.subnet.memory import Ranks, count_parameters, sent_bytes, training_bytes
-from est_cli.subnet.plan import effective_rates, stage_models, stage_subnetwork
+from est_cli.subnet.memory import count_parameters, sent_bytes, training_bytes
+from est_cli.subnet.plan import effective_rates, stage_models
 from est_cli.subnet.sampler import check_strategy, sample
-from est_cli.subnet.schedule import Stage, StageSpec, stage_at
+from est_cli.subnet.schedule import StageSpec, stage_at
 from est_cli.tracking.summary import narrow_table
 from est_cli.units import format_bytes, format_count, format_flops, format_percent, parse_bytes
 
@@ -67,7 +67,7 @@ def run(composed: dict[str, Any]) -> None:
 
 def describe(config: TrainConfig, device_memory: int | None = None) -> dict[str, Any]:
     """The contract's JSON of est-plan."""
-    ledger, steps, needed = config_ledger(config), config.trainer.max_steps, memory_bytes(config)
+    ledger, steps, needed = config_ledger(config), config.trainer.max_steps, training_bytes(config)
     fits = {} if device_memory is None else {"device_memory_bytes": device_memory, "fits": needed <= device_memory}
     return {
         "params": count_parameters(config.model).total,
@@ -88,35 +88,11 @@ def describe(config: TrainConfig, device_memory: int | None = None) -> dict[str,
                 "flops_per_step": cost.total,
                 "saved": ledger.stage_saved(stage.number),
                 "saved_blocks": ledger.stage_saved_blocks(stage.number),
-                "sent_bytes_per_step": _sent_bytes(config, stage),
+                "sent_bytes_per_step": sent_bytes(config, stage),
             }
             for stage, cost, grown in zip(ledger.stages, ledger.per_step, stage_models(config), strict=True)
         ],
     }
-
-
-def memory_bytes(config: TrainConfig) -> int:
-    """Estimated peak of one process."""
-    trainer = config.trainer
-    models = [stage_subnetwork(config.model, config.sampling, stage).model for stage in config.stages]
-    return training_bytes(
-        config.model,
-        models,
-        trainer.batch_size,
-        config.data.seq_len,
-        bf16=trainer.precision == "bf16",
-        recompute=trainer.recompute == "block",
-        cpu=trainer.device == "cpu",
-        ranks=None if trainer.strategy == "single" else Ranks(trainer.devices, trainer.shard_size),
-        grad_accum=trainer.grad_accum,
-    )
-
-
-def _sent_bytes(config: TrainConfig, stage: Stage) -> int:
-    """What one device sends in a step of the stage."""
-    trainer, small = config.trainer, stage_subnetwork(config.model, config.sampling, stage).model
-    ranks = Ranks(trainer.devices, trainer.shard_size)
-    return sent_bytes(small, ranks, trainer.precision == "bf16", trainer.grad_accum)
 
 
 def _print_plan(config: TrainConfig, notes: list[str], console: Console, device_memory: int | None) -> None:
@@ -158,7 +134,7 @@ def _print_plan(config: TrainConfig, notes: list[str], console: Console, device_
             before, after = vars(config.trainer), vars(least.trainer)
             given = [f"trainer.{key}={after[key]}" for key in ("batch_size", "recompute") if after[key] != before[key]]
             given += [f"trainer={after['strategy']}"] if after["strategy"] != before["strategy"] else []
-            words += f"; {' '.join(given)}: {format_bytes(memory_bytes(least))}"
+            words += f"; {' '.join(given)}: {format_bytes(training_bytes(least))}"
         console.print(f"device_memory={format_bytes(device_memory)}: {words}", highlight=False)
     if devices > 1:
         _print_trainers(config, console)
@@ -175,9 +151,9 @@ def _print_trainers(config: TrainConfig, console: Console) -> None:
         except UserError:
             continue  # the devices cannot share this model
         name = f"hsdp, {other.trainer.shard_size} a machine" if strategy == "hsdp" else strategy
-        sent = ", ".join(format_bytes(_sent_bytes(other, stage)) for stage in other.stages)
+        sent = ", ".join(format_bytes(sent_bytes(other, stage)) for stage in other.stages)
         style = "bold" if strategy == config.trainer.strategy else None
-        table.add_row(name, format_bytes(memory_bytes(other)), sent, style=style)
+        table.add_row(name, format_bytes(training_bytes(other)), sent, style=style)
     console.print(table, highlight=False)
 
 

@@ -12,7 +12,7 @@ from est_cli.config.sections import DataConfig, ModelConfig, TrainConfig, Traine
 from est_cli.errors import UserError
 from est_cli.subnet.flops import config_ledger, training_flops
 from est_cli.subnet.memory import checkpoint_bytes
-from est_cli.subnet.plan import stage_subnetwork
+from est_cli.subnet.plan import stage_subnetworks
 
 CPU_STEP_FLOPS = 4e11
 """About four seconds of two CPU cores."""
@@ -135,8 +135,10 @@ def compiling_pays(config: TrainConfig) -> bool:
     if config.trainer.device != "cuda" or config.trainer.strategy in ("fsdp", "hsdp"):
         return False
     seconds = config_ledger(config).spent(config.trainer.max_steps).total / config.trainer.devices / CUDA_FLOPS_PER_S
-    shapes = (stage_subnetwork(config.model, config.sampling, stage) for stage in config.stages)
-    sizes = {(s.model.n_heads, s.model.n_kv_heads, s.model.d_ff, s.scales_layers) for s in shapes}
+    sizes = {
+        (shape.model.n_heads, shape.model.n_kv_heads, shape.model.d_ff, shape.scales_layers)
+        for shape in stage_subnetworks(config)
+    }
     return seconds * COMPILE_SAVES > COMPILE_S * len(sizes)
 
 

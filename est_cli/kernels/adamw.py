@@ -2,8 +2,8 @@
 
 Clip scale, decay, moments and the scatter of the sampled rows happen chunk by chunk. On a CPU a chunk fits in the
 cache; on a GPU the memory for its gradients limits it. The full-size gradient of a sampled matrix only ever exists for
-one chunk. PyTorch's fused kernel moves rows that have taken equally many steps, all parts of a chunk in one call,
-with the bits of torch.optim.AdamW(fused=True).
+one chunk. PyTorch's fused kernel moves rows that have taken equally many steps, a whole chunk in one call, with the
+bits of torch.optim.AdamW(fused=True).
 
 A matrix [R, C] holds the rows of one parameter, or of several one after the other; `rows` are the sampled ones,
 ascending.
@@ -11,17 +11,15 @@ ascending.
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from itertools import groupby
+from dataclasses import dataclass, replace
+from itertools import groupby, pairwise
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from est_cli.kernels.pack import upload
+from est_cli.kernels.pack import CHUNK_ELEMENTS, upload
 
-CPU_CHUNK_ELEMENTS = 1 << 19
-CUDA_CHUNK_ELEMENTS = 1 << 28
 LANES = 16
 """Elements of a vector register. The fused kernel rounds a tensor's last, incomplete register differently."""
 
@@ -68,14 +66,21 @@ class Move:
     def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
         return self.parameter, self.moment, self.square
 
-    def pieces(self, low: int, high: int) -> list[Tensor]:
-        """Rows low … high − 1 of the gradients, one after the other."""
-        return rows_between(self.gradients, low, high)
+    @property
+    def gradient(self) -> Tensor:
+        """The gradients in one matrix [r, C]."""
+        return _joined(self.gradients)
 
-    def gradient(self, low: int, high: int) -> Tensor:
-        """The same in one matrix [high − low, C]."""
-        pieces = self.pieces(low, high)
-        return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+    def part(self, start: int, stop: int) -> "Move":
+        """The same for rows start … stop − 1 of the matrix."""
+        low, high, rows = start, stop, None
+        if self.rows is not None:
+            low, high = np.searchsorted(self.rows.host, (start, stop)).tolist()
+            index = self.rows.device[low:high]
+            rows = Rows(self.rows.host[low:high] - start, index - start if start and low < high else index)
+        tensors = (tensor[start:stop] for tensor in self.tensors)
+        ends = [end - start for end in self.ends if start < end <= stop]
+        return Move(*tensors, rows_between(self.gradients, low, high), rows, self.counts, self.hyper, ends)
 
 
 def rows_between(matrices: Sequence[Tensor], low: int, high: int) -> list[Tensor]:
@@ -88,21 +93,8 @@ def rows_between(matrices: Sequence[Tensor], low: int, high: int) -> list[Tensor
     return found
 
 
-@dataclass
-class _Part:
-    """The rows of a move that a chunk holds, from `start` on; `sizes` are those of its pieces."""
-
-    move: Move
-    start: int
-    sizes: list[int]
-
-    @property
-    def stop(self) -> int:
-        return self.start + sum(self.sizes)
-
-    @property
-    def n_elements(self) -> int:
-        return sum(self.sizes) * self.move.parameter.shape[1]
+def _joined(matrices: Sequence[Tensor]) -> Tensor:
+    return matrices[0] if len(matrices) == 1 else torch.cat(matrices)
 
 
 @torch.no_grad()
@@ -111,105 +103,98 @@ def adamw_step(moves: Sequence[Move], clip: Tensor | None, refused: Tensor | Non
 
     If `refused`, a scalar float tensor, is 1, nothing moves. The device decides that; the host does not wait.
     """
-    together = sorted((_flat(move) for move in moves if isinstance(move.counts, int)), key=_how)
-    chunks = [chunk for _, group in groupby(together, key=_how) for chunk in _chunks(list(group))]
-    if chunks:
-        scratch = moves[0].parameter.new_empty(max(sum(part.n_elements for part in chunk) for chunk in chunks))
-    for chunk in chunks:
-        _step_chunk(chunk, clip, refused, scratch)
+
+    def group(move: Move) -> tuple[int, float]:
+        return move.counts, move.hyper.weight_decay
+
+    alike = sorted((_in_pieces(move) for move in moves if isinstance(move.counts, int)), key=group)
+    groups = [list(_chunks(list(some))) for _, some in groupby(alike, key=group)]
+    if groups:
+        largest = max(sum(part.parameter.numel() for part in chunk) for chunks in groups for chunk in chunks)
+        scratch = moves[0].parameter.new_empty(largest)
+    for chunks in groups:
+        count = torch.full((), chunks[0][0].counts, dtype=torch.float32, device=scratch.device)
+        for chunk in chunks:
+            _step_chunk(chunk, count, clip, refused, scratch)
     for move in moves:
         if not isinstance(move.counts, int):
             _step_sampled_rows(move, clip, refused)
 
 
-def _how(move: Move) -> tuple:
-    """What all parts of a chunk have in common."""
-    return move.counts, move.hyper.weight_decay
+def _in_pieces(move: Move) -> Move:
+    """The same move with `ends` where a chunk may end; the fused kernel gets the rows between them as one tensor.
+
+    If all rows have a gradient, or none has, elements become rows, so that a chunk may end in the middle of a long row.
+    If a parameter ends within a vector register, it ends a piece: its bits are then those that it has by itself.
+    """
+    if move.rows is None:
+        width = move.parameter.shape[1]
+        flat = (tensor.reshape(-1, 1) for tensor in move.tensors)
+        gradients = [gradient.reshape(-1, 1) for gradient in move.gradients]
+        move = Move(*flat, gradients, None, move.counts, move.hyper, [end * width for end in move.ends])
+    n, columns = move.parameter.shape
+    multiple = LANES // math.gcd(LANES, columns)
+    height = max(1, _chunk_elements(move) // columns // multiple) * multiple
+    ends = move.ends if any(end * columns % LANES for end in move.ends) else [n]
+    pieces = [min(start + height, end) for first, end in pairwise([0, *ends]) for start in range(first, end, height)]
+    return replace(move, ends=pieces)
 
 
-def _flat(move: Move) -> Move:
-    """If all rows have a gradient, or none has, elements become rows: a chunk may end in the middle of a long row."""
-    if move.rows is not None:
-        return move
-    width = move.parameter.shape[1]
-    flat = (tensor.reshape(-1, 1) for tensor in move.tensors)
-    gradients = [gradient.reshape(-1, 1) for gradient in move.gradients]
-    return Move(*flat, gradients, None, move.counts, move.hyper, [end * width for end in move.ends])
-
-
-def _chunks(moves: Sequence[Move]) -> Iterator[list[_Part]]:
-    """All rows of the moves, in chunks."""
-    limit = _chunk_elements(moves[0])
-    chunk, room = [], limit
+def _chunks(moves: Sequence[Move]) -> Iterator[list[Move]]:
+    """All rows of the moves, in lists of parts that hold as many pieces as fit in a chunk."""
+    chunk, room = [], _chunk_elements(moves[0])
     for move in moves:
-        columns = move.parameter.shape[1]
-        multiple = LANES // math.gcd(LANES, columns)
-        start = 0
-        for size in _pieces(move, max(1, limit // columns // multiple) * multiple):
-            if size * columns > room and chunk:
+        columns, start, stop = move.parameter.shape[1], 0, 0
+        for end in move.ends:
+            if (end - start) * columns > room and (chunk or stop > start):
+                if stop > start:
+                    chunk.append(move.part(start, stop))
                 yield chunk
-                chunk, room = [], limit
-            if not chunk or chunk[-1].move is not move:
-                chunk.append(_Part(move, start, []))
-            chunk[-1].sizes.append(size)
-            start += size
-            room -= size * columns
+                chunk, room, start = [], _chunk_elements(move), stop
+            stop = end
+        chunk.append(move.part(start, stop))
+        room -= (stop - start) * columns
     yield chunk
 
 
 def _chunk_elements(move: Move) -> int:
-    return CUDA_CHUNK_ELEMENTS if move.parameter.is_cuda else CPU_CHUNK_ELEMENTS
+    return CHUNK_ELEMENTS[move.parameter.device.type]
 
 
-def _pieces(move: Move, height: int) -> Iterator[int]:
-    """Rows at a time: at most `height`. If some parameter ends within a vector register, each ends a piece."""
-    n, columns = move.parameter.shape
-    ends = move.ends if any(end * columns % LANES for end in move.ends) else [n]
-    start = 0
-    for end in ends:
-        for first in range(start, end, height):
-            yield min(height, end - first)
-        start = end
-
-
-def _step_chunk(chunk: Sequence[_Part], clip: Tensor | None, refused: Tensor | None, scratch: Tensor) -> None:
-    tensors = zip(*([t[part.start : part.stop] for t in part.move.tensors] for part in chunk), strict=True)
+def _step_chunk(
+    chunk: Sequence[Move], count: Tensor, clip: Tensor | None, refused: Tensor | None, scratch: Tensor
+) -> None:
+    columns = (*zip(*(part.tensors for part in chunk), strict=True), _clipped_gradients(chunk, clip, scratch))
     parameters, moments, squares, gradients = (
-        [piece for part, tensor in zip(chunk, column, strict=True) for piece in tensor.split(part.sizes)]
-        for column in (*tensors, _gradients(chunk, clip, scratch))
+        [piece for part, tensor in zip(chunk, column, strict=True) for piece in tensor.tensor_split(part.ends[:-1])]
+        for column in columns
     )
-    count = torch.full((), chunk[0].move.counts, dtype=torch.float32, device=scratch.device)
-    options = {"amsgrad": False, "maximize": False, "found_inf": refused, **vars(chunk[0].move.hyper)}
+    options = {"amsgrad": False, "maximize": False, "found_inf": refused, **vars(chunk[0].hyper)}
     torch._fused_adamw_(parameters, gradients, moments, squares, [], [count] * len(parameters), **options)
 
 
-def _gradients(chunk: Sequence[_Part], clip: Tensor | None, scratch: Tensor) -> list[Tensor]:
+def _clipped_gradients(chunk: Sequence[Move], clip: Tensor | None, scratch: Tensor) -> list[Tensor]:
     """The clipped gradient of every part, 0 in rows that were not sampled; in `scratch` unless one is used as it is."""
-    if len(chunk) == 1 and chunk[0].move.gradients and chunk[0].move.rows is None:
-        found = chunk[0].move.gradient(chunk[0].start, chunk[0].stop)
+    if len(chunk) == 1 and chunk[0].gradients and chunk[0].rows is None:
+        found = chunk[0].gradient
         return [found if clip is None else torch.mul(found, clip, out=scratch[: len(found)][:, None])]
-    scratch = scratch[: sum(part.n_elements for part in chunk)]
-    parts = scratch.split([part.n_elements for part in chunk])
-    parts = [out.view(-1, part.move.parameter.shape[1]) for out, part in zip(parts, chunk, strict=True)]
-    if any(part.move.rows is not None or not part.move.gradients for part in chunk):
+    sizes = [part.parameter.numel() for part in chunk]
+    scratch = scratch[: sum(sizes)]
+    outs = [out.view_as(part.parameter) for out, part in zip(scratch.split(sizes), chunk, strict=True)]
+    if any(part.rows is not None or not part.gradients for part in chunk):
         scratch.zero_()
     whole, targets = [], []
-    for part, out in zip(chunk, parts, strict=True):
-        move = part.move
-        if move.rows is None:
-            pieces = move.pieces(part.start, part.stop)
-            whole += pieces
-            targets += out.split([len(piece) for piece in pieces]) if pieces else []
-            continue
-        low, high = np.searchsorted(move.rows.host, (part.start, part.stop)).tolist()
-        if low < high:
-            index = move.rows.device[low:high]
-            out.index_copy_(0, index - part.start if part.start else index, move.gradient(low, high))
+    for part, out in zip(chunk, outs, strict=True):
+        if part.rows is None:
+            whole += part.gradients
+            targets += out.split([len(gradient) for gradient in part.gradients]) if part.gradients else []
+        elif part.gradients:
+            out.index_copy_(0, part.rows.device, part.gradient)
     if whole:
         torch._foreach_copy_(targets, whole)
     if clip is not None:
         scratch.mul_(clip)
-    return parts
+    return outs
 
 
 def _step_sampled_rows(move: Move, clip: Tensor | None, refused: Tensor | None) -> None:
@@ -224,7 +209,7 @@ def _step_sampled_rows(move: Move, clip: Tensor | None, refused: Tensor | None) 
         index = move.rows.device[part] if move.rows else torch.arange(part.start, part.stop, device=first.device)
         old = [tensor[index] for tensor in move.tensors]
         p, m, v = old if refused is None else (tensor.clone() for tensor in old)
-        g = move.gradient(part.start, part.stop)
+        g = _joined(rows_between(move.gradients, part.start, part.stop))
         g = g if clip is None else g * clip
         p.mul_(1 - hyper.lr * hyper.weight_decay)
         m.lerp_(g, 1 - hyper.beta1)

@@ -11,9 +11,8 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-CPU_CHUNK_ELEMENTS = 32 << 20
-CUDA_CHUNK_ELEMENTS = 256 << 20
-"""Logits at a time."""
+from est_cli.subnet.memory import CHUNK_LOGITS
+
 ROW_MULTIPLE = 64
 """Matrix products are slower if a chunk is no multiple of their tiles."""
 CPU_BLOCK_ELEMENTS = 2 << 20
@@ -28,20 +27,18 @@ SoftmaxGradient = Callable[[Tensor, Tensor], Tensor]
 
 def softmax_gradient_(logits: Tensor, targets: Tensor) -> Tensor:
     """`SoftmaxGradient` in PyTorch."""
-    losses = torch.empty(len(logits), dtype=exact(logits), device=logits.device)
+    losses = torch.empty(len(logits), dtype=sum_dtype(logits), device=logits.device)
     if logits.dtype == losses.dtype:
-        _exact_softmax_gradient_(logits, targets, losses)
+        _softmax_gradient_into(losses, logits, targets)
         return losses
-    cast = torch.empty_like(logits[: _block_height(logits)], dtype=losses.dtype)
-    for part, target, loss in _blocks(logits, targets, losses):
-        x = cast[: len(part)].copy_(part)
-        _exact_softmax_gradient_(x, target, loss)
+    for x, part, target, loss in _cast_blocks(logits, targets, losses):
+        _softmax_gradient_into(loss, x, target)
         part.copy_(x)
     return losses
 
 
-def _exact_softmax_gradient_(x: Tensor, targets: Tensor, losses: Tensor) -> None:
-    """x becomes softmax − onehot; losses are written."""
+def _softmax_gradient_into(losses: Tensor, x: Tensor, targets: Tensor) -> None:
+    """x, of the type of the losses, becomes softmax − onehot."""
     target = targets[:, None]
     chosen, largest = x.gather(1, target)[:, 0], x.amax(1)
     torch.softmax(x, 1, out=x)
@@ -66,7 +63,7 @@ def linear_cross_entropy(
 class _ChunkedLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, softmax_gradient_: SoftmaxGradient) -> Tensor:
-        hidden_gradient, weight_gradient = torch.empty_like(hidden), torch.empty_like(weight, dtype=exact(weight))
+        hidden_gradient, weight_gradient = torch.empty_like(hidden), torch.empty_like(weight, dtype=sum_dtype(weight))
         losses = []
         for chunk, logits in _logits(hidden, weight):
             losses.append(softmax_gradient_(logits, targets[chunk]))
@@ -85,8 +82,8 @@ class _ChunkedLoss(torch.autograd.Function):
             # Autograd sees that this changes what it saved: a second backward of the same graph raises.
             return hidden_gradient, weight_gradient.mul_(scale), None, None
         rounded = torch.empty_like(weight_gradient, dtype=ctx.dtype)
-        for part, exact_part in _blocks(rounded, weight_gradient):
-            part.copy_(exact_part * scale)
+        for part, gradient in _blocks(rounded, weight_gradient):
+            part.copy_(gradient * scale)
         return hidden_gradient, rounded, None, None
 
 
@@ -99,23 +96,18 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor, is_first: bool) -> 
         torch.addmm(total, left, right, total.dtype, beta=beta, out=total)
     else:
         # Adding tensors of two types is slow on a CPU, so each block is cast in the cache first.
-        cast = torch.empty_like(total[: _block_height(total)])
-        for block, part in _blocks(total, torch.mm(left, right)):
-            part = cast[: len(part)].copy_(part)
-            if is_first:
-                block.copy_(part)
-            else:
-                block.add_(part)
+        for product, _, block in _cast_blocks(torch.mm(left, right), total):
+            block.copy_(product) if is_first else block.add_(product)
 
 
-def exact(tensor: Tensor) -> torch.dtype:
-    """The type that sums over a tensor's elements are kept in."""
+def sum_dtype(tensor: Tensor) -> torch.dtype:
+    """The type in which sums over a tensor's elements are kept."""
     return torch.promote_types(tensor.dtype, torch.float32)
 
 
 def _logits(hidden: Tensor, weight: Tensor) -> Iterator[tuple[slice, Tensor]]:
     """Equal chunks of tokens, and the logits of each in a buffer that the next one overwrites."""
-    limit = max(1, (CUDA_CHUNK_ELEMENTS if hidden.is_cuda else CPU_CHUNK_ELEMENTS) // len(weight))
+    limit = max(1, CHUNK_LOGITS[hidden.device.type] // len(weight))
     multiple = ROW_MULTIPLE if limit >= ROW_MULTIPLE else 1
     limit = limit // multiple * multiple
     n_chunks = -(-len(hidden) // limit)
@@ -124,6 +116,13 @@ def _logits(hidden: Tensor, weight: Tensor) -> Iterator[tuple[slice, Tensor]]:
     for start in range(0, len(hidden), size):
         chunk = slice(start, min(start + size, len(hidden)))
         yield chunk, torch.mm(hidden[chunk], weight.t(), out=buffer[: chunk.stop - start])
+
+
+def _cast_blocks(low: Tensor, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Blocks of all tensors, and before them a copy of `low`'s in `sum_dtype`; the next block overwrites it."""
+    buffer = torch.empty_like(low[: _block_height(low)], dtype=sum_dtype(low))
+    for part, *rest in _blocks(low, *others):
+        yield buffer[: len(part)].copy_(part), part, *rest
 
 
 def _blocks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:

@@ -6,9 +6,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-CPU_CHUNK_ELEMENTS = 1 << 19
-CUDA_CHUNK_ELEMENTS = 1 << 28
-"""Elements that are gathered before they are cast: on a CPU they stay in the cache between the two."""
+CHUNK_ELEMENTS = {"cpu": 1 << 19, "cuda": 1 << 28}
+"""Elements that pass through several operations in turn: on a CPU they stay in the cache between them."""
 
 
 def pinned(array: np.ndarray, device: torch.device) -> Tensor:
@@ -40,6 +39,6 @@ def gather_rows(sources: Sequence[Tensor], rows: Sequence[Tensor | None], slots:
         if source.dtype == slot.dtype:
             torch.index_select(source, 0, index, out=slot)
             continue
-        height = max(1, (CUDA_CHUNK_ELEMENTS if slot.is_cuda else CPU_CHUNK_ELEMENTS) // slot.shape[1])
+        height = max(1, CHUNK_ELEMENTS[slot.device.type] // slot.shape[1])
         for some, part in zip(index.split(height), slot.split(height), strict=True):
             part.copy_(source.index_select(0, some))

@@ -152,7 +152,7 @@ def adamw_step(moves: Sequence[Move], clip: Tensor | None, refused: Tensor | Non
 
 
 def _step(moves: Sequence[Move], clip: Tensor | None, refused: Tensor | None, freeze: bool) -> None:
-    gradients = [m.gradient(0, sum(map(len, m.gradients))) if m.gradients else None for m in moves]
+    gradients = [m.gradient if m.gradients else None for m in moves]
     tensors = [t for m in moves for t in m.tensors] + [g for g in gradients if g is not None]
     assert all(t.dtype == torch.float32 and t.is_contiguous() for t in tensors)
     device, hyper = moves[0].parameter.device, moves[0].hyper

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from est_cli.config import ModelConfig, TrainConfig
 from est_cli.errors import UserError
 from est_cli.subnet.memory import count_parameters
-from est_cli.subnet.plan import stage_subnetwork
+from est_cli.subnet.plan import stage_subnetworks
 from est_cli.subnet.schedule import Stage, build_stages, stage_at
 
 
@@ -48,11 +48,9 @@ class Ledger:
 
     def spent(self, steps: int) -> Flops:
         """FLOPs of the first `steps` optimizer steps."""
-        blocks = head = 0
-        for stage, cost in zip(self.stages, self.per_step, strict=True):
-            done = max(0, min(steps, stage.end) - stage.first_step)
-            blocks, head = blocks + done * cost.blocks, head + done * cost.head
-        return Flops(blocks, head)
+        done = [max(0, min(steps, stage.end) - stage.first_step) for stage in self.stages]
+        costs = list(zip(done, self.per_step, strict=True))
+        return Flops(sum(n * cost.blocks for n, cost in costs), sum(n * cost.head for n, cost in costs))
 
     def saved(self, steps: int) -> float:
         """Share of the whole model's FLOPs, LM head included, that `steps` steps did not spend."""
@@ -84,10 +82,9 @@ class Ledger:
 
 def config_ledger(config: TrainConfig) -> Ledger:
     """The ledger of a run whose config holds numbers, no `auto`."""
-    stages, seq_len, tokens = config.stages, config.data.seq_len, config.tokens_per_step
-    models = [stage_subnetwork(config.model, config.sampling, stage).model for stage in stages]
-    costs = tuple(training_flops(model, seq_len, tokens) for model in models)
-    return Ledger(stages, costs, training_flops(config.model, seq_len, tokens))
+    models = [*(shape.model for shape in stage_subnetworks(config)), config.model]
+    *costs, full = (training_flops(model, config.data.seq_len, config.tokens_per_step) for model in models)
+    return Ledger(config.stages, tuple(costs), full)
 
 
 def scale_boundaries(config: TrainConfig, target: float) -> dict[str, float]:
@@ -121,8 +118,5 @@ def with_boundaries(config: TrainConfig, boundaries: dict[str, float]) -> TrainC
     """The config with these boundaries; raises UserError if `max_steps` is too small for them."""
     *sampled, last = config.scheduler.stages
     stages = (*(replace(spec, end=end) for spec, end in zip(sampled, boundaries.values(), strict=True)), last)
-    try:
-        build_stages(stages, config.trainer.max_steps, config.scheduler.names)
-    except ValueError as error:
-        raise UserError(str(error)) from error
+    build_stages(stages, config.trainer.max_steps, config.scheduler.names)
     return replace(config, scheduler=replace(config.scheduler, stages=stages))

@@ -2,12 +2,16 @@
 
 The estimate adds what is known exactly (masters, moments, slots, gradients) to what is modelled (activations
 kept for the backward pass, the chunk of logits) and, on a CPU, what a process holds before it trains.
+
+master   a weight of the full model: float32, with two moments of AdamW
+slot     the copy of a sampled weight that the subnetwork computes with
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
-from est_cli.config import ModelConfig
+from est_cli.config import ModelConfig, TrainConfig
+from est_cli.subnet.plan import stage_subnetwork, stage_subnetworks
+from est_cli.subnet.schedule import Stage
 
 CPU_PROCESS_BYTES = 300e6
 """Resident memory of the interpreter with torch and the tracking libraries loaded, measured on Linux x86-64."""
@@ -15,9 +19,8 @@ CPU_RANK_BYTES = 470e6
 """The same of one among several ranks, with PyTorch's distributed libraries and gloo's buffers."""
 CPU_BF16_BYTES_PER_PARAMETER = 4
 """What bf16 products on a CPU hold beyond the slots: measured on GPT-2 124M, not derived."""
-CPU_LOGITS = 32 << 20
-CUDA_LOGITS = 256 << 20
-"""Elements of the largest chunk of logits; see est_cli/kernels/linear_cross_entropy.py."""
+CHUNK_LOGITS = {"cpu": 32 << 20, "cuda": 256 << 20}
+"""Logits that exist at a time: est_cli/kernels/linear_cross_entropy.py computes them in chunks."""
 
 
 @dataclass(frozen=True)
@@ -44,18 +47,6 @@ class Parameters:
         return self.matrices - self.embeddings
 
 
-@dataclass(frozen=True)
-class Ranks:
-    """The ranks that train together, `shards` of which share one copy of the master weights and moments."""
-
-    total: int
-    shards: int = 1
-
-    @property
-    def replicas(self) -> int:
-        return self.total // self.shards
-
-
 def count_parameters(model: ModelConfig) -> Parameters:
     """Every parameter of the model that `est_cli.model.transformer.Transformer` builds."""
     query = model.n_heads * model.head_dim
@@ -76,75 +67,61 @@ def checkpoint_bytes(model: ModelConfig) -> tuple[int, int]:
     return weights, 3 * weights
 
 
-def training_bytes(
-    full: ModelConfig,
-    stages: Sequence[ModelConfig],
-    batch_size: int,
-    seq_len: int,
-    bf16: bool,
-    recompute: bool,
-    cpu: bool,
-    ranks: Ranks | None = None,
-    grad_accum: int = 1,
-) -> int:
-    """Peak of the costliest stage: bytes on the device, or resident bytes of the process on a CPU.
+def training_bytes(config: TrainConfig) -> int:
+    """Peak of the costliest stage: bytes on each device, or resident bytes of each process on a CPU.
 
-    `ranks` are those that train together, None for one process.
+    The config holds numbers, no `auto`.
     """
-    tokens, total, shards = batch_size * seq_len, count_parameters(full), 1 if ranks is None else ranks.shards
-    logits, peak = _logits(full, tokens, bf16, cpu), 0.0
-    for small in stages:
-        forward = logits + tokens * (2 if bf16 else 4) * _activation_elements(small, recompute)
-        if ranks is None:
-            peak = max(peak, forward + _packed_bytes(full, small, bf16, cpu))
-        else:
-            peak = max(peak, _spread_bytes(full, small, bf16, cpu, shards, grad_accum, forward))
-    process = 0 if not cpu else CPU_PROCESS_BYTES if ranks is None else CPU_RANK_BYTES
-    return int(12 * (total.matrices / shards + total.vectors) + peak + process)
+    trainer, total = config.trainer, count_parameters(config.model)
+    single, cpu = trainer.strategy == "single", trainer.device == "cpu"
+    process = 0 if not cpu else CPU_PROCESS_BYTES if single else CPU_RANK_BYTES
+    peak = max((_packed_bytes if single else _shared_bytes)(config, s.model) for s in stage_subnetworks(config))
+    return int(12 * (total.matrices / (1 if single else trainer.shard_size) + total.vectors) + peak + process)
 
 
-def sent_bytes(small: ModelConfig, ranks: Ranks, bf16: bool, grad_accum: int = 1) -> int:
-    """Bytes that a device sends in an optimizer step whose subnetwork is `small`.
+def sent_bytes(config: TrainConfig, stage: Stage) -> int:
+    """Bytes that a device sends in an optimizer step of the stage.
 
     A ring sends (n - 1) / n of a message for an all-gather or a reduce-scatter, and twice that for an all-reduce. The
     columns of the blocks are gathered before each forward and each backward pass, those of the tables once for both.
     """
-    count, element = count_parameters(small), 2 if bf16 else 4
-    blocks = count.block_matrices
-    gathered = grad_accum * element * (2 * blocks + count.embeddings)
-    in_group = (gathered + 4 * count.matrices) * (ranks.shards - 1) / ranks.shards
-    between = 2 * 4 * count.matrices / ranks.shards * (ranks.replicas - 1) / ranks.replicas
-    return int(in_group + between + 2 * 8 * count.vectors * (ranks.total - 1) / ranks.total)
+    trainer = config.trainer
+    count = count_parameters(stage_subnetwork(config.model, config.sampling, stage).model)
+    ranks, shards, replicas = trainer.devices, trainer.shard_size, trainer.devices // trainer.shard_size
+    gathered = trainer.grad_accum * _element(config) * (2 * count.block_matrices + count.embeddings)
+    in_group = (gathered + 4 * count.matrices) * (shards - 1) / shards
+    between = 2 * 4 * count.matrices / shards * (replicas - 1) / replicas
+    return int(in_group + between + 2 * 8 * count.vectors * (ranks - 1) / ranks)
 
 
-def _packed_bytes(full: ModelConfig, small: ModelConfig, bf16: bool, cpu: bool) -> float:
-    """Slots and gradients of one process, with the head's, which is made first."""
-    count, table = count_parameters(small), full.vocab_size * full.d_model
-    if bf16:
+def _packed_bytes(config: TrainConfig, small: ModelConfig) -> float:
+    """All but the masters in one process: what the forward pass keeps, slots, and gradients, the head's first."""
+    count, table, forward = count_parameters(small), _table(config), _forward_bytes(config, small)
+    if config.trainer.precision == "bf16":
         # The head's gradient: summed in fp32, then as bf16 beside the embedding's, and on its way to the sum.
-        beside = CPU_BF16_BYTES_PER_PARAMETER * count.total if cpu else 0
-        return (2 + 4) * count.total + (4 + 3 * 2) * table + beside
-    return 4 * (count.total + (0 if small == full else count.blocks)) + 4 * table
+        beside = CPU_BF16_BYTES_PER_PARAMETER * count.total if config.trainer.device == "cpu" else 0
+        return forward + (2 + 4) * count.total + (4 + 3 * 2) * table + beside
+    return forward + 4 * (count.total + (0 if small == config.model else count.blocks)) + 4 * table
 
 
-def _spread_bytes(
-    full: ModelConfig, small: ModelConfig, bf16: bool, cpu: bool, shards: int, grad_accum: int, forward: float
-) -> float:
-    """Slots, gathered matrices and gradients of a rank, `shards` of which share a copy of the masters.
+def _shared_bytes(config: TrainConfig, small: ModelConfig) -> float:
+    """All but the masters in one of the ranks that share them: also the matrices that it gathers from the others.
 
-    The most are there at one of three moments: when the head's gradient is made, when the first block's is, and when
-    the tables' are on their way. `forward` are the activations and logits, which the backward pass frees.
+    The peak is one of three moments: the head's gradient is made, the first block's is, or the tables' gradients are
+    sent; by then the backward pass has freed activations and logits.
     """
-    count, table, element = count_parameters(small), full.vocab_size * full.d_model, 2 if bf16 else 4
+    trainer, element, table = config.trainer, _element(config), _table(config)
+    bf16, shards, gathers = trainer.precision == "bf16", trainer.shard_size, trainer.shard_size > 1
+    count, forward = count_parameters(small), _forward_bytes(config, small)
     tables, blocks = count.embeddings, count.block_matrices
-    block, gathers = blocks / max(1, small.n_layers), shards > 1
-    slots = 0 if small == full else 4 * blocks / shards
-    if grad_accum > 1:
+    block = blocks / max(1, small.n_layers)
+    slots = 0 if small == config.model else 4 * blocks / shards
+    if trainer.grad_accum > 1:
         slots += 4 * count.matrices  # gradients are whole on each rank until the last micro-batch reduces them
-    if bf16 and cpu:
+    if bf16 and trainer.device == "cpu":
         slots += CPU_BF16_BYTES_PER_PARAMETER * block
     gathered = element * (tables + (2 * block if gathers else blocks))
-    # On its way a gradient is copied: cast to fp32, and before that with its columns in the order of the ranks.
+    # A gradient is copied before it is sent: cast to fp32, and before that with its columns in the order of the ranks.
     travelling = 4 + element * (2 if gathers else 1)
     head = gathered + forward + (4 + 3 * 2 if bf16 else 2 * 4) * table
     first_block = gathered + forward + element * table + (2 * element * gathers + travelling) * block
@@ -152,15 +129,24 @@ def _spread_bytes(
     return slots + max(head, first_block, last)
 
 
-def _logits(full: ModelConfig, tokens: int, bf16: bool, cpu: bool) -> float:
-    """The largest chunk; its gradient in bf16 is made from a copy in fp32, on a GPU of all at once."""
-    each = (2 if bf16 else 4) + (4 if bf16 and not cpu else 0)
-    return each * min(tokens * full.vocab_size, CPU_LOGITS if cpu else CUDA_LOGITS)
+def _forward_bytes(config: TrainConfig, small: ModelConfig) -> float:
+    """What the forward pass keeps for the backward pass, and the largest chunk of logits."""
+    tokens, cpu = config.trainer.batch_size * config.data.seq_len, config.trainer.device == "cpu"
+    width, query, key_value = small.d_model, small.n_heads * small.head_dim, small.n_kv_heads * small.head_dim
+    block = 4 * width + 2 * (query + 2 * key_value) + 2 * query + (4 if small.gated else 2) * small.d_ff
+    layers = small.n_layers
+    kept = (layers * width + block if config.trainer.recompute == "block" else layers * block) + 4 * width
+    # The gradient of bf16 logits is made from a copy in fp32, on a GPU of all at once.
+    logit = _element(config) + (4 if config.trainer.precision == "bf16" and not cpu else 0)
+    logits = logit * min(tokens * small.vocab_size, CHUNK_LOGITS[config.trainer.device])
+    return logits + tokens * _element(config) * kept
 
 
-def _activation_elements(model: ModelConfig, recompute: bool) -> float:
-    """Numbers a token keeps for the backward pass."""
-    width, query, key_value = model.d_model, model.n_heads * model.head_dim, model.n_kv_heads * model.head_dim
-    block = 4 * width + 2 * (query + 2 * key_value) + 2 * query + (4 if model.gated else 2) * model.d_ff
-    layers = model.n_layers
-    return (layers * width + block if recompute else layers * block) + 4 * width
+def _element(config: TrainConfig) -> int:
+    """Bytes of a number in the precision of the run."""
+    return 2 if config.trainer.precision == "bf16" else 4
+
+
+def _table(config: TrainConfig) -> int:
+    """Elements of the token embedding, and of the head."""
+    return config.model.vocab_size * config.model.d_model

@@ -122,6 +122,11 @@ def stage_subnetwork(model: ModelConfig, sampling: SamplingConfig, stage: Stage 
     return subnetwork(grown_model(model, stage.grown, sampling.mlp_block), sampling, stage.rates)
 
 
+def stage_subnetworks(config: TrainConfig) -> list[Subnetwork]:
+    """The same of every stage of a run."""
+    return [stage_subnetwork(config.model, config.sampling, stage) for stage in config.stages]
+
+
 def subnetwork(model: ModelConfig, sampling: SamplingConfig, rates: Rates) -> Subnetwork:
     """The shape of every subnetwork that these rates sample from `model`; `model` itself if every count is full."""
     n_kv_heads, per_group = model.n_kv_heads, model.n_heads // model.n_kv_heads

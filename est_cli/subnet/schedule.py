@@ -23,8 +23,8 @@ Boundary = Annotated[int, Within(1)] | Annotated[float, Within(0, 1, open_low=Tr
 Part = Annotated[int, Within(0)] | Rate
 """How much of something has joined the model: an int counts units, a float is a fraction of them."""
 
-_LARGEST_MAX_STEPS_TRIED = 20_000
-_LARGEST_FRACTION = 2**63
+_RUN_LENGTHS_TRIED = 20_000
+_SMALLEST_FRACTION = 2.0**-63
 _MOST_STAGES = 1000
 
 
@@ -71,7 +71,7 @@ def keep(rate: float, total: int) -> int:
 
 
 def _joined(name: str, part: Part | None, total: int, unit: int = 1, smallest: int = 1) -> int:
-    """Units that have joined, of `unit` each."""
+    """How many groups of `unit` neighbours have joined: groups of heads, blocks of neurons, or single layers."""
     if part is None:
         return total // unit
     if isinstance(part, float):
@@ -149,19 +149,19 @@ def build_stages(specs: Sequence[StageSpec], max_steps: int, names: Sequence[str
 
     `names` are the config keys of the boundaries, for messages.
 
-    Raises ValueError if a stage would be empty or reversed, naming the boundary, the step and the smallest `max_steps`
+    Raises UserError if a stage would be empty or reversed, naming the boundary, the step and the smallest `max_steps`
     that would work.
     """
     names = names or [f"scheduler.stages[{i}].end" for i in range(len(specs))]
     if not specs:
-        raise ValueError("scheduler.stages=[]: must name at least one stage")
+        raise UserError("scheduler.stages=[]: must name at least one stage")
     ending = f"training ends at step {max_steps} (trainer.max_steps)"
     stages, previous, before = [], 0, "training starts at step 0"
     for number, (name, spec) in enumerate(zip(names, specs, strict=False), 1):
         is_last, end, problem = number == len(specs), boundary_step(spec.end, max_steps), ""
         own = ending if is_last and spec.end is None else f"{name}={spec.end} is step {end}"
         if is_last and end != max_steps:
-            raise ValueError(
+            raise UserError(
                 f"{name}={spec.end}: the last stage must end with the training at "
                 f"step {max_steps}; leave its end out, or add a last stage without one"
             )
@@ -170,11 +170,10 @@ def build_stages(specs: Sequence[StageSpec], max_steps: int, names: Sequence[str
         elif end <= previous:
             problem = f"{own}, but {before}: stage {number} would be {'empty' if end == previous else 'reversed'}"
         if problem:
-            smallest = smallest_max_steps(specs)
-            works = f"the smallest trainer.max_steps that works is {smallest}"
-            raise ValueError(
-                f"{problem}; {works if smallest else 'no trainer.max_steps makes these boundaries increase'}"
-            )
+            smallest, works = smallest_max_steps(specs), "no trainer.max_steps makes these boundaries increase"
+            if smallest is not None:
+                works = f"the smallest trainer.max_steps that works is {smallest}"
+            raise UserError(f"{problem}; {works}")
         stages.append(Stage(number, previous, end, spec.rates, spec.grown))
         previous, before = end, own
     return tuple(stages)
@@ -185,16 +184,15 @@ def smallest_max_steps(specs: Sequence[StageSpec]) -> int | None:
     fractions = [spec.end for spec in specs if isinstance(spec.end, float)]
     if any(a >= b for a, b in itertools.pairwise(fractions)):
         return None
-    floor, least = len(specs), 0
-    for index, spec in enumerate(specs):
-        # Each boundary lies at least a step after the one before it, and all but the last before the end of training.
+    earliest = shortest = 0
+    for spec in specs:
+        earliest += 1  # the first step at which this boundary can lie: each lies at least a step after the one before
         if isinstance(spec.end, float):
-            least += 1
-            floor = max(floor, math.floor((least - 0.5) / max(spec.end, 1 / _LARGEST_FRACTION)))
+            shortest = max(shortest, math.floor((earliest - 0.5) / max(spec.end, _SMALLEST_FRACTION)))
         elif spec.end is not None:
-            least = max(least + 1, spec.end)
-            floor = max(floor, spec.end + (index < len(specs) - 1))
-    for max_steps in range(floor, floor + _LARGEST_MAX_STEPS_TRIED):
+            earliest = max(earliest, spec.end)
+    shortest = max(shortest, earliest)
+    for max_steps in range(shortest, shortest + _RUN_LENGTHS_TRIED):
         ends = [0, *(boundary_step(spec.end, max_steps) for spec in specs)]
         if all(a < b for a, b in itertools.pairwise(ends)) and ends[-1] == max_steps:
             return max_steps

@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from est_cli.kernels import adamw as kernel
 from est_cli.kernels.adamw import Hyperparameters, Move, Rows, adamw_step
+from est_cli.kernels.pack import CHUNK_ELEMENTS
 from kernels.device import Allocations
 
 R, C = 23, 7
@@ -45,7 +45,7 @@ def torch_adamw(parameter: Tensor, hyper: Hyperparameters = HYPER) -> torch.opti
 @pytest.fixture(params=[1, 3 * C + 2, 10 * C, 1 << 18], ids="chunk-{}".format)
 def chunk(request, monkeypatch):
     """From one row at a time to all of them at once."""
-    monkeypatch.setattr(kernel, "CPU_CHUNK_ELEMENTS", request.param)
+    monkeypatch.setitem(CHUNK_ELEMENTS, "cpu", request.param)
 
 
 @pytest.mark.parametrize("which", ["sampled", "all or none"])
@@ -116,7 +116,7 @@ def test_freeze_corrects_every_rows_bias_by_its_own_count(chunk):
 @pytest.mark.parametrize("unsampled", ["zero_grad", "freeze"])
 def test_nothing_of_the_full_tensors_size_is_allocated(monkeypatch, unsampled):
     rows_total, columns, chunk = 512, 16, 256
-    monkeypatch.setattr(kernel, "CPU_CHUNK_ELEMENTS", chunk)
+    monkeypatch.setitem(CHUNK_ELEMENTS, "cpu", chunk)
     state = fresh(rows_total, columns)
     rows, gradient = sampled(1, rows_total, columns)
     counts = np.arange(1, len(gradient) + 1)

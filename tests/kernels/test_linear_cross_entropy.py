@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from est_cli.benchmark.kernels import check_loss, head_case, loss_and_gradients, plain_loss
-from est_cli.kernels import linear_cross_entropy as kernel
 from est_cli.kernels.dispatch import TORCH
 from est_cli.kernels.linear_cross_entropy import linear_cross_entropy
+from est_cli.subnet.memory import CHUNK_LOGITS
 from kernels.device import Allocations
 
 N, D, V = 37, 13, 101
@@ -23,7 +23,7 @@ def head_input(dtype: torch.dtype) -> tuple[Tensor, ...]:
 @pytest.fixture(params=[1, 5, 36, N, 1000], ids="{}-tokens-a-chunk".format)
 def chunk(request, monkeypatch):
     """Chunks that divide N, that leave a rest, and one that is larger than all."""
-    monkeypatch.setattr(kernel, "CPU_CHUNK_ELEMENTS", request.param * V + V // 2)
+    monkeypatch.setitem(CHUNK_LOGITS, "cpu", request.param * V + V // 2)
     return request.param
 
 
@@ -59,7 +59,7 @@ def test_without_gradients_the_loss_is_the_same(chunk, dtype):
 
 @pytest.mark.parametrize("gradients", [True, False])
 def test_the_logits_never_exist_as_a_whole(monkeypatch, gradients):
-    monkeypatch.setattr(kernel, "CPU_CHUNK_ELEMENTS", 5 * V)
+    monkeypatch.setitem(CHUNK_LOGITS, "cpu", 5 * V)
 
     def largest(function) -> int:
         inputs = head_input(torch.float32)

@@ -12,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from est_cli.benchmark.case import PRESETS
 from est_cli.config import ModelConfig, OptimizerConfig, SamplingConfig
 from est_cli.subnet.flops import config_ledger, training_flops
+from est_cli.subnet.memory import CHUNK_LOGITS
 from est_cli.subnet.plan import subnetwork
 from est_cli.subnet.sampler import sample
 from est_cli.subnet.schedule import Rates, Stage, StageSpec, stage_at
@@ -51,7 +52,7 @@ def test_the_formula_is_what_the_step_executes(attention, rates):
 
 @pytest.mark.parametrize("model", [GPT2, LLAMA], ids=["gpt2", "llama"])
 def test_a_chunked_head_costs_what_a_whole_one_costs(model, monkeypatch):
-    monkeypatch.setattr("est_cli.kernels.linear_cross_entropy.CPU_CHUNK_ELEMENTS", 5 * model.vocab_size)
+    monkeypatch.setitem(CHUNK_LOGITS, "cpu", 5 * model.vocab_size)
     assert executed_flops(model, SamplingConfig(), Rates()) == training_flops(model, 7, 2 * 21).total
 
 

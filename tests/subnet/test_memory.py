@@ -4,12 +4,14 @@ from dataclasses import replace
 from functools import cache
 
 import pytest
+import torch
 from test_conf import OPTIONS, read
-from tiny import FAMILIES, LLAMA
+from tiny import FAMILIES, FULL, LLAMA, train_config
 
 from est_cli.config import ModelConfig
 from est_cli.model.transformer import Transformer
-from est_cli.subnet.memory import Ranks, checkpoint_bytes, count_parameters, sent_bytes, training_bytes
+from est_cli.subnet.memory import checkpoint_bytes, count_parameters, sent_bytes, training_bytes
+from est_cli.subnet.schedule import StageSpec
 
 MODELS = [option for group, option in OPTIONS if group == "model"]
 PUBLISHED = {"gpt2": 124e6, "gpt2_medium": 355e6, "gpt2_large": 774e6, "gpt2_xl": 1.56e9, "tinyllama": 1.1e9,
@@ -32,55 +34,57 @@ def shipped(name: str) -> ModelConfig:
 def test_the_count_is_that_of_the_model_that_is_built(name):
     config = SETTINGS.get(name) or shipped(name)
     model, count = Transformer(config, device="meta"), count_parameters(config)
-    assert count.total == sum(parameter.numel() for parameter in model.parameters())
-    assert count.blocks == sum(parameter.numel() for parameter in model.blocks.parameters())
-    assert count.norm == sum(parameter.numel() for parameter in model.norm.parameters())
-    assert count.matrices == sum(parameter.numel() for parameter in model.parameters() if parameter.dim() == 2)
-    assert count.block_matrices == sum(p.numel() for p in model.blocks.parameters() if p.dim() == 2)
+
+    def built(module: torch.nn.Module, fewest_dimensions: int = 1) -> int:
+        return sum(p.numel() for p in module.parameters() if p.dim() >= fewest_dimensions)
+
+    assert (count.total, count.blocks, count.norm) == (built(model), built(model.blocks), built(model.norm))
+    assert (count.matrices, count.block_matrices) == (built(model, 2), built(model.blocks, 2))
     assert count.total == pytest.approx(PUBLISHED.get(name, count.total), rel=0.01)
-
-
-def test_a_checkpoint_holds_the_weights_and_two_moments():
-    total = count_parameters(LLAMA).total
-    assert checkpoint_bytes(LLAMA) == (4 * total, 12 * total)
+    assert checkpoint_bytes(config) == (4 * count.total, 12 * count.total), "the weights, and with two moments"
 
 
 def test_the_estimate_is_of_the_costliest_stage():
-    half = replace(LLAMA, n_layers=1, d_ff=8)
+    half = StageSpec(0.5, mlp=0.5, n_layers=1)
 
-    def estimate(*stages: ModelConfig, batch_size: int = 4, **options: int) -> int:
-        flags = {"bf16": False, "recompute": False, "cpu": True, **options}
-        return training_bytes(LLAMA, stages, batch_size, 16, **flags)
+    def estimate(*stages: StageSpec, batch_size: int = 4, **trainer) -> int:
+        return training_bytes(train_config(stages=stages, batch_size=batch_size, **trainer))
 
-    assert estimate(half, LLAMA) == estimate(LLAMA, half) == max(estimate(half), estimate(LLAMA))
-    assert estimate(LLAMA, batch_size=400) > estimate(LLAMA)
-    assert estimate(LLAMA, batch_size=400, recompute=True) < estimate(LLAMA, batch_size=400)
-    for bf16 in (False, True):
-        two, four = (estimate(half, bf16=bf16, ranks=Ranks(4, shards)) for shards in (2, 4))
-        shared = 12 * count_parameters(LLAMA).matrices + 4 * (count_parameters(half).matrices - 2 * 29 * 12)
+    both = estimate(half, StageSpec())
+    assert both == max(estimate(replace(half, end=None)), estimate(*FULL))
+    assert estimate(*FULL, batch_size=400) > both
+    assert estimate(*FULL, batch_size=400, recompute="block") < estimate(*FULL, batch_size=400)
+    small = count_parameters(replace(LLAMA, n_layers=1, d_ff=8))
+    shared = 12 * count_parameters(LLAMA).matrices + 4 * (small.matrices - 2 * 29 * 12)
+    for precision in ("fp32", "bf16"):
+        ranks = {"strategy": "hsdp", "devices": 4, "precision": precision}
+        two, four = (estimate(replace(half, end=None), **ranks, shard_size=shards) for shards in (2, 4))
         assert two - four == shared / 4, "masters, two moments and slots"
 
 
 MEASURED = [
-    (2, 1, False, 2031), (2, 2, False, 1526), (4, 4, False, 1210), (2, 2, True, 1382), (2, 1, True, 1871),
+    (2, 1, "fp32", 2031), (2, 2, "fp32", 1526), (4, 4, "fp32", 1210), (2, 2, "bf16", 1382), (2, 1, "bf16", 1871),
 ]  # fmt: skip
-"""Ranks, how many share the masters, bf16, and the peak in MiB: docs/performance.md has the command."""
+"""Ranks, how many share the masters, and the peak in MiB: docs/performance.md has the command."""
 
 
-@pytest.mark.parametrize(("ranks", "shards", "bf16", "mebibytes"), MEASURED)
-def test_the_estimate_of_ranks_is_near_what_was_measured(ranks, shards, bf16, mebibytes):
-    full = replace(shipped("gpt2"), n_layers=6)
-    half = replace(full, n_heads=6, n_kv_heads=6, d_ff=1536)
-    stages = (replace(half, n_layers=3), half, full)
-    estimate = training_bytes(full, stages, 1, 64, bf16, False, True, Ranks(ranks, shards))
-    assert estimate == pytest.approx(mebibytes * 2**20, rel=0.15)
+@pytest.mark.parametrize(("ranks", "shards", "precision", "mebibytes"), MEASURED)
+def test_the_estimate_of_ranks_is_near_what_was_measured(ranks, shards, precision, mebibytes):
+    trainer = {"batch_size": 1, "strategy": "hsdp", "devices": ranks, "shard_size": shards, "precision": precision}
+    config = train_config(replace(shipped("gpt2"), n_layers=6), seq_len=64, **trainer)
+    assert training_bytes(config) == pytest.approx(mebibytes * 2**20, rel=0.15)
 
 
 def test_a_device_sends_what_its_ring_carries():
     """Llama 7B on 64 devices in bf16: ddp all-reduces fp32 gradients, fsdp gathers bf16 twice and reduces fp32."""
-    count = count_parameters(shipped("llama_7b"))
-    ddp, fsdp, hsdp = (sent_bytes(shipped("llama_7b"), Ranks(64, shards), True) for shards in (1, 64, 8))
-    assert ddp == pytest.approx(8 * count.total * 63 / 64, rel=1e-3)
-    assert fsdp == pytest.approx((2 * 2 + 4) * count.total * 63 / 64, rel=0.02), "the tables once"
-    assert ddp > hsdp > fsdp
-    assert sent_bytes(shipped("llama_7b"), Ranks(64, 64), True, grad_accum=2) > 1.4 * fsdp
+    total = count_parameters(shipped("llama_7b")).total
+
+    def sent(shards: int, **trainer: int) -> int:
+        trainer |= {"devices": 64, "shard_size": shards, "precision": "bf16"}
+        config = train_config(shipped("llama_7b"), stages=FULL, **trainer)
+        return sent_bytes(config, config.stages[0])
+
+    assert sent(1) == pytest.approx(8 * total * 63 / 64, rel=1e-3)
+    assert sent(64) == pytest.approx((2 * 2 + 4) * total * 63 / 64, rel=0.02), "the tables once"
+    assert sent(1) > sent(8) > sent(64)
+    assert sent(64, grad_accum=2) > 1.4 * sent(64)

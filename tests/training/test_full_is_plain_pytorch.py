@@ -10,6 +10,7 @@ from torch import Tensor
 
 from est_cli.config import ModelConfig, OptimizerConfig, SamplingConfig, TrainConfig
 from est_cli.data.batches import training_windows
+from est_cli.kernels.pack import CHUNK_ELEMENTS
 from est_cli.model.transformer import Transformer, initialise
 from est_cli.subnet.schedule import StageSpec
 from est_cli.training.optimizer import learning_rate
@@ -88,7 +89,7 @@ def config_of(model: ModelConfig, unsampled: str = "zero_grad", grad_accum: int 
 def test_full_training_equals_a_plain_pytorch_loop_bit_for_bit(tmp_path, monkeypatch, family, unsampled, chunk):
     model = MODELS[family]
     assert model.vocab_size * model.d_model > CHUNK, "a parameter of more than one chunk"
-    monkeypatch.setattr("est_cli.kernels.adamw.CPU_CHUNK_ELEMENTS", chunk)
+    monkeypatch.setitem(CHUNK_ELEMENTS, "cpu", chunk)
     assert_same_bits(config_of(model, unsampled), tmp_path)
 
 

@@ -1,6 +1,7 @@
 """Two and four ranks train as one process, whether they replicate the masters or share them: one start for all."""
 
 import json
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from tiny import LLAMA, snapshot
 from torch import Tensor
 
 from est_cli.model.transformer import Transformer
-from est_cli.subnet.memory import Ranks, count_parameters, sent_bytes
+from est_cli.subnet.memory import count_parameters, sent_bytes
 from est_cli.subnet.plan import stage_subnetwork
 from est_cli.training.checkpoint import Checkpoints
 from tests.training import many_ranks
@@ -106,7 +107,7 @@ def test_what_travels_is_the_small_model_and_one_message(folder, mesh):
     """est-plan's sent_bytes, from what was handed to PyTorch's collectives in every step without an evaluation."""
     name, ranks, shards = mesh
     config, run, replicas = on(CASES[name], ranks), run_name(*mesh), ranks // shards
-    bf16 = config.trainer.precision == "bf16"
+    config = replace(config, trainer=replace(config.trainer, shard_size=shards))
     for stage in config.stages:
         step = stage.first_step  # none of them evaluates
         handed = seen(folder, run)["bytes"][step]
@@ -117,7 +118,7 @@ def test_what_travels_is_the_small_model_and_one_message(folder, mesh):
         sent = 2 * message * (ranks - 1) / ranks + 2 * whole * (replicas - 1) / replicas
         for kind in ("all_gather", "reduce_scatter"):
             sent += sum(handed.get(kind, [])) * (shards - 1) / shards
-        assert sent_bytes(small, Ranks(ranks, shards), bf16, config.trainer.grad_accum) == pytest.approx(sent, rel=0.1)
+        assert sent_bytes(config, stage) == pytest.approx(sent, rel=0.1)
         assert (whole == 0) is (replicas == 1)
 
 
