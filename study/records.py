@@ -6,7 +6,6 @@ training loss since the point before, which is of text that the model had not se
 """
 
 import json
-import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ import numpy as np
 from est_cli.composition.composer import conf_dir
 from est_cli.config import TrainConfig, as_plain, read_train_config
 from est_cli.errors import UserError
+from est_cli.files import replacing
 from est_cli.reports.records import RunRecord, load_runs
 from est_cli.runs.changes import HARMLESS, changes
 from est_cli.runs.directory import ENVIRONMENT
@@ -83,9 +83,8 @@ class Records:
             "curve": _curve(found),
         }
         self.folder.mkdir(parents=True, exist_ok=True)
-        partial = self.folder / f".{run.name}.json"
-        partial.write_text(_compact(content))
-        os.replace(partial, self.folder / f"{run.name}.json")
+        with replacing(self.folder / f"{run.name}.json") as partial:
+            partial.write_text(_compact(content))
         self.contents[run.name] = content
 
 

@@ -1,6 +1,5 @@
 """What the records say: every schedule beside the full model of its own seed, and against the full model's frontier."""
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ import numpy as np
 
 from est_cli.config import read_train_config
 from est_cli.experiments.saving import AT_LEAST, AT_MOST, Frontier, FullModel, MeasuredArm, seed_of
+from est_cli.files import read_json
 from est_cli.reports.records import RunRecord
 from est_cli.subnet.memory import count_parameters
 from study.grid import ARMS, SEEDS, SHORT, SIZES, WARMUP, WINNER, Arm, Run, runs_with
@@ -98,8 +98,7 @@ def frontier_of(records: Records, run: Run) -> Frontier:
 
 def times_of(records: Records) -> dict[str, Any]:
     """What study/times.py measured: by size and arm the seconds of a step in each stage, the full model's last."""
-    path = records.folder.parent / "times.json"
-    return json.loads(path.read_text()) if path.exists() else {}
+    return read_json(records.folder.parent / "times.json")
 
 
 def parameters(run: RunRecord) -> int:

@@ -1,6 +1,5 @@
 """Step times of the headline's schedules: runs that share their cores with others cannot tell them."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +8,7 @@ import torch
 from est_cli.benchmark.case import case_of
 from est_cli.benchmark.measure import measure
 from est_cli.config import TrainConfig
+from est_cli.files import write_json
 from est_cli.runs.provenance import machine
 from study import training
 from study.grid import FULL, SIZES, runs_with
@@ -29,5 +29,5 @@ def write_times(path: Path, rounds: int = _ROUNDS) -> dict[str, Any]:
         runs = {run.arm: run for run in runs_with(group="headline", size=size)}
         shown = {arm.name: run for arm, run in runs.items() if arm.name == FULL or not arm.is_full}
         times[size] = {name: step_times(training.config_of(run), rounds) for name, run in shown.items()}
-    path.write_text(json.dumps(times, indent=1) + "\n")
+    write_json(path, times)
     return times

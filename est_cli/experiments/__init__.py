@@ -4,7 +4,6 @@ arms          composed config → the config of a run or of one arm of a compari
 naming        what a sweep's overrides ask for, and the folder names made from them
 arm_jobs      which jobs compare the arms fairly, and in which order they run
 sweep         runs jobs, one folder each
-job           one job of a sweep
 result        one table and report of a sweep's jobs
 saving        an arm beside the full model: its loss, and what it saves at equal loss
 verdict       what the runs of a comparison say

@@ -19,6 +19,7 @@ from est_cli.composition.composer import dotted_keys
 from est_cli.composition.typed_text import typed_keys
 from est_cli.config import OptimizerConfig, TrainConfig, as_plain, read_train_config
 from est_cli.errors import UserError, nearest
+from est_cli.files import replacing
 from est_cli.runs.changes import BATCH, HARMLESS, MAX_STEPS, changes
 from est_cli.runs.directory import RunDirectory
 from est_cli.runs.rerun import store_config, without_call
@@ -142,10 +143,9 @@ class Trunk:
         If the process dies here, the next one does it again. Raises OSError.
         """
         directory.write_config(config)
-        copied = directory.path / f".{METRICS_NAME}"
-        shutil.copyfile(self.run_dir / METRICS_NAME, copied)
-        truncate(copied, self.step)
-        copied.rename(directory.path / METRICS_NAME)
+        with replacing(directory.path / METRICS_NAME) as partial:
+            shutil.copyfile(self.run_dir / METRICS_NAME, partial)
+            truncate(partial, self.step)
         training.checkpoint.Checkpoints(directory.checkpoints).adopt(self.folder)
 
     def note(self, config: TrainConfig) -> str:
@@ -156,10 +156,6 @@ class Trunk:
         )
         left_out = len(self.config.stages) - len(config.stages)
         return said + (f"; stages of the trunk that begin later are left out ({left_out})" if left_out else "")
-
-    def as_record(self) -> dict[str, Any]:
-        """For environment.json."""
-        return {"checkpoint": str(self.folder), "step": self.step, "run_id": self.config.run_id}
 
 
 def cooldown_config(path: str, overrides: list[str]) -> str:

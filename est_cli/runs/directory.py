@@ -15,7 +15,7 @@ from typing import Any
 import filelock
 import yaml
 
-from est_cli.config import CONFIG_FILE, TrainConfig, as_plain, read_train_config
+from est_cli.config import CONFIG_FILE, TrainConfig, as_plain, read_config_file, read_train_config
 from est_cli.errors import PROBLEM, UserError
 from est_cli.files import read_json, replacing, write_json
 from est_cli.runs.changes import changes
@@ -146,13 +146,11 @@ class RunDirectory:
         Raises UserError for a damaged file.
         """
         try:
-            plain = yaml.safe_load((self.path / CONFIG_FILE).read_text())
-        except (yaml.YAMLError, UnicodeDecodeError):
-            plain = None
-        if not isinstance(plain, dict):
+            plain = read_config_file(self.path, "run")
+        except UserError as error:
             raise UserError(
                 f"{self.path / CONFIG_FILE}: is damaged; the newest checkpoint's state.json holds the config too"
-            )
+            ) from error
         with contextlib.suppress(UserError):  # of another version: the comparison tells what differs
             return as_plain(read_train_config(plain))
         return plain

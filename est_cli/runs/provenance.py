@@ -23,19 +23,11 @@ PACKAGES = (
 
 
 def write_environment(path: Path, overrides: list[str], trunk: Trunk | None = None) -> None:
-    """Record this start of a run. A run that continues keeps the records of its earlier starts, oldest first."""
-    record = environment(overrides)
-    if trunk is not None:
-        record["cooldown_of"] = trunk.as_record()
-    if before := read_json(path):
-        record["earlier_starts"] = [*before.pop("earlier_starts", []), before]
-    with replacing(path) as partial:
-        write_json(partial, record)
+    """Record this start of a run: code, packages, machine and command line of this process.
 
-
-def environment(overrides: list[str]) -> dict[str, Any]:
-    """Code, packages, machine and command line of this process, as plain values."""
-    return {
+    A run that continues keeps the records of its earlier starts, oldest first.
+    """
+    record: dict[str, Any] = {
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": sys.argv,
         "overrides": overrides,
@@ -45,6 +37,13 @@ def environment(overrides: list[str]) -> dict[str, Any]:
         "packages": {name: found for name in PACKAGES if (found := _version(name)) is not None},
         "machine": machine(),
     }
+    if trunk is not None:
+        begins = {"checkpoint": str(trunk.folder), "step": trunk.step, "run_id": trunk.config.run_id}
+        record["cooldown_of"] = begins
+    if before := read_json(path):
+        record["earlier_starts"] = [*before.pop("earlier_starts", []), before]
+    with replacing(path) as partial:
+        write_json(partial, record)
 
 
 def git_state(folder: Path) -> dict[str, Any] | None:

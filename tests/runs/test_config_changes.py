@@ -1,19 +1,18 @@
 """A run continues with the config that it had; what may change, and what is said of what may not."""
 
+import contextlib
+import shlex
 from dataclasses import replace
 
 import pytest
-import torch
-from tiny import LLAMA, RandomTokens, Recorder, snapshot, train_config
+from tiny import train_config
 
-from est_cli.composition.typed_text import as_typed
+from est_cli.composition.typed_text import as_typed, parse
 from est_cli.config import LoggerConfig, OptimizerConfig, as_plain, read_train_config
 from est_cli.errors import UserError
 from est_cli.runs.directory import RunDirectory, continue_command
 from est_cli.subnet.schedule import StageSpec
-from est_cli.training.checkpoint import Checkpoints
-from est_cli.training.distributed import World
-from est_cli.training.loop import Training
+from tests.training import runs
 
 IN_STEPS = (StageSpec(4, 0.5, 0.5, 0.5), StageSpec(9, 0.5, 0.5), StageSpec())
 STEADY = OptimizerConfig(warmup=3, decay_steps=12)
@@ -34,14 +33,10 @@ def longer(config, max_steps: int):
     return replace(config, trainer=replace(config.trainer, max_steps=max_steps))
 
 
-def test_an_equal_config_continues_in_silence(directory):
+def test_an_equal_config_continues_in_silence_also_from_before_a_key_was_there(directory):
     config = replace(train_config(), run_id="a")
-    assert begun(directory, config).check(replace(config, run_id="a")) == []
-
-
-def test_a_run_from_before_a_key_was_there_continues_with_its_default(directory):
-    config = train_config()
-    path = begun(directory, config).path / "config.yaml"
+    assert begun(directory, config).check(config) == []
+    path = directory.path / "config.yaml"
     path.write_text(path.read_text().replace("  unsampled: zero_grad\n", ""))
     assert "unsampled" not in path.read_text()
     assert directory.check(config) == []
@@ -107,16 +102,12 @@ def test_a_run_that_grew_has_the_weights_of_one_that_was_as_long_from_the_start(
     short = train_config(optimizer=optimizer, stages=IN_STEPS)
     begun(RunDirectory(tmp_path / "run"), short).check(longer(short, 20))
 
-    def training(config):
-        return Training(config, RandomTokens(LLAMA.vocab_size), World(torch.device("cpu")), [Recorder()])
-
-    first, whole, grown = training(short), training(longer(short, 20)), training(longer(short, 20))
-    first.run(Checkpoints(tmp_path / "parts"), stopping=lambda: first.step == 11)
-    grown.restore(Checkpoints(tmp_path / "parts").to_resume(20, pytest.fail))
-    for run in (whole, grown):
-        run.run(Checkpoints(tmp_path / "end"), stopping=lambda: False)
-    expected = snapshot(whole.model)
-    assert all(torch.equal(tensor, expected[name]) for name, tensor in snapshot(grown.model).items())
+    folder = tmp_path / "parts"
+    runs.train(runs.start(short)[0], folder, stop_after=11)
+    grown, _ = runs.resumed(longer(short, 20), folder)
+    runs.train(grown, folder)
+    whole, _ = runs.finished(longer(short, 20), tmp_path / "whole")
+    runs.assert_same_bits(grown, whole)
 
 
 def test_a_finished_run_is_refused_and_told_how_to_train_on(directory):
@@ -126,25 +117,19 @@ def test_a_finished_run_is_refused_and_told_how_to_train_on(directory):
         directory.check(longer(config, 20))
 
 
-def test_a_folder_of_something_else_is_never_written_to(directory):
+@pytest.mark.parametrize(
+    ("file", "content", "said"),
+    [
+        ("thesis.tex", b"", "holds other files and no run"),
+        (".config.yaml.4711", b"model:", None),  # left by a process that died while it wrote
+        *(("config.yaml", content, "config.yaml: is damaged") for content in (b"", b"a: [", b"\xff\xfe", b"5")),
+    ],
+)
+def test_a_folder_that_holds_no_sound_run_is_refused_unless_none_has_begun(directory, file, content, said):
     directory.path.mkdir()
-    (directory.path / "thesis.tex").touch()
-    with pytest.raises(UserError, match="holds other files and no run"):
-        directory.check(train_config())
-
-
-def test_a_run_that_died_while_it_wrote_its_config_begins_again(directory):
-    directory.path.mkdir()
-    (directory.path / ".config.yaml.123").write_text("model:")
-    assert directory.check(train_config()) == []
-
-
-@pytest.mark.parametrize("content", [b"", b"a: [", b"\xff\xfe", b"5"])
-def test_a_damaged_config_is_named(directory, content):
-    begun(directory, train_config())
-    (directory.path / "config.yaml").write_bytes(content)
-    with pytest.raises(UserError, match=r"config.yaml: is damaged"):
-        directory.check(train_config())
+    (directory.path / file).write_bytes(content)
+    with contextlib.nullcontext() if said is None else pytest.raises(UserError, match=said):
+        assert directory.check(train_config()) == []
 
 
 def test_a_run_directory_below_a_file_is_named(tmp_path):
@@ -155,13 +140,9 @@ def test_a_run_directory_below_a_file_is_named(tmp_path):
 
 @pytest.mark.parametrize("run_id", ["4711", "12_3", "20261123-163216-5bac", "a.b", "1e5"])
 def test_the_command_that_continues_names_the_run_as_hydra_reads_it(run_id):
-    from hydra.core.override_parser.overrides_parser import OverridesParser
-
     command = continue_command(["trainer.max_steps=5"], replace(train_config(), run_id=run_id))
-    import shlex
-
     [typed] = as_typed(shlex.split(command)[-1:])
-    override = OverridesParser.create().parse_override(typed)
+    override = parse(typed)
     assert (override.key_or_group, override.value()) == ("run_id", run_id)
 
 

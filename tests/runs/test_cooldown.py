@@ -3,13 +3,13 @@
 import argparse
 import json
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 import yaml
-from tiny import LLAMA, RandomTokens, Recorder, train_config
+from tiny import train_config
 
 from est_cli.commands.train import primary_config
 from est_cli.composition.composer import compose
@@ -20,10 +20,9 @@ from est_cli.runs.directory import RunDirectory
 from est_cli.subnet.schedule import StageSpec
 from est_cli.tracking.metrics import to_line
 from est_cli.training.checkpoint import Checkpoints
-from est_cli.training.distributed import World
-from est_cli.training.loop import Training
 from est_cli.training.optimizer import learning_rate
 from tests.commands.cli import ON_CORPUS, Finished, assert_same_bits, call, metrics, run, without_speed
+from tests.training import runs
 
 CONSTANT = OptimizerConfig(warmup=0.2, decay="none")
 SHARED = (*ON_CORPUS, "checkpoint.keep=100", "trainer.checkpoint_every=4", "trainer.eval_every=3", "format=json")
@@ -89,49 +88,36 @@ def test_so_they_do_where_the_trunk_grows(place, grow_at, stages):
     assert_equal_runs(place / f"{name}-cooled", place / f"{name}-straight", 13)
 
 
-def test_the_config_is_that_of_the_straight_run(place, cooled):
+def test_the_folder_has_the_straight_runs_config_names_its_trunk_and_shares_the_checkpoints_files(place, cooled):
     config = read_train_config(yaml.safe_load((cooled / "config.yaml").read_text()))
     assert config.trainer.max_steps == 13
     assert (config.optimizer.decay, config.optimizer.decay_steps, config.optimizer.warmup) == ("wsd", 5, 2)
     assert config.scheduler.stages == (StageSpec(3, 0.5, 0.5, 0.5), StageSpec(None, 0.5, 0.5))
+    trunk = json.loads((cooled / "environment.json").read_text())["cooldown_of"]
+    assert (trunk["checkpoint"], trunk["step"]) == (str(place / AT), 8)
+    assert (cooled / "checkpoints" / "step-00000008" / "model.safetensors").samefile(place / AT / "model.safetensors")
+    assert len(metrics(place / "trunk")) == 20, "the trunk is left as it was"
 
 
-def test_environment_json_names_the_trunks_checkpoint(place, cooled):
-    record = json.loads((cooled / "environment.json").read_text())
-    assert record["cooldown_of"]["checkpoint"] == str(place / AT)
-    assert record["cooldown_of"]["step"] == 8
-
-
-def test_the_trunk_is_left_as_it_was_and_both_share_the_checkpoints_files(place, cooled):
-    ours = cooled / "checkpoints" / "step-00000008" / "model.safetensors"
-    assert ours.samefile(place / AT / "model.safetensors")
-    assert len(metrics(place / "trunk")) == 20
-
-
-def interrupted(cooled: Path, copy: Path) -> None:
+def killed(cooled: Path, copy: Path) -> Path:
     """What a cooldown that was killed between steps 12 and 13 leaves."""
     shutil.copytree(cooled, copy)
     (copy / "summary.json").unlink()
     shutil.rmtree(copy / "checkpoints" / "step-00000013")
+    return copy
 
 
-def test_the_same_command_continues_a_cooldown_that_was_killed(place, cooled):
-    interrupted(cooled, place / "killed")
-    said = train(place, "--cooldown", AT, *COOLDOWN, "hydra.run.dir=killed").err
-    assert "continuing at step 12" in said
-    assert_equal_runs(place / "killed", cooled, 13)
-
-
-def test_a_cooldown_continues_by_its_own_config_where_the_trunk_is_gone(place, cooled):
-    interrupted(cooled, place / "orphan")
-    said = train(place, "--rerun", "orphan", "format=json", "hydra.run.dir=orphan").err
-    assert "continuing at step 12" in said
-    assert_equal_runs(place / "orphan", cooled, 13)
+@pytest.mark.parametrize("flags", [("--cooldown", AT, *COOLDOWN), ("--rerun", "killed", "format=json")])
+def test_a_cooldown_that_was_killed_continues_by_the_same_command_or_by_its_own_config(place, cooled, flags):
+    """Its own config needs no trunk."""
+    folder = killed(cooled, place / "killed")
+    assert "continuing at step 12" in train(place, *flags, f"hydra.run.dir={folder}").err
+    assert_equal_runs(folder, cooled, 13)
+    shutil.rmtree(folder)
 
 
 def test_a_cooldown_that_died_before_it_had_the_checkpoint_begins_again(place, cooled):
-    folder = place / "early"
-    interrupted(cooled, folder)
+    folder = killed(cooled, place / "early")
     shutil.rmtree(folder / "checkpoints")
     (folder / "checkpoints" / ".writing-step-00000008").mkdir(parents=True)
     (folder / "metrics.jsonl").write_text("{")
@@ -140,8 +126,8 @@ def test_a_cooldown_that_died_before_it_had_the_checkpoint_begins_again(place, c
 
 
 def test_another_decay_is_another_run(place, cooled):
-    arguments = ("--cooldown", AT, "optimizer.decay_steps=6", "hydra.run.dir=killed-too")
-    interrupted(cooled, place / "killed-too")
+    folder = killed(cooled, place / "other")
+    arguments = ("--cooldown", AT, "optimizer.decay_steps=6", f"hydra.run.dir={folder}")
     assert "optimizer.decay_steps: was 5, is 6 (decides the weights)" in train(place, *arguments, code=2).err
 
 
@@ -176,9 +162,8 @@ def test_help_and_cfg_know_the_flag(place, trunk):
 
 def trunk_in(run_dir: Path, config: TrainConfig, steps: int = 6) -> Path:
     """A run of `config` that has taken `steps` steps; returns its checkpoint."""
-    recorder = Recorder()
-    training = Training(config, RandomTokens(LLAMA.vocab_size), World(torch.device("cpu")), [recorder])
-    training.run(Checkpoints(run_dir / "checkpoints"), stopping=lambda: training.step == steps)
+    training, recorder = runs.start(config)
+    runs.train(training, run_dir / "checkpoints", steps)
     (run_dir / "metrics.jsonl").write_bytes(b"".join(map(to_line, recorder.records)))
     return run_dir / "checkpoints" / f"step-{steps:08d}"
 
@@ -208,20 +193,24 @@ def settled(checkpoint: Path, *overrides: str) -> TrainConfig:
     return config
 
 
-def test_the_decay_is_so_many_steps_or_a_share_of_the_whole_new_run(constant):
-    lengths = {
-        ("optimizer.decay_steps=4",): (10, 4),
-        ("optimizer.decay_steps=0.4",): (10, 4),
-        ("optimizer.decay_fraction=0.5",): (12, 6),
-        (): (8, 2),  # the nearest to a fifth, which is the default
-        ("optimizer.decay_steps=0.001",): (7, 1),
-    }
-    for overrides, (max_steps, decay_steps) in lengths.items():
-        config = settled(constant, *overrides)
-        assert (config.trainer.max_steps, config.optimizer.decay_steps) == (max_steps, decay_steps)
-        assert config.optimizer.decay_start(max_steps) == 6
-    with pytest.raises(UserError, match=r"optimizer.decay_steps=1.0: must be below 1 in a cooldown"):
-        settled(constant, "optimizer.decay_steps=1.0")
+@pytest.mark.parametrize(
+    ("overrides", "max_steps", "decay_steps"),
+    [
+        (("optimizer.decay_steps=4",), 10, 4),
+        (("optimizer.decay_steps=0.4",), 10, 4),
+        (("optimizer.decay_fraction=0.5", "optimizer.decay_shape=linear"), 12, 6),
+        ((), 8, 2),  # the nearest to a fifth, which is the default
+        (("optimizer.decay_steps=0.001",), 7, 1),
+    ],
+)
+@pytest.mark.parametrize("before_wsd", [False, True])
+def test_the_decay_is_so_many_steps_or_a_share_of_the_whole_new_run(at, before_wsd, overrides, max_steps, decay_steps):
+    """A trunk from before wsd has no keys for it, and they can be given."""
+    if before_wsd:
+        change_state(at, lambda config: [config["optimizer"].pop(key) for key in ("decay_fraction", "decay_shape")])
+    config = settled(at, *overrides)
+    assert (config.trainer.max_steps, config.optimizer.decay_steps) == (max_steps, decay_steps)
+    assert config.optimizer.decay_start(max_steps) == 6
 
 
 def test_a_share_of_the_run_is_the_share_that_a_straight_run_would_take(constant):
@@ -280,23 +269,20 @@ def test_a_trunk_is_taken_up_to_the_step_at_which_its_rate_falls(tmp_path, optim
                 Trunk.at(at)
 
 
-@pytest.mark.parametrize(
-    "override",
-    [
+def test_what_the_trunk_has_decided_is_refused_by_its_name(constant):
+    overrides = [
         "model.n_layers=2", "model=gpt2", "data=text", "data.seq_len=4", "tokenizer.kind=byte", "seed=1",
         "sampling.heads=0.25", "sampling=all", "scheduler=full", "scheduler.grow=zero", "optimizer.lr=1.0",
         "optimizer.betas=[0.9,0.99]", "optimizer.weight_decay=0", "optimizer.warmup=1", "optimizer.decay=cosine",
         "optimizer.unsampled=freeze", "optimizer=adamw", "trainer.precision=bf16", "trainer.compile=true",
         "trainer=gpu", "kernels=masked", "experiment=quickstart", "+arm=full",
-    ],
-)  # fmt: skip
-def test_what_the_trunk_has_decided_is_refused_by_its_name(constant, override):
+    ]  # fmt: skip
     with pytest.raises(UserError) as caught:
-        cooldown_config(str(constant), [override, "logger=none"])
-    key = override.partition("=")[0].lstrip("+")
-    assert caught.value.problems[0] == f"{key}: the trunk has decided this"
-    assert "may change only optimizer.decay_steps, " in caught.value.problems[1]
-    assert len(caught.value.problems) == 2
+        cooldown_config(str(constant), [*overrides, "logger=none"])
+    *decided, allowed = caught.value.problems
+    keys = [override.partition("=")[0].lstrip("+") for override in overrides]
+    assert decided == [f"{key}: the trunk has decided this" for key in keys]
+    assert "may change only optimizer.decay_steps, " in allowed
 
 
 def test_the_length_is_given_by_the_decay_and_a_mistyped_key_is_told(constant):
@@ -306,6 +292,8 @@ def test_the_length_is_given_by_the_decay_and_a_mistyped_key_is_told(constant):
         "trainer.max_steps: follows from the checkpoint and the length of the decay; give optimizer.decay_steps",
         "optimizer.decay_step: there is no such key; did you mean 'optimizer.decay_steps'?",
     )
+    with pytest.raises(UserError, match=r"optimizer.decay_steps=1.0: must be below 1 in a cooldown"):
+        settled(constant, "optimizer.decay_steps=1.0")
 
 
 def test_what_does_not_change_the_result_may_change(constant):
@@ -350,9 +338,11 @@ def test_a_file_of_a_checkpoint_names_it(at):
     assert Trunk.at(str(at / "model.safetensors")).folder == at
 
 
-def test_weights_without_moments_are_refused(tmp_path):
-    config = train_config(optimizer=CONSTANT, save_final="weights")
-    assert "holds weights and no optimizer moments" in problem_of(trunk_in(tmp_path, config, 15))
+def test_weights_without_moments_and_a_checkpoint_away_from_its_run_are_refused(tmp_path, at):
+    weights = trunk_in(tmp_path / "weights", train_config(optimizer=CONSTANT, save_final="weights"), 15)
+    assert "holds weights and no optimizer moments" in problem_of(weights)
+    away = shutil.copytree(at, tmp_path / "away" / "checkpoints" / at.name)
+    assert "must lie in its run directory" in problem_of(away)
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "state.json", "checksums.json"])
@@ -362,26 +352,16 @@ def test_a_damaged_checkpoint_is_refused(at, name, damage):
     assert "this checkpoint is damaged: " in problem_of(at)
 
 
-def test_a_checkpoint_away_from_its_run_is_refused(tmp_path, at):
-    shutil.copytree(at, tmp_path / "elsewhere" / "checkpoints" / at.name)
-    assert "must lie in its run directory" in problem_of(tmp_path / "elsewhere" / "checkpoints" / at.name)
+def change_state(checkpoint: Path, change: Callable[[dict], object]) -> None:
+    state = json.loads((checkpoint / "state.json").read_text())
+    change(state["config"])
+    (checkpoint / "state.json").write_text(json.dumps(state))
 
 
 def test_a_config_of_another_version_is_told(at):
-    state = json.loads((at / "state.json").read_text())
-    state["config"]["optimizer"]["lookahead"] = 3
-    (at / "state.json").write_text(json.dumps(state))
+    change_state(at, lambda config: config["optimizer"].update(lookahead=3))
     with pytest.raises(UserError, match=r"its config is of another version:\noptimizer.lookahead: there is no such"):
         Trunk.at(str(at))
-
-
-def test_a_trunk_from_before_wsd_is_read_and_its_new_keys_can_be_given(at):
-    state = json.loads((at / "state.json").read_text())
-    for key in ("decay_fraction", "decay_shape"):
-        del state["config"]["optimizer"][key]
-    (at / "state.json").write_text(json.dumps(state))
-    config = settled(at, "optimizer.decay_fraction=0.5", "optimizer.decay_shape=linear")
-    assert (config.optimizer.decay_steps, config.optimizer.decay_shape) == (6, "linear")
 
 
 @pytest.mark.parametrize("links", [True, False])
@@ -400,9 +380,3 @@ def test_the_folder_begins_as_a_run_that_was_stopped_there(tmp_path, at, links, 
     assert (found.step, found.can_resume) == (6, True)
     assert directory.config() == as_plain(config)
     assert (found.folder / "model.safetensors").samefile(at / "model.safetensors") == links
-
-
-def test_a_run_that_stays_small_says_how_much_of_the_model_it_is(tmp_path):
-    """So do the first steps of one that grows: a trunk's lines are those of a straight run that never grows."""
-    trunk_in(tmp_path, train_config(optimizer=CONSTANT, stages=(StageSpec(n_layers=1),)))
-    assert {record["grown/layers"] for record in metrics(tmp_path)} == {1 / 3}
