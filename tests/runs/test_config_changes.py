@@ -8,7 +8,7 @@ import pytest
 from tiny import train_config
 
 from est_cli.composition.typed_text import as_typed, parse
-from est_cli.config import LoggerConfig, OptimizerConfig, as_plain, read_train_config
+from est_cli.config import LoggerConfig, OptimizerConfig
 from est_cli.errors import UserError
 from est_cli.runs.directory import RunDirectory, continue_command
 from est_cli.subnet.schedule import StageSpec
@@ -144,9 +144,3 @@ def test_the_command_that_continues_names_the_run_as_hydra_reads_it(run_id):
     [typed] = as_typed(shlex.split(command)[-1:])
     override = parse(typed)
     assert (override.key_or_group, override.value()) == ("run_id", run_id)
-
-
-def test_a_number_is_a_run_id_too():
-    plain = {**as_plain(train_config()), "run_id": 4711, "name": 5}
-    config = read_train_config(plain)
-    assert (config.run_id, config.name) == ("4711", "5")
