@@ -22,10 +22,10 @@ from est_cli.runs.directory import ENVIRONMENT, RunDirectory, continue_command, 
 from est_cli.runs.provenance import git_state, write_environment
 from est_cli.runs.stopping import stop_request
 from est_cli.tracking.display import console_for
+from est_cli.tracking.loggers import trackers_for
 from est_cli.tracking.metrics import METRICS_NAME, iterate_metrics
 from est_cli.tracking.summary import stage_table, summarize
 from est_cli.tracking.tracker import RunInfo, Tracker
-from est_cli.tracking.trackers import trackers_for
 from est_cli.training.checkpoint import Checkpoint, Checkpoints
 from est_cli.training.device import keep_freed_memory, return_freed_memory, set_threads
 from est_cli.training.distributed import Peers, join, leave

@@ -3,9 +3,8 @@
 tracker        what a tracker hears of a run; the class to derive one from
 metrics        metrics.jsonl, the record that the others read
 display        the live panel, or plain lines
-trackers       which trackers a config asks for; CSV and TensorBoard
-wandb_tracker  W&B: starts the process that feeds it
-wandb_process  that process
+loggers        what `logger=` chooses: W&B, TensorBoard, CSV
+wandb_process  the process that feeds W&B
 summary        summary.json and the table that a run ends with
 """
 

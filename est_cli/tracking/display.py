@@ -5,7 +5,7 @@ import math
 import os
 import sys
 import time
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Iterator
 from itertools import pairwise
 from statistics import median
@@ -83,8 +83,7 @@ class Display(Tracker):
         self._run = run
         self._panel = Panel(run)
         self._stage = run.stage_at(run.first_step)
-        self._printed_step: int | None = None
-        self._printed_at = 0.0
+        self._printed_step = self._printed_at = -math.inf
         self.say(self._describe(self._stage, "continuing at" if run.first_step else "from", run.first_step))
         if self._is_live:
             self._live = Live(self._panel, console=self.console, refresh_per_second=_REFRESHES_PER_SECOND)
@@ -110,12 +109,9 @@ class Display(Tracker):
             self.say("")
 
     def _is_due(self, step: int) -> bool:
-        if self._printed_step is None or step == self._run.max_steps - 1:
-            return True
-        return (
-            step - self._printed_step >= _PLAIN_LINE_EVERY_SHARE * self._run.max_steps
-            and time.monotonic() - self._printed_at >= _PLAIN_LINE_EVERY_S
-        )
+        steps, seconds = step - self._printed_step, time.monotonic() - self._printed_at
+        last = step == self._run.max_steps - 1
+        return last or (steps >= _PLAIN_LINE_EVERY_SHARE * self._run.max_steps and seconds >= _PLAIN_LINE_EVERY_S)
 
     def _describe(self, stage: Stage, how: str, step: int) -> str:
         rates = ", ".join(_trained(self._run.config, stage)) or "the full model"
@@ -190,12 +186,11 @@ class Panel:
         yield table
 
     def _cells(self) -> list[tuple[str, str]]:
-        known, run, validation = self._record.get, self._run, self._validation
+        known, run = self._record.get, self._run
         done, now = self._record["step"] + 1, time.monotonic()
-        validated, saved = "-", "-"
-        if validation is not None:
-            loss = f"{format_loss(validation['val/loss'])}{joined_part(validation)}"
-            validated = f"{loss} after {validation['step'] + 1} steps"
+        validated = saved = "-"
+        if (found := self._validation) is not None:
+            validated = f"{format_loss(found['val/loss'])}{joined_part(found)} after {found['step'] + 1} steps"
         if known("flops/total") is not None:
             flops = format_flops(known("flops/full_total") - known("flops/total"))
             saved = f"{format_percent(known('flops/saved'))} ({flops})"
@@ -225,7 +220,7 @@ class Pace:
 
     def __init__(self, run: RunInfo):
         self._run = run
-        self._step_s: dict[int, deque[float]] = {}
+        self._step_s: dict[int, deque[float]] = defaultdict(lambda: deque(maxlen=_STEPS_REMEMBERED))
         self._last: tuple[int, float] | None = None
         self._training_s = self._other_s = 0.0
 
@@ -238,7 +233,7 @@ class Pace:
         step, step_s = record["step"], record["perf/step_s"]
         if step_s is None:
             return
-        self._step_s.setdefault(record["stage"], deque(maxlen=_STEPS_REMEMBERED)).append(step_s)
+        self._step_s[record["stage"]].append(step_s)
         if self._last is not None:
             steps_s = (step - self._last[0]) * step_s
             self._training_s += steps_s
@@ -256,8 +251,6 @@ class Pace:
         if self._last is None or sum(map(len, self._step_s.values())) < _STEPS_BEFORE_A_GUESS:
             return None
         next_step, then = self._last[0] + 1, self._last[1]
-        if next_step >= self._run.max_steps:
-            return 0.0
         steps_s = sum(
             (stage.end - max(stage.first_step, next_step)) * self.step_s(stage.number)
             for stage in self._run.stages

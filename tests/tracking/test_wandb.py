@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from est_cli.errors import UserError
+from est_cli.tracking.loggers import WandbTracker
 from est_cli.tracking.metrics import MetricsFile
-from est_cli.tracking.wandb_tracker import WandbTracker
 from tracking.simulated import follow, record, run_info
 from tracking.wandb_file import read_wandb_file, values
 

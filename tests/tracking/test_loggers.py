@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 from est_cli.errors import UserError
+from est_cli.tracking.loggers import CSV_NAME, TENSORBOARD_FOLDER, CsvTracker, TensorBoardTracker, trackers_for
 from est_cli.tracking.metrics import MetricsFile, iterate_metrics
-from est_cli.tracking.trackers import CSV_NAME, TENSORBOARD_FOLDER, CsvTracker, TensorBoardTracker, trackers_for
 from tracking.simulated import follow, record, run_info
 
 
@@ -32,7 +32,7 @@ def test_the_record_comes_first_and_the_display_last(tmp_path, logger, second):
 
 
 def test_tracking_loads_neither_torch_nor_wandb():
-    modules = "est_cli.tracking.trackers, est_cli.tracking.summary"
+    modules = "est_cli.tracking.loggers, est_cli.tracking.summary"
     code = f"import sys, {modules}; print({{'torch', 'wandb', 'tensorboard'}} & set(sys.modules))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "set()\n"
 
