@@ -4,14 +4,12 @@ Plans are pure functions of the seed and the step, so no run has to record them.
 all of them again: then an even selection of each stage's plans stands for the rest.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
-from typing import Any
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from est_cli.config import ModelConfig, SamplingConfig
-from est_cli.reports.records import RunRecord, evenly
+from est_cli.reports.records import RunRecord, evenly, of_known_keys
 from est_cli.subnet.sampler import sample
 from est_cli.subnet.schedule import Rates, Stage
 from est_cli.subnet.strategies import STRATEGIES
@@ -56,7 +54,7 @@ def coverage(run: RunRecord) -> Coverage | str:
     try:
         # The scale of what is kept does not matter here.
         chosen = {key: value for key, value in run.config["sampling"].items() if key != "rescale"}
-        model, sampling = _read(ModelConfig, run.config["model"]), _read(SamplingConfig, chosen)
+        model, sampling = of_known_keys(ModelConfig, run.config["model"]), of_known_keys(SamplingConfig, chosen)
         seed = int(run.config["seed"])
     except (KeyError, TypeError, ValueError, AttributeError):
         return "its config.yaml does not tell the model and the sampling"
@@ -64,10 +62,6 @@ def coverage(run: RunRecord) -> Coverage | str:
         # A report must not run code that a data file names.
         return f"its strategy {strategy} is your own code, which a report does not run"
     return _count(run, model, sampling, seed)
-
-
-def _read(kind: type, values: Mapping[str, Any]) -> Any:
-    return kind(**{field.name: values[field.name] for field in fields(kind) if field.name in values})
 
 
 def _count(run: RunRecord, model: ModelConfig, sampling: SamplingConfig, seed: int) -> Coverage:

@@ -63,8 +63,7 @@ def _spent(run: RunRecord, key: str) -> np.ndarray:
 
 def known_axes(runs: Sequence[RunRecord]) -> list[Axis]:
     """The axes on which at least one run has values."""
-    axes = [Axis.of(key, runs) for key in _AXES]
-    return [axis for axis in axes if any(np.isfinite(axis.values(run)).any() for run in runs)]
+    return [Axis.of(key, runs) for key in _AXES if any(np.isfinite(_spent(run, key)).any() for run in runs)]
 
 
 def run_with_shared_stages(runs: Sequence[RunRecord], axis: Axis) -> RunRecord | None:

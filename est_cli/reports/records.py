@@ -7,7 +7,7 @@ million lines take about a second.
 
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from itertools import pairwise
@@ -37,6 +37,7 @@ class RunRecord:
     folder: Path
     config: dict[str, Any]
     summary: dict[str, Any] | None
+    """None until the run has ended, also for a stopped run that has been continued."""
     columns: dict[str, np.ndarray]
     """float64 [rows] by key, one row for each parsed line of metrics.jsonl."""
     n_lines: int = 0
@@ -65,37 +66,25 @@ class RunRecord:
     @property
     def status(self) -> str:
         """`done`, `stopped`, `failed`, or `unfinished` if there is neither a summary nor an error."""
-        if self._summary_is_current:
+        if self.summary is not None:
             return str(self.summary.get("status", "done"))
         return "failed" if (self.folder / "error.txt").is_file() else "unfinished"
-
-    @property
-    def _summary_is_current(self) -> bool:
-        # A stopped run that was continued has an old summary until it ends again.
-        return self.summary is not None and (self.summary.get("steps") or 0) >= self.steps_done
 
     @cached_property
     def outcome(self) -> dict[str, float]:
         """The key numbers by summary.json's names, from the summary or from the last line that has them."""
         last = {key.replace("/", "_"): _last_number(self.column(key)) for key in _LAST_VALUES}
         last |= {"train_s": _last_number(self.column("seconds")), "steps": float(self.steps_done)}
-        if self._summary_is_current:
-            known = {name: self.summary.get(name) for name in last}
-            last |= {name: float(value) for name, value in known.items() if isinstance(value, int | float)}
-        return last
+        told = self.summary or {}
+        return last | {name: float(told[name]) for name in last if isinstance(told.get(name), int | float)}
 
     @cached_property
     def stages(self) -> tuple[Stage, ...]:
         """The config's stages, with fractions for what has joined; those of the metrics if the config is incomplete."""
         try:
-            known = {field.name for field in fields(StageSpec)}
-            specs = [
-                StageSpec(**{key: spec[key] for key in known & spec.keys()})
-                for spec in self.config["scheduler"]["stages"]
-            ]
-            model = self.config["model"]
+            specs = [of_known_keys(StageSpec, spec) for spec in self.config["scheduler"]["stages"]]
             stages = build_stages(specs, self.config["trainer"]["max_steps"])
-            return tuple(replace(stage, grown=stage.grown.fractions(model)) for stage in stages)
+            return tuple(replace(stage, grown=stage.grown.fractions(self.config["model"])) for stage in stages)
         except (KeyError, TypeError, ValueError, AttributeError):
             return self._logged_stages()
 
@@ -109,6 +98,11 @@ class RunRecord:
             Stage(int(number), first, end, Rates(*rates))
             for number, (first, end), rates in zip(numbers, pairwise(edges), kept, strict=True)
         )
+
+
+def of_known_keys(kind: type, values: Mapping[str, Any]) -> Any:
+    """A dataclass from a section of config.yaml, which another version may have written."""
+    return kind(**{field.name: values[field.name] for field in fields(kind) if field.name in values})
 
 
 def _last_number(values: np.ndarray) -> float:
@@ -165,7 +159,9 @@ def _read_run(name: str, folder: Path) -> RunRecord:
     if config is None:
         problems.append(f"{name}: no {CONFIG_FILE}")
     columns, n_lines = read_metrics(folder / "metrics.jsonl")
-    return RunRecord(name, folder, config or {}, summary, columns, n_lines, tuple(problems))
+    run = RunRecord(name, folder, config or {}, summary, columns, n_lines, tuple(problems))
+    is_old = summary is not None and (summary.get("steps") or 0) < run.steps_done
+    return replace(run, summary=None) if is_old else run
 
 
 def _read_mapping(path: Path, parse: Callable[[str], Any], problems: list[str]) -> dict[str, Any] | None:
