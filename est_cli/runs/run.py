@@ -180,9 +180,7 @@ class Run:
         self.directory.write_config(config)
         keep_data(folder, self.store, begins=training.step == 0)
         write_environment(folder / ENVIRONMENT, self.overrides, self.trunk)
-        ledger = training.steps.ledger
-        per_step = tuple(cost.total for cost in ledger.per_step)
-        info = RunInfo(folder, config, training.step, training.stages, per_step, ledger.full.total, self.command)
+        info = RunInfo(folder, config, training.step, training.steps.ledger, self.command)
         for note in self.notes:
             self._say(note)
         for tracker in self.trackers:

@@ -115,8 +115,8 @@ class Display(Tracker):
 
     def _describe(self, stage: Stage, how: str, step: int) -> str:
         rates = ", ".join(_trained(self._run.config, stage)) or "the full model"
-        share = self._run.flops_per_step[stage.number - 1] / self._run.full_flops_per_step
-        cost = f" ({100 * share:.0f}% of full FLOPs)" if share < 1 else ""
+        saved = self._run.ledger.stage_saved(stage.number)
+        cost = f" ({100 * (1 - saved):.0f}% of full FLOPs)" if saved > 0 else ""
         return f"stage {stage.number} of {len(self._run.stages)}, {how} step {step}: {rates}{cost}"
 
     def _line(self, record: Record) -> str:
@@ -243,8 +243,8 @@ class Pace:
     def step_s(self, stage: int) -> float:
         """Seconds of one step of a stage (from 1), measured or expected."""
         measured = stage if stage in self._step_s else max(self._step_s)
-        flops = self._run.flops_per_step
-        return median(self._step_s[measured]) * (flops[stage - 1] / flops[measured - 1])
+        flops = self._run.ledger.per_step
+        return median(self._step_s[measured]) * (flops[stage - 1].total / flops[measured - 1].total)
 
     def seconds_left(self, now: float) -> float | None:
         """From `now` to the end of the training; None until a few steps have been measured."""
@@ -301,7 +301,7 @@ def _stage_rows(run: RunInfo, done: int, width: int, glyphs: str) -> Text:
 
     `glyphs` mark steps that are done and steps that are not. Costs are shown if all of them fit.
     """
-    costs = [f"{100 * flops / run.full_flops_per_step:.0f}%" for flops in run.flops_per_step]
+    costs = [f"{100 * (1 - run.ledger.stage_saved(stage.number)):.0f}%" for stage in run.stages]
     edges = [0, *(round(stage.end * width / run.max_steps) for stage in run.stages)]
     rooms = [end - start for start, end in pairwise(edges)]
     for form in ("stage {0}: {1} of full FLOPs", "stage {0}: {1}", "stage {0}", "{0}"):

@@ -25,8 +25,7 @@ def summarize(
 ) -> dict[str, Any]:
     """summary.json of a run that took `steps` optimizer steps, including those before it was resumed.
 
-    `records` are all of metrics.jsonl and are read once. FLOPs are those of each stage times its steps, so steps
-    that were not logged count too.
+    `records` are all of metrics.jsonl and are read once. FLOPs of steps that were not logged count too.
     """
     step_s: dict[int, list[float]] = {stage.number: [] for stage in run.stages}
     last: Record = {}
@@ -42,17 +41,15 @@ def summarize(
         for stage in run.stages
         if stage.first_step < steps
     ]
-    flops_total = sum(stage["flops"] for stage in stages)
-    flops_full_total = run.full_flops_per_step * steps
     return {
         "status": status,
         "steps": steps,
         "tokens": tokens_per_step * steps,
         "val_loss": val_loss,
-        "flops_total": flops_total,
-        "flops_full_total": flops_full_total,
-        "flops_saved": 1 - flops_total / flops_full_total if steps else 0.0,
-        "flops_saved_blocks": last.get("flops/saved_blocks", 0.0),
+        "flops_total": run.ledger.spent(steps).total,
+        "flops_full_total": run.ledger.full.total * steps,
+        "flops_saved": run.ledger.saved(steps) if steps else 0.0,
+        "flops_saved_blocks": run.ledger.saved_blocks(steps) if steps else 0.0,
         "train_s": train_s,
         "peak_memory_bytes": peak_memory_bytes,
         "skipped_steps": skipped_steps,
@@ -62,15 +59,14 @@ def summarize(
 
 
 def _summarize_stage(run: RunInfo, stage: Stage, end: int, step_s: list[float], tokens_per_step: int) -> dict[str, Any]:
-    flops_per_step = run.flops_per_step[stage.number - 1]
     # The first step of a stage pays for compilation and allocation.
     typical = median(islice(step_s, 1 if len(step_s) > 3 else 0, None)) if step_s else None
     return {
         "stage": stage.number,
         "first_step": stage.first_step,
         "last_step": end - 1,
-        "flops": flops_per_step * (end - stage.first_step),
-        "saved": 1 - flops_per_step / run.full_flops_per_step,
+        "flops": run.ledger.per_step[stage.number - 1].total * (end - stage.first_step),
+        "saved": run.ledger.stage_saved(stage.number),
         "step_s_median": typical,
         "tokens_per_s": tokens_per_step / typical if typical else None,
     }

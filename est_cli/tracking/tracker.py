@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from est_cli.config import TrainConfig
+from est_cli.subnet.flops import Ledger
 from est_cli.subnet.schedule import Stage
 
 Record = dict[str, float | int | None]
@@ -19,13 +20,13 @@ class RunInfo:
     config: TrainConfig
     first_step: int
     """0, or the step at which a resumed run continues."""
-    stages: tuple[Stage, ...]
-    flops_per_step: tuple[float, ...]
-    """FLOPs of one optimizer step in each stage."""
-    full_flops_per_step: float
-    """FLOPs of one optimizer step of the full model."""
+    ledger: Ledger
     command: str
     """The command line that continues the run."""
+
+    @property
+    def stages(self) -> tuple[Stage, ...]:
+        return self.ledger.stages
 
     @property
     def max_steps(self) -> int:
