@@ -71,12 +71,11 @@ def console_for(format: str) -> Console:
 class Display(Tracker):
     """The tracker for people. Each stage, evaluation and message leaves a line above the panel."""
 
-    def __init__(self, console: Console, live: bool | None = None, label: str | None = None):
+    def __init__(self, console: Console, label: str | None = None):
         """`label` begins every line if several runs share a terminal, which then has no panel."""
         self.console = console
         self._prefix = "" if label is None else f"{label}  "
-        can_be_live = label is None and console.is_interactive and console.file.isatty()
-        self._is_live = can_be_live if live is None else live
+        self._can_be_live = label is None and console.is_interactive and console.file.isatty()
         self._live: Live | None = None
 
     def start(self, run: RunInfo) -> None:
@@ -85,7 +84,7 @@ class Display(Tracker):
         self._stage = run.stage_at(run.first_step)
         self._printed_step = self._printed_at = -math.inf
         self.say(self._describe(self._stage, "continuing at" if run.first_step else "from", run.first_step))
-        if self._is_live:
+        if self._can_be_live:
             self._live = Live(self._panel, console=self.console, refresh_per_second=_REFRESHES_PER_SECOND)
             self._live.start()
 

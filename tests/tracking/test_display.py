@@ -10,32 +10,52 @@ from rich.console import Console
 
 from est_cli.tracking import display as display_module
 from est_cli.tracking.display import Display, Pace, Panel, console_for
+from tracking import simulated
 from tracking.simulated import record, run_info
 
 
-def shown(run, steps=range(30), evaluate_every=10, **options) -> str:
-    """What a display writes of a run into a pipe, or with `live` into a terminal."""
-    console = Console(file=io.StringIO(), width=80, force_terminal=options.get("live"), color_system=None)
-    follow(Display(console, **options), run, steps, evaluate_every)
+@pytest.fixture(autouse=True)
+def capable_terminal(monkeypatch):
+    monkeypatch.setenv("TERM", "xterm")
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+class LostTerminal(Terminal):
+    def write(self, text):
+        raise OSError(errno.EIO, "Input/output error")
+
+
+def closed_pipe():
+    reader, writer = os.pipe()
+    os.close(reader)
+    return os.fdopen(writer, "w")
+
+
+def shown(run, steps=range(30), evaluate_every=10, file=None) -> str:
+    """What a display writes of a run into `file`, by default a pipe."""
+    console = Console(file=file or io.StringIO(), width=80, force_terminal=file and True, color_system=None)
+    follow(Display(console), run, steps, evaluate_every)
     return console.file.getvalue()
 
 
 def follow(display, run, steps=range(30), evaluate_every=10):
-    display.start(run)
+    records = (record(step, val_loss=3.25 if (step + 1) % evaluate_every == 0 else None) for step in steps)
+    simulated.follow([display], run, records)
     display.say("checkpoint written: [a]/" + "a-long-folder/" * 10)
-    for step in steps:
-        display.log(record(step, val_loss=3.25 if (step + 1) % evaluate_every == 0 else None))
     display.finish("done", None)
 
 
 def rendered(run, width, records, encoding="utf-8") -> str:
-    panel, raw = Panel(run), io.BytesIO()
+    panel, file = Panel(run), io.TextIOWrapper(io.BytesIO(), encoding=encoding)
     for each in records:
         panel.observe(each)
-    file = io.TextIOWrapper(raw, encoding=encoding)
     Console(file=file, width=width).print(panel)
-    file.flush()
-    return raw.getvalue().decode(encoding)
+    file.seek(0)
+    return file.read()
 
 
 @pytest.mark.parametrize("width", [40, 80, 120])
@@ -61,7 +81,7 @@ def test_the_bar_is_filled_up_to_the_step_and_the_curve_ends_there(tmp_path):
 
 
 def test_a_live_display_leaves_messages_stages_and_evaluations_above_it(tmp_path):
-    text = shown(run_info(tmp_path), live=True)
+    text = shown(run_info(tmp_path), file=Terminal())
     stages = ("stage 2 of 3, from step 4", "stage 3 of 3, from step 14: the full model")
     for part in ("checkpoint written: [a]/", *stages, "10/30  loss 3.1000  validation 3.2500", "30 of 30 (100.0%)"):
         assert part in text
@@ -84,29 +104,17 @@ def test_plain_lines_are_few_even_when_every_step_is_logged(tmp_path, monkeypatc
     assert 4 <= len(shown(run_info(tmp_path), evaluate_every=1000).splitlines()) <= 16
 
 
-@pytest.mark.parametrize(("first_step", "live"), [(20, False), (30, True)])  # also one that was killed after its end
-def test_a_resumed_run_says_where_it_goes_on(tmp_path, first_step, live):
-    text = shown(run_info(tmp_path, first_step), range(first_step, 30), live=live)
+@pytest.mark.parametrize(("first_step", "file"), [(20, None), (30, Terminal())])  # also one killed after its end
+def test_a_resumed_run_says_where_it_goes_on(tmp_path, first_step, file):
+    text = shown(run_info(tmp_path, first_step), range(first_step, 30), file=file)
     assert f"stage 3 of 3, continuing at step {first_step}" in text
 
 
-class LostTerminal(io.StringIO):
-    def write(self, text):
-        raise OSError(errno.EIO, "Input/output error")
-
-
-def closed_pipe():
-    reader, writer = os.pipe()
-    os.close(reader)
-    return os.fdopen(writer, "w")
-
-
-@pytest.mark.parametrize("live", [False, True])
 @pytest.mark.parametrize("output", [closed_pipe, LostTerminal])
-def test_a_reader_or_terminal_that_goes_away_ends_the_display_and_not_the_training(tmp_path, monkeypatch, output, live):
+def test_a_reader_or_terminal_that_goes_away_ends_the_display_and_not_the_training(tmp_path, monkeypatch, output):
     with output() as file:
         monkeypatch.setattr("sys.stdout", file)
-        follow(Display(console_for("text"), live=live), run_info(tmp_path))
+        follow(Display(console_for("text")), run_info(tmp_path))
 
 
 def test_json_leaves_standard_output_alone(capsys):
@@ -125,12 +133,14 @@ def paced(run, steps, between_steps_s=0.0, step_s=None) -> tuple[Pace, float]:
     return pace, now
 
 
-def test_time_left_expects_later_stages_to_cost_what_their_flops_say_and_runs_down(tmp_path):
-    pace, now = paced(run_info(tmp_path), range(4))
-    # 3e12 FLOPs took 0.03 s: 10 steps of 0.05 s and 16 of 0.09 s are to come.
-    assert pace.seconds_left(now) == pytest.approx(10 * 0.05 + 16 * 0.09)
-    assert pace.seconds_left(now + 0.5) == pytest.approx(10 * 0.05 + 16 * 0.09 - 0.5)
-    assert pace.seconds_left(now + 1e6) == 0.0
+# 3e12 FLOPs take 0.03 s: 10 steps of 0.05 s and 16 of 0.09 s are expected after the first 4.
+@pytest.mark.parametrize(("done", "left"), [(1, None), (4, 10 * 0.05 + 16 * 0.09), (30, 0.0)])
+def test_time_left_expects_later_stages_to_cost_what_their_flops_say_and_runs_down(tmp_path, done, left):
+    pace, now = paced(run_info(tmp_path), range(done))
+    assert pace.seconds_left(now) == (left and pytest.approx(left))
+    if left:
+        assert pace.seconds_left(now + 0.5) == pytest.approx(left - 0.5)
+        assert pace.seconds_left(now + 1e6) == 0.0
 
 
 def test_a_stage_that_was_measured_counts_as_measured_without_its_slow_first_step(tmp_path):
@@ -141,9 +151,3 @@ def test_a_stage_that_was_measured_counts_as_measured_without_its_slow_first_ste
 def test_time_that_goes_into_evaluations_is_expected_to_go_on(tmp_path):
     quick, slow = (paced(run_info(tmp_path), range(14), between) for between in (0.0, 0.1))
     assert slow[0].seconds_left(slow[1]) > 2 * quick[0].seconds_left(quick[1])
-
-
-def test_nothing_is_guessed_from_one_step_and_nothing_is_left_after_the_last(tmp_path):
-    assert paced(run_info(tmp_path), [0])[0].seconds_left(0.0) is None
-    pace, now = paced(run_info(tmp_path), range(30))
-    assert pace.seconds_left(now) == 0.0
