@@ -8,7 +8,7 @@ import tiny
 
 from est_cli.reports.comparison import Comparison, differences, swept_pairs
 from est_cli.reports.figures import sweep_grid
-from est_cli.reports.records import RunRecord, load_runs
+from est_cli.reports.records import RunRecord
 from est_cli.subnet.schedule import StageSpec
 
 
@@ -33,22 +33,19 @@ def test_only_settings_that_differ_are_told_and_an_integer_differs_from_a_float(
     assert values_of(differences([RunRecord("run", Path("run"), config, None, {}) for config in configs])) == found
 
 
-def test_keys_that_always_agree_are_told_once(new_run, tmp_path):
-    folders = [
-        new_run(
-            tmp_path / str(rate),
-            steps=60,
-            sampling={"heads": rate, "mlp": rate},
-            stages=(StageSpec(0.5, rate, 0.5), StageSpec()),
-        )
-        for rate in (0.25, 0.5)
-    ]
-    found = differences(load_runs(folders))
+def test_keys_that_always_agree_are_told_once(new_run):
+    rates = (0.25, 0.5)
+    found = differences(
+        [
+            new_run(str(r), steps=60, sampling={"heads": r, "mlp": r}, stages=(StageSpec(0.5, r, 0.5), StageSpec()))
+            for r in rates
+        ]
+    )
     assert {key: difference.also for key, difference in found.items()} == {"sampling.heads": ["sampling.mlp"]}
 
 
-def test_schedules_of_different_lengths_are_told_as_text(new_run, tmp_path):
-    runs = load_runs([new_run(tmp_path / "a", steps=60), new_run(tmp_path / "b", steps=60, stages=tiny.FULL)])
+def test_schedules_of_different_lengths_are_told_as_text(new_run):
+    runs = [new_run("a", steps=60), new_run("b", steps=60, stages=tiny.FULL)]
     assert values_of(differences(runs)) == {
         "scheduler.stages": ["0.5/0.5/0.5 to step 8, 0.5/0.5/1 to step 28, 1/1/1 to step 60", "1/1/1 to step 60"]
     }

@@ -26,8 +26,8 @@ def plain_count(run):
 
 @pytest.mark.parametrize("resample_every", [1, 7])
 @pytest.mark.parametrize("done", [60, 25])
-def test_coverage_is_what_a_plain_count_says(run_of, resample_every, done):
-    run = run_of(steps=60, done=done, sampling={"resample_every": resample_every})
+def test_coverage_is_what_a_plain_count_says(new_run, resample_every, done):
+    run = new_run(steps=60, done=done, sampling={"resample_every": resample_every})
     found = coverage(run)
     layers, heads = plain_count(run)
     np.testing.assert_allclose(found.layers, layers)
@@ -60,8 +60,8 @@ def test_leaving_neurons_out_changes_no_head(one, monkeypatch):
     np.testing.assert_allclose(without.blocks, whole.blocks, atol=0.15)
 
 
-def test_blocks_follow_the_neurons_that_are_sampled_together(run_of):
-    found = coverage(run_of(steps=60, sampling={"mlp_block": 48}))
+def test_blocks_follow_the_neurons_that_are_sampled_together(new_run):
+    found = coverage(new_run(steps=60, sampling={"mlp_block": 48}))
     assert (found.blocks.shape, found.neurons_per_block) == ((4, 8), 48)
 
 

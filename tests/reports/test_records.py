@@ -10,16 +10,17 @@ from est_cli.errors import UserError
 from est_cli.reports.records import load_runs, read_metrics
 
 
-def test_a_sweep_folder_holds_the_runs_below_it_each_once(sweep):
-    runs = load_runs([sweep, sweep / "stage1_end-0.1_stage2_end-0.4_seed-0"])
-    assert (len(runs), runs[0].name) == (8, "stage1_end-0.1_stage2_end-0.4_seed-0")
+def test_a_sweep_folder_holds_the_runs_below_it_each_once(swept):
+    first = swept[0].folder
+    assert [run.folder for run in load_runs([first.parent, first])] == [run.folder for run in swept]
+    assert (len(swept), swept[0].name) == (8, "stage1_end-0.1_stage2_end-0.4_seed-0")
 
 
-def test_all_paths_without_runs_are_refused_at_once(one_run, tmp_path):
+def test_all_paths_without_runs_are_refused_at_once(one, tmp_path):
     for name in ("checkpoints", "wandb"):  # these hold no runs
         (tmp_path / name).mkdir()
         (tmp_path / name / "metrics.jsonl").write_text("")
-    wrong = one_run.parent / "20260101-abd"
+    wrong = one.folder.parent / "20260101-abd"
     with pytest.raises(UserError) as error:
         load_runs([tmp_path, wrong])
     empty, missing = error.value.problems
@@ -29,16 +30,15 @@ def test_all_paths_without_runs_are_refused_at_once(one_run, tmp_path):
         load_runs([])
 
 
-def test_without_a_summary_the_last_line_tells_the_outcome(new_run, tmp_path):
-    done, going = (new_run(tmp_path / name, steps=60, finished=name == "done") for name in ("done", "going"))
-    finished, unfinished = load_runs([done, going])
+def test_without_a_summary_the_last_line_tells_the_outcome(new_run):
+    finished, unfinished = (new_run(name, steps=60, finished=name == "done") for name in ("done", "going"))
     assert (finished.status, unfinished.status) == ("done", "unfinished")
     for name, value in finished.outcome.items():
         assert unfinished.outcome[name] == pytest.approx(value), name
 
 
-def test_an_old_summary_gives_way_once_a_stopped_run_goes_on(new_run, tmp_path):
-    folder = new_run(tmp_path / "run", steps=60, done=40, eval_every=10)
+def test_an_old_summary_gives_way_once_a_stopped_run_goes_on(new_run):
+    folder = new_run(steps=60, done=40, eval_every=10).folder
     (folder / "summary.json").write_text(json.dumps({"status": "stopped", "steps": 20, "val_loss": 99.0, "tokens": 1}))
     (run,) = load_runs([folder])
     assert (run.status, run.outcome["steps"]) == ("unfinished", 40)
@@ -47,15 +47,15 @@ def test_an_old_summary_gives_way_once_a_stopped_run_goes_on(new_run, tmp_path):
     assert load_runs([folder])[0].status == "failed"
 
 
-def test_stages_come_from_the_metrics_where_the_config_does_not_tell(new_run, tmp_path):
-    with_config, without = new_run(tmp_path / "a", steps=60), new_run(tmp_path / "b", steps=60)
-    (without / "config.yaml").write_text("name: x\n")
-    told, logged = load_runs([with_config, without])
+def test_stages_come_from_the_metrics_where_the_config_does_not_tell(new_run):
+    told = new_run(steps=60)
+    (told.folder / "config.yaml").write_text("name: x\n")
+    [logged] = load_runs([told.folder])
     assert [astuple(stage) for stage in told.stages] == [astuple(stage) for stage in logged.stages]
 
 
-def test_a_config_that_cannot_be_read_is_a_problem_and_not_the_end(new_run, tmp_path):
-    folder = new_run(tmp_path / "run", steps=60)
+def test_a_config_that_cannot_be_read_is_a_problem_and_not_the_end(new_run):
+    folder = new_run(steps=60).folder
     (folder / "config.yaml").write_text("a: [")
     (run,) = load_runs([folder])
     assert "config.yaml cannot be read" in run.problems[0]

@@ -82,10 +82,10 @@ HOSTILE_NAMES = ("<script>alert(1)</script>", "$\\frac{", "../../escape", "a\nb\
 
 
 def test_names_are_shown_and_not_obeyed(new_run, tmp_path):
-    folders = [new_run(tmp_path / "in" / str(i), steps=40, kernels=f"kernel-{i}") for i in range(len(HOSTILE_NAMES))]
+    made = [new_run(f"in/{i}", steps=40, kernels=f"kernel-{i}") for i in range(len(HOSTILE_NAMES))]
     runs = [
         dataclasses.replace(run, name=name, config=run.config | {"name": name})
-        for run, name in zip(load_runs(folders), HOSTILE_NAMES, strict=True)
+        for run, name in zip(made, HOSTILE_NAMES, strict=True)
     ]
     out = tmp_path / "deep" / "er" / "out"
     text = write_report(runs, out, ("html", "csv"))["html"].read_text()
@@ -98,14 +98,14 @@ def test_names_are_shown_and_not_obeyed(new_run, tmp_path):
 
 
 @pytest.mark.parametrize(("done", "formats"), [(0, FORMATS), (1, ("html", "csv"))])
-def test_a_run_that_has_just_begun_has_a_report(run_of, tmp_path, done, formats):
-    files = write_report([run_of(steps=60, done=done, finished=False)], tmp_path / "out", formats)
+def test_a_run_that_has_just_begun_has_a_report(new_run, tmp_path, done, formats):
+    files = write_report([new_run(steps=60, done=done, finished=False)], tmp_path / "out", formats)
     assert set(files) == set(formats) and all(path.is_file() for path in files.values())
     assert all("unfinished" in path.read_text() for kind, path in files.items() if kind != "png")
 
 
-def test_a_run_without_config_and_summary_is_told_by_its_metrics(one_run, tmp_path):
-    lines = (one_run / "metrics.jsonl").read_text().splitlines()[:120]
+def test_a_run_without_config_and_summary_is_told_by_its_metrics(one, tmp_path):
+    lines = (one.folder / "metrics.jsonl").read_text().splitlines()[:120]
     losses = [json.loads(line)["val/loss"] for line in lines[:60]]
     lines[60:] = [re.sub(r'"(train|val)/loss": [^,]+', r'"\1/loss": NaN', line) for line in lines[60:]]
     (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + "\n")
@@ -117,7 +117,7 @@ def test_a_run_without_config_and_summary_is_told_by_its_metrics(one_run, tmp_pa
 
 @pytest.mark.slow
 def test_a_million_lines_are_reported_in_ten_seconds(new_run, tmp_path):
-    folder = new_run(tmp_path / "run", steps=1_000_000, done=1000, finished=False)
+    folder = new_run(steps=1_000_000, done=1000, finished=False).folder
     lines = (folder / "metrics.jsonl").read_text().splitlines()
     with (folder / "metrics.jsonl").open("w") as file:
         for step in range(1_000_000):

@@ -46,8 +46,8 @@ def test_without_colours_curves_are_told_apart_by_letters(swept):
     assert set("ABCD") <= set(plot)  # though they are close
 
 
-def test_a_run_without_a_step_says_so(run_of):
-    assert "No step" in shown([run_of(steps=60, done=0, finished=False)], 60)
+def test_a_run_without_a_step_says_so(new_run):
+    assert "No step" in shown([new_run(steps=60, done=0, finished=False)], 60)
 
 
 def test_the_plot_puts_high_values_above_low_ones():
