@@ -42,18 +42,10 @@ def _transitions(runs: Sequence[dict[str, Any]], records: Sequence[RunRecord]) -
             mean = np.array([found["mean"] for found in spreads])
             low, high = ([found["quantiles"][level] for found in spreads] for level in ("0.05", "0.95"))
             highest = highest + high
-            ax.errorbar(
-                at,
-                mean,
-                yerr=np.clip([mean - low, high - mean], 0, None),
-                color=style.series(rank),
-                marker=_MARKERS[rank % len(_MARKERS)],
-                markersize=4.5,
-                linewidth=0.9,
-                linestyle=(0, (3, 2)),
-                capsize=2,
-                label=f"subnetworks, {_kept(spreads[0]['rates'])} (mean, 5–95%)",
-            )
+            around = np.clip([mean - low, high - mean], 0, None)
+            label = f"subnetworks, {_kept(spreads[0]['rates'])} (mean, 5–95%)"
+            look = {"color": style.series(rank), "marker": _MARKERS[rank % len(_MARKERS)], "markersize": 4.5}
+            ax.errorbar(at, mean, around, label=label, linewidth=0.9, linestyle=(0, (3, 2)), capsize=2, **look)
         low, high = final_loss_window([line]) or ax.get_ylim()
         ax.set_ylim(min(low, 0.98 * min(losses)), max(high, 1.02 * max(highest)))
         ax.set_xlim(0, 1.02 * max([*at, *line.x[-1:]]))
@@ -96,11 +88,9 @@ def _sharpness(runs: Sequence[dict[str, Any]]) -> Figure:
     for y, (run, value) in enumerate(zip(runs, values, strict=True)):
         left.barh(y, value, height=0.55, color=style.series(y))
         left.annotate(f"{value:.4g}", (max(value, 0), y), xytext=(4, 0), textcoords="offset points", va="center")
-        sizes, means, deviations = (
-            [found[key] for found in run["perturbation"]] for key in ("relative_norm", "mean", "std")
-        )
+        columns = ([found[key] for found in run["perturbation"]] for key in ("relative_norm", "mean", "std"))
         look = {"marker": _MARKERS[y % len(_MARKERS)], "markersize": 5, "linewidth": 1.2, "capsize": 2.5}
-        right.errorbar(sizes, means, yerr=deviations, color=style.series(y), label=run["name"], **look)
+        right.errorbar(*columns, color=style.series(y), label=run["name"], **look)
     left.set_yticks(range(len(runs)), [run["name"] for run in runs] if len(runs) > 1 else [""])
     left.set_ylim(len(runs) - 0.4, -0.6)
     left.set_xlim(min(0.0, *values), 1.25 * max(0.0, *values) or 1.0)

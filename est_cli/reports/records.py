@@ -7,6 +7,7 @@ million lines take about a second.
 
 import json
 import os
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
@@ -26,6 +27,7 @@ _CHUNK_BYTES = 1 << 24
 _SLOW_STEP = 3.0
 """A step of more than this many medians of its stage (compilation, for example) does not stand for unlogged steps."""
 _NOT_RUNS = {"checkpoints", "report", "wandb", ".hydra", ".git"}
+_EVALUATED = re.compile(rb'"val/loss": (?!null)')
 _LAST_VALUES = ("val/loss", "tokens", "flops/total", "flops/full_total", "flops/saved", "flops/saved_blocks")
 
 
@@ -185,14 +187,8 @@ def read_metrics(path: Path, max_lines: int = MAX_PARSED_LINES) -> tuple[dict[st
         # Odd, so the selection does not coincide with what happens every ten or hundred steps.
         stride = -(-n_lines // max_lines) | 1
         file.seek(0)
-        rows = [
-            _parse(line)
-            for index, line in enumerate(file)
-            if index % stride == 0
-            or index >= n_lines - 1
-            or (b'"val/loss": null' not in line and b'"val/loss"' in line)
-        ]
-    rows = [row for row in rows if row is not None]
+        lines = (line for i, line in enumerate(file) if i % stride == 0 or i >= n_lines - 1 or _EVALUATED.search(line))
+        rows = [row for row in map(_parse, lines) if row is not None]
     keys = dict.fromkeys(key for row in rows for key, value in row.items() if value is not None)
     columns = {key: np.array([row.get(key) for row in rows], dtype=np.float64) for key in keys}
     if rows:

@@ -112,20 +112,10 @@ def draw_heat_map(ax: Axes, values: np.ndarray, texts: np.ndarray, fontsize: flo
 
 def draw_box(ax: Axes, samples: np.ndarray, y: float, colour: str) -> None:
     """A horizontal box of 25–75% with a bar at the median, and whiskers of 5–95%."""
-    ax.boxplot(
-        samples,
-        positions=[y],
-        orientation="horizontal",
-        widths=0.55,
-        whis=(5, 95),
-        showfliers=False,
-        showcaps=False,
-        patch_artist=True,
-        manage_ticks=False,
-        boxprops={"facecolor": to_rgba(colour, 0.4), "linewidth": 0},
-        whiskerprops={"color": colour},
-        medianprops={"color": colour, "linewidth": 2.2},
-    )
+    parts = {"showfliers": False, "showcaps": False, "patch_artist": True, "manage_ticks": False}
+    parts |= {"boxprops": {"facecolor": to_rgba(colour, 0.4), "linewidth": 0}, "whiskerprops": {"color": colour}}
+    parts |= {"medianprops": {"color": colour, "linewidth": 2.2}}
+    ax.boxplot(samples, positions=[y], orientation="horizontal", widths=0.55, whis=(5, 95), **parts)
 
 
 def laid_out(figure: Figure) -> Figure:

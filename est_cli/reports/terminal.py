@@ -25,29 +25,25 @@ _DOTS = np.array([[0x01, 0x08], [0x02, 0x10], [0x04, 0x20], [0x40, 0x80]])
 
 def terminal_report(runs: Sequence[RunRecord], console: Console) -> None:
     """Prints the key numbers, the loss and the stages of one run, or the ranking of several."""
+    comparison = Comparison(runs)
     with console.capture() as captured:
-        _print_report(runs, console)
+        console.print()
+        if comparison.single:
+            _print_run(runs[0], console)
+        else:
+            _print_ranking(comparison, console)
+        if any(run.n_rows for run in runs):
+            _print_loss(comparison, console)
+        else:
+            console.print("No step has been logged yet.", style="dim")
+        if comparison.single:
+            _print_stages(comparison.arms[0], console)
+        for problem in (problem for run in runs for problem in run.problems):
+            console.print(Text(problem, "dim"))
     text = captured.get()
     if console.options.ascii_only:
         text = text.translate(_IN_ASCII).encode(console.encoding, "replace").decode(console.encoding)
     console.file.write(text)
-
-
-def _print_report(runs: Sequence[RunRecord], console: Console) -> None:
-    comparison = Comparison(runs)
-    console.print()
-    if comparison.single:
-        _print_run(runs[0], console)
-    else:
-        _print_ranking(comparison, console)
-    if any(run.n_rows for run in runs):
-        _print_loss(comparison, console)
-    else:
-        console.print("No step has been logged yet.", style="dim")
-    if comparison.single:
-        _print_stages(comparison.arms[0], console)
-    for problem in (problem for run in runs for problem in run.problems):
-        console.print(Text(problem, "dim"))
 
 
 def _print_run(run: RunRecord, console: Console) -> None:
@@ -67,11 +63,10 @@ def _print_run(run: RunRecord, console: Console) -> None:
     console.print(facts)
 
 
-_Columns = Sequence[tuple[int, str, Callable[[Any], str | Text]]]
-"""The width of a window from which a column is shown, its name, and its cell for a row."""
-
-
-def _print_table(console: Console, rows: Sequence[Any], columns: _Columns) -> None:
+def _print_table(
+    console: Console, rows: Sequence[Any], columns: Sequence[tuple[int, str, Callable[[Any], str | Text]]]
+) -> None:
+    """A column has the width of a window from which it is shown, a name, and its cell for a row."""
     columns = [column for column in columns if console.width >= column[0]]
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
     for _, name, _ in columns:
