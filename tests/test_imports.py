@@ -149,6 +149,7 @@ def test_the_core_runs_with_torch_and_numpy_alone(name):
             "torch, hydra, omegaconf, rich",
         ),
         ("est_cli.data.tokens, est_cli.data.hf_corpus", "torch, datasets"),
+        ("est_cli.tracking.loggers, est_cli.tracking.summary", "torch, wandb, tensorboard"),
         ("est_cli.benchmark.gpu", "hydra, omegaconf, wandb, rich, safetensors, transformers, triton, pytest"),
         ("est_cli.training.loop", "hydra, omegaconf, wandb, rich, datasets, transformers, triton"),
     ],

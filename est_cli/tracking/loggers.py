@@ -19,8 +19,6 @@ from est_cli.tracking.display import Display, console_for
 from est_cli.tracking.metrics import METRICS_NAME, MetricsFile, finite, iterate_metrics
 from est_cli.tracking.tracker import Record, RunInfo, Tracker
 
-CSV_NAME = "metrics.csv"
-TENSORBOARD_FOLDER = "tensorboard"
 _TENSORBOARD_FLUSH_S = 5
 
 
@@ -80,7 +78,7 @@ class CsvTracker(FileTracker):
     """logger=csv: metrics.csv for spreadsheets and pandas. An empty cell is a null of metrics.jsonl."""
 
     def _open(self, run_dir: Path) -> None:
-        self._file = (run_dir / CSV_NAME).open("w", newline="", buffering=1)
+        self._file = (run_dir / "metrics.csv").open("w", newline="", buffering=1)
         self._rows: csv.DictWriter | None = None
 
     def _write(self, record: Record) -> None:
@@ -106,7 +104,7 @@ class TensorBoardTracker(FileTracker):
     def _open(self, run_dir: Path) -> None:
         from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
-        folder = run_dir / TENSORBOARD_FOLDER
+        folder = run_dir / "tensorboard"
         for old in folder.glob("events.out.tfevents.*"):
             old.unlink()
         self._events = EventFileWriter(str(folder), flush_secs=_TENSORBOARD_FLUSH_S)

@@ -4,6 +4,8 @@ import csv
 import dataclasses
 import json
 import re
+import subprocess
+import sys
 import time
 from html.parser import HTMLParser
 
@@ -61,6 +63,16 @@ def test_a_sweep_has_a_heat_map_and_tells_what_differs(sweep_report):
     assert "Final validation loss over scheduler.stage1_end and scheduler.stage2_end" in text
     assert "<th>seed</th>" in text
     assert "optimizer.lr" not in text
+
+
+def test_tables_alone_need_neither_matplotlib_nor_jinja(one, tmp_path):
+    program = (
+        "import sys; from est_cli.reports.report import *; run, out = map(Path, sys.argv[1:]);"
+        "write_report(load_runs([run]), out, ['csv']); print({'matplotlib', 'jinja2'} & set(sys.modules))"
+    )
+    command = [sys.executable, "-c", program, one.folder, tmp_path]
+    assert subprocess.run(command, capture_output=True, text=True).stdout == "set()\n"
+    assert {path.name for path in tmp_path.iterdir()} == {"runs.csv", "curves.csv"}
 
 
 def read_csv(path):

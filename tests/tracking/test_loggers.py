@@ -4,15 +4,13 @@ import csv
 import importlib.util
 import math
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from est_cli.errors import UserError
-from est_cli.tracking.loggers import CSV_NAME, TENSORBOARD_FOLDER, CsvTracker, TensorBoardTracker, trackers_for
+from est_cli.tracking.loggers import CsvTracker, TensorBoardTracker, WandbTracker, trackers_for
 from est_cli.tracking.metrics import MetricsFile, iterate_metrics
 from tracking.simulated import follow, record, run_info
 
@@ -31,12 +29,6 @@ def test_the_record_comes_first_and_the_display_last(tmp_path, logger, second):
     assert [type(tracker).__name__ for tracker in trackers] == ["MetricsFile", *second, "Display"]
 
 
-def test_tracking_loads_neither_torch_nor_wandb():
-    modules = "est_cli.tracking.loggers, est_cli.tracking.summary"
-    code = f"import sys, {modules}; print({{'torch', 'wandb', 'tensorboard'}} & set(sys.modules))"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "set()\n"
-
-
 def track(kind, run_dir: Path, steps, first_step=0, ends=True) -> list[str]:
     """Runs the tracker behind metrics.jsonl; returns the messages for people."""
     messages: list[str] = []
@@ -50,13 +42,13 @@ def track(kind, run_dir: Path, steps, first_step=0, ends=True) -> list[str]:
 
 
 def csv_rows(run_dir: Path) -> list[dict]:
-    with (run_dir / CSV_NAME).open(newline="") as file:
+    with (run_dir / "metrics.csv").open(newline="") as file:
         return [{key: float(text) if text else None for key, text in row.items()} for row in csv.DictReader(file)]
 
 
 def tensorboard_rows(run_dir: Path) -> list[dict]:
     loader = pytest.importorskip("tensorboard.backend.event_processing.event_file_loader")
-    files = map(str, sorted((run_dir / TENSORBOARD_FOLDER).iterdir()))
+    files = map(str, sorted((run_dir / "tensorboard").iterdir()))
     events = [event for path in files for event in loader.LegacyEventFileLoader(path).Load()]
     return [{"step": e.step, **{v.tag: v.simple_value for v in e.summary.value}} for e in events if e.summary.value]
 
@@ -90,13 +82,24 @@ def test_a_run_that_was_killed_and_continues_has_every_step_once(tmp_path, kind,
 
 
 def test_a_record_that_cannot_be_written_is_told_once_and_does_not_stop_the_training(tmp_path):
-    (tmp_path / CSV_NAME).mkdir()
+    (tmp_path / "metrics.csv").mkdir()
     [message] = track(CsvTracker, tmp_path, range(3))
     assert "training goes on" in message
     assert len(list(iterate_metrics(tmp_path / "metrics.jsonl"))) == 3
 
 
-def test_a_missing_tensorboard_is_the_users_mistake(monkeypatch):
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"pip install 'est-cli\[tensorboard\]'.*logger=csv"):
-        TensorBoardTracker(print)
+FOLDER_OF_OLD_RUNS = importlib.util.spec_from_file_location("wandb", None, submodule_search_locations=["wandb"])
+
+
+@pytest.mark.parametrize(
+    ("kind", "found", "said"),
+    [
+        (TensorBoardTracker, None, r"pip install 'est-cli\[tensorboard\]'.*logger=csv"),
+        (WandbTracker, None, r"pip install 'wandb'.*logger=none"),
+        (WandbTracker, FOLDER_OF_OLD_RUNS, r"pip install 'wandb'.*logger=none"),
+    ],
+)
+def test_a_missing_library_is_the_users_mistake(monkeypatch, kind, found, said):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: found)
+    with pytest.raises(UserError, match=said):
+        kind(print)

@@ -3,13 +3,14 @@
 import json
 import os
 import time
+from types import SimpleNamespace
 
 FAULT = os.environ.get("FAKE_WANDB", "")
 
 
-def _call(called, **arguments):
+def _call(called, *values, **options):
     with open(os.environ["FAKE_WANDB_CALLS"], "a") as file:
-        file.write(json.dumps({"called": called, **arguments}) + "\n")
+        file.write(json.dumps({"called": called, "values": values, **options}) + "\n")
 
 
 class Settings:
@@ -19,25 +20,20 @@ class Settings:
         assert set(settings) <= set(self.model_fields)
 
 
-class Summary:
-    def update(self, values):
-        _call("summary", values=values)
-
-
 class Run:
     starting_step = int(os.environ.get("FAKE_WANDB_STARTING_STEP", "0"))
-    summary = Summary()
+    summary = SimpleNamespace(update=lambda values: None)
 
     def __init__(self, id, dir):
         self.id, self.dir = id, dir + "/wandb/run-now/files"
 
-    def define_metric(self, name, step_metric=None):
-        _call("define_metric", metric=name, step_metric=step_metric)
+    def define_metric(self, name, **options):
+        _call("define_metric", name, **options)
 
     def log(self, record, step):
         if FAULT == "killed service" and step == 2:
             raise ConnectionResetError("Connection lost")
-        _call("log", record=record, step=step)
+        _call("log", step=step)
 
     def mark_preempting(self):
         _call("mark_preempting")
