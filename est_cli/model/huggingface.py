@@ -38,14 +38,15 @@ _KEYS = {
     "head_dim": (None, "head_dim"),
     "d_ff": ("n_inner", "intermediate_size"),
     "norm_eps": ("layer_norm_epsilon", "rms_norm_eps"),
+    "rope_theta": (None, "rope_theta"),
     "bias": (None, "attention_bias"),
     "tie_embeddings": ("tie_word_embeddings", "tie_word_embeddings"),
 }
 """Our settings → config.json's."""
 _DEFAULTS = {
     "gpt2": {"n_inner": None, "layer_norm_epsilon": 1e-5, "tie_word_embeddings": True},
-    "llama": {"num_key_value_heads": None, "head_dim": None, "rms_norm_eps": 1e-6, "attention_bias": False,
-              "tie_word_embeddings": False},
+    "llama": {"num_key_value_heads": None, "head_dim": None, "rms_norm_eps": 1e-6, "rope_theta": 10000.0,
+              "attention_bias": False, "tie_word_embeddings": False},
 }  # fmt: skip
 """What an absent key means to the class."""
 _REQUIRED = {
@@ -54,11 +55,8 @@ _REQUIRED = {
     "llama": {"hidden_act": ("silu",)},
 }  # fmt: skip
 """Values that our model has. An absent key has them too: they are the defaults of both classes."""
-_ALSO_READ = {
-    "gpt2": ("n_ctx", "reorder_and_upcast_attn"),
-    "llama": ("mlp_bias", "pretraining_tp", "rope_parameters", "rope_scaling", "rope_theta"),
-}
-_OF_NO_WEIGHT = re.compile(
+_ROPE = ("rope_parameters", "rope_scaling")
+_WITHOUT_EFFECT = re.compile(
     r"architectures|auto_map|dtype|torch_dtype|transformers_version|use_cache|initializer_range|gradient_checkpointing"
     r"|\w+_token_ids?|\w+_pdrop|\w+_dropout|summary_\w+|task_specific_params|finetuning_task|problem_type|prefix"
     r"|id2label|label2id|num_labels|name_or_path|tokenizer_class|model_max_length|max_sequence_length|is_llama_config"
@@ -66,17 +64,19 @@ _OF_NO_WEIGHT = re.compile(
     r"|(max|min)_length|do_sample|early_stopping|num_beams|num_beam_groups|diversity_penalty|temperature|top_[kp]"
     r"|typical_p|repetition_penalty|length_penalty|no_repeat_ngram_size|encoder_no_repeat_ngram_size|bad_words_ids"
     r"|num_return_sequences|suppress_tokens|begin_suppress_tokens|remove_invalid_values|exponential_decay_\w+"
-    r"|unsloth_\w+|max_window_layers|attn_implementation|label_names"
+    r"|unsloth_\w+|max_window_layers|attn_implementation|label_names|n_ctx|reorder_and_upcast_attn|pretraining_tp"
 )
-"""Settings about training, tokens and generation, and records of where a file comes from."""
+"""Settings that change no logit: of training, tokens and generation, and records of where a file comes from."""
 
-_AROUND = {
-    "embedding": ("wte.weight", "embed_tokens.weight"),
-    "positions": ("wpe.weight", None),
-    "norm.weight": ("ln_f.weight", "norm.weight"),
-    "norm.bias": ("ln_f.bias", None),
+_OUTSIDE = {
+    "embedding": ("transformer.wte.weight", "model.embed_tokens.weight"),
+    "positions": ("transformer.wpe.weight", None),
+    "norm.weight": ("transformer.ln_f.weight", "model.norm.weight"),
+    "norm.bias": ("transformer.ln_f.bias", None),
 }
-"""Our tensors outside of the blocks → theirs."""
+"""Our tensors outside of the blocks → theirs, except for the head."""
+_HEAD = "lm_head.weight"
+_LAYERS = {"gpt2": "transformer.h", "llama": "model.layers"}
 _BLOCK = {
     "norm1": ("ln_1", "input_layernorm"),
     "attention.qkv": ("attn.c_attn", "self_attn.q_proj self_attn.k_proj self_attn.v_proj"),
@@ -88,8 +88,6 @@ _BLOCK = {
 """Our modules of a block → the modules that hold their rows, in order."""
 _OUTPUTS = ("attention.out", "mlp.down")
 """Modules whose weights we hold as [in, out]."""
-_PREFIX = {"gpt2": ("transformer.", "h"), "llama": ("model.", "layers")}
-"""Before the name of every tensor but the head's, and of a layer."""
 _BUFFERS = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")
 _NAMES_SHOWN = 3
 
@@ -137,9 +135,8 @@ def to_config(model: ModelConfig) -> dict[str, Any]:
         config |= {"activation_function": "gelu_new", "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
     else:
         config |= {"hidden_act": "silu", "mlp_bias": model.bias}
-        # rope_theta is for transformers before version 5, rope_parameters since.
-        rope = {"rope_type": "default", "rope_theta": model.rope_theta}
-        config |= {"rope_theta": model.rope_theta, "rope_parameters": rope}
+        # transformers before version 5 reads rope_theta, and since then rope_parameters.
+        config["rope_parameters"] = {"rope_type": "default", "rope_theta": model.rope_theta}
     return {"architectures": [CLASSES[family]], "model_type": family, **config, "dtype": "float32"}
 
 
@@ -171,13 +168,13 @@ def _check(config: Mapping[str, Any], family: str) -> None:
             "float32, float16 or bfloat16 weights"
         )
     required = dict(_REQUIRED[family])
-    known = {"model_type", *_names(_KEYS, family).values(), *required, *_ALSO_READ[family]}
     if family == "llama":
         required["mlp_bias"] = (config.get("attention_bias", False),)
+    known = {"model_type", *_names(_KEYS, family).values(), *required, *_ROPE}
     problems = [
         f"config.json: {key}={value}: is not read, and may change what the model computes; if it does not, remove it"
         for key, value in config.items()
-        if value and key not in known and not key.startswith("_") and not _OF_NO_WEIGHT.fullmatch(key)
+        if value and key not in known and not key.startswith("_") and not _WITHOUT_EFFECT.fullmatch(key)
     ] or [
         f"config.json: {key}={config[key]}: must be {' or '.join(map(str, values))}"
         for key, values in required.items()
@@ -200,54 +197,53 @@ def to_huggingface(model: Transformer) -> tuple[dict[str, Any], State]:
     """The config.json and the tensors of the class that holds `model`. Raises UserError if no class can."""
     config = to_config(model.config)
     ours = {name: parameter.detach() for name, parameter in model.named_parameters()}
-    prefix, state = _PREFIX[config["model_type"]][0], {}
+    state = {}
     for name, theirs, transposed in _tensors(model.config, config["model_type"]):
         # GPT-2's class always has biases; where ours has none they are zero.
         tensor = ours[name] if name in ours else _zero_bias(name, ours)
         parts = tensor.split(_part_rows(model.config, name)) if len(theirs) > 1 else [tensor]
-        state |= {prefix + their: part.t() if transposed else part for their, part in zip(theirs, parts, strict=True)}
-    if "head" in ours:
-        state["lm_head.weight"] = ours["head"]
+        state |= {their: part.t() if transposed else part for their, part in zip(theirs, parts, strict=True)}
     return config, state
 
 
 def from_huggingface(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> tuple[ModelConfig, State]:
     """Our config and state of a folder's config.json and tensors. Raises UserError for what we cannot hold."""
     model, family = from_config(config), config["model_type"]
-    # The first GPT-2 files name `wte.weight` what the class calls `transformer.wte.weight`.
-    typed = {
-        name.removeprefix("transformer.").removeprefix("model."): name for name in tensors if not is_constant(name)
-    }
-    state, read = {}, {"lm_head.weight"}  # some files hold a tied head a second time
-    try:
-        for name, theirs, transposed in _tensors(model, family):
-            parts = [tensors[typed[their]] for their in theirs]
-            whole = torch.cat(parts) if len(parts) > 1 else parts[0]
-            state[name] = whole.t() if transposed else whole
-            read.update(theirs)
-    except KeyError as error:
-        raise UserError(f"the weights have no tensor {error.args[0]}") from None
-    if not model.tie_embeddings:
-        if "lm_head.weight" not in typed:
-            raise UserError("the weights have no tensor lm_head.weight, and config.json does not tie it")
-        state["head"] = tensors[typed["lm_head.weight"]]
-    if left_over := [name for short, name in typed.items() if short not in read]:
+    given = {_short(name): name for name in tensors if not is_constant(name)}
+    state, read = {}, {_HEAD}  # some files hold a tied head a second time
+    for name, theirs, transposed in _tensors(model, family):
+        names = [_short(their) for their in theirs]
+        if missing := [short for short in names if short not in given]:
+            tied = ", and config.json does not tie it" if name == "head" else ""
+            raise UserError(f"the weights have no tensor {missing[0]}{tied}")
+        parts = [tensors[given[short]] for short in names]
+        whole = torch.cat(parts) if len(parts) > 1 else parts[0]
+        state[name] = whole.t() if transposed else whole
+        read.update(names)
+    if left_over := [name for short, name in given.items() if short not in read]:
         raise UserError(f"{some(left_over)}: a {CLASSES[family]} of this config.json has no such tensor")
     return model, state
 
 
+def _short(name: str) -> str:
+    """The first GPT-2 files name `wte.weight` what the class calls `transformer.wte.weight`."""
+    return name.removeprefix("transformer.").removeprefix("model.")
+
+
 def _tensors(model: ModelConfig, family: str) -> Iterator[tuple[str, tuple[str, ...], bool]]:
-    """Our name of each parameter but the head, theirs without the prefix, and whether one is the other transposed."""
+    """For each parameter our name, their names, and whether one is the other transposed."""
     is_gpt2 = family == "gpt2"
-    yield from ((ours, (theirs,), False) for ours, theirs in _names(_AROUND, family).items())
+    yield from ((ours, (theirs,), False) for ours, theirs in _names(_OUTSIDE, family).items())
     for layer in range(model.n_layers):
         for module, their_modules in _names(_BLOCK, family).items():
             is_norm = "norm" in module
             for leaf in ("weight", "bias") if is_gpt2 or (model.bias and not is_norm) else ("weight",):
-                theirs = tuple(f"{_PREFIX[family][1]}.{layer}.{their}.{leaf}" for their in their_modules.split())
+                theirs = tuple(f"{_LAYERS[family]}.{layer}.{their}.{leaf}" for their in their_modules.split())
                 # GPT-2's class holds all matrices as [in, out], Llama's none.
                 transposed = leaf == "weight" and not is_norm and (module in _OUTPUTS) != is_gpt2
                 yield f"blocks.{layer}.{module}.{leaf}", theirs, transposed
+    if not model.tie_embeddings:
+        yield "head", (_HEAD,), False
 
 
 def _zero_bias(name: str, ours: State) -> Tensor:

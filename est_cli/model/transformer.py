@@ -56,8 +56,9 @@ class Linear(nn.Linear):
 class ResidualOutput(nn.Module):
     """residual + scale · (x W + b / unit) with W [in, D]: the output projection of a branch.
 
-    `scale` is the branch's whole scale: a scalar tensor, so that a plan's scales change no compiled graph. `unit` is
-    its part for heads or neurons, which does not apply to b. Without a scale: residual + x W + b.
+    `scale` multiplies the whole branch. It is a scalar tensor, so the scales of a plan change no compiled graph. `unit`
+    is the factor in it that rescales heads or neurons; the bias is added after that rescale, so it is divided by
+    `unit` first. Without a scale: residual + x W + b.
     """
 
     def __init__(self, n_in: int, n_out: int, bias: bool, device=None, dtype=None):
@@ -147,24 +148,21 @@ class Transformer(nn.Module):
     """
 
     def __init__(
-        self,
-        shape: Subnetwork | ModelConfig,
-        device=None,
-        dtype=None,
-        recompute: bool = False,
-        kernels: Kernels = TORCH,
+        self, shape: Subnetwork | ModelConfig, device=None, dtype=None, recompute=False, kernels: Kernels = TORCH
     ):
         super().__init__()
         shape = Subnetwork(shape) if isinstance(shape, ModelConfig) else shape
         model = self.config = shape.model
         self.recompute, self.kernels = recompute, kernels
-        self.embedding = _table(model.vocab_size, model.d_model, device, dtype)
-        self.positions = (
-            _table(model.max_seq_len, model.d_model, device, dtype) if model.position == "learned" else None
-        )
+
+        def table(rows: int) -> nn.Parameter:
+            return nn.Parameter(torch.empty(rows, model.d_model, device=device, dtype=dtype))
+
+        self.embedding = table(model.vocab_size)
+        self.positions = table(model.max_seq_len) if model.position == "learned" else None
         self.blocks = nn.ModuleList(Block(shape, device, dtype) for _ in range(model.n_layers))
         self.norm = _norm(model, device, dtype)
-        self.head = None if model.tie_embeddings else _table(model.vocab_size, model.d_model, device, dtype)
+        self.head = None if model.tie_embeddings else table(model.vocab_size)
         self._rope: tuple[Tensor, Tensor] | None = None
 
     @property
@@ -281,7 +279,3 @@ def initialise(
 def _norm(model: ModelConfig, device, dtype) -> nn.Module:
     kind = nn.LayerNorm if model.norm == "layernorm" else nn.RMSNorm
     return kind(model.d_model, eps=model.norm_eps, device=device, dtype=dtype)
-
-
-def _table(rows: int, width: int, device, dtype) -> nn.Parameter:
-    return nn.Parameter(torch.empty(rows, width, device=device, dtype=dtype))
