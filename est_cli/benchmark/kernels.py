@@ -22,7 +22,7 @@ from torch import Tensor
 from est_cli.benchmark.case import THREE_STAGES, Case
 from est_cli.benchmark.measure import interleaved
 from est_cli.config import ModelConfig, SamplingConfig
-from est_cli.kernels.adamw import Hyperparameters, Move, Rows
+from est_cli.kernels.adamw import Hyperparameters, Move
 from est_cli.kernels.dispatch import TORCH, Kernels, has_triton, triton_kernels
 from est_cli.model.transformer import Transformer, layer_of, row_kind
 from est_cli.subnet.plan import n_rows, subnetwork
@@ -73,11 +73,10 @@ def model_matrices(model: ModelConfig, rates: Rates) -> list[Matrix]:
     return matrices
 
 
-def _sampled_rows(matrices: Sequence[Matrix], device: torch.device) -> Iterator[Rows | None]:
+def _sampled_rows(matrices: Sequence[Matrix]) -> Iterator[np.ndarray | None]:
     random = np.random.default_rng(0)
     for matrix in matrices:
-        host = np.sort(random.permutation(matrix.rows)[: matrix.sampled]) if matrix.sampled else None
-        yield None if host is None else Rows(host, torch.from_numpy(host).to(device))
+        yield np.sort(random.permutation(matrix.rows)[: matrix.sampled]) if matrix.sampled else None
 
 
 class PackCase(NamedTuple):
@@ -91,7 +90,7 @@ def pack_case(matrices: Sequence[Matrix], dtype: torch.dtype, device: torch.devi
     packed = [m for m in matrices if m.sampled != 0 and (m.sampled is not None or dtype != torch.float32)]
     return PackCase(
         [torch.randn(m.rows, m.columns, device=device) for m in packed],
-        [None if rows is None else rows.device for rows in _sampled_rows(packed, device)],
+        [None if rows is None else torch.from_numpy(rows).to(device) for rows in _sampled_rows(packed)],
         [torch.full((m.trained // m.columns, m.columns), torch.nan, dtype=dtype, device=device) for m in packed],
     )
 
@@ -104,7 +103,7 @@ def plain_pack(sources: Sequence[Tensor], rows: Sequence[Tensor | None], slots: 
 def adamw_case(matrices: Sequence[Matrix], freeze: bool, device: torch.device) -> list[Move]:
     """Moves of one step, some way into training; the counts of frozen rows differ."""
     random, moves = np.random.default_rng(1), []
-    for matrix, rows in zip(matrices, _sampled_rows(matrices, device), strict=True):
+    for matrix, rows in zip(matrices, _sampled_rows(matrices), strict=True):
         if freeze and matrix.sampled == 0:
             continue
         shape, trained = (matrix.rows, matrix.columns), (matrix.trained // matrix.columns, matrix.columns)

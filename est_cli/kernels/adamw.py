@@ -36,14 +36,6 @@ class Hyperparameters:
 
 
 @dataclass(frozen=True)
-class Rows:
-    """Ascending row indices, on the host and on the device."""
-
-    host: np.ndarray
-    device: Tensor
-
-
-@dataclass(frozen=True)
 class Move:
     """One matrix's part in an optimizer step.
 
@@ -57,7 +49,7 @@ class Move:
     moment: Tensor
     square: Tensor
     gradients: Sequence[Tensor]
-    rows: Rows | None
+    rows: np.ndarray | None
     counts: int | np.ndarray
     hyper: Hyperparameters
     ends: Sequence[int] = ()
@@ -73,11 +65,10 @@ class Move:
 
     def part(self, start: int, stop: int) -> "Move":
         """The same for rows start … stop − 1 of the matrix."""
-        low, high, rows = start, stop, None
-        if self.rows is not None:
-            low, high = np.searchsorted(self.rows.host, (start, stop)).tolist()
-            index = self.rows.device[low:high]
-            rows = Rows(self.rows.host[low:high] - start, index - start if start and low < high else index)
+        low, high, rows = start, stop, self.rows
+        if rows is not None:
+            low, high = np.searchsorted(rows, (start, stop)).tolist()
+            rows = rows[low:high] - start
         tensors = (tensor[start:stop] for tensor in self.tensors)
         ends = [end - start for end in self.ends if start < end <= stop]
         return Move(*tensors, rows_between(self.gradients, low, high), rows, self.counts, self.hyper, ends)
@@ -189,7 +180,7 @@ def _clipped_gradients(chunk: Sequence[Move], clip: Tensor | None, scratch: Tens
             whole += part.gradients
             targets += out.split([len(gradient) for gradient in part.gradients]) if part.gradients else []
         elif part.gradients:
-            out.index_copy_(0, part.rows.device, part.gradient)
+            out.index_copy_(0, upload(part.rows, out.device), part.gradient)
     if whole:
         torch._foreach_copy_(targets, whole)
     if clip is not None:
@@ -199,24 +190,21 @@ def _clipped_gradients(chunk: Sequence[Move], clip: Tensor | None, scratch: Tens
 
 def _step_sampled_rows(move: Move, clip: Tensor | None, refused: Tensor | None) -> None:
     """Move only the sampled rows, each by its own count."""
-    hyper, counts = move.hyper, move.counts
-    first, second = (
-        upload(c, move.parameter.device).to(move.parameter.dtype)[:, None] for c in corrections(hyper, counts)
-    )
-    height = max(1, _chunk_elements(move) // move.parameter.shape[1])
-    for start in range(0, len(counts), height):
-        part = slice(start, min(start + height, len(counts)))
-        index = move.rows.device[part] if move.rows else torch.arange(part.start, part.stop, device=first.device)
-        old = [tensor[index] for tensor in move.tensors]
+    hyper, device, height = move.hyper, move.parameter.device, max(1, _chunk_elements(move) // move.parameter.shape[1])
+    index = upload(np.arange(len(move.counts)) if move.rows is None else move.rows, device)
+    factors = (upload(c, device).to(move.parameter.dtype)[:, None] for c in corrections(hyper, move.counts))
+    parts = zip(index.split(height), *(factor.split(height) for factor in factors), strict=True)
+    for start, (rows, first, second) in zip(range(0, len(index), height), parts, strict=True):
+        old = [tensor[rows] for tensor in move.tensors]
         p, m, v = old if refused is None else (tensor.clone() for tensor in old)
-        g = _joined(rows_between(move.gradients, part.start, part.stop))
+        g = _joined(rows_between(move.gradients, start, start + len(rows)))
         g = g if clip is None else g * clip
         p.mul_(1 - hyper.lr * hyper.weight_decay)
         m.lerp_(g, 1 - hyper.beta1)
         v.mul_(hyper.beta2).addcmul_(g, g, value=1 - hyper.beta2)
-        p.addcdiv_(m * (hyper.lr / first[part]), v.sqrt().div_(second[part]).add_(hyper.eps), value=-1)
+        p.addcdiv_(m * (hyper.lr / first), v.sqrt().div_(second).add_(hyper.eps), value=-1)
         for whole, before, moved in zip(move.tensors, old, (p, m, v), strict=True):
-            whole.index_copy_(0, index, moved if refused is None else torch.where(refused == 1, before, moved))
+            whole.index_copy_(0, rows, moved if refused is None else torch.where(refused == 1, before, moved))
 
 
 def corrections(hyper: Hyperparameters, count):

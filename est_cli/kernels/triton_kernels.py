@@ -185,9 +185,9 @@ def _index(move: Move) -> np.ndarray:
     if move.rows is None:
         return np.empty(0, np.int32)
     if not isinstance(move.counts, int):
-        return move.rows.host.astype(np.int32)
+        return move.rows.astype(np.int32)
     inverse = np.full(len(move.parameter), -1, np.int32)
-    inverse[move.rows.host] = np.arange(len(move.rows.host))
+    inverse[move.rows] = np.arange(len(move.rows))
     return inverse
 
 

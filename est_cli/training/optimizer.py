@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from est_cli.config import ModelConfig, OptimizerConfig
-from est_cli.kernels.adamw import Hyperparameters, Move, Rows, rows_between
-from est_cli.kernels.pack import upload
+from est_cli.kernels.adamw import Hyperparameters, Move, rows_between
 from est_cli.model.transformer import Transformer, layer_of, row_kind
 from est_cli.subnet.plan import Growth, n_rows, sampled_rows, whole_plan
 from est_cli.subnet.schedule import boundary_step
@@ -227,11 +226,10 @@ class SampledAdamW:
         lr: float,
     ) -> Move:
         matrices = (stack.matrix[run] for stack in (state.stack, state.moments, state.squares))
-        index = None if rows is None else Rows(rows, upload(rows, state.stack.matrix.device))
         decay = self.config.weight_decay if state.decays else 0.0
         hyper = Hyperparameters(lr, *self.config.betas, self.config.eps, decay)
         ends = [min(place.stop, run.stop) - run.start for place in state.moments.places.values()]
-        return Move(*matrices, gradients, index, count, hyper, [end for end in ends if end > 0])
+        return Move(*matrices, gradients, rows, count, hyper, [end for end in ends if end > 0])
 
     def state(self) -> dict[str, Tensor]:
         """Every tensor that the optimizer carries between steps, by name; only of what has joined."""

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from est_cli.kernels.adamw import Hyperparameters, Move, Rows, adamw_step
+from est_cli.kernels.adamw import Hyperparameters, Move, adamw_step
 from est_cli.kernels.pack import CHUNK_ELEMENTS
 from kernels.device import Allocations
 
@@ -25,14 +25,14 @@ def fresh(rows: int = R, columns: int = C, dtype: torch.dtype = torch.float32) -
     return Move(parameter, torch.zeros_like(parameter), torch.zeros_like(parameter), [], None, 0, HYPER)
 
 
-def sampled(step: int, rows: int = R, columns: int = C) -> tuple[Rows, Tensor]:
+def sampled(step: int, rows: int = R, columns: int = C) -> tuple[np.ndarray, Tensor]:
     """About half of the rows, and their gradient [r, C]."""
-    host = np.sort(np.random.default_rng(step).permutation(rows)[: (rows + 1) // 2])
-    gradient = torch.randn(len(host), columns, generator=torch.Generator().manual_seed(step))
-    return Rows(host, torch.from_numpy(host)), gradient
+    picked = np.sort(np.random.default_rng(step).permutation(rows)[: (rows + 1) // 2])
+    gradient = torch.randn(len(picked), columns, generator=torch.Generator().manual_seed(step))
+    return picked, gradient
 
 
-def move(state: Move, gradient: Tensor | None, rows: Rows | None, counts, clip: Tensor | None = None) -> None:
+def move(state: Move, gradient: Tensor | None, rows: np.ndarray | None, counts, clip: Tensor | None = None) -> None:
     gradients = [] if gradient is None else list(gradient.split(5))  # in pieces, as the gradients of layers are
     adamw_step([replace(state, gradients=gradients, rows=rows, counts=counts)], clip)
 
@@ -61,7 +61,7 @@ def test_zero_grad_is_torch_adamw_with_explicit_zero_gradients_bit_for_bit(chunk
             rows, gradient = None, whole if step % 3 else None
         expected.grad = torch.zeros_like(expected)
         if gradient is not None:
-            expected.grad[slice(None) if rows is None else rows.device] = gradient * (1 if clip is None else clip)
+            expected.grad[slice(None) if rows is None else rows] = gradient * (1 if clip is None else clip)
         optimizer.step()
         move(state, gradient, rows, step, clip)
     moments = optimizer.state[expected]
@@ -72,9 +72,9 @@ def test_zero_grad_is_torch_adamw_with_explicit_zero_gradients_bit_for_bit(chunk
 def freeze_step(state: Move, counts: np.ndarray, step: int, clip: Tensor | None) -> np.ndarray:
     """One step on sampled rows, which raises their counts; returns their indices."""
     rows, gradient = sampled(step, *state.parameter.shape)
-    counts[rows.host] += 1
-    move(state, gradient.to(state.parameter), rows, counts[rows.host], clip)
-    return rows.host
+    counts[rows] += 1
+    move(state, gradient.to(state.parameter), rows, counts[rows], clip)
+    return rows
 
 
 def test_freeze_leaves_unsampled_rows_and_moments_untouched_bit_for_bit(chunk):
@@ -98,7 +98,7 @@ def test_freeze_corrects_every_rows_bias_by_its_own_count(chunk):
     optimizers = [torch_adamw(row) for row in rows]
     for step in range(1, 12):
         picked, gradient = sampled(step)
-        for row, row_gradient in zip(picked.host, gradient, strict=True):
+        for row, row_gradient in zip(picked, gradient, strict=True):
             rows[row].grad = row_gradient.double() * CLIP
             optimizers[row].step()
         freeze_step(state, counts, step, CLIP)
@@ -120,6 +120,6 @@ def test_nothing_of_the_full_tensors_size_is_allocated(monkeypatch, unsampled):
     state = fresh(rows_total, columns)
     rows, gradient = sampled(1, rows_total, columns)
     counts = np.arange(1, len(gradient) + 1)
-    with Allocations([*state.tensors, gradient, rows.device]) as allocations:
+    with Allocations([*state.tensors, gradient, torch.from_numpy(rows)]) as allocations:
         move(state, gradient, rows, counts if unsampled == "freeze" else 1, CLIP)
     assert 0 < allocations.largest <= chunk
