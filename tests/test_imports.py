@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from functools import cache
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -22,10 +23,24 @@ TIERS = [
     {"commands", "__main__"},
 ]
 TIER = {name: number for number, tier in enumerate(TIERS) for name in tier}
-WITHOUT_TORCH = {*TIERS[0], "data", "reports"}
 COMPOSING = {"composition", "runs", "experiments", "commands", "__main__"}
 """Only these know Hydra; everything below has plain dataclasses."""
-HYDRA_INTERNALS = "est_cli.composition.hydra_internals"
+BY_THEMSELVES = {"tracking", "reports", "benchmark"}
+"""Parts that import nothing from their tier: each can be read, and installed, without the others."""
+CORE = {
+    "subnet": {"numpy"},
+    "model": {"numpy", "torch"},
+    "kernels": {"numpy", "torch", "triton"},
+    "training": {"numpy", "torch", "safetensors"},
+}
+"""The libraries of a GPU machine that trains: below the commands it needs no others."""
+USERS = {
+    "hydra": COMPOSING,
+    "omegaconf": COMPOSING,
+    "wandb": {"tracking"},
+    "torch": TIER.keys() - TIERS[0] - {"data", "reports"},
+}
+"""The parts that may import a library."""
 ON_TOP = {"composition", "runs", "experiments", "commands", "evaluation", "reports", "tracking"}
 LATE = {"transformers", "lm_eval", "tensorboard", "datasets", "pyarrow", "huggingface_hub", "tokenizers", "zstandard"}
 """Libraries that a function may import: optional ones, and those that only some kinds of data need."""
@@ -83,23 +98,15 @@ def libraries(name: str) -> set[str]:
 
 @pytest.mark.parametrize("name", [name for name in MODULES if part(name)])
 def test_a_module_imports_only_from_its_own_tier_and_those_before(name):
-    assert part(name) in TIER, f"{part(name)} has no place in TIER"
+    own = part(name)
+    assert own in TIER, f"{own} has no place in TIER"
     for other in own_imports(name):
-        assert TIER[part(other)] <= TIER[part(name)], f"{name} imports {other}"
+        assert TIER[part(other)] <= TIER[own], f"{name} imports {other}"
+        assert own not in BY_THEMSELVES or part(other) == own or TIER[part(other)] < TIER[own], f"{name}: {other}"
 
 
 def test_no_module_imports_itself_by_a_detour():
-    done: set[str] = set()
-
-    def visit(name: str, path: tuple[str, ...]) -> None:
-        assert name not in path, " → ".join((*path[path.index(name) :], name))
-        if name not in done:
-            for other in own_imports(name):
-                visit(other, (*path, name))
-            done.add(name)
-
-    for name in MODULES:
-        visit(name, ())
+    TopologicalSorter({name: own_imports(name) for name in MODULES}).prepare()  # its CycleError shows the detour
 
 
 @pytest.mark.parametrize("name", [name for name in MODULES if part(name) in ON_TOP])
@@ -111,77 +118,44 @@ def test_imports_stand_at_the_top(name):
         assert {other.split(".")[0] for other in late} <= LATE, f"{name}.{function.name} imports {late}"
 
 
-def test_hydras_private_modules_are_in_one_place():
-    users = {name for name in MODULES if any(other.startswith("hydra._internal") for other in imported(name))}
-    assert users == {HYDRA_INTERNALS}
-
-
-def test_the_observers_of_the_loop_come_as_arguments():
-    """Parts of one tier keep to themselves, so that each can be read, and installed, without the others."""
-    for name in MODULES:
-        if part(name) in {"tracking", "reports", "benchmark"}:
-            others = {part(other) for other in own_imports(name)} & TIERS[3]
-            assert others <= {part(name)}, f"{name} imports {others}"
-
-
 @pytest.mark.parametrize("name", MODULES)
 def test_libraries_are_known_only_where_they_are_needed(name):
-    assert part(name) in COMPOSING or not libraries(name) & {"hydra", "omegaconf"}
-    assert part(name) == "tracking" or "wandb" not in libraries(name)
-    assert part(name) not in WITHOUT_TORCH or not libraries(name) & {"torch", "safetensors"}
+    used = libraries(name)
+    for library, users in USERS.items():
+        assert library not in used or part(name) in users, library
+    assert used - set(sys.stdlib_module_names) <= CORE.get(part(name), used)
+    if any(other.startswith("hydra._internal") for other in imported(name)):
+        assert name == "est_cli.composition.hydra_internals"
 
 
-@pytest.mark.parametrize("name", [n for n in MODULES if part(n) in {"subnet", "model", "kernels", "training"}])
-def test_the_core_runs_with_torch_and_numpy_alone(name):
-    """Below the commands a GPU machine needs no more; checkpoints are safetensors."""
-    allowed = {"numpy", *({"torch"} if part(name) != "subnet" else ())}
-    files = {f"est_cli.training.{name}" for name in ("checkpoint", "files", "nonfinite", "pretrained")}
-    allowed |= {"safetensors"} if name in files else set()
-    allowed |= {"triton"} if part(name) == "kernels" else set()
-    assert libraries(name) - set(sys.stdlib_module_names) <= allowed
+def command(name: str, *arguments: str) -> tuple[str, str]:
+    """One that answers without training."""
+    program = f"sys.argv = {['est', *arguments]}; from est_cli.commands.{name} import main; main()"
+    return program, "torch matplotlib datasets wandb"
 
 
 @pytest.mark.parametrize(
-    ("modules", "absent"),
+    ("program", "absent"),
     [
-        (
-            "est_cli.config, est_cli.config.auto, est_cli.subnet.sampler, est_cli.subnet.memory",
-            "torch, hydra, omegaconf, rich",
-        ),
-        ("est_cli.data.tokens, est_cli.data.hf_corpus", "torch, datasets"),
-        ("est_cli.tracking.loggers, est_cli.tracking.summary", "torch, wandb, tensorboard"),
-        ("est_cli.benchmark.gpu", "hydra, omegaconf, wandb, rich, safetensors, transformers, triton, pytest"),
-        ("est_cli.training.loop", "hydra, omegaconf, wandb, rich, datasets, transformers, triton"),
+        ("import est_cli.config.auto, est_cli.subnet.sampler, est_cli.subnet.memory", "torch hydra omegaconf rich"),
+        ("import est_cli.data.tokens, est_cli.data.hf_corpus", "torch datasets"),
+        ("import est_cli.tracking.loggers, est_cli.tracking.summary", "torch wandb tensorboard"),
+        ("import est_cli.benchmark.gpu", "hydra omegaconf wandb rich safetensors transformers triton pytest"),
+        ("import est_cli.training.loop", "hydra omegaconf wandb rich datasets transformers triton"),
+        command("train", "--help"),
+        command("train", "--cfg", "job"),
+        command("plan"),
+        command("report", "format=nothing"),
+        command("evaluate", "tokens=none"),
     ],
 )
-def test_what_is_imported_stays_small(modules, absent):
+def test_what_is_loaded_stays_small(program, absent):
     """The same, of a running interpreter: also through libraries."""
-    program = f"import sys, {modules}\nprint([n for n in {absent.split(', ')!r} if n in sys.modules])"
-    command = [sys.executable, "-c", program]
-    output = subprocess.run(command, capture_output=True, text=True, check=True, cwd=PACKAGE.parent).stdout
-    assert output.strip() == "[]"
-
-
-@pytest.mark.parametrize(
-    ("command", "arguments"),
-    [
-        ("train", ["--help"]),
-        ("train", ["--cfg", "job"]),
-        ("plan", []),
-        ("report", ["format=nothing"]),
-        ("evaluate", ["tokens=none"]),
-    ],
-    ids=["train --help", "train --cfg job", "plan", "a mistake for report", "a mistake for evaluate"],
-)
-def test_what_is_answered_without_training_needs_no_torch(command, arguments):
-    heavy = ("torch", "matplotlib", "datasets", "wandb")
-    program = (
-        f"import atexit, sys; sys.argv = ['est-{command}', *{arguments}]\n"
-        f"atexit.register(lambda: print([name for name in {heavy} if name in sys.modules]))\n"
-        f"from est_cli.commands.{command} import main; main()"
-    )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=PACKAGE.parent)
-    assert done.stdout.splitlines()[-1] == "[]", done.stderr
+    shown = f"print([name for name in {absent.split()} if name in sys.modules])"
+    code = f"import atexit, sys; atexit.register(lambda: {shown}); {program}"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=PACKAGE.parent)
+    assert done.stdout.splitlines()[-1] == "[]"
+    assert "Traceback" not in done.stderr
 
 
 def test_the_map_of_the_house_names_files_that_exist():

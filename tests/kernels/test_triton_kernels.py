@@ -25,6 +25,8 @@ from est_cli.training.subnetwork import PackedSubnetwork
 from kernels.device import DEVICE, HAS_GPU
 
 SETS, HEADS = {"odd and aligned": cases.ODD + cases.ALIGNED}, list(cases.HEADS)
+MANY = [cases.Matrix(3 + number, 16, 2) for number in range(37)]
+"""More than one power of two."""
 DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if HAS_GPU else [])]
 FREEZE = pytest.mark.parametrize("freeze", [False, True], ids=["zero_grad", "freeze"])
 if HAS_GPU:  # the sizes of GPT-2 too
@@ -34,7 +36,7 @@ if HAS_GPU:  # the sizes of GPT-2 too
     HEADS += [(999, LAYERS.d_model, LAYERS.vocab_size)]
 
 
-@pytest.mark.parametrize("matrices", SETS.values(), ids=SETS)
+@pytest.mark.parametrize("matrices", [*SETS.values(), MANY], ids=[*SETS, "many"])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_slots_equal_those_that_torch_fills(matrices, dtype):
     for check in cases.check_pack(triton_kernels(), matrices, dtype, DEVICE):
@@ -48,12 +50,6 @@ def test_matrices_and_indices_may_start_at_any_address(shift):
     rows = torch.tensor([9, 0, 2, 4], device=DEVICE)[1:]
     triton.gather_rows([source], [rows], [slot])
     assert torch.equal(slot, source[rows])
-
-
-def test_more_matrices_than_one_power_of_two():
-    matrices = [cases.Matrix(3 + number, 16, 2) for number in range(37)]
-    for check in cases.check_pack(triton_kernels(), matrices, torch.float32, DEVICE):
-        assert check.passed, check
 
 
 def test_nothing_to_pack_and_nothing_to_move_are_no_errors():

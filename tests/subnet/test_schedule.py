@@ -12,7 +12,6 @@ from est_cli.subnet.schedule import (
     build_stages,
     layer_sources,
     ramp,
-    smallest_max_steps,
     stage_at,
 )
 
@@ -22,20 +21,21 @@ NAMES = ("scheduler.stage1_end", "scheduler.stage2_end", "scheduler.stages[2].en
 
 @pytest.mark.parametrize(
     ("boundary", "max_steps", "step"),
-    [(1, 10, 1), (1.0, 10, 10), (0.5, 10, 5), (0.5, 11, 6), (0.25, 10, 3), (0.24, 10, 2), (7, 3, 7), (None, 10, 10)],
+    [
+        (1, 10, 1),
+        (1.0, 10, 10),
+        (0.5, 10, 5),
+        (0.5, 11, 6),
+        (0.25, 10, 3),
+        (0.24, 10, 2),
+        (7, 3, 7),
+        (None, 10, 10),
+        (2 / 15, 150_000, 20_000),
+        (7 / 15, 150_000, 70_000),
+    ],
 )
 def test_an_int_is_a_step_and_a_float_is_a_fraction_rounded_half_up(boundary, max_steps, step):
     assert boundary_step(boundary, max_steps) == step
-
-
-def test_the_papers_gpt2_recipe_lies_at_20k_and_70k_of_150k():
-    stages = build_stages(THREE_STAGES, 150_000)
-    assert [(s.number, s.first_step, s.end) for s in stages] == [
-        (1, 0, 20_000),
-        (2, 20_000, 70_000),
-        (3, 70_000, 150_000),
-    ]
-    assert [s.rates for s in stages] == [HALF, Rates(0.5, 0.5), Rates()]
 
 
 @pytest.mark.parametrize("max_steps", [6, 15, 16, 17, 100, 999])
@@ -44,6 +44,7 @@ def test_stages_cover_every_step_once(max_steps):
     covered = [(step, stage.number) for stage in stages for step in range(stage.first_step, stage.last_step + 1)]
     assert [step for step, _ in covered] == list(range(max_steps))
     assert covered == [(step, stage_at(stages, step).number) for step in range(max_steps)]
+    assert [stage.rates for stage in stages] == [HALF, Rates(0.5, 0.5), Rates()]
 
 
 @pytest.mark.parametrize(
@@ -75,17 +76,13 @@ def test_an_empty_or_reversed_stage_names_the_boundary_the_step_and_what_would_w
             build_stages(specs, smallest - 1)
 
 
-def test_a_last_stage_with_an_end_fits_one_length():
-    assert smallest_max_steps([StageSpec(10), StageSpec(100)]) == 100
-    with pytest.raises(ValueError, match=r"scheduler\.stages\[1\]\.end=8: the last stage must end with the training"):
-        build_stages([StageSpec(5), StageSpec(8)], 10)
-
-
 @pytest.mark.parametrize(
     ("specs", "problem"),
     [
         ([], "at least one stage"),
         ([StageSpec(5), StageSpec(3), StageSpec()], r"scheduler\.stages\[1\]\.end=3 is step 3"),
+        ([StageSpec(5), StageSpec(8)], r"scheduler\.stages\[1\]\.end=8: the last stage must end with the training"),
+        ([StageSpec(10), StageSpec(100)], "the smallest trainer.max_steps that works is 100"),
     ],
 )
 def test_stages_that_cannot_work_are_named_by_their_place(specs, problem):
