@@ -1,7 +1,8 @@
 """What a command tells people: exit codes, the exceptions behind them, and the nearest match that messages offer."""
 
+import contextlib
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from difflib import get_close_matches
 
 DONE, FAILED, BAD_INPUT, STOPPED, INTERRUPTED = 0, 1, 2, 75, 130
@@ -19,6 +20,15 @@ class UserError(ValueError):
     def __init__(self, *problems: str):
         super().__init__("\n".join(problems))
         self.problems = problems
+
+
+@contextlib.contextmanager
+def collecting(problems: list[str]) -> Iterator[None]:
+    """Adds the problems of a UserError to `problems`, so that those of several steps can be raised together."""
+    try:
+        yield
+    except UserError as error:
+        problems += error.problems
 
 
 class RunFailed(RuntimeError):

@@ -1,5 +1,6 @@
 """Local files: the cache, the files that `data.path` names, which are skipped and why, hashes."""
 
+import contextlib
 import glob
 import hashlib
 import os
@@ -24,6 +25,20 @@ def cache_folder(data: DataConfig) -> Path:
     if data.cache_dir is None:
         return platformdirs.user_cache_path("est-cli", appauthor=False)
     return Path(os.path.abspath(os.path.expanduser(data.cache_dir)))
+
+
+@contextlib.contextmanager
+def writable_cache(data: DataConfig) -> Iterator[Path]:
+    """The cache's folder, made if it is missing. Raises UserError if it cannot be written."""
+    folder = cache_folder(data)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        yield folder
+    except OSError as error:
+        raise UserError(
+            f"data.cache_dir={folder}: cannot be written ({error.strerror or error}); "
+            "must be a folder with room that you may write to"
+        ) from None
 
 
 def path_entries(paths: str | tuple[str, ...] | None) -> tuple[str, ...]:

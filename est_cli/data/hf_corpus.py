@@ -151,16 +151,10 @@ class LocalRows:
 
     def _mapped(self, files: list[DatasetFile]) -> pa.ChunkedArray:
         cached = disk.cache_folder(self._data) / f"rows-{self._key_of(files)[:16]}.arrow"
-        try:
-            if not cached.exists():
-                cached.parent.mkdir(parents=True, exist_ok=True)
+        if not cached.exists():
+            with disk.writable_cache(self._data) as cache:
                 self._write(files, cached)
-                _prune(cached.parent)
-        except OSError as error:
-            raise UserError(
-                f"data.cache_dir={cached.parent}: cannot be written ({error.strerror or error}); "
-                "must be a folder with room that you may write to"
-            ) from None
+                _prune(cache)
         with contextlib.suppress(OSError):  # a cache of someone else
             os.utime(cached)
         return pa.ipc.open_file(pa.memory_map(str(cached))).read_all().column(0)

@@ -6,7 +6,7 @@ run is continued, evaluated and exported with RUN/tokenizer, and data.json tells
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,13 +26,13 @@ TOKENIZER, RECORD = "tokenizer", "data.json"
 
 @dataclass(frozen=True)
 class Text:
-    """The text that a data config names now."""
+    """The text that a data config names now. Texts of one fingerprint are equal."""
 
     fingerprint: str
-    documents: int | None
+    documents: int | None = field(compare=False)
     """None if the text is streamed; so is `bytes`."""
-    bytes: int | None
-    sources: list[dict[str, Any]]
+    bytes: int | None = field(compare=False)
+    sources: list[dict[str, Any]] = field(compare=False)
 
     @classmethod
     def of(cls, sources: Sequence[Source], fingerprint: str) -> "Text":
@@ -98,7 +98,7 @@ class RunData:
         """Raises UserError if the run began on another text than `now`, unless data.on_change accepts that."""
         if self.text is None:
             say(f"data: {self.folder} has no {RECORD}: whether its text has changed since it began is not known")
-        elif self.text.fingerprint != now.fingerprint:
+        elif self.text != now:
             change = self.text.difference(now)
             if data.on_change == "refuse":
                 raise UserError(
@@ -109,7 +109,7 @@ class RunData:
 
     def tell(self, now: Text, say: Say) -> None:
         """Says if the run trained on another text than `now`."""
-        if self.text is not None and self.text.fingerprint != now.fingerprint:
+        if self.text is not None and self.text != now:
             say(
                 f"data: the text has changed since {self.folder} trained on it: {self.text.difference(now)}; this "
                 "is about the new text, read with the run's own tokenizer"

@@ -18,7 +18,7 @@ import numpy as np
 from est_cli.config import DataConfig, SourceConfig
 from est_cli.data import Say
 from est_cli.data.corpora import Corpus, FileCorpus, PackageCorpus, Source, find_stdlib_files, find_text_files
-from est_cli.errors import UserError
+from est_cli.errors import UserError, collecting
 
 PIECE_BYTES = 1 << 20
 """A longer document is read in pieces of about this size."""
@@ -41,13 +41,10 @@ def open_sources(data: DataConfig, say: Say) -> list[Source]:
     problems: list[str] = []
     for i, source in enumerate(data.sources):
         own = dataclasses.replace(data, sources=(), **{key: getattr(source, key) for key in _SOURCE_KEYS})
-        try:
-            with _naming_source(i):
-                corpus = open_corpus(own, say)
-                getattr(corpus, "sizes", None)  # reads the rows, so that errors name the source
-                sources.append(Source(corpus, source.weight / total))
-        except UserError as error:
-            problems += error.problems
+        with collecting(problems), _naming_source(i):
+            corpus = open_corpus(own, say)
+            getattr(corpus, "sizes", None)  # reads the rows, so that errors name the source
+            sources.append(Source(corpus, source.weight / total))
     if problems:
         raise UserError(*problems, _how_to_override(data.sources))
     return sources

@@ -4,16 +4,15 @@ A store is a folder `<kind>-<fingerprint>` in the cache with `train.bin` and `va
 document followed by the eot token), the tokenizer's file and `manifest.json`. A rename makes it visible when complete.
 """
 
-import contextlib
 import hashlib
 import json
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import TypeVar
 
 import filelock
 import numpy as np
@@ -25,15 +24,14 @@ from est_cli.data.preparation import discard_work, has_work, write_store
 from est_cli.data.run_data import RunData, Text
 from est_cli.data.splits import open_sources
 from est_cli.data.streams import ShardWriter, StreamedTokens, write_streamed_store
-from est_cli.data.tokenizers import SentencePieceTraining, Tokenizer, choose_tokenizer, load_tokenizer
-from est_cli.errors import UserError
+from est_cli.data.tokenizers import Tokenizer, choose_tokenizer, load_tokenizer
+from est_cli.errors import UserError, collecting
 from est_cli.files import read_json, sync, write_json
 
 # Raise it when the same text would no longer give the same token files.
 _FORMAT = 3
 _MANIFEST = "manifest.json"
 _COUNTED_AT_ONCE = 1 << 24
-_A = TypeVar("_A")
 
 
 class TokenStore:
@@ -128,19 +126,17 @@ def prepare(
     Raises UserError for text, tokenizers and caches that cannot be used.
     """
     problems: list[str] = []
-    chosen = _tried(lambda: (run and run.tokenizer) or choose_tokenizer(tokenizer, model_vocab_size), problems)
-    sources = _tried(lambda: open_sources(data, say), problems)
+    with collecting(problems):
+        chosen = (run and run.tokenizer) or choose_tokenizer(tokenizer, model_vocab_size)
+    with collecting(problems):
+        sources = open_sources(data, say)
     if problems:
         raise UserError(*problems)
-    text = _text_of(sources, data)
+    text = Text.of(sources, _fingerprint(sources, data, {}))
     check(text)
     fingerprint = _fingerprint(sources, data, chosen.definition)
-    cache = disk.cache_folder(data)
-    folder = _folder(data, fingerprint)
-    if run is not None and tokenizer.kind == "sentencepiece" and tokenizer.path is None:
-        # The folder that the run began with is named after the training of its tokenizer.
-        training = SentencePieceTraining(tokenizer, model_vocab_size)
-        folder = _with_tokenizer(_folder(data, _fingerprint(sources, data, training.definition)), chosen) or folder
+    # The folder that a run began with can have the name of the training of its tokenizer.
+    folder = (run and run.text == text and _folder_of(run, data)) or _folder(data, fingerprint)
 
     def write(partial: Path) -> dict:
         if data.streaming:
@@ -148,17 +144,10 @@ def prepare(
         return write_store(partial, sources, data, chosen, say, show_progress)
 
     if _read_manifest(folder) is None:
-        try:
-            cache.mkdir(parents=True, exist_ok=True)
-            with _locked(folder, say):
-                # Another process may have made it meanwhile.
-                if _read_manifest(folder) is None:
-                    _build(folder, fingerprint, write, say)
-        except OSError as error:
-            raise UserError(
-                f"data.cache_dir={cache}: cannot be written ({error.strerror or error}); "
-                "must be a folder with room that you may write to"
-            ) from None
+        with disk.writable_cache(data), _locked(folder, say):
+            # Another process may have made it meanwhile.
+            if _read_manifest(folder) is None:
+                _build(folder, fingerprint, write, say)
     store = TokenStore(folder, sources, data.train_tokens, text)
     training = "streamed" if store.is_streamed else f"{len(store.train):,}"
     say(
@@ -170,16 +159,15 @@ def prepare(
 
 def stored(data: DataConfig, run: RunData) -> TokenStore | None:
     """The token files that the run trained on, if the cache still has them."""
-    if run.record is None:
-        return None
-    folder = _with_tokenizer(_folder(data, run.record["store"]), run.tokenizer)
+    folder = _folder_of(run, data)
     return folder and TokenStore(folder, (), data.train_tokens, run.text)
 
 
-def _with_tokenizer(folder: Path, tokenizer: Tokenizer) -> Path | None:
-    """`folder`, if its tokenizer is this one: another version of a library can train other pieces."""
-    manifest = _read_manifest(folder)
-    same = manifest is not None and load_tokenizer(manifest["tokenizer"], folder).definition == tokenizer.definition
+def _folder_of(run: RunData, data: DataConfig) -> Path | None:
+    """The folder of the run's token files, if it has the run's tokenizer: another library can train other pieces."""
+    folder = _folder(data, run.record["store"]) if run.record else None
+    manifest = folder and _read_manifest(folder)
+    same = manifest and load_tokenizer(manifest["tokenizer"], folder).definition == run.tokenizer.definition
     return folder if same else None
 
 
@@ -187,22 +175,10 @@ def _folder(data: DataConfig, fingerprint: str) -> Path:
     return disk.cache_folder(data) / f"{data.kind}-{fingerprint[:16]}"
 
 
-def _tried(call: Callable[[], _A], problems: list[str]) -> _A | None:
-    """What `call` returns; if it raises UserError, its problems are added to `problems`."""
-    try:
-        return call()
-    except UserError as error:
-        problems += error.problems
-        return None
-
-
 @lru_cache
 def current_text(data: DataConfig) -> Text:
     """The text that `data` names now. Raises UserError if there is none."""
-    return _text_of(open_sources(data, lambda line: None), data)
-
-
-def _text_of(sources: Sequence[Source], data: DataConfig) -> Text:
+    sources = open_sources(data, lambda line: None)
     return Text.of(sources, _fingerprint(sources, data, {}))
 
 
@@ -212,18 +188,13 @@ def _fingerprint(sources: Sequence[Source], data: DataConfig, tokenizer_definiti
     return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
 
 
-@contextlib.contextmanager
-def _locked(folder: Path, say: Say) -> Iterator[None]:
+def _locked(folder: Path, say: Say) -> AbstractContextManager:
     lock = filelock.FileLock(f"{folder}.lock")
     try:
-        lock.acquire(timeout=0)
+        return lock.acquire(timeout=0)
     except filelock.Timeout:
         say("data: another process prepares this text; waiting for it")
-        lock.acquire()
-    try:
-        yield
-    finally:
-        lock.release()
+        return lock.acquire()
 
 
 def _build(folder: Path, fingerprint: str, write: Callable[[Path], dict], say: Say) -> None:
