@@ -17,6 +17,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from rich.console import Console
@@ -39,8 +40,7 @@ _LINE_EVERY_S = 60
 _WORK = "work"
 
 
-@dataclass
-class Counts:
+class Counts(NamedTuple):
     """Totals of a split or of a part of it."""
 
     documents: int = 0
@@ -51,12 +51,9 @@ class Counts:
     replaced: int = 0
     """Invalid UTF-8 sequences that became U+FFFD."""
 
-    def __add__(self, other: "Counts") -> "Counts":
-        return Counts(*(a + b for a, b in zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True)))
-
 
 def _total(counts: Iterable[Counts]) -> Counts:
-    return sum(counts, start=Counts())
+    return Counts(*map(sum, zip(*counts, strict=True)))
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
@@ -80,6 +77,7 @@ def write_store(
     work.mkdir(exist_ok=True)
     splits = dict(zip(SPLITS, split_sources(sources, data.val_fraction), strict=True))
     tokenizer = _find_or_make_tokenizer(work / "tokenizer", chosen, sources, splits["train"], say)
+    tokenizer.threads = None if data.num_workers == "auto" else 1
     tokenizer.save(folder)
     dtype = token_dtype(tokenizer.vocab_size)
     shards = {name: _shards(work, name, own) for name, own in splits.items()}
@@ -104,7 +102,7 @@ def write_store(
         "source": {"kind": data.kind, "sources": origins} if mixture else origins[0],
         "val_fraction": data.val_fraction,
         **tokenizer_facts(tokenizer),
-        "splits": {name: dataclasses.asdict(total) for name, total in totals.items()},
+        "splits": {name: total._asdict() for name, total in totals.items()},
         "mixture": mixture,
         "packages": _package_bytes(splits) if sources[0].corpus.packages is not None else {},
         "tokenizing": speed,
@@ -169,27 +167,25 @@ class Shard:
                 return Counts(**record)
         return None
 
-    def write(self, tokenizer: Tokenizer, threads: int | None, advance: Callable[[int], None]) -> None:
+    def write(self, tokenizer: Tokenizer, advance: Callable[[int], None]) -> None:
         """Writes the tokens; `tokenizer.eot` follows each document that ends. Calls `advance` with bytes of text.
 
         Raises OSError if the file cannot be written.
         """
-        counts, dtype = Counts(), token_dtype(tokenizer.vocab_size)
+        counts, dtype = [], token_dtype(tokenizer.vocab_size)
         with replacing(self.file) as partial, partial.open("wb") as out:
             for batch in grouped(self.split.pieces(), lambda piece: piece.n_bytes, _BATCH_BYTES):
-                ids = tokenizer.encode_batch(
-                    [piece.text for piece in batch], [piece.continued for piece in batch], threads
-                )
+                ids = tokenizer.encode_batch([piece.text for piece in batch], [piece.continued for piece in batch])
                 for i, piece in enumerate(batch):
                     if piece.last:
                         ids[i] = np.append(ids[i], tokenizer.eot)
                 tokens = np.concatenate(ids).astype(dtype)
                 tokens.tofile(out)
                 n_bytes, replaced = (sum(getattr(piece, key) for piece in batch) for key in ("n_bytes", "replaced"))
-                counts += Counts(sum(piece.last for piece in batch), n_bytes, len(tokens), replaced)
+                counts.append(Counts(sum(piece.last for piece in batch), n_bytes, len(tokens), replaced))
                 advance(n_bytes)
         with replacing(self._record) as partial:
-            write_json(partial, dataclasses.asdict(counts))
+            write_json(partial, _total(counts)._asdict())
 
     @property
     def _record(self) -> Path:
@@ -230,9 +226,8 @@ def _tokenize(
     )
     with TokenizingProgress(total, total - left, show_progress, say) as progress:
         if workers == 1:
-            threads = None if data.num_workers == "auto" else 1
             for shard in missing:
-                shard.write(tokenizer, threads, progress.done)
+                shard.write(tokenizer, progress.done)
         else:
             corpora = [source.corpus for source in sources]
             _tokenize_in_processes(missing, (tokenizer.kind, tokenizer_folder, corpora), workers, progress.done)
@@ -278,6 +273,7 @@ def _start_worker(kind: str, folder: Path, corpora: Sequence[Corpus]) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     _worker = load_tokenizer(kind, folder), corpora
+    _worker[0].threads = 1
 
 
 def _end_with_parent() -> None:
@@ -289,7 +285,7 @@ def _end_with_parent() -> None:
 def _write_in_worker(shard: Shard) -> int:
     tokenizer, corpora = _worker
     whole = shard.with_corpus(corpora[shard.source])
-    whole.write(tokenizer, 1, lambda _: None)
+    whole.write(tokenizer, lambda _: None)
     return whole.split.n_bytes
 
 
@@ -404,7 +400,7 @@ def _describe_mixture(sources: Sequence[Source], tokenized: dict[str, list[Sourc
                 name: {
                     "share": own[i].taken / totals[name],
                     "passes": own[i].passes,
-                    **dataclasses.asdict(own[i].mixed_counts()),
+                    **own[i].mixed_counts()._asdict(),
                 }
                 for name, own in tokenized.items()
             },

@@ -9,7 +9,6 @@ permutation(block)[n % BLOCK_WINDOWS] of block n // BLOCK_WINDOWS, a pure functi
 
 import atexit
 import bisect
-import dataclasses
 import hashlib
 import queue
 import threading
@@ -70,7 +69,7 @@ def write_streamed_store(
         "source": origins[0] if len(origins) == 1 else {"kind": data.kind, "streaming": True, "sources": origins},
         "streaming": True,
         **tokenizer_facts(tokenizer),
-        "splits": {"val": dataclasses.asdict(counts)},
+        "splits": {"val": counts._asdict()},
     }
 
 

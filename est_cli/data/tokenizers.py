@@ -50,14 +50,14 @@ class Tokenizer(Protocol):
     """What its ids depend on, for fingerprints."""
     token_bytes: np.ndarray
     """int64 [vocab_size]: UTF-8 bytes of text in each token; control tokens 0."""
+    threads: int | None = None
+    """How many encode a batch; None means one per core."""
 
     def encode(self, text: str) -> list[int]:
         return self.encode_batch([text])[0].tolist()
 
-    def encode_batch(
-        self, texts: Sequence[str], continued: Sequence[bool] | None = None, threads: int | None = None
-    ) -> list[np.ndarray]:
-        """Ids of each text, on all cores or on `threads`. A `continued` text is not the first part of its document."""
+    def encode_batch(self, texts: Sequence[str], continued: Sequence[bool] = ()) -> list[np.ndarray]:
+        """Ids of each text. Those that are `continued` (default: none) are not the first part of their document."""
 
     def decode(self, ids: Sequence[int]) -> str: ...
 
@@ -74,9 +74,7 @@ class ByteTokenizer(Tokenizer):
     definition = {"kind": "byte"}  # noqa: RUF012
     token_bytes = np.array([1] * 256 + [0])
 
-    def encode_batch(
-        self, texts: Sequence[str], continued: Sequence[bool] | None = None, threads: int | None = None
-    ) -> list[np.ndarray]:
+    def encode_batch(self, texts: Sequence[str], continued: Sequence[bool] = ()) -> list[np.ndarray]:
         return [np.frombuffer(text.encode("utf-8"), dtype=np.uint8) for text in texts]
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -122,25 +120,23 @@ class SentencePieceTokenizer(Tokenizer):
             raise UserError(f"tokenizer.path={path}: must have an end-of-sentence piece to end documents with")
         return tokenizer
 
-    def encode_batch(
-        self, texts: Sequence[str], continued: Sequence[bool] | None = None, threads: int | None = None
-    ) -> list[np.ndarray]:
+    def encode_batch(self, texts: Sequence[str], continued: Sequence[bool] = ()) -> list[np.ndarray]:
         inner: list[str] = []
         bounds = [0]
         marks: list[int] = []
         firsts: dict[int, str] = {}
-        for i, text in enumerate(texts):
+        for text, is_continued in itertools.zip_longest(texts, continued, fillvalue=False):
             for chunk in self._chunks(text):
                 place = len(inner)
                 if chunk == _SPACE_MARK and self._mark is not None:
                     marks.append(place)
                     chunk = ""
-                elif self._has_dummy_prefix and place == bounds[-1] and not (continued and continued[i]):
+                elif self._has_dummy_prefix and place == bounds[-1] and not is_continued:
                     firsts[place] = chunk
                     chunk = ""
                 inner.append(chunk)
             bounds.append(len(inner))
-        as_arrays = {"out_type": "numpy", "num_threads": threads or n_cores()}
+        as_arrays = {"out_type": "numpy", "num_threads": self.threads or n_cores()}
         ids = self._inner.encode(inner, **as_arrays)
         for place, own in zip(firsts, self._first.encode(list(firsts.values()), **as_arrays), strict=True):
             ids[place] = own
@@ -193,11 +189,7 @@ class SentencePieceTraining:
                 f"{key}={self.vocab_size}: must be at least {_SMALLEST_VOCAB} for tokenizer=sentencepiece, "
                 f"which has {_FIXED_PIECES} ids for bytes and control; tokenizer=byte has 257"
             )
-        self.definition = {
-            "kind": SentencePieceTokenizer.kind,
-            "vocab_size": self.vocab_size,
-            "train_bytes": self.train_bytes,
-        }
+        self.definition = {"kind": "sentencepiece", "vocab_size": self.vocab_size, "train_bytes": self.train_bytes}
 
     def train(self, texts: Sequence[str], say: Say) -> SentencePieceTokenizer:
         """`texts` should be a sample of the training split of at most `train_bytes`."""
@@ -305,11 +297,9 @@ class HFTokenizer(Tokenizer):
             )
         return tokenizer
 
-    def encode_batch(
-        self, texts: Sequence[str], continued: Sequence[bool] | None = None, threads: int | None = None
-    ) -> list[np.ndarray]:
+    def encode_batch(self, texts: Sequence[str], continued: Sequence[bool] = ()) -> list[np.ndarray]:
         # The library splits a batch over all cores, or not at all.
-        batches = [[text] for text in texts] if threads == 1 else [list(texts)]
+        batches = [[text] for text in texts] if self.threads == 1 else [list(texts)]
         encode = partial(self._tokenizer.encode_batch_fast, add_special_tokens=False)
         return [np.array(encoding.ids, dtype=np.int32) for batch in batches for encoding in encode(batch)]
 

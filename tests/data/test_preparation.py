@@ -92,7 +92,7 @@ def test_a_shard_whose_file_is_cut_short_is_not_taken_for_done(tmp_path):
     split, _ = split_corpus(Documents(prose(50).encode()), 0.1)
     shard = Shard(0, split, tmp_path / "train-0-000000.bin")
     assert shard.written(2) is None
-    shard.write(preparation.load_tokenizer("byte", tmp_path), 1, lambda _: None)
+    shard.write(preparation.load_tokenizer("byte", tmp_path), lambda _: None)
     assert shard.written(2).tokens == split.n_bytes + 1
     shard.file.write_bytes(shard.file.read_bytes()[:-1])
     assert shard.written(2) is None
