@@ -23,10 +23,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import huggingface_hub
 import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
-import zstandard
 
 from est_cli.config import DataConfig
 from est_cli.data import Say, disk
@@ -178,12 +178,9 @@ def _in_folder(root: Path, name: str | None) -> Iterable[tuple[Path, str]]:
 def _configs(root: Path) -> list[dict]:
     """The subsets that the folder's README.md declares."""
     try:
-        text = (root / "README.md").read_text("utf-8", "replace")
-        header = re.match(r"---\s*\n(.*?)\n---", text, re.S)
-        declared = yaml.safe_load(header[1]) if header else None
-    except (OSError, yaml.YAMLError):
+        configs = (huggingface_hub.metadata_load(root / "README.md") or {}).get("configs")
+    except (OSError, ValueError, yaml.YAMLError):
         return []
-    configs = declared.get("configs") if isinstance(declared, dict) else None
     return [config for config in configs or [] if isinstance(config, dict) and "config_name" in config]
 
 
@@ -422,9 +419,9 @@ def _encoded(text: str) -> bytes:
         return text.encode("utf-8", "surrogatepass")
 
 
-def _zstd(file: Path, mode: str) -> BinaryIO:
-    # Files can hold several frames, and only a buffered reader can be read by lines.
-    return io.BufferedReader(zstandard.ZstdDecompressor().stream_reader(file.open(mode), read_across_frames=True))
+def _open_zstd(file: Path, mode: str) -> BinaryIO:
+    # Unlike the library zstandard, pyarrow notices that a file was cut short. Lines need a buffered reader.
+    return io.BufferedReader(pa.input_stream(str(file), compression="zstd"))
 
 
-_OPENERS = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open, ".zst": _zstd}
+_OPENERS = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open, ".zst": _open_zstd}

@@ -9,7 +9,6 @@ import dataclasses
 import math
 import multiprocessing
 import os
-import shutil
 import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -27,7 +26,7 @@ from est_cli.config import DataConfig
 from est_cli.config.auto import n_cores
 from est_cli.data import Say
 from est_cli.data.corpora import Corpus, Source, grouped
-from est_cli.data.splits import Split, sample_sources, split_sources
+from est_cli.data.splits import Split, split_sources
 from est_cli.data.tokenizers import SentencePieceTraining, Tokenizer, load_tokenizer, save_tokenizer
 from est_cli.errors import UserError
 from est_cli.files import read_json, replacing, write_json
@@ -37,7 +36,8 @@ SHARD_BYTES = 16 << 20
 """Approximate text of a shard. Another size cuts long documents elsewhere: raise tokens._FORMAT with it."""
 _BATCH_BYTES = 4 << 20
 _LINE_EVERY_S = 60
-_WORK = "work"
+WORK = "work"
+"""The folder of what is only needed until the store is complete."""
 
 
 class Counts(NamedTuple):
@@ -73,7 +73,7 @@ def write_store(
 
     Raises UserError for text that cannot be used, OSError if the folder cannot be written.
     """
-    work = folder / _WORK
+    work = folder / WORK
     work.mkdir(exist_ok=True)
     splits = dict(zip(SPLITS, split_sources(sources, data.val_fraction), strict=True))
     tokenizer = _find_or_make_tokenizer(work / "tokenizer", chosen, sources, splits["train"], say)
@@ -119,23 +119,17 @@ def tokenizer_facts(tokenizer: Tokenizer) -> dict:
     }
 
 
-def discard_work(folder: Path) -> None:
-    """Removes what only `write_store` needs."""
-    shutil.rmtree(folder / _WORK, ignore_errors=True)
-
-
-def has_work(folder: Path) -> bool:
-    """Whether a preparation that starts again in `folder` would find complete shards."""
-    return any((folder / _WORK).glob("*.json"))
-
-
 def _find_or_make_tokenizer(
     folder: Path, chosen: Tokenizer | SentencePieceTraining, sources: Sequence[Source], train: Sequence[Split], say: Say
 ) -> Tokenizer:
     """The tokenizer in `folder`, from which all processes read it."""
     if not folder.exists():
         if isinstance(chosen, SentencePieceTraining):
-            chosen = chosen.train(sample_sources(sources, train, chosen.train_bytes), say)
+            samples = (
+                split.sample(int(chosen.train_bytes * source.weight))
+                for source, split in zip(sources, train, strict=True)
+            )
+            chosen = chosen.train([text for sample in samples for text in sample], say)
         save_tokenizer(chosen, folder)
     return load_tokenizer(chosen.definition["kind"], folder)
 
@@ -217,7 +211,7 @@ def _tokenize(
     item_bytes = token_dtype(tokenizer.vocab_size).itemsize
     missing = [shard for shard in everything if shard.written(item_bytes) is None]
     total, left = (sum(shard.split.n_bytes for shard in some) for some in (everything, missing))
-    workers = choose_workers(data.num_workers, len(missing), left, SHARD_BYTES)
+    workers = choose_workers(data.num_workers, len(missing), left)
     n_documents = sum(shard.split.n_documents for shard in everything)
     say(
         f"data: tokenizing {n_documents:,} {'document' if n_documents == 1 else 'documents'}, {total / 1e6:.1f} MB"
@@ -236,10 +230,10 @@ def _tokenize(
     return {"seconds": progress.seconds, "mb_per_s": speed, "processes": workers}
 
 
-def choose_workers(num_workers: int | str, n_shards: int, n_bytes: int, shard_bytes: int) -> int:
+def choose_workers(num_workers: int | str, n_shards: int, n_bytes: int) -> int:
     """The number of processes. `auto` starts none for text that one process finishes before others have started."""
     if num_workers == "auto":
-        return max(1, min(n_cores(), n_shards, n_bytes // shard_bytes))
+        return max(1, min(n_cores(), n_shards, n_bytes // SHARD_BYTES))
     return max(1, min(num_workers, n_shards))
 
 

@@ -16,7 +16,7 @@ from est_cli.data import Say
 from est_cli.data.corpora import Source
 from est_cli.data.tokenizers import Tokenizer, load_tokenizer, save_tokenizer
 from est_cli.errors import UserError
-from est_cli.files import replacing, write_json
+from est_cli.files import read_json, replacing, write_json
 
 if TYPE_CHECKING:
     from est_cli.data.tokens import TokenStore
@@ -129,13 +129,10 @@ def keep_data(folder: Path, store: "TokenStore", begins: bool) -> None:
     if begins or not place.is_dir():
         save_tokenizer(store.tokenizer, place)
     record = {"text": asdict(store.text), "store": store.fingerprint, "tokenizer": store.tokenizer.definition}
-    path = folder / RECORD
-    earlier = [] if begins or not path.exists() else _earlier(json.loads(path.read_text("utf-8")), record)
-    with replacing(path) as partial:
-        write_json(partial, {**record, "earlier": earlier})
-
-
-def _earlier(before: dict[str, Any], record: dict[str, Any]) -> list[dict[str, Any]]:
-    """The texts that a run has trained on before, oldest first."""
+    before = {} if begins else read_json(folder / RECORD)
+    # The texts that the run has trained on before, oldest first.
     earlier = before.get("earlier", [])
-    return earlier if before["text"]["fingerprint"] == record["text"]["fingerprint"] else [*earlier, before["text"]]
+    if before and before["text"]["fingerprint"] != store.text.fingerprint:
+        earlier = [*earlier, before["text"]]
+    with replacing(folder / RECORD) as partial:
+        write_json(partial, {**record, "earlier": earlier})

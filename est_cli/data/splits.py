@@ -205,12 +205,6 @@ def split_sources(sources: Sequence[Source], val_fraction: float) -> tuple[list[
     return _without_leaks(trains, vals) if len(sources) > 1 else trains, vals
 
 
-def sample_sources(sources: Sequence[Source], splits: Sequence[Split], n_bytes: int) -> list[str]:
-    """At most about `n_bytes` of text, from each source its share."""
-    samples = (split.sample(int(n_bytes * source.weight)) for source, split in zip(sources, splits, strict=True))
-    return [text for sample in samples for text in sample]
-
-
 def _without_leaks(trains: Sequence[Split], vals: Sequence[Split]) -> list[Split]:
     """Training splits without documents that are in the validation split of another source."""
     held_out = [split.corpus.keys[split.documents] for split in vals]

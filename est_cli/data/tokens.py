@@ -20,7 +20,7 @@ import numpy as np
 from est_cli.config import DataConfig, TokenizerConfig
 from est_cli.data import Say, disk
 from est_cli.data.corpora import Source
-from est_cli.data.preparation import discard_work, has_work, write_store
+from est_cli.data.preparation import WORK, write_store
 from est_cli.data.run_data import RunData, Text
 from est_cli.data.splits import open_sources
 from est_cli.data.streams import ShardWriter, StreamedTokens, write_streamed_store
@@ -213,10 +213,10 @@ def _build(folder: Path, fingerprint: str, write: Callable[[Path], dict], say: S
         write_json(partial / _MANIFEST, manifest)
         for path in (*partial.iterdir(), partial):
             sync(path)
-        discard_work(partial)
+        shutil.rmtree(partial / WORK, ignore_errors=True)
         os.replace(partial, folder)
     except BaseException:
-        if has_work(partial):
+        if any((partial / WORK).glob("*.json")):  # complete shards
             say(f"data: what was tokenized stays in {partial}, and is used when you start again")
         else:
             shutil.rmtree(partial, ignore_errors=True)

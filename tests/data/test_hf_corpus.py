@@ -13,7 +13,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import zstandard
 from tiny_corpora import documents, jsonl, prepared
 
 from est_cli.config import DataConfig
@@ -22,6 +21,7 @@ from est_cli.data.hf_corpus import HFCorpus, StreamedCorpus
 from est_cli.errors import UserError
 
 ROWS = [f"document {i}: é" for i in range(12)]
+ZSTD = b"".join(pa.compress(jsonl(rows), "zstd", asbytes=True) for rows in (ROWS[:6], ROWS[6:]))
 
 
 @pytest.fixture(autouse=True)
@@ -85,7 +85,7 @@ README = b"---\nconfigs:\n- config_name: default\n  data_files: x/*\n---\n"
         ({"A.JSONL": jsonl(ROWS)}, ""),
         ({"a.jsonl.gz": gzip.compress(jsonl(ROWS))}, ""),
         ({"a.json": json.dumps([{"text": row} for row in ROWS], indent=1).encode()}, ""),
-        ({"a.jsonl.zst": zstandard.compress(jsonl(ROWS))}, ""),
+        ({"a.jsonl.zst": ZSTD}, ""),
         ({"a.tsv": b"text\tn\n" + "".join(f'"{row}"\t1\n' for row in ROWS).encode()}, ""),
         ({"a.json": jsonl(ROWS)}, ""),
         ({"a.json": json.dumps({"text": ROWS}).encode()}, ""),
@@ -289,6 +289,7 @@ REFUSED = [
     ({"a.parquet": b"no"}, "", {}, "a.parquet: cannot be read as parquet ("),
     ({"a.jsonl.gz": b"no"}, "", {}, "a.jsonl.gz: cannot be read as jsonl ("),
     ({"a.jsonl.gz": gzip.compress(jsonl(ROWS))[:-20]}, "", {}, "a.jsonl.gz: cannot be read as jsonl ("),
+    ({"a.jsonl.zst": ZSTD[:-8]}, "", {}, "a.jsonl.zst: cannot be read as jsonl (Truncated"),
     ({"a.csv": b"A whole document without any header\n" * 3}, "", {}, "one of A whole document without any header in"),
     ({"a.jsonl": jsonl(ROWS)}, "", {"split": "test"}, "data.split=test: must be a split of the files"),
     ({"a.jsonl": jsonl(ROWS)}, "", {"val_split": "test"}, "data.val_split=test: must be a split of the files"),

@@ -129,9 +129,9 @@ def test_a_worker_that_cannot_read_its_text_ends_the_preparation_with_its_messag
 
 def test_auto_starts_processes_for_large_text_only(monkeypatch):
     monkeypatch.setattr("os.sched_getaffinity", lambda _: range(8), raising=False)
-    count = {n_bytes: choose_workers("auto", 100, n_bytes, 1000) for n_bytes in (10, 1999, 3500, 10**6)}
-    assert count == {10: 1, 1999: 1, 3500: 3, 10**6: 8}
-    assert [choose_workers(3, n_shards, 10, 1000) for n_shards in (0, 2, 9)] == [1, 2, 3]
+    count = {n_bytes: choose_workers("auto", 100, n_bytes) for n_bytes in (10, 19_999, 35_000, 10**7)}
+    assert count == {10: 1, 19_999: 1, 35_000: 3, 10**7: 8}
+    assert [choose_workers(3, n_shards, 10) for n_shards in (0, 2, 9)] == [1, 2, 3]
 
 
 @pytest.fixture(scope="module")
