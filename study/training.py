@@ -15,7 +15,7 @@ from typing import IO
 
 from est_cli.composition.composer import compose
 from est_cli.config import TrainConfig
-from est_cli.data.tokens import prepare
+from est_cli.data.tokens import open_store
 from est_cli.errors import DONE, UserError, say
 from est_cli.experiments.arms import read_config
 from est_cli.runs.directory import RunDirectory
@@ -55,7 +55,7 @@ def corpus_of(config: TrainConfig, records: Records) -> str:
 
     Raises UserError where it is another one than the records'.
     """
-    store = prepare(config.data, config.tokenizer, config.model.vocab_size, say, sys.stderr.isatty())
+    store = open_store(config.data, config.tokenizer, config.model.vocab_size, say, sys.stderr.isatty())
     if records.corpus not in (None, store.fingerprint):
         raise UserError(
             f"{records.folder}: its runs were trained on another text: the packages installed there differ; "

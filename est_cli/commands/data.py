@@ -32,7 +32,7 @@ def run(composed: dict[str, Any]) -> None:
     if config.data.streaming:
         raise UserError("data.streaming=true: leaves nothing to prepare; est-train reads the stream as it goes")
     corpus = replace(config.data, train_tokens=None)  # how much of it a run trains on is no matter of the corpus
-    store = data.tokens.prepare(corpus, config.tokenizer, config.model.vocab_size, say, sys.stderr.isatty())
+    store = data.tokens.open_store(corpus, config.tokenizer, config.model.vocab_size, say, sys.stderr.isatty())
     facts = data.tokens.inspect(store, request.samples)
     if config.format == "json":
         print(json.dumps(facts))

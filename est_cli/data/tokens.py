@@ -109,7 +109,7 @@ class TokenStore:
         return np.memmap(self.folder / f"{split}.bin", dtype=self.manifest["dtype"], mode="r")
 
 
-def prepare(
+def open_store(
     data: DataConfig,
     tokenizer: TokenizerConfig,
     model_vocab_size: int,

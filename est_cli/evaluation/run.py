@@ -10,7 +10,7 @@ import torch
 from est_cli.config import CONFIG_FILE, DataConfig, TrainConfig, read_config_file, read_train_config
 from est_cli.data.run_data import RunData, Text
 from est_cli.data.tokenizers import Tokenizer
-from est_cli.data.tokens import TokenStore, prepare, stored
+from est_cli.data.tokens import TokenStore, open_store, stored
 from est_cli.errors import UserError, nearest
 from est_cli.model.transformer import Transformer, layer_of
 from est_cli.subnet.plan import Plan, Subnetwork, growth_into, model_after, stage_subnetwork, whole_plan
@@ -78,7 +78,7 @@ def run_store(run: OpenRun, say: Callable[[str], None], data: DataConfig | None 
             kept.tell(text, say)
 
     vocab_size, show_progress = config.model.vocab_size, sys.stderr.isatty()
-    return prepare(data or config.data, config.tokenizer, vocab_size, say, show_progress, kept, tell)
+    return open_store(data or config.data, config.tokenizer, vocab_size, say, show_progress, kept, tell)
 
 
 def _data_of(run: OpenRun) -> RunData:

@@ -13,8 +13,7 @@ from typing import Any
 
 from est_cli.config import TrainConfig
 from est_cli.data.run_data import RunData, keep_data
-from est_cli.data.tokens import TokenStore
-from est_cli.data.tokens import prepare as prepare_tokens
+from est_cli.data.tokens import TokenStore, open_store
 from est_cli.errors import DONE, STOPPED, PeerLost, RunFailed, UserError, say
 from est_cli.reports.report import FORMATS, try_report
 from est_cli.runs.cooldown import Trunk
@@ -99,7 +98,7 @@ def _tokens(config: TrainConfig, continued: str | None, quiet: bool) -> TokenSto
     show_progress = not quiet and sys.stderr.isatty()
     run = None if continued is None else RunData(Path(continued), config.tokenizer.kind)
     check = (lambda text: None) if run is None else (lambda text: run.check(text, config.data, tell))
-    store = prepare_tokens(config.data, config.tokenizer, config.model.vocab_size, tell, show_progress, run, check)
+    store = open_store(config.data, config.tokenizer, config.model.vocab_size, tell, show_progress, run, check)
     store.check(config.data.seq_len, config.sequences_per_step)
     return store
 

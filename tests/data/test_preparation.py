@@ -69,7 +69,7 @@ def test_a_preparation_that_was_killed_goes_on_where_it_was(corpus_folder, text_
         "    write(shard, *arguments)",
         "preparation.Shard.write = killed",
         "data = DataConfig(kind='text', path=sys.argv[1], cache_dir=sys.argv[2], num_workers=1)",
-        "tokens.prepare(data, PIECES, 512, print, False)",
+        "tokens.open_store(data, PIECES, 512, print, False)",
     )
     killed = subprocess.run([*command, str(corpus_folder), data.cache_dir], capture_output=True)
     assert killed.returncode == -signal.SIGKILL, killed.stderr

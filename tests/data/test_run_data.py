@@ -7,7 +7,7 @@ import pytest
 from tiny_corpora import BYTE, PIECES, prepared, prose
 
 from est_cli.data.run_data import RECORD, RunData, keep_data
-from est_cli.data.tokens import prepare, stored
+from est_cli.data.tokens import open_store, stored
 from est_cli.errors import UserError
 
 
@@ -33,7 +33,7 @@ def begun(tmp_path, corpus, text_data):
 
 def go_on(folder, data, say=lambda line: None, tokenizer=PIECES):
     run = RunData(folder, tokenizer.kind)
-    return prepare(data, tokenizer, 512, say, False, run, lambda text: run.check(text, data, say))
+    return open_store(data, tokenizer, 512, say, False, run, lambda text: run.check(text, data, say))
 
 
 def add(corpus):

@@ -159,7 +159,7 @@ def test_a_process_that_ends_while_a_shard_is_written_ends_in_silence(tmp_path):
     command = python(
         "streams.VAL_BYTES = 2000",
         "data = DataConfig(kind='hf', path=sys.argv[1], streaming=True, cache_dir=sys.argv[2])",
-        "tokens.prepare(data, PIECES, 512, print, False).train.read(0, 100)",
+        "tokens.open_store(data, PIECES, 512, print, False).train.read(0, 100)",
     )
     command += [str(tmp_path / "a.jsonl"), str(tmp_path / "cache")]
     ended = subprocess.run(command, capture_output=True, text=True, timeout=60)

@@ -18,7 +18,7 @@ from tokenizers import Tokenizer, models, normalizers
 from est_cli.config import DataConfig, TokenizerConfig
 from est_cli.data.batches import training_windows
 from est_cli.data.disk import cache_folder
-from est_cli.data.tokens import TokenStore, count_tokens, inspect, prepare, unigram_entropy
+from est_cli.data.tokens import TokenStore, count_tokens, inspect, open_store, unigram_entropy
 from est_cli.errors import UserError
 
 
@@ -129,7 +129,7 @@ def test_two_processes_that_start_at_once_make_it_once(corpus_folder, text_data)
     data = text_data(corpus_folder)
     command = python(
         "data = DataConfig(kind='text', path=sys.argv[1], cache_dir=sys.argv[2])",
-        "store = tokens.prepare(data, PIECES, 512, print, False)",
+        "store = tokens.open_store(data, PIECES, 512, print, False)",
         "print(int(store.train.sum()), int(store.val.sum()))",
     )
     command += [str(corpus_folder), data.cache_dir]
@@ -203,9 +203,9 @@ def test_a_long_document_keeps_every_character(text, tokenizer, tmp_path, text_d
 
 def test_progress_goes_to_standard_error_and_only_when_asked(corpus_folder, text_data, capsys, monkeypatch):
     monkeypatch.setenv("FORCE_COLOR", "1")
-    prepare(text_data(corpus_folder), BYTE, 512, lambda _: None, show_progress=False)
+    open_store(text_data(corpus_folder), BYTE, 512, lambda _: None, show_progress=False)
     assert capsys.readouterr() == ("", "")
-    prepare(text_data(corpus_folder, val_fraction=0.3), BYTE, 512, lambda _: None, show_progress=True)
+    open_store(text_data(corpus_folder, val_fraction=0.3), BYTE, 512, lambda _: None, show_progress=True)
     out, err = capsys.readouterr()
     assert out == ""
     assert "tokenizing" in err

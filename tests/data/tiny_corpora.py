@@ -11,7 +11,7 @@ import sentencepiece
 
 from est_cli.config import DataConfig, TokenizerConfig
 from est_cli.data.splits import Split
-from est_cli.data.tokens import TokenStore, prepare
+from est_cli.data.tokens import TokenStore, open_store
 
 BYTE = TokenizerConfig("byte")
 PIECES = TokenizerConfig("sentencepiece", vocab_size=400)
@@ -32,7 +32,7 @@ def jsonl(rows, column: str = "text", **more) -> bytes:
 
 
 def prepared(data: DataConfig, tokenizer=BYTE, model_vocab_size=512, say=lambda _: None) -> TokenStore:
-    return prepare(data, tokenizer, model_vocab_size, say, show_progress=False)
+    return open_store(data, tokenizer, model_vocab_size, say, show_progress=False)
 
 
 def documents(store: TokenStore, tokens: np.ndarray) -> list[str]:

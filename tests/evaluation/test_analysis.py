@@ -12,7 +12,7 @@ from tiny import FULL, THREE_STAGES, Recorder, train_config
 from est_cli.commands.analyze import run as analyze
 from est_cli.config import SchedulerConfig, as_plain, read_train_config
 from est_cli.data.batches import validation_windows
-from est_cli.data.tokens import prepare
+from est_cli.data.tokens import open_store
 from est_cli.errors import UserError
 from est_cli.evaluation.analysis import transitions
 from est_cli.evaluation.run import open_run, run_store
@@ -35,7 +35,7 @@ def trained(folder: Path, stages, **checkpoint) -> Path:
     config = replace(read_train_config(plain), scheduler=SchedulerConfig(stages))
     config = replace(config, trainer=replace(config.trainer, eval_every=4, save_final="full"))
     (folder / "config.yaml").write_text(yaml.safe_dump(as_plain(config)))
-    store = prepare(config.data, config.tokenizer, config.model.vocab_size, lambda message: None, False)
+    store = open_store(config.data, config.tokenizer, config.model.vocab_size, lambda message: None, False)
     recorder = Recorder()
     training = Training(config, store, World(torch.device("cpu")), [recorder])
     training.run(Checkpoints(folder / "checkpoints", **checkpoint), stopping=lambda: False)

@@ -21,7 +21,7 @@ from tiny import GPT2, LLAMA, RandomTokens, Recorder, train_config
 
 from est_cli.config import DataConfig, OptimizerConfig, SchedulerConfig, TokenizerConfig, TrainConfig
 from est_cli.data import streams
-from est_cli.data.tokens import prepare
+from est_cli.data.tokens import open_store
 from est_cli.subnet.schedule import StageSpec
 from est_cli.training import inputs
 from est_cli.training.checkpoint import Checkpoints
@@ -83,7 +83,7 @@ def stream_store(folder: Path):
     streams.VAL_BYTES, streams.SHARD_TOKENS = 600, 300
     file = folder / "stream.jsonl"
     data = DataConfig(kind="hf", path=str(file), streaming=True, cache_dir=str(folder / "cache"), seq_len=8)
-    return prepare(data, TokenizerConfig("byte"), 512, lambda _: None, False)
+    return open_store(data, TokenizerConfig("byte"), 512, lambda _: None, False)
 
 
 COLLECTIVES = {
