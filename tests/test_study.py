@@ -305,7 +305,7 @@ def test_records_of_two_texts_are_refused(records):
 
 def test_training_on_another_text_than_the_records_is_refused(records, monkeypatch):
     make_up(records, headline_runs(0))
-    monkeypatch.setattr(training, "prepare", lambda *_: SimpleNamespace(fingerprint="another"))
+    monkeypatch.setattr(training, "open_store", lambda *_: SimpleNamespace(fingerprint="another"))
     with pytest.raises(UserError, match="another text: the packages installed there differ"):
         training.corpus_of(training.config_of(grid()[0]), records)
 

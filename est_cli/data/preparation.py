@@ -253,8 +253,9 @@ def _tokenize_in_processes(
                 f"data.num_workers={workers}: a process that tokenized was killed, most likely for "
                 "want of memory; start again with fewer, and what is done is used"
             ) from None
-        finally:
+        except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
+            raise
 
 
 _worker: tuple[Tokenizer, Sequence[Corpus]]
