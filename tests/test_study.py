@@ -117,8 +117,7 @@ Losses = Callable[[Run], tuple[float, float]]
 
 
 def full_and_winner(run: Run, share: float = 0.6, loss: float = full_loss(0.8)) -> tuple[float, float]:
-    """The share of the full run's FLOPs and the loss. The winner spends 60%, and is as good as the full model at 80%.
-    Another seed than the first is worse by 0.1, whatever trains."""
+    """Share of the full run's FLOPs and the loss. The winner spends 60%, and is as good as the full model at 80%."""
     of_seed = 0.1 if run.seed else 0.0
     return (run.arm.length, full_loss(run.arm.length) + of_seed) if run.arm.is_full else (share, loss + of_seed)
 
@@ -167,35 +166,36 @@ SAYS, TUNED = ARMS[WINNER].says, str(WARMUP[SMALL])
 ASKED = len(runs_with(group="headline", size=SMALL, arm=ARMS[WINNER]))
 
 
-def test_a_schedule_is_held_against_the_full_model_for_the_same_tokens_and_for_the_same_flops(records):
-    make_up(records, headline_runs(0))
-    same_tokens, same_flops = full_loss(0.8) - 2.0, full_loss(0.6) - full_loss(0.8)
-    cells = row(tables.headline_table(records), SMALL, TUNED, SAYS)
-    assert cells[:2] == [f"1 of {ASKED}", "0.600"]
-    assert cells[2:] == [f"{full_loss(0.8):.4f}", f"+{same_tokens:.4f}", f"−{same_flops:.4f}", "25.0%", "-"]
-    assert row(tables.headline_table(records), SMALL, TUNED, "full model")[3:] == ["-"] * 4
+@pytest.mark.parametrize(
+    ("losses", "cells"),
+    [
+        # As good as the full model at 0.8 of its FLOPs; at 0.6 of them the full model is worse.
+        ({}, ["0.600", f"{full_loss(0.8):.4f}", "+0.0322", "−0.0415", "25.0%", "-"]),
+        # Better than the whole full run: it saves at least what it spends less.
+        ({"loss": 1.9}, ["0.600", "1.9000", "−0.1000", "−0.1737", "at least 40.0%", "-"]),
+        # Outside of what the full model was measured on there is no verdict.
+        ({"share": 0.01, "loss": 3.0}, ["0.010", "3.0000", "+1.0000", "-", "-", "-"]),
+    ],
+)
+def test_a_schedule_is_held_against_the_full_model_for_the_same_tokens_and_for_the_same_flops(records, losses, cells):
+    make_up(records, headline_runs(0), lambda run: full_and_winner(run, **losses))
+    table = tables.headline_table(records)
+    assert row(table, SMALL, TUNED, SAYS) == [f"1 of {ASKED}", *cells]
+    assert row(table, SMALL, TUNED, "full model")[3:] == ["-"] * 4
 
 
 def test_seeds_are_paired_with_the_full_model_of_their_own(records):
+    """Every arm is worse by 0.1 at the second seed, so the differences have no spread."""
     make_up(records, headline_runs(0, 1))
     cells = row(tables.headline_table(records), SMALL, TUNED, SAYS)
-    assert cells[2] == f"{full_loss(0.8) + 0.05:.4f} ± 0.0707"
-    assert cells[3:6] == ["+0.0322", "−0.0415", "25.0%"], "no spread: both arms are worse by 0.1"
-    shorter = next(run for run in headline_runs(1) if run.arm.is_full and run.arm.length < 1)
+    assert cells[2:6] == [f"{full_loss(0.8) + 0.05:.4f} ± 0.0707", "+0.0322", "−0.0415", "25.0%"]
+    said = tables.headline_says(records)
+    assert "It spends 40.0% fewer FLOPs" in said
+    assert "+0.0322 for the same tokens (2 seeds), and −0.0415 for the same FLOPs" in said
+    assert "Saved at equal loss: 25.0% of the FLOPs." in said
+    [shorter] = [run for run in headline_runs(1) if run.arm == ARMS[SHORTER_FULL]]
     del records.contents[shorter.name]
-    assert row(tables.headline_table(records), SMALL, TUNED, SAYS)[4] == "−0.0415 (1 of 2)", (
-        "a length of seed 1 is missing"
-    )
-
-
-def test_better_than_the_whole_full_run_saves_at_least_what_it_spends_less(records):
-    make_up(records, headline_runs(0), lambda run: full_and_winner(run, loss=1.9))
-    assert row(tables.headline_table(records), SMALL, TUNED, SAYS)[5] == "at least 40.0%"
-
-
-def test_outside_of_what_the_full_model_was_measured_on_there_is_no_verdict(records):
-    make_up(records, headline_runs(0), lambda run: full_and_winner(run, share=0.01, loss=3.0))
-    assert row(tables.headline_table(records), SMALL, TUNED, SAYS)[3:6] == ["+1.0000", "-", "-"]
+    assert row(tables.headline_table(records), SMALL, TUNED, SAYS)[4] == "−0.0415 (1 of 2)"
 
 
 def test_seconds_are_steps_times_measured_step_times(records):
@@ -205,14 +205,6 @@ def test_seconds_are_steps_times_measured_step_times(records):
     # A quarter and one of a full step's time in a half each, of 0.8 of the full run's.
     assert row(tables.headline_table(records), SMALL, TUNED, SAYS)[6] == f"{100 * (1 - 0.625 / 0.8):.1f}%"
     assert "timed on a CPU, torch 2" in tables.origins(records)
-
-
-def test_the_headline_in_words(records):
-    make_up(records, headline_runs(0, 1))
-    said = tables.headline_says(records)
-    assert "It spends 40.0% fewer FLOPs" in said
-    assert "+0.0322 for the same tokens (2 seeds), and −0.0415 for the same FLOPs" in said
-    assert "Saved at equal loss: 25.0% of the FLOPs." in said
 
 
 def test_what_is_missing_is_said(records):
@@ -268,12 +260,6 @@ def test_the_winner_by_tokens_a_parameter(records):
     assert 9 < float(cells[1]) < 11
 
 
-def test_the_earlier_study():
-    table = tables.micro(COMMITTED)
-    assert row(table, "EST")[2:5] == ["2.3036 ± 0.0444", "+0.0532 ± 0.0452", "+0.0360 ± 0.0573"]
-    assert row(table, "rates 0.75")[2:] == ["2.2524 ± 0.0075", "+0.0019 ± 0.0074", "−0.0066 ± 0.0019", "9.7%"]
-
-
 def test_the_headline_as_json_needs_no_torch(records):
     """At the top are the numbers of the size that most seeds are done of."""
     *_, larger = SIZES
@@ -285,8 +271,7 @@ def test_the_headline_as_json_needs_no_torch(records):
     environment = {**os.environ, "PYTHONPATH": str(records.folder.parent)}
     found = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
     headline = json.loads(found.stdout)
-    assert headline["schedule"] == SAYS
-    assert headline["overrides"] == list(ARMS[WINNER].overrides)
+    assert (headline["schedule"], headline["overrides"]) == (SAYS, list(ARMS[WINNER].overrides))
     assert (headline["size"], headline["seeds"], headline["at_least"]) == (SMALL, 2, False)
     assert headline["saved_at_equal_loss"] == pytest.approx(0.25, abs=1e-6)
     assert (headline["difference"], headline["spread"]) == pytest.approx((full_loss(0.8) - 2.0, 0.0), abs=1e-6)
@@ -296,18 +281,14 @@ def test_the_headline_as_json_needs_no_torch(records):
     assert headline["sizes"][1]["spread"] is None, "of one seed"
 
 
-def test_records_of_two_texts_are_refused(records):
-    make_up(records, headline_runs(0))
-    records.contents[headline_runs(0)[-1].name]["corpus"] = "another"
-    with pytest.raises(UserError, match=rf"{SMALL}-full.* and {SMALL}-full.* are of different texts"):
-        records.corpus  # noqa: B018
-
-
-def test_training_on_another_text_than_the_records_is_refused(records, monkeypatch):
+def test_losses_on_different_texts_are_not_compared(records, monkeypatch):
     make_up(records, headline_runs(0))
     monkeypatch.setattr(training, "open_store", lambda *_: SimpleNamespace(fingerprint="another"))
     with pytest.raises(UserError, match="another text: the packages installed there differ"):
         training.corpus_of(training.config_of(grid()[0]), records)
+    records.contents[headline_runs(0)[-1].name]["corpus"] = "another"
+    with pytest.raises(UserError, match=rf"{SMALL}-full.* and {SMALL}-full.* are of different texts"):
+        records.corpus  # noqa: B018
 
 
 def test_the_same_records_give_the_same_figures_byte_for_byte(records, tmp_path):

@@ -45,13 +45,10 @@ def statuses(done: Finished) -> dict[str, str]:
     return {job["name"]: job["status"] for job in done.json["jobs"]}
 
 
-def test_failures_stop_no_other_job(mixed):
+def test_failures_stop_no_other_job_and_are_shown_and_left_in_their_folders(mixed):
     jobs = {"strategy-mine.sampled": "failed", "strategy-mine.smapled": "failed", "strategy-random": "done"}
     assert statuses(mixed) == jobs
     assert mixed.json["jobs"][0]["name"] == "strategy-random"
-
-
-def test_a_failure_is_shown_and_left_in_the_jobs_folder(mixed):
     folder = Path(mixed.json["sweep_dir"])
     for name, what in (("sampled", "RuntimeError: it broke"), ("smapled", "sampling.strategy=mine.smapled: cannot be")):
         assert what in mixed.err
@@ -76,17 +73,13 @@ def test_a_sweep_of_which_a_job_was_stopped_elsewhere_is_not_done(tmp_path, summ
     assert SweepResult.of(tmp_path).exit_code == code
 
 
-def test_the_same_command_runs_only_what_failed(mixed, mended):
+def test_the_same_command_runs_only_what_failed_and_reports_on_all(mixed, mended):
     jobs = {"strategy-mine.sampled": "done", "strategy-mine.smapled": "failed", "strategy-random": "done"}
     assert statuses(mended) == jobs
     assert mended.json["sweep_dir"] == mixed.json["sweep_dir"]
     assert mended.err.count("done already, skipped") == 1
-    times = [next(job["train_s"] for job in done.json["jobs"] if job["name"] == "strategy-random")
-             for done in (mixed, mended)]  # fmt: skip
+    times = [job["train_s"] for done in (mixed, mended) for job in done.json["jobs"] if "random" in job["name"]]
     assert times[0] == times[1]
-
-
-def test_a_sweep_ends_with_a_report_of_all_jobs(mended):
     assert Path(mended.json["report"]).exists()
     runs = Path(mended.json["sweep_dir"], "report", "runs.csv").read_text()
     assert "strategy-random" in runs and "strategy-mine.sampled" in runs
@@ -119,14 +112,16 @@ def test_a_sweep_that_cannot_compose_makes_no_folder(tmp_path, mistake):
     assert not (tmp_path / "outputs").exists()
 
 
-def test_a_jobs_name_tells_what_it_does_not_share():
-    task = ["trainer.max_steps=15", "seed=0", "scheduler.stage1_end=0.1"]
-    assert job_name(composed(task, ("trainer.max_steps",))) == "stage1_end-0.1_seed-0"
-
-
-def test_a_jobs_name_does_not_depend_on_the_order_of_the_overrides():
-    names = {job_name(composed(task)) for task in (["seed=0", "+arm=est"], ["+arm=est", "seed=0"])}
-    assert names == {"arm-est_seed-0"}
+@pytest.mark.parametrize(
+    ("task", "name"),
+    [
+        (["trainer.max_steps=15", "seed=0", "scheduler.stage1_end=0.1"], "stage1_end-0.1_seed-0"),
+        (["seed=0", "+arm=est"], "arm-est_seed-0"),
+        (["+arm=est", "seed=0"], "arm-est_seed-0"),
+    ],
+)
+def test_a_jobs_name_tells_what_it_does_not_share_in_any_order(task, name):
+    assert job_name(composed(task, ("trainer.max_steps",))) == name
 
 
 @pytest.mark.parametrize("values", [("a/b", "a:b", "a-b"), ("x" * 300, "x" * 299 + "y"), ("Größe", "Gräße")])
@@ -141,12 +136,11 @@ def test_no_two_jobs_share_a_name_that_reads_in_two_ways():
     assert job_name(composed(first)) != job_name(composed(second))
 
 
-def test_a_sweeps_name_depends_on_the_sorted_overrides_alone():
+def test_a_sweeps_name_depends_on_the_overrides_in_any_order():
     overrides = ["scheduler.stage1_end=0.1,0.2", "seed=0,1", "model=micro"]
     name = sweep_name(composed(overrides))
-    assert name == sweep_name(composed(overrides[::-1]))
-    assert name != sweep_name(composed([*overrides[:-1], "model=nano"]))
     assert re.fullmatch(r"sweep-stage1_end-seed-[0-9a-f]{8}", name)
+    assert name == sweep_name(composed(overrides[::-1])) != sweep_name(composed([*overrides[:-1], "model=nano"]))
 
 
 def test_what_a_config_sweeps_is_part_of_the_sweeps_name():
