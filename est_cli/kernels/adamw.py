@@ -125,7 +125,7 @@ def _in_pieces(move: Move) -> Move:
         move = Move(*flat, gradients, None, move.counts, move.hyper, [end * width for end in move.ends])
     n, columns = move.parameter.shape
     multiple = LANES // math.gcd(LANES, columns)
-    height = max(1, _chunk_elements(move) // columns // multiple) * multiple
+    height = max(1, CHUNK_ELEMENTS[move.parameter.device.type] // columns // multiple) * multiple
     ends = move.ends if any(end * columns % LANES for end in move.ends) else [n]
     pieces = [min(start + height, end) for first, end in pairwise([0, *ends]) for start in range(first, end, height)]
     return replace(move, ends=pieces)
@@ -133,7 +133,8 @@ def _in_pieces(move: Move) -> Move:
 
 def _chunks(moves: Sequence[Move]) -> Iterator[list[Move]]:
     """All rows of the moves, in lists of parts that hold as many pieces as fit in a chunk."""
-    chunk, room = [], _chunk_elements(moves[0])
+    limit = CHUNK_ELEMENTS[moves[0].parameter.device.type]
+    chunk, room = [], limit
     for move in moves:
         columns, start, stop = move.parameter.shape[1], 0, 0
         for end in move.ends:
@@ -141,15 +142,11 @@ def _chunks(moves: Sequence[Move]) -> Iterator[list[Move]]:
                 if stop > start:
                     chunk.append(move.part(start, stop))
                 yield chunk
-                chunk, room, start = [], _chunk_elements(move), stop
+                chunk, room, start = [], limit, stop
             stop = end
         chunk.append(move.part(start, stop))
         room -= (stop - start) * columns
     yield chunk
-
-
-def _chunk_elements(move: Move) -> int:
-    return CHUNK_ELEMENTS[move.parameter.device.type]
 
 
 def _step_chunk(
@@ -190,7 +187,8 @@ def _clipped_gradients(chunk: Sequence[Move], clip: Tensor | None, scratch: Tens
 
 def _step_sampled_rows(move: Move, clip: Tensor | None, refused: Tensor | None) -> None:
     """Move only the sampled rows, each by its own count."""
-    hyper, device, height = move.hyper, move.parameter.device, max(1, _chunk_elements(move) // move.parameter.shape[1])
+    hyper, device = move.hyper, move.parameter.device
+    height = max(1, CHUNK_ELEMENTS[device.type] // move.parameter.shape[1])
     index = upload(np.arange(len(move.counts)) if move.rows is None else move.rows, device)
     factors = (upload(c, device).to(move.parameter.dtype)[:, None] for c in corrections(hyper, move.counts))
     parts = zip(index.split(height), *(factor.split(height) for factor in factors), strict=True)

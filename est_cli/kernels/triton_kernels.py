@@ -6,19 +6,16 @@ program does one tile. The jobs travel to the GPU as a table of int64 [fields, J
 kilobytes, against the megabytes that a launch moves. Three fields are common: the number of a job's first tile, its
 groups, and its groups per row. The others are the kernel's own: addresses of matrices, and what else it needs.
 
-At 4.3 TB/s (an H200's copy bandwidth):
+Memory limits all three. At 4.3 TB/s (an H200's copy bandwidth) they take, for GPT-2 124M and TinyLlama:
 
-ms                            stage 3   stage 2   stage 1   bytes
-GPT-2 124M   pack             0.17      0.11      0.08      4 read and 2 written per element of bf16 slots, 4 and 4
-TinyLlama    pack             1.53      0.86      0.52      of fp32 ones
-GPT-2 124M   adamw zero_grad  0.81      0.77      0.75      24 per element for parameter and moments in and out, and
-             adamw freeze               0.53      0.40      4 where it has a gradient; zero_grad moves every element,
-TinyLlama    adamw zero_grad  7.2       6.7       6.5       freeze the sampled ones
-             adamw freeze               4.0       2.4
+       bytes                                                       ms at full rates   ms in stage 1
+pack   4 read and 2 written per element of bf16 slots              0.17, 1.53         0.08, 0.52
+adamw  24 per element, and 4 where it has a gradient; zero_grad    0.81, 7.2          0.75, 6.5
+       moves every element, freeze the sampled ones                                   0.40, 2.4 (freeze)
+loss   2 read and 2 written per bf16 logit, 16384 tokens           0.77, 0.49         0.77, 0.49
 
-The loss reads and writes 2 bytes per logit in bf16; its second read finds the row in the L2 cache (three programs on
-each of 132 processors hold 40 MB of rows of 50304). 16384 tokens take 0.77 ms (GPT-2) and 0.49 ms (TinyLlama), beside
-4.8 and 8.2 ms for the head's matrix products at 790 TFLOP/s.
+The second read of the loss finds the row in the L2 cache: three programs on each of 132 processors hold 40 MB of rows
+of 50304. The head's matrix products beside it take 4.8 and 8.2 ms at 790 TFLOP/s.
 """
 
 from collections.abc import Callable, Sequence

@@ -69,48 +69,26 @@ def test_zero_grad_is_torch_adamw_with_explicit_zero_gradients_bit_for_bit(chunk
         assert torch.equal(ours, theirs)
 
 
-def freeze_step(state: Move, counts: np.ndarray, step: int, clip: Tensor | None) -> np.ndarray:
-    """One step on sampled rows, which raises their counts; returns their indices."""
-    rows, gradient = sampled(step, *state.parameter.shape)
-    counts[rows] += 1
-    move(state, gradient.to(state.parameter), rows, counts[rows], clip)
-    return rows
-
-
-def test_freeze_leaves_unsampled_rows_and_moments_untouched_bit_for_bit(chunk):
-    state, counts = fresh(), np.zeros(R, np.int64)
-    for step in range(1, 7):
-        before = [tensor.clone() for tensor in state.tensors]
-        moved = freeze_step(state, counts, step, CLIP)
-        still = np.setdiff1d(np.arange(R), moved)
-        for old, new in zip(before, state.tensors, strict=True):
-            assert torch.equal(old[still], new[still])
-            assert (old[moved] != new[moved]).any(dim=1).all()
-
-
-def test_freeze_corrects_every_rows_bias_by_its_own_count(chunk):
-    """One torch.optim.AdamW per row, which steps when its row is sampled.
+def test_freeze_moves_sampled_rows_by_their_own_counts_and_leaves_every_bit_of_the_others(chunk):
+    """As one torch.optim.AdamW per row, which steps when its row is sampled.
 
     In the last step all rows do: stage 3 after stages that froze rows has no row list, and counts that differ.
     """
     state, counts = fresh(dtype=torch.float64), np.zeros(R, np.int64)
     rows = [row.clone().requires_grad_() for row in state.parameter]
     optimizers = [torch_adamw(row) for row in rows]
-    for step in range(1, 12):
-        picked, gradient = sampled(step)
-        for row, row_gradient in zip(picked, gradient, strict=True):
-            rows[row].grad = row_gradient.double() * CLIP
+    for step in range(1, 13):
+        picked, gradient = sampled(step) if step < 12 else (np.arange(R), torch.randn(R, C))
+        for row, row_gradient in zip(picked, gradient.double(), strict=True):
+            rows[row].grad = row_gradient * CLIP
             optimizers[row].step()
-        freeze_step(state, counts, step, CLIP)
-    torch.testing.assert_close(state.parameter, torch.stack(rows).detach(), rtol=0, atol=1e-12)
+        counts[picked] += 1
+        before = [tensor.clone() for tensor in state.tensors]
+        move(state, gradient.double(), picked if step < 12 else None, counts[picked], CLIP)
+        torch.testing.assert_close(state.parameter, torch.stack(rows).detach(), rtol=0, atol=1e-12)
+        still = np.setdiff1d(np.arange(R), picked)
+        assert all(torch.equal(old[still], new[still]) for old, new in zip(before, state.tensors, strict=True))
     assert len(set(counts.tolist())) > 3, "rows with different counts are what this test is about"
-
-    gradient = torch.randn(R, C, generator=torch.Generator().manual_seed(99), dtype=torch.float64)
-    for row, optimizer, row_gradient in zip(rows, optimizers, gradient, strict=True):
-        row.grad = row_gradient
-        optimizer.step()
-    move(state, gradient, None, counts + 1)
-    torch.testing.assert_close(state.parameter, torch.stack(rows).detach(), rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("unsampled", ["zero_grad", "freeze"])

@@ -8,7 +8,7 @@ from tiny import GPT2, LLAMA
 
 from est_cli.benchmark.case import PRESETS
 from est_cli.config import RescaleConfig, SamplingConfig
-from est_cli.subnet.plan import Plan, branch_scales, effective_rates, n_rows, sampled_rows, subnetwork
+from est_cli.subnet.plan import Plan, Subnetwork, branch_scales, effective_rates, n_rows, sampled_rows, subnetwork
 from est_cli.subnet.sampler import sample
 from est_cli.subnet.schedule import Rates, Stage, StageSpec, keep
 
@@ -31,8 +31,7 @@ def test_keep_rounds_half_up_and_keeps_at_least_one(rate, total, kept):
         (TINYLLAMA, GROUP, HALF, 11, 16, 2, 2816),  # key/value heads go with all their query heads
         (TINYLLAMA, QUERY, Rates(heads=0.3), 22, 8, 4, 5632),  # every key/value head stays
         (LLAMA, GROUP, Rates(0.4, 0.3, 0.5), 2, 2, 1, 5),  # 0.4 of three groups is one, 0.3 of 16 neurons five
-        (LLAMA, SamplingConfig(mlp_block=4), Rates(mlp=0.3), 3, 6, 3, 4),  # whole blocks of neurons
-        (LLAMA, SamplingConfig(mlp_block=8), Rates(mlp=0.3), 3, 6, 3, 8),
+        (LLAMA, SamplingConfig(mlp_block=8), Rates(mlp=0.3), 3, 6, 3, 8),  # whole blocks of neurons
         (LLAMA, SamplingConfig(mlp_block=16), Rates(mlp=0.3), 3, 6, 3, 16),
     ],
 )
@@ -74,13 +73,12 @@ def test_heads_neurons_and_layers_are_scaled_each_in_its_own_way(model, sampling
     np.testing.assert_allclose(found, scales, rtol=1e-15)
 
 
-@pytest.mark.parametrize("rates", [Rates(), Rates(0.9, 0.99, 0.9)])
-def test_full_means_that_every_count_is_full(rates):
-    """Rates that round to everything are the full model: same shape, no scale."""
-    shape = subnetwork(LLAMA, SamplingConfig(rescale_layers=True), rates)
-    assert shape.model == LLAMA
-    assert not shape.is_scaled
-    assert not subnetwork(LLAMA, SamplingConfig(rescale_layers=True), Rates(0.5, 0.5)).scales_layers
+def test_rates_that_round_to_everything_are_the_full_model_of_the_same_shape_without_a_scale():
+    sampling = SamplingConfig(rescale_layers=True)
+    for rates in (Rates(), Rates(0.9, 0.99, 0.9)):
+        assert subnetwork(LLAMA, sampling, rates) == Subnetwork(LLAMA)
+    assert not Subnetwork(LLAMA).is_scaled
+    assert not subnetwork(LLAMA, sampling, Rates(0.5, 0.5)).scales_layers
 
 
 def test_effective_rates_are_the_fractions_after_rounding():
@@ -98,23 +96,18 @@ PLAN = Plan(
 
 
 @pytest.mark.parametrize(
-    ("kind", "gpt2", "llama"), [("qkv", 12, 12), ("heads", 4, 6), ("up", 16, 32), ("neurons", 16, 16)]
-)
-def test_a_parameter_has_a_row_for_every_unit_it_serves(kind, gpt2, llama):
-    assert (n_rows(kind, GPT2), n_rows(kind, LLAMA)) == (gpt2, llama)
-
-
-@pytest.mark.parametrize(
-    ("kind", "mlp", "position", "rows"),
+    ("kind", "mlp", "position", "rows", "total"),
     [
-        ("qkv", "swiglu", 0, [0, 1, 4, 5, 6, 8, 9, 11]),  # queries 0-5, keys 6-8, values 9-11
-        ("qkv", "swiglu", 1, [2, 3, 4, 5, 7, 8, 10, 11]),
-        ("heads", "swiglu", 1, [2, 3, 4, 5]),
-        ("up", "swiglu", 0, [1, 3, 17, 19]),  # gate 0-15, up 16-31
-        ("up", "swiglu", 1, [0, 15, 16, 31]),
-        ("up", "gelu", 0, [1, 3]),
-        ("neurons", "swiglu", 1, [0, 15]),
+        ("qkv", "swiglu", 0, [0, 1, 4, 5, 6, 8, 9, 11], 12),  # queries 0-5, keys 6-8, values 9-11
+        ("qkv", "swiglu", 1, [2, 3, 4, 5, 7, 8, 10, 11], 12),
+        ("heads", "swiglu", 1, [2, 3, 4, 5], 6),
+        ("up", "swiglu", 0, [1, 3, 17, 19], 32),  # gate 0-15, up 16-31
+        ("up", "swiglu", 1, [0, 15, 16, 31], 32),
+        ("up", "gelu", 0, [1, 3], 16),
+        ("neurons", "swiglu", 1, [0, 15], 16),
     ],
 )
-def test_a_plan_owns_these_rows_in_ascending_order(kind, mlp, position, rows):
-    assert sampled_rows(kind, replace(LLAMA, mlp=mlp), PLAN, position).tolist() == rows == sorted(rows)
+def test_a_plan_owns_these_of_a_parameters_rows_in_ascending_order(kind, mlp, position, rows, total):
+    model = replace(LLAMA, mlp=mlp)
+    assert sampled_rows(kind, model, PLAN, position).tolist() == rows == sorted(rows)
+    assert n_rows(kind, model) == total
