@@ -172,7 +172,7 @@ class Transformer(nn.Module):
 
     def hidden(self, inputs: Tensor, masks: list[BlockMask] | None = None) -> Tensor:
         """Token ids [B, T] → normalised final states [B, T, D]."""
-        # A tied table also gets the head's gradient. A sparse one, on a CPU, adds only the rows of these inputs to it.
+        # A tied table also gets the head's gradient. On a CPU a sparse one adds only the rows of these inputs to that.
         x = F.embedding(inputs, self.embedding, sparse=self.head is None and inputs.device.type == "cpu")
         if self.positions is not None:
             x = x + self.positions[: inputs.shape[1]]
@@ -224,7 +224,7 @@ def rotate(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
 
 
 def row_kind(name: str) -> RowKind | None:
-    """The row kind of a parameter by its full name, or None where it is not sampled by rows."""
+    """The row kind of a parameter by its full name, or None if it is not sampled by rows."""
     return ROW_KINDS.get(name.split(".", 2)[2]) if name.startswith("blocks.") else None
 
 
@@ -234,7 +234,7 @@ def layer_of(name: str) -> int | None:
 
 
 def set_parameter(module: nn.Module, name: str, data: Tensor) -> None:
-    """Put `data` in the place of a parameter, by its full name."""
+    """Replace a parameter, by its full name, by one that holds `data`."""
     owner, _, leaf = name.rpartition(".")
     setattr(module.get_submodule(owner), leaf, nn.Parameter(data))
 
@@ -246,10 +246,10 @@ def initialise(
     device: torch.device | str = "cpu",
     own: Callable[[Tensor], Tensor] = lambda whole: whole,
 ) -> Transformer:
-    """Give the model its initial weights on `device`; `own` cuts a parameter to what this process holds of it.
+    """Give the model its initial weights on `device`; `own` cuts out the part of a parameter that this process holds.
 
-    They are a pure function of the seed, drawn on the CPU so that every device starts alike, and one by one, so that a
-    meta model needs memory for what is held and for its largest parameter only. Returns the model.
+    The weights depend on the seed only. They are drawn on the CPU, so every device starts alike, and one by one, so a
+    meta model needs memory only for what is held and for its largest parameter. Returns the model.
 
     gpt2        Radford et al. (2019): normal with standard deviation 0.02 everywhere; the output projections of
                 both residual branches are divided by sqrt(2 · n_layers).

@@ -106,14 +106,14 @@ def model_after(config: TrainConfig, steps: int) -> ModelConfig:
 
 
 def growth_into(config: TrainConfig, stage: Stage) -> Growth | None:
-    """The growth at the start of `stage`; None where nothing joins."""
+    """The growth at the start of `stage`; None if nothing joins."""
     models = stage_models(config)
     before, after = models[max(0, stage.number - 2)], models[stage.number - 1]
     return None if before == after else Growth(before, after, config.scheduler.grow)
 
 
 def samples_queries(model: ModelConfig, sampling: SamplingConfig) -> bool:
-    """Whether query heads are drawn in each group and all key/value heads kept: only where groups share one."""
+    """Whether query heads are drawn within each group and every key/value head is kept: grouped-query models only."""
     return sampling.gqa == "query" and model.n_kv_heads != model.n_heads
 
 
@@ -123,7 +123,7 @@ def stage_subnetwork(model: ModelConfig, sampling: SamplingConfig, stage: Stage 
 
 
 def stage_subnetworks(config: TrainConfig) -> list[Subnetwork]:
-    """The same of every stage of a run."""
+    """The shape of the subnetworks of each stage of a run."""
     return [stage_subnetwork(config.model, config.sampling, stage) for stage in config.stages]
 
 

@@ -2,7 +2,7 @@
 
 A schedule is a list of stages. A stage gives its exclusive `end` (an int is a step, a float a fraction of
 the run: floor(f·T + 0.5), null the end of training), the three rates at which it samples, and the part of the
-model that it samples from. Named schedules and people's own functions only write such a list.
+model that it samples from. Named schedules and users' own functions only return such a list.
 """
 
 import itertools
@@ -84,7 +84,7 @@ def _joined(name: str, part: Part | None, total: int, unit: int = 1, smallest: i
 
 @dataclass(frozen=True)
 class StageSpec:
-    """A stage as a person writes it: the rates are fractions of what has joined."""
+    """A stage as the config has it: the rates are fractions of what has joined."""
 
     end: Boundary | None = None
     heads: Rate = 1.0
@@ -105,7 +105,7 @@ class StageSpec:
 
 @dataclass(frozen=True)
 class Stage:
-    """Optimizer steps `first_step` … `end` − 1 train subnetworks of these rates, of what has joined by then."""
+    """Optimizer steps `first_step` … `end` − 1 sample at these rates, from the part of the model that has joined."""
 
     number: int
     first_step: int
@@ -281,19 +281,19 @@ GROWTHS = {"stack": stack, "interleave": interleave, "middle": middle, "zero": f
 """(old, new) → for each layer of the larger model the layer that it starts from, None for its initial weights.
 
 method      6 layers from 3   the layers that join
-stack       0 1 2 0 1 2       the trained block once more (Gong et al., 2019; Du et al., 2024, arXiv 2405.15319)
-interleave  0 0 1 1 2 2       every layer after itself
-middle      0 1 2 0 1 2       the middle layers again, after themselves: of 4 to 6 layers 0 1 2 1 2 3
+stack       0 1 2 0 1 2       all trained layers again (Gong et al., 2019; Du et al., 2024, arXiv 2405.15319)
+interleave  0 0 1 1 2 2       each layer again, right after itself
+middle      0 1 2 0 1 2       the middle layers again, right after themselves; 6 layers from 4 are 0 1 2 1 2 3
                               (MIDAS: Saunshi et al., 2024, arXiv 2409.19044)
 zero        0 1 2 · · ·       as initialised, output projections 0: the function stays
 random      0 1 2 · · ·       as initialised
 
-No source lies above its target, so that copying from the last layer down overwrites nothing that is still needed.
+No source lies above its target, so copying from the last layer down never overwrites a source that is still needed.
 """
 
 
 def layer_sources(method: str, old: int, new: int) -> list[int | None]:
-    """The layer that each of the `new` layers starts from, by a growth of ours or a person's own. Raises UserError."""
+    """The layer that each of the `new` layers starts from; `method` may be the user's function. Raises UserError."""
     if old == 0 and method in ("stack", "interleave", "middle"):
         raise UserError(f"scheduler.grow={method}: there is no layer to copy from 0; must be zero or random")
     found = list(named_function(method, GROWTHS, "scheduler.grow")(old, new))
