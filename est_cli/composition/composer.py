@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import functools
 import os
+import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -59,7 +60,14 @@ def wandb_setting(variable: str, default: str | None) -> str | None:
     return value
 
 
+@functools.cache
+def _scratch() -> tempfile.TemporaryDirectory:
+    """A folder for what nobody reads: Hydra's sweeper always writes multirun.yaml. Removed when the process ends."""
+    return tempfile.TemporaryDirectory(prefix="est-")
+
+
 OmegaConf.register_new_resolver("est.run_id", run_id, replace=True)
+OmegaConf.register_new_resolver("est.scratch", lambda: _scratch().name, replace=True)
 OmegaConf.register_new_resolver("est.wandb", wandb_setting, replace=True)
 
 

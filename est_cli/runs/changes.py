@@ -1,7 +1,7 @@
 """What may differ between a run's config and that of the command that continues it."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,7 +66,7 @@ def _differences(old: Any, new: Any, path: str = "") -> Iterator[tuple[str, Any,
 
 
 def _problem(key: str, old: Any, new: Any, saved: dict[str, Any], config: dict[str, Any]) -> str | None:
-    if any(key == allowed or key.startswith(f"{allowed}.") for allowed in HARMLESS):
+    if is_below(key, HARMLESS):
         return None
     if key in BATCH:
         return _batch_problem(saved["trainer"], config["trainer"])
@@ -77,6 +77,11 @@ def _problem(key: str, old: Any, new: Any, saved: dict[str, Any], config: dict[s
     if fractions := ", ".join(f"{name}={value}" for name, value in _fractions(config)):
         return f"may grow only where boundaries, warmup and decay are given in steps, and not as {fractions}"
     return None
+
+
+def is_below(key: str, sections: Sequence[str]) -> bool:
+    """Whether a key or a config group is one of `sections`, or lies in one."""
+    return any(key == section or key.startswith((f"{section}.", f"{section}/")) for section in sections)
 
 
 def _fractions(config: dict[str, Any]) -> Iterator[tuple[str, Any]]:

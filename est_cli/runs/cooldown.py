@@ -20,7 +20,7 @@ from est_cli.composition.typed_text import typed_keys
 from est_cli.config import OptimizerConfig, TrainConfig, as_plain, read_train_config
 from est_cli.errors import UserError, nearest
 from est_cli.files import replacing
-from est_cli.runs.changes import BATCH, HARMLESS, MAX_STEPS, changes
+from est_cli.runs.changes import BATCH, HARMLESS, MAX_STEPS, changes, is_below
 from est_cli.runs.directory import RunDirectory
 from est_cli.runs.rerun import store_config, without_call
 from est_cli.schema import read
@@ -121,7 +121,7 @@ class Trunk:
     def check(self, config: TrainConfig) -> None:
         """Raises UserError if the rest of `config` is not the trunk's."""
         differing = changes(as_plain(self.cooled(config.optimizer.decay_steps)), as_plain(config))
-        wrong = [change for change in differing if change.problem and (change.key in BATCH or not _is_free(change.key))]
+        wrong = [c for c in differing if c.problem and (c.key in BATCH or not is_below(c.key, _FREE))]
         if wrong:
             raise UserError(
                 f"{KEY}={self.folder}: the trunk has another config:", *(f"{c} ({c.problem})" for c in wrong)
@@ -195,18 +195,16 @@ def _check_overrides(trunk: Trunk, overrides: list[str]) -> None:
     for key in typed_keys(overrides):
         if key == MAX_STEPS:
             problems.append(f"{key}: follows from the checkpoint and the length of the decay; give {_LENGTH[0]}")
-        elif "." in key and key not in known and not _is_free(key):
+        elif is_below(key, _FREE):
+            continue
+        elif "." in key and key not in known:
             problems.append(f"{key}: there is no such key{nearest(key, known)}")
-        elif not _is_free(key):
+        else:
             decided.append(f"{key}: the trunk has decided this")
     if decided:
         decided.append(f"{KEY}={trunk.folder}: may change only {', '.join(_FREE)}")
     if problems or decided:
         raise UserError(*problems, *decided)
-
-
-def _is_free(key: str) -> bool:
-    return any(key == free or key.startswith((f"{free}.", f"{free}/")) for free in _FREE)
 
 
 def _nearest(path: Path) -> str:

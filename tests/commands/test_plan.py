@@ -26,6 +26,12 @@ def test_json_has_the_contracts_keys(tmp_path):
     assert [(s["first_step"], s["last_step"]) for s in plan["stages"]] == [(0, 132), (133, 466), (467, 999)]
 
 
+def test_with_m_every_plan_is_printed_and_no_file_is_left(tmp_path):
+    done = call("est-plan", "-m", "seed=0,1", "format=json", cwd=tmp_path)
+    assert (done.code, len(done.out.splitlines())) == (0, 2), done.err
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize(("size", "fits"), [("80GiB", False), ("300GB", True)])
 def test_whether_a_run_fits_into_a_gpu(size, fits, tmp_path):
     model = ("model=llama_7b", "trainer=ddp", "trainer.devices=64", f"device_memory={size}")
