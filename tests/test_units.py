@@ -39,15 +39,12 @@ from est_cli import units
         (units.format_clock(59.6), "1:00"),
         (units.format_clock(3723), "1:02:03"),
         (units.format_clock(3 * 86400 + 4 * 3600), "3d 4h"),
+        (units.si_prefix(0.0), (1.0, "")),
+        (units.si_prefix(999.0), (1.0, "")),
+        (units.si_prefix(1000.0), (1e3, "k")),
+        (units.si_prefix(2.5e13), (1e12, "T")),
+        (units.si_prefix(1e30), (1e24, "Y")),
     ],
 )
 def test_numbers_read_as_people_write_them(formatted, expected):
     assert formatted == expected
-
-
-@pytest.mark.parametrize(
-    ("largest", "expected"),
-    [(0.0, (1.0, "")), (999.0, (1.0, "")), (1000.0, (1e3, "k")), (2.5e13, (1e12, "T")), (1e30, (1e24, "Y"))],
-)
-def test_the_si_prefix_leaves_three_digits_before_the_point(largest, expected):
-    assert units.si_prefix(largest) == expected

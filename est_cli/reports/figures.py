@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import zip_longest
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -107,16 +107,13 @@ def _sheet(
     return style.laid_out(figure)
 
 
-@dataclass(frozen=True)
-class _Line:
-    """A curve of a plot, and how it looks."""
+class _Line(NamedTuple):
+    """A curve, and how it looks. A label names it in the right margin; a magnified end is drawn again in the corner."""
 
     curve: Curve
     look: dict[str, Any]
     label: str = ""
-    """Names it in the right margin."""
     magnified: bool = False
-    """Whether its end is drawn in the corner again."""
 
 
 def draw_loss(ax: Axes, comparison: Comparison, axis: Axis, narrow: bool = False) -> None:
@@ -189,8 +186,7 @@ def _magnify_end(ax: Axes, lines: Sequence[_Line], narrow: bool) -> None:
     """Shows the last 40% again, larger, in the corner that a falling curve leaves empty."""
     low, high = 0.6 * ax.get_xlim()[1], ax.get_xlim()[1]
     magnified = [line for line in lines if line.magnified]
-    curves = [line.curve for line in magnified if len(line.curve) > 2]
-    late = np.concatenate([[], *(curve.y[curve.x >= low] for curve in curves)])
+    late = np.concatenate([[], *(line.curve.y[line.curve.x >= low] for line in magnified if len(line.curve) > 2)])
     if not len(late) or np.ptp(late) == 0 or not _corner_is_empty(ax, lines):
         return
     inset = ax.inset_axes(_CORNER, facecolor=style.PAPER, zorder=6)

@@ -20,21 +20,20 @@ from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 
-SERIES = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
-_SERIES_DARK = ("#56b4e9", "#e8762b", "#00b386", "#d98fb8", "#e69f00", "#f0e442", "#fefefe")
-INK, MUTED, GRID, REST, BAND = "#1b1f24", "#5b646d", "#e1e5e9", "#b3bac2", "#93a5b8"
-PAPER, TINT = "#ffffff", "#f5f7f9"
 _ROLES = {
-    "ink": (INK, "#e7eaee"),
-    "muted": (MUTED, "#a0a9b3"),
-    "grid": (GRID, "#30373f"),
-    "rest": (REST, "#59626c"),
-    "band": (BAND, "#5d7186"),
-    "paper": (PAPER, "#14181d"),
-    "tint": (TINT, "#1c2229"),
-    **{f"series-{i}": pair for i, pair in enumerate(zip(SERIES, _SERIES_DARK, strict=True))},
+    "ink": ("#1b1f24", "#e7eaee"),
+    "muted": ("#5b646d", "#a0a9b3"),
+    "grid": ("#e1e5e9", "#30373f"),
+    "rest": ("#b3bac2", "#59626c"),
+    "band": ("#93a5b8", "#5d7186"),
+    "paper": ("#ffffff", "#14181d"),
+    "tint": ("#f5f7f9", "#1c2229"),
 }
 """The light and the dark colour of each role."""
+INK, MUTED, GRID, REST, BAND, PAPER, _ = (light for light, _ in _ROLES.values())
+SERIES = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
+_SERIES_DARK = ("#56b4e9", "#e8762b", "#00b386", "#d98fb8", "#e69f00", "#f0e442", "#fefefe")
+_ROLES |= {f"series-{i}": pair for i, pair in enumerate(zip(SERIES, _SERIES_DARK, strict=True))}
 WIDE = 9.2
 """Inches of a figure that fills the page."""
 

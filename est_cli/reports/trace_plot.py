@@ -31,17 +31,11 @@ class Bar(NamedTuple):
     length: float
 
 
-class Step(NamedTuple):
-    """One optimizer step of a trace."""
+def read_step(path: Path) -> tuple[list[Bar], list[Bar]]:
+    """Phases and work in the step of median length. Raises ValueError for a trace without steps.
 
-    stage: str
-    phases: list[Bar]
-    work: list[Bar]
-    """The GPU's kernels, or on a CPU the innermost operations."""
-
-
-def read_step(path: Path) -> Step:
-    """The step of median length in a trace. Raises ValueError for a file without steps."""
+    The work is the GPU's kernels, or on a CPU the innermost operations.
+    """
     by_category = defaultdict(list)
     for event in json.loads(path.read_text())["traceEvents"]:
         if event.get("ph") == "X":
@@ -57,8 +51,7 @@ def read_step(path: Path) -> Step:
         inside = (event for event in events if begin <= event["ts"] < end and event is not step)
         return [Bar(event["name"], (event["ts"] - begin) / 1e3, event["dur"] / 1e3) for event in inside]
 
-    work = bars(by_category["kernel"]) or bars(_innermost(by_category["cpu_op"]))
-    return Step(path.name.split(".")[0], bars(annotations), work)
+    return bars(annotations), bars(by_category["kernel"]) or bars(_innermost(by_category["cpu_op"]))
 
 
 def _innermost(operations: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
@@ -80,29 +73,30 @@ def kind_of(name: str) -> str:
     return next(kind for kind, pattern in KINDS.items() if pattern.search(name))
 
 
-def draw(steps: list[Step]) -> Figure:
-    figure = Figure(figsize=(9.2, 0.7 + 0.95 * len(steps)))
+def draw(steps: dict[str, tuple[list[Bar], list[Bar]]]) -> Figure:
+    """Phases and work of one step for each stage."""
+    figure = Figure(figsize=(style.WIDE, 0.7 + 0.95 * len(steps)))
     axes = figure.subplots(len(steps), sharex=True, squeeze=False)[:, 0]
-    for axis, step in zip(axes, steps, strict=True):
-        _draw_step(axis, step)
+    for ax, (stage, (phases, work)) in zip(axes, steps.items(), strict=True):
+        _draw_step(ax, phases, work)
+        ax.set_title(stage.replace("-", " "), loc="left", fontsize="medium")
     axes[-1].set_xlabel("ms from the start of the step")
     handles = [Patch(color=style.SERIES[i], label=kind) for i, kind in enumerate(KINDS)]
     figure.legend(handles=handles, loc="outside upper right", ncols=len(KINDS), frameon=False)
     return figure
 
 
-def _draw_step(axis: Axes, step: Step) -> None:
-    longest = max((bar.start + bar.length for bar in step.phases), default=0)
-    for name, start, length in step.phases:
-        axis.broken_barh([(start, length)], (1.1, 0.8), color=style.GRID, edgecolor=style.MUTED, lw=0.4)
+def _draw_step(ax: Axes, phases: list[Bar], work: list[Bar]) -> None:
+    longest = max((bar.start + bar.length for bar in phases), default=0)
+    for name, start, length in phases:
+        ax.broken_barh([(start, length)], (1.1, 0.8), color=style.GRID, edgecolor=style.MUTED, lw=0.4)
         if length > 0.08 * longest:
-            axis.text(start + length / 2, 1.5, f"{name} {length:.0f}", ha="center", va="center")
+            ax.text(start + length / 2, 1.5, f"{name} {length:.0f}", ha="center", va="center")
     for number, kind in enumerate(KINDS):
-        spans = [(start, length) for name, start, length in step.work if kind_of(name) == kind]
-        axis.broken_barh(spans, (0.1, 0.8), color=style.SERIES[number], lw=0)
-    axis.set(yticks=[0.5, 1.5], yticklabels=["work", "phases"], ylim=(0, 2))
-    axis.grid(axis="y", visible=False)
-    axis.set_title(step.stage.replace("-", " "), loc="left", fontsize="medium")
+        spans = [(start, length) for name, start, length in work if kind_of(name) == kind]
+        ax.broken_barh(spans, (0.1, 0.8), color=style.SERIES[number], lw=0)
+    ax.set(yticks=[0.5, 1.5], yticklabels=["work", "phases"], ylim=(0, 2))
+    ax.grid(axis="y", visible=False)
 
 
 def main() -> None:
@@ -114,7 +108,7 @@ def main() -> None:
     if not paths:
         parser.error(f"{arguments.folder}: holds no *.trace.json")
     try:
-        steps = [read_step(path) for path in paths]
+        steps = {path.name.split(".")[0]: read_step(path) for path in paths}
     except (ValueError, KeyError, TypeError, OSError) as error:
         parser.error(f"{arguments.folder}: a trace cannot be read: {error}")
     with style.report_style():

@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import tiny
 
@@ -44,10 +45,12 @@ def record(step: int, val_loss: float | None = None, loss: float | None = None) 
     }
 
 
-def follow(trackers: Iterable[Tracker], run: RunInfo, records: Iterable[Record]) -> None:
-    """Tells the trackers of a run, but not of its end."""
+def follow(trackers: Iterable[Tracker], run: RunInfo, records: Iterable[Record], *end: Any) -> None:
+    """Tells the trackers of a run, and with `end`, a status and a summary, of its end."""
     for tracker in trackers:
         tracker.start(run)
     for each in records:
         for tracker in trackers:
             tracker.log(each)
+    for tracker in trackers if end else ():
+        tracker.finish(*end)

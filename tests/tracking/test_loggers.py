@@ -35,9 +35,7 @@ def track(kind, run_dir: Path, steps, first_step=0, ends=True) -> list[str]:
     trackers = [MetricsFile(messages.append), kind(messages.append)]
     losses = {2: math.nan}
     records = (record(step, val_loss=3.5 if step % 4 == 3 else None, loss=losses.get(step)) for step in steps)
-    follow(trackers, run_info(run_dir, first_step), records)
-    for tracker in trackers if ends else ():
-        tracker.finish("done", None)
+    follow(trackers, run_info(run_dir, first_step), records, *(["done", None] if ends else ()))
     return messages
 
 

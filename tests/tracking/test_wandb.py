@@ -30,9 +30,7 @@ def track(run, steps, status="done"):
     """Runs the two trackers over `steps`; returns the messages for people."""
     messages = []
     trackers = [MetricsFile(messages.append), WandbTracker(messages.append)]
-    follow(trackers, run, map(record, steps))
-    for tracker in trackers:
-        tracker.finish(status, SUMMARY)
+    follow(trackers, run, map(record, steps), status, SUMMARY)
     return messages
 
 
