@@ -22,7 +22,7 @@ def write_figures(runs: Sequence[dict[str, Any]], records: Sequence[RunRecord], 
         figures = {"transitions": _transitions(runs, records), "spread": _spread(runs), "sharpness": _sharpness(runs)}
         paths = {out / f"{name}.png": figure for name, figure in figures.items() if figure is not None}
         for path, figure in paths.items():
-            style.save_png(style.laid_out(figure), path)
+            style.save_png(figure, path)
     return list(paths)
 
 

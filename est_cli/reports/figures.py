@@ -89,7 +89,7 @@ def compute_and_time(comparison: Comparison) -> Figure:
 def _figure(width: float, height: float, draw: Callable[..., None], *what: Any, **options: Any) -> Figure:
     figure = Figure(figsize=(width, height))
     draw(figure.subplots(), *what, **options)
-    return style.laid_out(figure)
+    return figure
 
 
 def _sheet(
@@ -104,7 +104,7 @@ def _sheet(
         lines = [Line2D([], [], color=style.series(arm.rank), linewidth=2) for arm in arms]
         labels = [f"{arm.letter}  {arm.label}" for arm in arms]
         figure.legend(lines, labels, loc="outside lower center", ncols=2, frameon=False)
-    return style.laid_out(figure)
+    return figure
 
 
 class _Line(NamedTuple):
@@ -376,4 +376,4 @@ def draw_coverage(found: Coverage) -> Figure:
     bar.set_ticks([0, 50, 100], labels=["0%", "50%", "100%"])
     bar.outline.set_visible(False)
     bar.ax.tick_params(length=0)
-    return style.laid_out(figure)
+    return figure

@@ -117,15 +117,15 @@ def draw_box(ax: Axes, samples: np.ndarray, y: float, colour: str) -> None:
     ax.boxplot(samples, positions=[y], orientation="horizontal", widths=0.55, whis=(5, 95), **parts)
 
 
-def laid_out(figure: Figure) -> Figure:
-    """The figure with its axes in their final place, so that not every file it is saved to computes it again."""
+def _lay_out(figure: Figure) -> None:
+    """Puts the axes in their final place once, however many files the figure is saved to."""
     figure.get_layout_engine().execute(figure)
     figure.set_layout_engine("none")
-    return figure
 
 
 def save_png(figure: Figure, path: Path) -> None:
     """On white, sharp enough for print."""
+    _lay_out(figure)
     figure.savefig(path, dpi=150, facecolor="white", pil_kwargs={"compress_level": 3})
 
 
@@ -136,6 +136,7 @@ def inline_svg(figure: Figure, ident: str) -> tuple[dict[str, str], str]:
     (x low, x high, y low, y high), so the page's script can find the value under the pointer.
     """
     buffer = io.StringIO()
+    _lay_out(figure)
     figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
     inside = re.search(r"<svg[^>]*>(.*)</svg>", buffer.getvalue(), re.DOTALL)[1]
     inside = re.sub(r"<metadata>.*?</metadata>", "", inside, flags=re.DOTALL)
