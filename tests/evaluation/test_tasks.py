@@ -62,8 +62,8 @@ def bits_per_byte(model, texts: list[str]) -> float:
     ("changes", "task", "message"),
     [
         ({}, "tiny_choise", "tasks=tiny_choise: lm-eval has no such task; did you mean 'tiny_choice'"),
-        ({"max_seq_len": 3}, "tiny_generation", r"tasks=\[tiny_generation\]: .* max_seq_len=3: .* generate \(4\)"),
-        ({"max_seq_len": 3}, "tiny_choice", r"tasks=\[tiny_choice\]: .* max_seq_len=3: .* <= self.max_length"),
+        ({"max_seq_len": 3}, "tiny_generation", r"tasks=\[tiny_generation\]: .*max_seq_len=3: .* generate \(4\)"),
+        ({"max_seq_len": 3}, "tiny_choice", r"tasks=\[tiny_choice\]: .*max_seq_len=3: .* <= self.max_length"),
         ({"mlp": "gelu"}, "tiny_choice", "model.mlp=gelu"),
     ],
 )
