@@ -6,7 +6,7 @@ from dataclasses import asdict, fields
 from typing import Any, get_type_hints
 
 from est_cli.benchmark.case import PRESETS, Case
-from est_cli.benchmark.measure import measure, peak_of_stage, progress_line
+from est_cli.benchmark.measure import measure, progress_line
 from est_cli.benchmark.peer import PEERS
 from est_cli.benchmark.steps import count_operations
 from est_cli.config import Count, Natural, TrainerConfig
@@ -39,8 +39,6 @@ def main() -> None:
 
 def _result(case: Case, arguments: argparse.Namespace) -> dict[str, Any]:
     available_device(TrainerConfig(device=case.device), case.kernels)
-    if arguments.peak_memory_of_stage is not None:
-        return {"peak_memory_bytes": peak_of_stage(case, arguments.peak_memory_of_stage - 1)}
     if arguments.count_operations:
         return count_operations(case)
     options = {name: getattr(arguments, name) for name in ("rounds", "warmup", "against", "against_path")}
@@ -50,7 +48,6 @@ def _result(case: Case, arguments: argparse.Namespace) -> dict[str, Any]:
 def parser() -> argparse.ArgumentParser:
     arguments = argparse.ArgumentParser("python -m est_cli.benchmark", description=__doc__)
     flag = arguments.add_argument
-    flag("--case", type=json.loads, help="JSON: all of the case, in place of its parts")
     for name, spelled in _FLAGS.items():
         switch = {"nargs": "?", "const": True} if _KINDS[name] is bool else {}
         read_as = _model if name == "model" else _value
@@ -62,7 +59,6 @@ def parser() -> argparse.ArgumentParser:
     flag("--format", choices=("json",), default="json", help="of what is printed")
     flag("--count-operations", action="store_true", help="count a step's operations; measure no time")
     flag("--no-memory", action="store_true", help="do not measure peak memory")
-    flag("--peak-memory-of-stage", type=int, help="measure this and nothing else")
     arguments.set_defaults(model=asdict(PRESETS["gpt2"]))
     return arguments
 
@@ -87,17 +83,13 @@ def to_case(arguments: argparse.Namespace) -> Case:
     problems: list[str] = []
     read(Count, arguments.rounds, "--rounds", problems)
     read(Natural, arguments.warmup, "--warmup", problems)
-    if arguments.case is not None:
-        case = read(Case, arguments.case, "--case", problems)
-    else:
-        given = {name: value for name in _FLAGS if (value := getattr(arguments, name)) is not None}
-        values = {name: read(_KINDS[name], value, f"--{_FLAGS[name]}", problems) for name, value in given.items()}
-        case = None if problems else Case(**values | {"model": values["model"].with_head_dim()})
-        if case is not None and case.stages[-1:] != (StageSpec(),):
-            problems.append(f"--rates={json.dumps(given['stages'])}: the last must be the full model, {{}}")
+    given = {name: value for name in _FLAGS if (value := getattr(arguments, name)) is not None}
+    values = {name: read(_KINDS[name], value, f"--{_FLAGS[name]}", problems) for name, value in given.items()}
+    if (stages := values.get("stages")) is not None and stages[-1:] != (StageSpec(),):
+        problems.append(f"--rates={json.dumps(given['stages'])}: the last must be the full model, {{}}")
     if problems:
         raise UserError(*problems)
-    return case
+    return Case(**values | {"model": values["model"].with_head_dim()})
 
 
 if __name__ == "__main__":

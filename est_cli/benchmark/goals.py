@@ -8,22 +8,23 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 import torch
 
 from est_cli.benchmark.case import PRESETS, THREE_STAGES, Case
 from est_cli.benchmark.measure import (
+    Cells,
     Progress,
+    in_own_process,
     interleaved,
     machine,
     markdown,
     measure,
-    peak_in_own_process,
+    peak_of_stage,
     progress_line,
     shown,
     summary,
@@ -39,27 +40,6 @@ LARGE_STEP = 16
 STARTS = 5
 
 
-@dataclass(frozen=True)
-class Row:
-    """A number and its goal."""
-
-    what: str
-    where: str
-    value: float
-    shown: str
-    goal: float
-    at_least: bool = False
-
-    @property
-    def met(self) -> bool:
-        return self.value >= self.goal if self.at_least else self.value <= self.goal
-
-    def cells(self) -> dict[str, str]:
-        goal = f"{'≥' if self.at_least else '≤'} {self.goal:g}"
-        met = "met" if self.met else "not met"
-        return {"what": self.what, "where": self.where, "measured": self.shown, "goal": goal, "": met}
-
-
 def main() -> None:
     parser = argparse.ArgumentParser("python -m est_cli.benchmark.goals", description=__doc__)
     parser.add_argument("--only", nargs="+", choices=list(GROUPS), default=list(GROUPS))
@@ -72,45 +52,40 @@ def main() -> None:
     first = 0
     for name in arguments.only:
         for row in GROUPS[name](arguments.rounds, progress_line(name)):
-            print(*markdown([row.cells()])[first:], sep="\n", flush=True)
+            print(*markdown([row])[first:], sep="\n", flush=True)
             first = 2
 
 
-def steps(case: Case, precision: str, where: str, rounds: int, progress: Progress) -> Iterator[Row]:
-    """Efficiency of every stage, and the full step over the peer's."""
-    case = replace(case, precision=precision)
-    return rows_of_steps(
-        measure(case, rounds, against="transformers", memory=False, progress=progress), where, precision
-    )
+def beside_goal(what: str, where: str, value: float, text: str, goal: float = 1.0, at_least: bool = False) -> Cells:
+    """A number, which `text` shows, and its goal."""
+    met = value >= goal if at_least else value <= goal
+    goal_text = f"{'≥' if at_least else '≤'} {goal:g}"
+    return {"what": what, "where": where, "measured": text, "goal": goal_text, "": "met" if met else "not met"}
 
 
-def rows_of_steps(result: dict[str, Any], where: str, precision: str) -> Iterator[Row]:
-    """Of a result of `measure`. The last stage is the full model, which has no efficiency."""
+def steps(case: Case, where: str, rounds: int, progress: Progress) -> Iterator[Cells]:
+    """Efficiency of every stage but the full model's, which has none, and the full step over the peer's."""
+    result = measure(case, rounds, against="transformers", memory=False, progress=progress)
     for stage in result["stages"][:-1]:
-        what, value = f"efficiency of stage {stage['stage']}", stage["efficiency"]
-        yield Row(what, f"{where} {precision}", value, shown(stage, "efficiency"), 1.0, at_least=True)
+        what, text = f"efficiency of stage {stage['stage']}", shown(stage, "efficiency")
+        yield beside_goal(what, f"{where} {case.precision}", stage["efficiency"], text, at_least=True)
     peer = result["against"]
     what = f"full step over {peer['name']}'s ({peer['setting']})"
-    yield Row(what, precision, peer["time_ratio"], shown(peer, "time_ratio"), 1.0)
+    yield beside_goal(what, case.precision, peer["time_ratio"], shown(peer, "time_ratio"))
 
 
-def memory(_: int, progress: Progress) -> Iterator[Row]:
+def memory(_: int, progress: Progress) -> Iterator[Cells]:
     """Peak memory of the stages over the full model's, each in a process of its own."""
-    stages = range(len(THREE_STAGES))
-    calls = {
-        (precision, index): partial(peak_in_own_process, replace(GPT2, precision=precision), index)
-        for precision in SETTINGS
-        for index in stages
-    }
-    peaks = interleaved(calls, 1, progress=progress)
     for precision in SETTINGS:
-        *sampled, full = (peaks[precision, index][0] for index in stages)
+        case = replace(GPT2, precision=precision)
+        calls = {index: partial(in_own_process, peak_of_stage, case, index) for index in range(len(case.stages))}
+        *sampled, full = (peak for [peak] in interleaved(calls, 1, progress=progress).values())
         for number, peak in enumerate(sampled, start=1):
             text = f"{peak / full:.3f} of {full / 1e9:.2f} GB"
-            yield Row(f"peak memory of stage {number}", f"GPT-2 {precision}", peak / full, text, 1.0)
+            yield beside_goal(f"peak memory of stage {number}", f"GPT-2 {precision}", peak / full, text)
 
 
-def overhead(_: int, progress: Progress) -> Iterator[Row]:
+def overhead(_: int, progress: Progress) -> Iterator[Cells]:
     """What EST adds to a step of 16384 tokens, in bf16, where the step is shortest.
 
     Unpacking is part of the optimizer's pass, which is counted as a whole.
@@ -123,10 +98,10 @@ def overhead(_: int, progress: Progress) -> Iterator[Row]:
         total = sampling + phases["update"]
         what = f"sample, pack, unpack and optimizer in stage {stage['stage']}, over the step"
         text = f"{total:.2%} (without the optimizer {sampling:.2%})"
-        yield Row(what, f"GPT-2 bf16, {case.tokens} tokens", total, text, 0.01)
+        yield beside_goal(what, f"GPT-2 bf16, {case.tokens} tokens", total, text, 0.01)
 
 
-def start(_: int, progress: Progress) -> Iterator[Row]:
+def start(_: int, progress: Progress) -> Iterator[Cells]:
     """Seconds until a command answers; the first round prepares the tokens if they are not cached."""
     calls = {
         ("est-train model=nano, command to first step", 5.0): seconds_to_first_step,
@@ -134,7 +109,7 @@ def start(_: int, progress: Progress) -> Iterator[Row]:
     }
     for (what, goal), seconds in interleaved(calls, STARTS, 1, progress).items():
         found = summary("s", seconds)
-        yield Row(what, "seconds", found["s"], shown(found, "s"), goal)
+        yield beside_goal(what, "seconds", found["s"], shown(found, "s"), goal)
 
 
 def seconds_to_first_step() -> float:
@@ -163,11 +138,11 @@ def seconds_to_help() -> float:
     return time.perf_counter() - began
 
 
-GROUPS: dict[str, Callable[[int, Progress], Iterator[Row]]] = {
-    "gpt2-fp32": partial(steps, GPT2, "fp32", "GPT-2"),
-    "gpt2-bf16": partial(steps, GPT2, "bf16", "GPT-2"),
-    "llama-fp32": partial(steps, LLAMA, "fp32", "Llama"),
-    "llama-bf16": partial(steps, LLAMA, "bf16", "Llama"),
+GROUPS: dict[str, Callable[[int, Progress], Iterator[Cells]]] = {
+    "gpt2-fp32": partial(steps, GPT2, "GPT-2"),
+    "gpt2-bf16": partial(steps, replace(GPT2, precision="bf16"), "GPT-2"),
+    "llama-fp32": partial(steps, LLAMA, "Llama"),
+    "llama-bf16": partial(steps, replace(LLAMA, precision="bf16"), "Llama"),
     "memory": memory,
     "overhead": overhead,
     "start": start,

@@ -7,10 +7,8 @@ machine or of other code are measured again. `--device cpu` does the same on a C
 """
 
 import argparse
-import contextlib
 import hashlib
 import json
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -18,14 +16,16 @@ from dataclasses import dataclass, replace
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
+from traceback import format_exception_only
 from typing import Any
 
 import torch
 
 from est_cli.benchmark.case import PRESETS, THREE_STAGES, Case
 from est_cli.benchmark.kernels import OPERATIONS, all_checks, measure_roofs, time_operation
-from est_cli.benchmark.measure import from_own_process, machine, markdown, measure, shown, stage_cells
+from est_cli.benchmark.measure import Cells, in_own_process, machine, markdown, measure, shown, stage_cells
 from est_cli.benchmark.steps import Stepper
+from est_cli.files import replacing
 from est_cli.kernels.dispatch import has_triton, triton_kernels
 from est_cli.subnet.schedule import Stage
 from est_cli.training.profile import Profile
@@ -37,9 +37,6 @@ SETUPS = {"eager": ("torch", False), "compiled": ("torch", True), "triton": ("tr
 ROW_SECONDS, SHORTEST_ROW = 420, 20
 """The longest that a row may take, and the time that must be left to begin one."""
 _TINY = {"n_layers": 2, "n_heads": 4, "d_model": 32, "head_dim": 8, "d_ff": 64, "vocab_size": 128, "max_seq_len": 16}
-
-Cells = dict[str, str]
-"""Column → text."""
 
 
 @dataclass(frozen=True)
@@ -67,27 +64,8 @@ class Machine:
         return Case(config, batch_size=batch, seq_len=length, **options)
 
 
-@dataclass(frozen=True)
-class Row:
-    """Something to measure: its result is JSON."""
-
-    name: str
-    measure: Callable[[Machine], Any]
-    needs_triton: bool = False
-
-
-def rows() -> Iterator[Row]:
-    """All of them, the most important first."""
-    yield Row("roofs", lambda here: measure_roofs(torch.device(here.device)))
-    for operation in OPERATIONS:
-        yield Row(f"check {operation}", partial(check, operation), needs_triton=True)
-    for model in BATCHES:
-        for setup in SETUPS:
-            yield Row(f"steps {model} {setup}", partial(steps, model, setup), needs_triton=setup == "triton")
-    for model in BATCHES:
-        for operation in OPERATIONS:
-            yield Row(f"operation {operation} {model}", partial(operations, operation, model))
-    yield Row("trace gpt2", partial(trace, "gpt2"))
+def roofs(here: Machine) -> dict[str, float]:
+    return measure_roofs(torch.device(here.device))
 
 
 def check(operation: str, here: Machine) -> dict[str, Any]:
@@ -99,8 +77,7 @@ def check(operation: str, here: Machine) -> dict[str, Any]:
 
 def operations(operation: str, model: str, here: Machine) -> list[dict[str, Any]]:
     """The versions of one operation, against the roofs."""
-    roofs = measure_roofs(torch.device(here.device))
-    return list(time_operation(operation, model, here.case(model), roofs, here.rounds))
+    return list(time_operation(operation, model, here.case(model), roofs(here), here.rounds))
 
 
 def steps(model: str, setup: str, here: Machine) -> dict[str, Any]:
@@ -121,51 +98,51 @@ def trace(model: str, here: Machine) -> list[str]:
     return told
 
 
-def in_own_process(row: Row, here: Machine, seconds: float) -> dict[str, Any]:
-    """The row's result, or its error: the other rows go on."""
-    arguments = ["--row", row.name, "--device", here.device, "--rounds", str(here.rounds), "--folder", str(here.folder)]
+ROWS: dict[str, Callable[[Machine], Any]] = {
+    "roofs": roofs,
+    **{f"check {operation}": partial(check, operation) for operation in OPERATIONS},
+    **{f"steps {model} {setup}": partial(steps, model, setup) for model in BATCHES for setup in SETUPS},
+    **{f"operation {operation} {model}": partial(operations, operation, model)
+       for model in BATCHES for operation in OPERATIONS},
+    "trace gpt2": partial(trace, "gpt2"),
+}  # fmt: skip
+"""Name → what measures it, in a process of its own; the most important first. Results are JSON."""
+
+
+def outcome(row: str, here: Machine, seconds: float) -> dict[str, Any]:
+    """The row's `result`, `error`, or why it is `skipped`."""
+    if (row.startswith("check") or row.endswith("triton")) and not has_triton(here.device):
+        return {"skipped": "needs a GPU with triton"}
     try:
-        found = from_own_process(
-            "est_cli.benchmark.gpu", *arguments, *(["--tiny"] if here.tiny else []), timeout=seconds
-        )
-    except subprocess.TimeoutExpired:
+        return {"result": in_own_process(ROWS[row], here, timeout=seconds)}
+    except TimeoutError:
         return {"error": f"took more than {seconds:.0f} s"}
-    except RuntimeError as error:
-        return {"error": str(error).splitlines()[-1]}
-    return {"result": found}
+    except Exception as error:  # the other rows go on
+        return {"error": format_exception_only(error)[-1].strip()}
 
 
-def run(
-    asked: Sequence[Row],
-    here: Machine,
-    minutes: float,
-    say: Callable[[str], None],
-    measured: Callable[[Row, Machine, float], dict[str, Any]] = in_own_process,
-) -> bool:
+def run(asked: Sequence[str], here: Machine, minutes: float, say: Callable[[str], None]) -> bool:
     """Measure the rows that `here.folder` lacks while there is time; return whether all are there and none failed."""
     here.folder.mkdir(parents=True, exist_ok=True)
     path, deadline = here.folder / "rows.jsonl", time.monotonic() + 60 * minutes
+    lines = path.read_text().splitlines() if path.exists() else []
     same = {"machine": here.name, "code": code_hash()}
-    written = {record["row"]: record for record in read_rows(path) if same.items() <= record.items()}
+    written = {record["row"]: record for record in map(json.loads, lines) if same.items() <= record.items()}
     for number, row in enumerate(asked, 1):
-        if "result" in written.get(row.name, {}):
+        if "result" in written.get(row, {}):
             continue
-        left = deadline - time.monotonic()
-        if left < SHORTEST_ROW:
+        began = time.monotonic()
+        if deadline - began < SHORTEST_ROW:
             say(f"{minutes:g} minutes are over; the same command continues")
             break
-        began = time.monotonic()
-        if row.needs_triton and not has_triton(here.device):
-            outcome = {"skipped": "needs a GPU with triton"}
-        else:
-            outcome = measured(row, here, min(left, ROW_SECONDS))
-        written[row.name] = {"row": row.name, **same, "seconds": round(time.monotonic() - began, 1), **outcome}
-        is_cut_off = path.exists() and path.read_bytes()[-1:] not in (b"", b"\n")
-        with path.open("a") as file:
-            file.write("\n" * is_cut_off + json.dumps(written[row.name]) + "\n")
+        found = outcome(row, here, min(deadline - began, ROW_SECONDS))
+        written[row] = {"row": row, **same, "seconds": round(time.monotonic() - began, 1), **found}
+        lines.append(json.dumps(written[row]))
+        with replacing(path) as complete:
+            complete.write_text("\n".join(lines) + "\n")
         (here.folder / "results.md").write_text(as_markdown(here.name, list(written.values())))
-        say(f"{number} of {len(asked)} {row.name}: {outcome.get('error') or outcome.get('skipped') or 'done'}")
-    return all("error" not in written.get(row.name, {"error": ""}) for row in asked)
+        say(f"{number} of {len(asked)} {row}: {found.get('error') or found.get('skipped') or 'done'}")
+    return all("error" not in written.get(row, {"error": ""}) for row in asked)
 
 
 def code_hash() -> str:
@@ -173,13 +150,6 @@ def code_hash() -> str:
     folder = Path(__file__).parents[1]
     parts = [path.read_bytes() for path in sorted(folder.rglob("*.py"))]
     return hashlib.sha256(b"\0".join(parts)).hexdigest()[:12]
-
-
-def read_rows(path: Path) -> Iterator[dict[str, Any]]:
-    """What has been written, without a line that was cut off when the machine was taken away."""
-    for line in path.read_text().splitlines() if path.exists() else []:
-        with contextlib.suppress(json.JSONDecodeError):
-            yield json.loads(line)
 
 
 def as_markdown(machine: str, records: Sequence[dict[str, Any]]) -> str:
@@ -228,27 +198,20 @@ _TABLES: dict[str, Callable[[str, Any], Iterator[Cells]]] = {
 
 
 def main() -> None:
-    everything = {row.name: row for row in rows()}
     parser = argparse.ArgumentParser("python -m est_cli.benchmark.gpu", description=__doc__)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--tiny", action="store_true", help="sizes that show that it runs, and no speed")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--minutes", type=float, default=19, help="what is not measured then is left")
     parser.add_argument("--folder", type=Path, default=Path("outputs/gpu"))
-    parser.add_argument("--only", nargs="+", choices=list(everything), default=list(everything), metavar="ROW")
-    parser.add_argument("--row", choices=list(everything), metavar="ROW", help="measure one row, and print it")
+    parser.add_argument("--only", nargs="+", choices=list(ROWS), default=list(ROWS), metavar="ROW")
     arguments = parser.parse_args()
     if arguments.rounds < 1:
         parser.error(f"--rounds={arguments.rounds}: must be at least 1")
     if arguments.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device=cuda: torch sees no GPU here; --device cpu --tiny shows that all of it runs")
     here = Machine(arguments.device, arguments.tiny, arguments.rounds, arguments.folder)
-    if arguments.row:
-        with contextlib.redirect_stdout(sys.stderr):  # libraries may print too
-            result = everything[arguments.row].measure(here)
-        print(json.dumps(result))
-        return
-    complete = run([everything[name] for name in arguments.only], here, arguments.minutes, print)
+    complete = run(arguments.only, here, arguments.minutes, print)
     results = here.folder / "results.md"
     print(f"\n{results}:\n\n{results.read_text()}" if results.exists() else "nothing measured")
     sys.exit(0 if complete else 1)

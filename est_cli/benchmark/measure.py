@@ -5,13 +5,13 @@ FLOPs. Ratios are taken within a round, so a machine that slows down slows both 
 """
 
 import gc
-import json
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
 from typing import Any, TypeVar
 
 import numpy as np
@@ -26,6 +26,8 @@ from est_cli.units import format_bytes, format_clock, format_flops, format_inter
 Name, Result = TypeVar("Name"), TypeVar("Result")
 Progress = Callable[[int, int], None]
 """Is told how many of how many calls are done."""
+Cells = dict[str, str]
+"""A line of a table: column → text."""
 
 
 def interleaved(
@@ -100,7 +102,7 @@ def measure(
             gc.collect()
             torch.cuda.empty_cache()
         for index in stages:
-            result["stages"][index]["peak_memory_bytes"] = peak_in_own_process(case, index)
+            result["stages"][index]["peak_memory_bytes"] = in_own_process(peak_of_stage, case, index)
     return result
 
 
@@ -138,8 +140,8 @@ def machine(device: str) -> str:
     return f"{name}, torch {torch.__version__}"
 
 
-def stage_cells(stage: Mapping[str, Any]) -> dict[str, str]:
-    """One of the `stages` of `measure` as a line of a table: column → text."""
+def stage_cells(stage: Mapping[str, Any]) -> Cells:
+    """One of the `stages` of `measure`."""
     return {
         "stage": str(stage["stage"]),
         "time": format_step_time(stage["step_s"]),
@@ -157,32 +159,45 @@ def shown(facts: Mapping[str, Any], name: str) -> str:
     return format_interval(facts[name], facts[f"{name}_quartiles"])
 
 
-def markdown(rows: Sequence[Mapping[str, str]]) -> list[str]:
+def markdown(rows: Sequence[Cells]) -> list[str]:
     """The lines of a table; the first two are its head."""
     lines = [f"| {' | '.join(cells)} |" for cells in (rows[0], *(row.values() for row in rows))]
     return [lines[0], "|---" * len(rows[0]) + "|", *lines[1:]]
 
 
-def from_own_process(module: str, *arguments: str, timeout: float | None = None) -> Any:
-    """The JSON that `python -m module` prints. Raises RuntimeError if it fails, and subprocess.TimeoutExpired."""
-    command = [sys.executable, "-m", module, *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=timeout)
-    if done.returncode:
-        raise RuntimeError(done.stderr.strip() or f"exit code {done.returncode}")
-    return json.loads(done.stdout)
+def in_own_process(function: Callable[..., Result], *arguments: Any, timeout: float | None = None) -> Result:
+    """What the function returns in a fresh process.
+
+    Raises what the function raises, TimeoutError, and RuntimeError if the process is killed.
+    """
+    context = get_context("spawn")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_send_result, args=(sender, function, arguments))
+    process.start()
+    sender.close()
+    try:
+        result = receiver.recv() if receiver.poll(timeout) else TimeoutError()
+    except EOFError:
+        result = RuntimeError("the process was killed")
+    process.kill()
+    process.join()
+    if isinstance(result, Exception):
+        raise result
+    return result
 
 
-def peak_in_own_process(case: Case, index: int) -> int:
-    """Peak memory of one stage, in a fresh process."""
-    arguments = ("--case", json.dumps(asdict(case)), "--peak-memory-of-stage", str(index + 1))
-    return from_own_process("est_cli.benchmark", *arguments)["peak_memory_bytes"]
+def _send_result(sender: Connection, function: Callable[..., object], arguments: tuple[Any, ...]) -> None:
+    try:
+        sender.send(function(*arguments))
+    except Exception as error:
+        sender.send(error)
 
 
-def peak_of_stage(case: Case, index: int, steps: int = 2) -> int:
-    """Peak memory of this process over a few steps of one stage."""
+def peak_of_stage(case: Case, index: int) -> int:
+    """Peak memory of this process, which should be a fresh one, over two steps of one stage."""
     keep_freed_memory()
     stepper, device = Stepper(case), torch.device(case.device)
     reset_peak_memory(device)
-    for _ in range(steps):
+    for _ in range(2):
         stepper.step(index)
     return peak_memory_bytes(device)

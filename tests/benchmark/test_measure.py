@@ -1,13 +1,15 @@
 """What est-bench and make bench report: ratios within a round, against the full model and against the peer."""
 
+import os
+
 import numpy as np
 import pytest
 from tiny import FAMILIES
 
 from est_cli.benchmark import measure as module
 from est_cli.benchmark.case import Case
-from est_cli.benchmark.goals import Row, rows_of_steps
-from est_cli.benchmark.measure import interleaved, markdown, measure, progress_line, stage_cells
+from est_cli.benchmark.goals import beside_goal, steps
+from est_cli.benchmark.measure import in_own_process, interleaved, markdown, measure, progress_line, stage_cells
 from est_cli.benchmark.steps import PHASES
 
 NAMES = {"gpt2": "transformers GPT2LMHeadModel", "llama": "transformers LlamaForCausalLM"}
@@ -67,18 +69,24 @@ def test_calls_take_turns_and_the_time_that_is_left_is_told(monkeypatch, capsys)
     ("value", "at_least", "met"), [(1.0, True, True), (0.99, True, False), (1.0, False, True), (1.01, False, False)]
 )
 def test_a_goal_is_met_on_its_own_side_of_the_number(value, at_least, met):
-    row = Row("ratio", "here", value, "", 1.0, at_least)
-    assert row.met is met
-    assert markdown([row.cells()])[2].endswith(f"| {'≥' if at_least else '≤'} 1 | {'met' if met else 'not met'} |")
+    row = beside_goal("ratio", "here", value, "", 1.0, at_least)
+    assert markdown([row])[2].endswith(f"| {'≥' if at_least else '≤'} 1 | {'met' if met else 'not met'} |")
 
 
-def test_goals_read_the_measured_result():
+def test_goals_read_the_measured_result(monkeypatch):
     stages = [
         {"stage": 1, "efficiency": 1.04, "efficiency_quartiles": [1.0, 1.1]},
         {"stage": 2, "efficiency": 0.93, "efficiency_quartiles": [0.9, 1.0]},
         {"stage": 3, "efficiency": None, "efficiency_quartiles": None},
     ]
     peer = {"name": "theirs", "setting": "eager", "time_ratio": 0.9, "time_ratio_quartiles": [0.8, 1.0]}
-    first, second, full = rows_of_steps({"stages": stages, "against": peer}, "GPT-2", "fp32")
-    assert (first.met, second.met, full.met) == (True, False, True)
-    assert (second.shown, second.where) == ("0.93 [0.90, 1.00]", "GPT-2 fp32")
+    monkeypatch.setattr("est_cli.benchmark.goals.measure", lambda *_, **__: {"stages": stages, "against": peer})
+    first, second, full = steps(case(), "GPT-2", 1, None)
+    assert [row[""] for row in (first, second, full)] == ["met", "not met", "met"]
+    assert (second["measured"], second["where"]) == ("0.93 [0.90, 1.00]", "GPT-2 fp32")
+
+
+def test_a_process_of_its_own_gives_a_result_or_says_that_it_was_killed():
+    assert in_own_process(os.getpid) != os.getpid()
+    with pytest.raises(RuntimeError, match="was killed"):
+        in_own_process(os._exit, 3)
