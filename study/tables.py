@@ -29,8 +29,6 @@ _MICRO_ARMS = {
     "rates 0.75": "candidate-rates-0.75",
     "EST, boundaries 0.2 and 0.7": "candidate-longer",
 }
-
-
 _AGAINST = ("loss", "less full, same tokens", "less full, same FLOPs", "FLOPs saved at equal loss", "seconds saved")
 
 
@@ -53,10 +51,13 @@ def headline_says(records: Records) -> str:
     for (run, *_), result in winners(records):
         if run.group != "headline":
             continue
-        if not len(result.differences):
-            said.append(f"**{_sized(records, run.size, run.steps)}**: {MISSING}.")
+        layers, width, _ = SIZES[run.size]
+        model, n = f"{run.size}, {layers} layers of width {width}", len(result.differences)
+        if not n:
+            said.append(f"**{model}**: {MISSING}.")
             continue
-        n = len(result.differences)
+        tokens, size = result.runs[0].outcome["tokens"], parameters(result.runs[0])
+        model += f", {format_count(size)} parameters, {tokens / size:.1f} tokens a parameter"
         unclear = n > 1 and not is_clear(result.differences)
         facts = f"{n} seed{'s' if n > 1 else ''}{', no clear difference' if unclear else ''}"
         _, same_tokens, same_flops, *shares = _against(result)
@@ -64,7 +65,7 @@ def headline_says(records: Records) -> str:
             f"{s} of the {what}" for s, what in zip(shares, ("FLOPs", "seconds"), strict=True) if s != "-"
         )
         said.append(
-            f"**{_sized(records, run.size, run.steps)}**: {ARMS[WINNER].says}. It spends {_percent(1 - result.share)} "
+            f"**{model}**: {ARMS[WINNER].says}. It spends {_percent(1 - result.share)} "
             f"fewer FLOPs than the full model for the same tokens. Its loss less the full model's is {same_tokens} for "
             f"the same tokens ({facts}), and {same_flops} for the same FLOPs. Saved at equal loss: {saved or '-'}."
         )
@@ -210,18 +211,6 @@ TABLES: dict[str, Callable[[Records], str]] = {
     "origins": origins,
 }
 """By the name that docs/study.md has between its markers."""
-
-
-def _sized(records: Records, size: str, steps: int) -> str:
-    """`small: 8 layers of width 64, 436k parameters, 9.9 tokens a parameter`."""
-    layers, width, _ = SIZES[size]
-    known = [run for run in runs_with(size=size, arm=ARMS[FULL], steps=steps) if run in records]
-    if not known:
-        return f"{size}, {layers} layers of width {width}"
-    [run] = records.of(known[:1])
-    n, tokens = parameters(run), run.outcome["tokens"]
-    model = f"{size}, {layers} layers of width {width}, {format_count(n)} parameters"
-    return f"{model}, {tokens / n:.1f} tokens a parameter"
 
 
 def _against(result: Result) -> list[str]:
