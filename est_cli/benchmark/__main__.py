@@ -32,17 +32,16 @@ def main() -> None:
     commands = parser()
     arguments = commands.parse_args()
     try:
-        print(json.dumps(_result(to_case(arguments), arguments), indent=1))
+        case = to_case(arguments)
+        available_device(TrainerConfig(device=case.device), case.kernels)
+        if arguments.count_operations:
+            result = count_operations(case)
+        else:
+            options = {name: getattr(arguments, name) for name in ("rounds", "warmup", "against", "against_path")}
+            result = measure(case, **options, memory=not arguments.no_memory, progress=progress_line("steps"))
     except UserError as error:
         commands.error("\n".join(error.problems))
-
-
-def _result(case: Case, arguments: argparse.Namespace) -> dict[str, Any]:
-    available_device(TrainerConfig(device=case.device), case.kernels)
-    if arguments.count_operations:
-        return count_operations(case)
-    options = {name: getattr(arguments, name) for name in ("rounds", "warmup", "against", "against_path")}
-    return measure(case, **options, memory=not arguments.no_memory, progress=progress_line("steps"))
+    print(json.dumps(result, indent=1))
 
 
 def parser() -> argparse.ArgumentParser:

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -79,16 +79,13 @@ def _sampled_rows(matrices: Sequence[Matrix]) -> Iterator[np.ndarray | None]:
         yield np.sort(random.permutation(matrix.rows)[: matrix.sampled]) if matrix.sampled else None
 
 
-class PackCase(NamedTuple):
-    sources: list[Tensor]
-    rows: list[Tensor | None]
-    slots: list[Tensor]
+def pack_case(matrices: Sequence[Matrix], dtype: torch.dtype, device: torch.device) -> tuple[list, list, list]:
+    """Arguments of gather_rows: float32 masters, rows, and slots of `dtype`.
 
-
-def pack_case(matrices: Sequence[Matrix], dtype: torch.dtype, device: torch.device) -> PackCase:
-    """float32 masters and slots of `dtype`. Skipped layers are not packed; in fp32 only sampled rows are."""
+    Skipped layers are not packed; in fp32 only sampled rows are.
+    """
     packed = [m for m in matrices if m.sampled != 0 and (m.sampled is not None or dtype != torch.float32)]
-    return PackCase(
+    return (
         [torch.randn(m.rows, m.columns, device=device) for m in packed],
         [None if rows is None else torch.from_numpy(rows).to(device) for rows in _sampled_rows(packed)],
         [torch.full((m.trained // m.columns, m.columns), torch.nan, dtype=dtype, device=device) for m in packed],
@@ -123,14 +120,11 @@ def adamw_case(matrices: Sequence[Matrix], freeze: bool, device: torch.device) -
 
 def copied(moves: Sequence[Move], dtype: torch.dtype) -> list[Move]:
     """The same moves on copies of their tensors."""
-
-    def copy(tensor: Tensor) -> Tensor:
-        return tensor.to(dtype, copy=True)
-
+    copy = partial(Tensor.to, dtype=dtype, copy=True)
     return [
         replace(
             move,
-            **{name: copy(getattr(move, name)) for name in _MOVED},
+            **{name: copy(tensor) for name, tensor in zip(_MOVED, move.tensors, strict=True)},
             gradients=[copy(gradient) for gradient in move.gradients],
         )
         for move in moves
@@ -174,11 +168,11 @@ def check_pack(
     kernels: Kernels, matrices: Sequence[Matrix], dtype: torch.dtype, device: torch.device
 ) -> Iterator[Check]:
     """Slots are exact copies of the rows, rounded as torch rounds."""
-    case = pack_case(matrices, dtype, device)
-    expected = [torch.empty_like(slot) for slot in case.slots]
-    plain_pack(case.sources, case.rows, expected)
-    kernels.gather_rows(*case)
-    wrong = sum((found != right).sum().item() for found, right in zip(case.slots, expected, strict=True))
+    sources, rows, slots = pack_case(matrices, dtype, device)
+    expected = [torch.empty_like(slot) for slot in slots]
+    plain_pack(sources, rows, expected)
+    kernels.gather_rows(sources, rows, slots)
+    wrong = sum((found != right).sum().item() for found, right in zip(slots, expected, strict=True))
     yield Check("elements that differ", wrong, 0)
 
 
@@ -289,10 +283,10 @@ def _loss(case: Case, precision: str, kernels: dict[str, Kernels], device: torch
 def _pack(
     matrices: list[Matrix], precision: str, kernels: dict[str, Kernels], device: torch.device
 ) -> tuple[Calls, float]:
-    case = pack_case(matrices, DTYPES[precision], device)
+    packing = pack_case(matrices, DTYPES[precision], device)
     functions = {"plain": plain_pack} | {name: version.gather_rows for name, version in kernels.items()}
-    cost = sum(slot.numel() * (4 + slot.element_size()) for slot in case.slots)
-    return {name: partial(function, *case) for name, function in functions.items()}, cost
+    cost = sum(slot.numel() * (4 + slot.element_size()) for slot in packing[-1])
+    return {name: partial(function, *packing) for name, function in functions.items()}, cost
 
 
 def _adamw(

@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -27,6 +28,10 @@ class OpenRun:
     checkpoint: Checkpoint
     model: Transformer
     """On its device: the full model, or the part of it that had joined at the checkpoint."""
+
+    @cached_property
+    def data(self) -> RunData:
+        return RunData(self.folder, self.config.tokenizer.kind)
 
 
 def read_run_config(folder: Path) -> TrainConfig:
@@ -61,28 +66,24 @@ def load_model(config: TrainConfig, checkpoint: Checkpoint) -> Transformer:
 
 def run_tokenizer(run: OpenRun, say: Callable[[str], None]) -> Tokenizer:
     """The tokenizer that the run was trained with: its own copy, else that of its token files."""
-    return _data_of(run).tokenizer or run_store(run, say, run.config.data).tokenizer
+    return run.data.tokenizer or run_store(run, say).tokenizer
 
 
-def run_store(run: OpenRun, say: Callable[[str], None], data: DataConfig | None = None) -> TokenStore:
-    """The token files that the run trained on, else those of the text that its config names now, or of other `data`.
+def run_store(run: OpenRun, say: Callable[[str], None], other: DataConfig | None = None) -> TokenStore:
+    """Token files made with the run's own tokenizer: of `other` data, or those that the run trained on.
 
-    They are made with the run's own tokenizer.
+    If the latter are gone, they are made from the text that the run's config names now; a changed text is told.
     """
-    config, kept = run.config, _data_of(run)
-    if data is None and (store := stored(config.data, kept)):
+    config = run.config
+    if other is None and (store := stored(config.data, run.data)):
         return store
 
-    def tell(text: Text) -> None:
-        if data is None or data is config.data:
-            kept.tell(text, say)
+    def check(text: Text) -> None:
+        if other is None:
+            run.data.tell(text, say)
 
     vocab_size, show_progress = config.model.vocab_size, sys.stderr.isatty()
-    return open_store(data or config.data, config.tokenizer, vocab_size, say, show_progress, kept, tell)
-
-
-def _data_of(run: OpenRun) -> RunData:
-    return RunData(run.folder, run.config.tokenizer.kind)
+    return open_store(other or config.data, config.tokenizer, vocab_size, say, show_progress, run.data, check)
 
 
 @dataclass(frozen=True)

@@ -63,7 +63,7 @@ def test_no_kernel_waits_for_the_gpu(version):
     for mode in ("default", "error"):  # the first turn compiles
         torch.cuda.set_sync_debug_mode(mode)
         try:
-            kernels.gather_rows(packing.sources, packing.rows, packing.slots)
+            kernels.gather_rows(*packing)
             kernels.adamw_step(moves, clip)
             loss_and_gradients(kernels.linear_cross_entropy, *head)
         finally:
