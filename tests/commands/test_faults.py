@@ -12,7 +12,7 @@ import pytest
 from est_cli.errors import RunFailed
 from est_cli.runs.directory import RunDirectory
 from est_cli.runs.stopping import STOP_SIGNALS, StopRequest, quit_until_training_begins
-from tests.commands.cli import ON_CORPUS, Process, call, clean_environment, metrics, run, train, wait_for_steps
+from tests.commands.cli import ON_CORPUS, Process, clean_environment, metrics, run, train, wait_for_steps
 
 
 @pytest.fixture
@@ -65,15 +65,6 @@ def test_a_run_that_is_not_finite_names_the_step_and_the_replay_that_repeats_it(
     kept["config"]["trainer"] |= {"strategy": "fsdp", "devices": 2, "shard_size": 2}
     (folder / "step.json").write_text(json.dumps(kept))
     assert run("est-train", f"replay={folder}", "format=json", cwd=place).json == seen, "one process replays many"
-
-
-@pytest.mark.parametrize(
-    ("arguments", "said"),
-    [(("trainer.max_steps=4",), "goes only with format"), ((), "replay=corpus: must be a folder")],
-)
-def test_a_replay_of_something_else_is_refused(place, arguments, said):
-    done = call("est-train", "replay=corpus", *arguments, cwd=place)
-    assert (done.code, said in done.err, "Traceback" in done.err) == (2, True, False)
 
 
 @pytest.mark.slow
@@ -150,20 +141,3 @@ def test_a_second_run_in_one_slurm_allocation_has_a_name_of_its_own(place):
     assert [Path(folder).name for folder in runs] == ["77", "77-2"]
     requeued = train(place, *overrides, code=2, **job, SLURM_RESTART_COUNT="1")
     assert "run_id=77: this run is finished" in requeued.err
-
-
-@pytest.mark.parametrize(
-    ("environment", "override", "message"),
-    [
-        ({"WORLD_SIZE": "2"}, "seed=0", "WORLD_SIZE=2: RANK, MASTER_ADDR, MASTER_PORT must be set too"),
-        ({"WORLD_SIZE": "two"}, "seed=0", "WORLD_SIZE=two: must be a number of processes"),
-        (
-            {"CXX": "no-such-compiler"},
-            "trainer.compile=true",
-            "trainer.compile=true: torch.compile needs a C++ compiler",
-        ),
-    ],
-)
-def test_an_environment_that_cannot_work_is_told(environment, override, message, place):
-    done = call("est-train", "logger=none", override, cwd=place, **environment)
-    assert (done.code, message in done.err, "Traceback" in done.err) == (2, True, False), done.err

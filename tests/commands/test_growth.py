@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.commands.cli import ON_CORPUS, TINY, Finished, call, metrics, train
+from tests.commands.cli import ON_CORPUS, Finished, call, metrics, train
 
 STACKING = ("scheduler=stacking", "scheduler.grow_at=20", "trainer.max_steps=30")
 NEEDS_TRANSFORMERS = "transformers is not installed: pip install 'est-cli[export]'"
@@ -79,30 +79,6 @@ def test_a_growing_run_can_be_analysed_and_reported(place, grown, command, argum
     *options, runs = arguments
     done = call(command, f"{runs}{grown}", *options, cwd=place, COLUMNS="100")
     assert done.code == 0, done.err
-
-
-@pytest.mark.parametrize(
-    ("overrides", "message"),
-    [
-        (("scheduler=stacking", "scheduler.depths=5"), "scheduler.depths=5: must be in [0, 4], or a fraction"),
-        (("scheduler=stacking", "scheduler.grow=stak"), "scheduler.grow=stak: must be one of stack, interleave"),
-        (("scheduler=stacking", "scheduler.grow_moments=keep"), "grow_moments=keep: must be one of copy, reset"),
-        (("scheduler=stacking", "scheduler.depths=0"), "scheduler.grow=stack: there is no layer to copy from 0"),
-        (("scheduler=stacking", "scheduler.grow_at=2000"), "scheduler.grow_at=2000 is step 2000, but training ends"),
-        (("scheduler=stacking", "scheduler.depths=[1,2]"), "scheduler.depths=[1, 2]: must be as many"),
-        (("scheduler=stacking", "scheduler.stages=[{end: 5, n_layers: 3}, {n_layers: 2}]"), "a model only grows"),
-        (("scheduler=stacking", "scheduler.stages=[{end: 5, n_heads: 3}, {}]"), "n_heads=3: must be in [2, 4]"),
-        (("scheduler=raptr", "scheduler.n_stages=0"), "scheduler.n_stages=0: must be an integer of at least 1"),
-        (("scheduler=layer_drop", "scheduler.p_max=1.5"), "scheduler.p_max=1.5: must be a number in (0, 1]"),
-        (("sampling.rescale.layers=square",), "sampling.rescale.layers=square: must be one of none, sqrt, inverse"),
-        (("sampling.rescale_layers=true", "sampling.rescale.layers=sqrt"), "sampling.rescale.layers=sqrt: "),
-        (("sampling.layer_strategy=increasing", "sampling.layers=0.25"), "increasing: keeps at least half"),
-        (("sampling.layer_strategy=end",), "did you mean 'ends'?"),
-    ],
-)
-def test_bad_input_is_one_message(place, overrides, message):
-    done = call("est-plan", *TINY, *overrides, cwd=place)
-    assert (done.code, message in done.err, "Traceback" in done.err) == (2, True, False), done.err
 
 
 @pytest.mark.parametrize(("name", "first"), [("raptr", 2), ("layer_drop", 3)])

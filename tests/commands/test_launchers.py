@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.commands.cli import Finished, Process, call, run, wait_for_steps
+from tests.commands.cli import Finished, Process, run, wait_for_steps
 from tests.experiments.test_sweep import FAST, statuses
 
 pytestmark = pytest.mark.slow
@@ -86,13 +86,3 @@ def test_optuna_proposes_trials_and_finds_them_again(place):
     again = run("est-train", *search, cwd=place)
     assert statuses(again) == statuses(first)
     assert again.err.count("done already, skipped") == list(statuses(first).values()).count("done")
-
-
-@pytest.mark.parametrize(
-    ("override", "said"),
-    [("hydra/launcher=joblob", "did you mean 'joblib'"), ("hydra/sweeper=optuna_tp", "did you mean 'optuna_tpe'")],
-)
-def test_a_launcher_that_there_is_not_is_bad_input(place, override, said):
-    done = call("est-train", *FAST, override, "seed=0,1", "name=refused", cwd=place)
-    assert (done.code, said in done.err) == (2, True), done.err
-    assert not (place / "outputs" / "refused").exists()

@@ -10,7 +10,6 @@ from est_cli.commands import entry, train
 from est_cli.composition.composer import Composer, compose
 from est_cli.composition.typed_text import as_typed
 from est_cli.config import read_train_config
-from est_cli.errors import UserError
 from est_cli.experiments import naming
 from tests.commands import cli
 
@@ -63,25 +62,6 @@ def test_a_sweep_over_names_keeps_them_and_its_folders_are_named_so(monkeypatch,
 
 
 @pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        (["--config-path", "elsewhere"], "--config-path=elsewhere"),
-        (["--config-name", "mine", "--rerun", "x"], "--config-name=mine: goes without --rerun"),
-        (["--config-name", "mine", "--cooldown", "x"], "--config-name=mine: goes without --cooldown"),
-        (["tokenizer=byte", "tokenizer.path=x"], "tokenizer.path=x: tokenizer=byte reads no file"),
-        (["data.path=x"], "data.path=x: data.kind=stdlib does not read it"),
-        (["data=text", "data.path=x", "data.streaming=true"], "data.streaming=true: data.kind=text"),
-        (["data=text", "data.path=x", "data.column=body"], "data.column=body: data.kind=text"),
-        (["data=hf", "data.path=x", "data.sources=[{path:y,weight:1}]"], "data.path=x: must be null beside"),
-    ],
-)
-def test_what_would_be_ignored_is_refused(monkeypatch, arguments, words):
-    with pytest.raises(UserError) as raised:
-        config(monkeypatch, *arguments)
-    assert words in str(raised.value)
-
-
-@pytest.mark.parametrize(
     ("arguments", "environment", "mode"),
     [
         ([], {}, "offline"),
@@ -97,12 +77,6 @@ def test_wandbs_own_variables_are_obeyed_where_nothing_is_given(monkeypatch, arg
         monkeypatch.setenv(name, value)
     logger = config(monkeypatch, *arguments).logger
     assert (logger.mode, logger.project) == (mode, "mine")
-
-
-def test_an_unknown_mode_of_wandb_is_named(monkeypatch):
-    monkeypatch.setenv("WANDB_MODE", "sometimes")
-    with pytest.raises(UserError, match="WANDB_MODE=sometimes: must be"):
-        config(monkeypatch)
 
 
 def test_an_experiment_says_where_its_run_goes(place):
