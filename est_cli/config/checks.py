@@ -1,7 +1,6 @@
 """Cross-checks: values that are allowed on their own, but clash with each other or cannot work here."""
 
 import dataclasses
-import inspect
 import itertools
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -46,19 +45,28 @@ _NAMED = {
 
 
 def clashes(sections: Mapping[str, Any], max_steps: int | None) -> list[str]:
-    """One line for each clash. A check runs only if everything that it needs could be read."""
-    known: dict[str, Any] = {**sections, "max_steps": max_steps}
+    """One line for each clash. Where a section could not be read, the checks that need it are left out."""
+    known = {**sections, "max_steps": max_steps}
     problems = [*_limits(sections), *_names(sections)]
     if known.get("scheduler") is not None and max_steps is not None:
         try:
-            known["stages"] = build_stages(known["scheduler"].stages, max_steps, known["scheduler"].names)
+            known["stages"] = build_stages(known["scheduler"].stages, max_steps, known["scheduler"].boundary_keys)
         except ValueError as error:
             problems.append(str(error))
             known["stages"] = ()
-    for check in (_model, _data, _tokenizer, _sampling, _processes, _profile, _growth, _decay):
-        needed = [known.get(name) for name in inspect.signature(check).parameters]
-        if None not in needed:
-            problems += check(*needed)
+    for check, *needed in (
+        (_model, "model"),
+        (_data, "data"),
+        (_tokenizer, "tokenizer"),
+        (_sampling, "sampling"),
+        (_processes, "trainer"),
+        (_profile, "trainer", "stages"),
+        (_growth, "model", "sampling", "scheduler"),
+        (_decay, "optimizer", "max_steps"),
+    ):
+        found = [known.get(name) for name in needed]
+        if None not in found:
+            problems += check(*found)
     return list(dict.fromkeys(problems))
 
 
@@ -175,7 +183,7 @@ def _growth(model: ModelConfig, sampling: SamplingConfig, scheduler: SchedulerCo
         except ValueError as error:
             key, _, problem = str(error).partition("=")
             options = ("depths",) if key == "n_layers" else ()
-            yield f"{scheduler.typed(index, getattr(spec, key), key, *options)}={problem}"
+            yield f"{scheduler.key_of(index, getattr(spec, key), key, *options)}={problem}"
             return
     for index, (before, after) in enumerate(itertools.pairwise(sizes), 1):
         for key in ("n_layers", "n_heads", "d_ff"):

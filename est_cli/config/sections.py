@@ -129,7 +129,7 @@ class SamplingConfig:
     rescale: RescaleConfig = RescaleConfig()
 
     @property
-    def layer_rescale(self) -> Rescale:
+    def rescale_of_layers(self) -> Rescale:
         return "inverse" if self.rescale_layers else self.rescale.layers
 
     @property
@@ -151,13 +151,13 @@ class SchedulerConfig:
     """The scheduler's other keys, which the stages were made from: stage1_end, n_stages, ..."""
 
     @property
-    def names(self) -> tuple[str, ...]:
-        """The config key that decides each boundary."""
+    def boundary_keys(self) -> tuple[str, ...]:
+        """The config key that decides the end of each stage."""
         return tuple(
-            self.typed(i, stage.end, "end", f"stage{i + 1}_end", "grow_at") for i, stage in enumerate(self.stages)
+            self.key_of(i, stage.end, "end", f"stage{i + 1}_end", "grow_at") for i, stage in enumerate(self.stages)
         )
 
-    def typed(self, index: int, value: Any, key: str, *options: str) -> str:
+    def key_of(self, index: int, value: Any, key: str, *options: str) -> str:
         """The key that a person typed to give stage `index` a value: one of the options, or the stage's own key."""
         return option_that_gave(self.options, options, index, value) or f"scheduler.stages[{index}].{key}"
 
@@ -280,7 +280,7 @@ class TrainConfig:
 
     @property
     def stages(self) -> tuple[Stage, ...]:
-        return build_stages(self.scheduler.stages, self.trainer.max_steps, self.scheduler.names)
+        return build_stages(self.scheduler.stages, self.trainer.max_steps, self.scheduler.boundary_keys)
 
     @property
     def lasting_checkpoints(self) -> frozenset[int]:

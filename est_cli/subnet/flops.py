@@ -110,7 +110,7 @@ def scale_boundaries(config: TrainConfig, target: float) -> dict[str, float]:
             f"{min(none, most):.1%} and {max(none, most):.1%}; lower sampling.heads, sampling.mlp or "
             "sampling.layers, or give the stages other proportions"
         )
-    names = config.scheduler.names[: len(fractions)]
+    names = config.scheduler.boundary_keys[: len(fractions)]
     return {name: round(factor * fraction, 6) for name, fraction in zip(names, fractions, strict=True)}
 
 
@@ -118,5 +118,5 @@ def with_boundaries(config: TrainConfig, boundaries: dict[str, float]) -> TrainC
     """The config with these boundaries; raises UserError if `max_steps` is too small for them."""
     *sampled, last = config.scheduler.stages
     stages = (*(replace(spec, end=end) for spec, end in zip(sampled, boundaries.values(), strict=True)), last)
-    build_stages(stages, config.trainer.max_steps, config.scheduler.names)
+    build_stages(stages, config.trainer.max_steps, config.scheduler.boundary_keys)
     return replace(config, scheduler=replace(config.scheduler, stages=stages))

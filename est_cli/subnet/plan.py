@@ -142,7 +142,7 @@ def subnetwork(model: ModelConfig, sampling: SamplingConfig, rates: Rates) -> Su
         small,
         head_scale=float(_rescale(sampling.rescale.heads, model.n_heads / n_heads)),
         mlp_scale=float(_rescale(sampling.rescale.mlp, model.d_ff / d_ff)),
-        scales_layers=sampling.layer_rescale != "none" and n_layers < model.n_layers,
+        scales_layers=sampling.rescale_of_layers != "none" and n_layers < model.n_layers,
     )
 
 
@@ -152,7 +152,7 @@ def branch_scales(shape: Subnetwork, sampling: SamplingConfig, n_layers: int, la
     if not shape.scales_layers:
         return np.tile(units, (len(layers), 1))
     kept = inclusion_probabilities(sampling.strategy_of_layers, n_layers, len(layers))[layers]
-    return units * _rescale(sampling.layer_rescale, 1.0 / kept)[:, None]
+    return units * _rescale(sampling.rescale_of_layers, 1.0 / kept)[:, None]
 
 
 def _rescale(mode: Rescale, inverse: float | np.ndarray) -> float | np.ndarray:

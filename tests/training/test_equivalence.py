@@ -132,7 +132,7 @@ def reference_scales(arm: Arm, joined: ModelConfig, plan: ReferencePlan) -> dict
             dropped = 2 * (joined.n_layers - kept) / joined.n_layers
             inverse = 1 / (1 - dropped * layer / (joined.n_layers - 1))
         heads, neurons = joined.n_heads / len(plan.heads[layer]), joined.d_ff / len(plan.neurons[layer])
-        modes = (sampling.rescale.heads, sampling.rescale.mlp, sampling.layer_rescale)
+        modes = (sampling.rescale.heads, sampling.rescale.mlp, sampling.rescale_of_layers)
         scales[layer] = tuple(x ** powers[mode] for x, mode in zip((heads, neurons, inverse), modes, strict=True))
     return scales
 
