@@ -116,6 +116,11 @@ def _keys(digests: Iterable[bytes]) -> np.ndarray:
     return np.frombuffer(b"".join(digest[:8] for digest in digests), dtype="<u8")
 
 
+def text_key(text: bytes) -> bytes:
+    """A hash of 8 bytes; documents with equal keys count as equal."""
+    return hashlib.blake2b(text, digest_size=8).digest()
+
+
 class PackageCorpus(FileCorpus):
     """The Python source of installed packages, without copies; each package is on one side of the split.
 

@@ -10,7 +10,7 @@ import json
 import os
 import re
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ import pyarrow.compute as pc
 
 from est_cli.config import DataConfig
 from est_cli.data import Say, disk, hub
-from est_cli.data.corpora import Corpus, grouped
+from est_cli.data.corpora import Corpus, grouped, text_key
 from est_cli.data.dataset_files import (
     BrokenRows,
     DatasetFile,
@@ -75,8 +75,7 @@ class HFCorpus(Corpus):
     @cached_property
     def keys(self) -> np.ndarray:
         values = (value for chunk in self._column.chunks for value in chunk.to_pylist())
-        hashes = (hashlib.blake2b(value or b"", digest_size=8).digest() for value in values)
-        return np.frombuffer(b"".join(hashes), dtype="<u8")
+        return np.frombuffer(b"".join(text_key(value or b"") for value in values), dtype="<u8")
 
     @cached_property
     def given_val(self) -> np.ndarray | None:
@@ -228,8 +227,9 @@ class StreamedCorpus:
         sampled = [_sampled_fingerprint(split.files) for split in splits] if self._files else None
         self.fingerprint = _digest([sampled, data.column] if sampled else self.source)
 
-    def training_texts(self) -> "TextStream":
-        return TextStream(self._open("split"), self._data)
+    def training_texts(self, held_out: Container[bytes]) -> "TextStream":
+        """Without the texts whose keys are in `held_out`."""
+        return TextStream(self._open("split"), self._data, held_out)
 
     def val_texts(self) -> "TextStream":
         """The texts of the source's own validation split; the training texts if none was named."""
@@ -293,10 +293,10 @@ class StreamedFiles:
 
 
 class TextStream:
-    """The texts of a dataset without empty ones. Starts again at the end."""
+    """The texts of a dataset without empty ones and those of validation. Starts again at the end."""
 
-    def __init__(self, dataset: Any, data: DataConfig):
-        self._dataset, self._data = dataset, data
+    def __init__(self, dataset: Any, data: DataConfig, held_out: Container[bytes] = ()):
+        self._dataset, self._data, self._held_out = dataset, data, held_out
         self._start = self.position()
         self._pass = self._texts()
 
@@ -332,7 +332,7 @@ class TextStream:
                 if not isinstance(row[column], str | None):
                     kind = type(row[column]).__name__
                     raise UserError(f"data.column={column}: must be a column of text, and holds {kind}")
-                if row[column]:
+                if row[column] and text_key(row[column].encode("utf-8", "replace")) not in self._held_out:
                     yield row[column]
         except UserError:
             raise

@@ -9,11 +9,10 @@ permutation(block)[n % BLOCK_WINDOWS] of block n // BLOCK_WINDOWS, a pure functi
 
 import atexit
 import bisect
-import hashlib
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -24,7 +23,7 @@ import numpy as np
 from est_cli.config import DataConfig
 from est_cli.data import Say
 from est_cli.data.batches import permute
-from est_cli.data.corpora import Source, grouped
+from est_cli.data.corpora import Source, grouped, text_key
 from est_cli.data.preparation import Counts, token_dtype, tokenizer_facts
 from est_cli.data.tokenizers import SentencePieceTraining, Tokenizer
 from est_cli.errors import UserError
@@ -43,6 +42,7 @@ _SHARDS_AHEAD = 4
 _WAIT_S = 0.02
 _STOPPING_S = 10
 _KEYS = "val-keys.bin"
+"""Keys of the validation documents, which training skips."""
 
 
 def write_streamed_store(
@@ -54,10 +54,10 @@ def write_streamed_store(
     """
     say(f"data: reading {VAL_BYTES / 1e6:.1f} MB of the stream for validation")
     texts = [text for source in sources for text in _head(source, source.corpus.val_texts().one_pass(), VAL_BYTES)]
-    (folder / _KEYS).write_bytes(b"".join(sorted({_text_key(text) for text in texts})))
-    skipped = _read_keys(folder)
+    held_out = {text_key(text.encode("utf-8", "replace")) for text in texts}
+    (folder / _KEYS).write_bytes(b"".join(sorted(held_out)))
     training = isinstance(chosen, SentencePieceTraining)
-    heads = [_training_head(source, skipped, chosen.train_bytes if training else 1) for source in sources]
+    heads = [_training_head(source, held_out, chosen.train_bytes if training else 1) for source in sources]
     tokenizer = chosen.train([text for head in heads for text in head], say) if training else chosen
     tokenizer.save(folder)
     documents = [np.append(ids, tokenizer.eot) for ids in tokenizer.encode_batch(texts)]
@@ -73,9 +73,8 @@ def write_streamed_store(
     }
 
 
-def _training_head(source: Source, skipped: frozenset[bytes], n_bytes: int) -> list[str]:
-    texts = source.corpus.training_texts().one_pass()
-    head = _head(source, (text for text in texts if _text_key(text) not in skipped), n_bytes)
+def _training_head(source: Source, held_out: Container[bytes], n_bytes: int) -> list[str]:
+    head = _head(source, source.corpus.training_texts(held_out).one_pass(), n_bytes)
     if not head:
         raise UserError(
             f"data.streaming=true: validation takes {VAL_BYTES:,} bytes at the head, and the stream of "
@@ -91,17 +90,6 @@ def _head(source: Source, texts: Iterable[str], n_bytes: int) -> list[str]:
 
 def _n_bytes(text: str) -> int:
     return len(text.encode("utf-8", "replace"))
-
-
-def _text_key(text: str) -> bytes:
-    """A hash; texts with equal keys count as equal."""
-    return hashlib.blake2b(text.encode("utf-8", "replace"), digest_size=8).digest()
-
-
-def _read_keys(folder: Path) -> frozenset[bytes]:
-    """Keys of the validation documents, which training skips."""
-    keys = (folder / _KEYS).read_bytes()
-    return frozenset(keys[i : i + 8] for i in range(0, len(keys), 8))
 
 
 def shard_file(folder: Path, number: int) -> Path:
@@ -120,15 +108,13 @@ class Feed:
     texts: "TextStream"
     weight: float
     tokenizer: Tokenizer
-    skipped: frozenset[bytes]
-    """Keys of the validation documents."""
     taken: int = 0
     _batch: list[np.ndarray] = field(default_factory=list)
     _batch_position: dict | None = None
     _used: int = 0
 
     def next_document(self) -> np.ndarray:
-        while self._used == len(self._batch):
+        if self._used == len(self._batch):
             self._fill()
         document = self._batch[self._used]
         self._used += 1
@@ -147,8 +133,8 @@ class Feed:
 
     def _fill(self) -> None:
         self._batch_position = self.texts.position()
-        texts = [text for text in self.texts.next(_BATCH_TEXTS) if _text_key(text) not in self.skipped]
-        self._batch = [np.append(ids, self.tokenizer.eot) for ids in self.tokenizer.encode_batch(texts)]
+        ids = self.tokenizer.encode_batch(self.texts.next(_BATCH_TEXTS))
+        self._batch = [np.append(own, self.tokenizer.eot) for own in ids]
         self._used = 0
 
 
@@ -160,8 +146,9 @@ class ShardWriter:
     """
 
     def __init__(self, folder: Path, sources: Sequence[Source], tokenizer: Tokenizer):
-        skipped = _read_keys(folder)
-        self._feeds = [Feed(source.corpus.training_texts(), source.weight, tokenizer, skipped) for source in sources]
+        keys = (folder / _KEYS).read_bytes()
+        held_out = {keys[i : i + 8] for i in range(0, len(keys), 8)}
+        self._feeds = [Feed(source.corpus.training_texts(held_out), source.weight, tokenizer) for source in sources]
         self._folder, self._dtype = folder, token_dtype(tokenizer.vocab_size)
         self._next = 0
 

@@ -54,7 +54,7 @@ def read(data: DataConfig) -> tuple[list[str], list[str]]:
 
 
 def streamed(data: DataConfig, say=print) -> list[str]:
-    return list(StreamedCorpus(data, say).training_texts().one_pass())
+    return list(StreamedCorpus(data, say).training_texts(()).one_pass())
 
 
 def refusal(data: DataConfig) -> str:
@@ -321,9 +321,9 @@ def test_a_stream_goes_on_from_any_row_of_any_file(local):
         }
     )
     for taken in range(1, len(ROWS)):
-        stream = StreamedCorpus(data).training_texts()
+        stream = StreamedCorpus(data).training_texts(())
         stream.next(taken)
-        again = StreamedCorpus(data).training_texts()
+        again = StreamedCorpus(data).training_texts(())
         again.go_to(json.loads(json.dumps(stream.position())))
         assert list(again.one_pass()) == ROWS[taken:]
 
