@@ -4,10 +4,11 @@ import json
 import signal
 import subprocess
 from dataclasses import replace
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
-from tiny_corpora import BYTE, PIECES, Documents, documents, jsonl, prepared, prose, python, texts
+from tiny_corpora import BYTE, PIECES, Documents, documents, jsonl, prepared, prose, python, refusal, texts
 
 from est_cli.config import DataConfig, SourceConfig
 from est_cli.config.checks import clashes
@@ -99,12 +100,9 @@ def test_a_shard_whose_file_is_cut_short_is_not_taken_for_done(tmp_path):
 
 
 def test_a_full_disk_keeps_what_was_tokenized_and_says_where(corpus_folder, text_data, monkeypatch):
-    def full(*_):
-        raise OSError(28, "No space left on device")
-
     data, said = text_data(corpus_folder), []
     with monkeypatch.context() as patch, pytest.raises(UserError, match=r"data\.cache_dir=.*No space left"):
-        patch.setattr(preparation, "interleave", full)
+        patch.setattr(preparation, "interleave", Mock(side_effect=OSError(28, "No space left on device")))
         prepared(data, say=said.append)
     (kept,) = (path for path in cache_folder(data).iterdir() if path.is_dir())
     assert str(kept) in said[-1]
@@ -252,10 +250,9 @@ def files_of(folder, name: str, *parts: list[int]) -> list:
     ids=["the source that is furthest behind is next", "a document that goes on in the next file stays whole"],
 )
 def test_sources_are_mixed_document_by_document(first, second, mixed, used, tmp_path):
-    sources = [
-        SourceTokens(files_of(tmp_path, "a", *first), Counts(3, 4, 7), 0.5),
-        SourceTokens(files_of(tmp_path, "b", second), Counts(1, 3, len(second)), 0.5),
-    ]
+    counts = Counts(3, 4, 7), Counts(1, 3, len(second))
+    files = files_of(tmp_path, "a", *first), files_of(tmp_path, "b", second)
+    sources = [SourceTokens(*own, weight=0.5) for own in zip(files, counts, strict=True)]
     interleave(sources, 0, np.dtype("<u2"), tmp_path / "out")
     assert np.fromfile(tmp_path / "out", "<u2").tolist() == mixed
     assert [(source.taken, source.documents, source.passes) for source in sources] == used
@@ -268,25 +265,19 @@ def test_without_a_terminal_progress_is_a_line_now_and_then(said, monkeypatch):
     assert said[0].startswith("data: 2.00 of 4.00 GB tokenized, ") and said[0].endswith(" minutes left")
 
 
-def problems(data: DataConfig) -> tuple[str, ...]:
-    with pytest.raises(UserError) as caught:
-        prepared(data)
-    return caught.value.problems
-
-
 def test_problems_name_their_source_and_come_together(mix, tmp_path, monkeypatch):
     monkeypatch.setattr("est_cli.data.hub.answers", lambda: False)
     lost = replace(mix, sources=(SourceConfig("./nowhere.jsonl", 7), *mix.sources, SourceConfig("owner/name", 1)))
-    first, second, override = problems(lost)
+    first, second, override = refusal(prepared, lost).splitlines()
     assert first.startswith("data.sources[0].path=./nowhere.jsonl: ")
     assert second.startswith("data.sources[3].path=owner/name: ")
     assert "hf download owner/name" in second
     assert "data.sources=[{path:./nowhere.jsonl,weight:7}," in override
     columns = replace(mix, sources=(mix.sources[0], replace(mix.sources[1], column="text")))
-    assert problems(columns)[0].startswith("data.sources[1].column=text: must be one of content")
+    assert refusal(prepared, columns).startswith("data.sources[1].column=text: must be one of content")
     (tmp_path / "empty.jsonl").write_bytes(jsonl([""]))
     empty = replace(mix, sources=(*mix.sources, SourceConfig(str(tmp_path / "empty.jsonl"), 1)))
-    assert problems(empty) == ("data.sources[2]: holds no text",)
+    assert refusal(prepared, empty) == "data.sources[2]: holds no text"
 
 
 def test_sources_beside_a_path_or_for_another_kind_are_refused_by_the_config(mix):

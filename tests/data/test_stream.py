@@ -2,10 +2,11 @@
 
 import subprocess
 from dataclasses import replace
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
-from tiny_corpora import BYTE, PIECES, documents, jsonl, prepared, python
+from tiny_corpora import BYTE, PIECES, documents, jsonl, prepared, python, refusal
 
 from est_cli.config import DataConfig, SourceConfig
 from est_cli.data import streams
@@ -53,10 +54,9 @@ def test_every_window_of_a_block_comes_once_and_every_block_has_an_order_of_its_
     orders = []
     for block in range(2):
         windows = training_windows(train, SEQ_LEN, seed=1, first=16 * block, count=16)
-        in_order = np.stack(
-            [train.read(w * SEQ_LEN, (w + 1) * SEQ_LEN + 1) for w in range(16 * block, 16 * block + 16)]
-        )
-        order = [in_order.tolist().index(window) for window in windows.tolist()]
+        starts = range(16 * block * SEQ_LEN, 16 * (block + 1) * SEQ_LEN, SEQ_LEN)
+        in_order = [train.read(start, start + SEQ_LEN + 1).tolist() for start in starts]
+        order = [in_order.index(window) for window in windows.tolist()]
         assert sorted(order) == list(range(16))
         orders.append(order)
     assert orders[0] != orders[1]
@@ -126,24 +126,16 @@ def test_a_split_of_its_own_validates(tmp_path, data):
 def test_what_goes_wrong_while_training_reaches_the_one_who_waits(data, monkeypatch):
     train = opened(data).train
 
-    def broken(*_):
-        raise OSError("the network went away")
-
-    monkeypatch.setattr(streams.ShardWriter, "write", broken)
+    monkeypatch.setattr(streams.ShardWriter, "write", Mock(side_effect=OSError("the network went away")))
     with pytest.raises(OSError, match="went away"):
         training_windows(train, SEQ_LEN, 0, 0, 4)
 
 
 def test_a_hub_that_is_not_there_is_told_for_every_source(data, monkeypatch):
     monkeypatch.setattr("est_cli.data.hub.answers", lambda: False)
-    with pytest.raises(UserError) as caught:
-        opened(replace(data, path=None, sources=(SourceConfig("some/a", 1), SourceConfig("some/b", 1))))
-    keys = [problem.split("=")[0] for problem in caught.value.problems]
-    assert keys == [
-        "data.sources[0].path",
-        "data.sources[1].path",
-        "data.sources: is overridden as a whole: 'data.sources",
-    ]
+    sources = (SourceConfig("some/a", 1), SourceConfig("some/b", 1))
+    said = refusal(opened, replace(data, path=None, sources=sources)).splitlines()
+    assert [line.split("=")[0] for line in said[:2]] == ["data.sources[0].path", "data.sources[1].path"]
 
 
 def test_streams_that_cannot_be_are_refused(data, tmp_path, monkeypatch):

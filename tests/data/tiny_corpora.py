@@ -7,11 +7,13 @@ import re
 import sys
 
 import numpy as np
+import pytest
 import sentencepiece
 
 from est_cli.config import DataConfig, TokenizerConfig
 from est_cli.data.splits import Split
 from est_cli.data.tokens import TokenStore, open_store
+from est_cli.errors import UserError
 
 BYTE = TokenizerConfig("byte")
 PIECES = TokenizerConfig("sentencepiece", vocab_size=400)
@@ -33,6 +35,13 @@ def jsonl(rows, column: str = "text", **more) -> bytes:
 
 def prepared(data: DataConfig, tokenizer=BYTE, model_vocab_size=512, say=lambda _: None) -> TokenStore:
     return open_store(data, tokenizer, model_vocab_size, say, show_progress=False)
+
+
+def refusal(call, *arguments, **options) -> str:
+    """What is said about bad input to a call."""
+    with pytest.raises(UserError) as caught:
+        call(*arguments, **options)
+    return str(caught.value)
 
 
 def documents(store: TokenStore, tokens: np.ndarray) -> list[str]:
