@@ -4,7 +4,6 @@ Several processes tokenize the shards. The trained tokenizer and every complete 
 the store is complete, so that a killed preparation continues where it was.
 """
 
-import contextlib
 import dataclasses
 import math
 import multiprocessing
@@ -85,7 +84,7 @@ def write_store(
     tokenized: dict[str, list[SourceTokens]] = {name: [] for name in SPLITS}
     for name, own in shards.items():
         for part, source in zip(own, sources, strict=True):
-            counts = _total(shard.written(dtype.itemsize) for shard in part)
+            counts = _total(shard.written() for shard in part)
             tokenized[name].append(SourceTokens([shard.file for shard in part], counts, source.weight))
         interleave(tokenized[name], tokenizer.eot, dtype, folder / f"{name}.bin")
     totals = {name: _total(source.mixed_counts() for source in own) for name, own in tokenized.items()}
@@ -153,13 +152,10 @@ class Shard:
     split: Split
     file: Path
 
-    def written(self, item_bytes: int) -> Counts | None:
-        """The counts of the tokens in its file; None if the file is missing or cut short."""
+    def written(self) -> Counts | None:
+        """The counts of the tokens in its file; None if it was not written yet."""
         record = read_json(self._record)
-        with contextlib.suppress(OSError, TypeError):
-            if record and self.file.stat().st_size == record["tokens"] * item_bytes:
-                return Counts(**record)
-        return None
+        return Counts(**record) if record and self.file.exists() else None
 
     def write(self, tokenizer: Tokenizer, advance: Callable[[int], None]) -> None:
         """Writes the tokens; `tokenizer.eot` follows each document that ends. Calls `advance` with bytes of text.
@@ -208,8 +204,7 @@ def _tokenize(
 ) -> dict:
     """Writes the missing shards; returns how fast that was."""
     everything = [shard for own in shards.values() for of_source in own for shard in of_source]
-    item_bytes = token_dtype(tokenizer.vocab_size).itemsize
-    missing = [shard for shard in everything if shard.written(item_bytes) is None]
+    missing = [shard for shard in everything if shard.written() is None]
     total, left = (sum(shard.split.n_bytes for shard in some) for some in (everything, missing))
     workers = choose_workers(data.num_workers, len(missing), left)
     n_documents = sum(shard.split.n_documents for shard in everything)

@@ -6,7 +6,7 @@ from unittest.mock import Mock
 
 import numpy as np
 import pytest
-from tiny_corpora import BYTE, PIECES, documents, jsonl, prepared, python, refusal
+from tiny_corpora import BYTE, PIECES, documents, jsonl, prepared, python
 
 from est_cli.config import DataConfig, SourceConfig
 from est_cli.data import streams
@@ -129,13 +129,6 @@ def test_what_goes_wrong_while_training_reaches_the_one_who_waits(data, monkeypa
     monkeypatch.setattr(streams.ShardWriter, "write", Mock(side_effect=OSError("the network went away")))
     with pytest.raises(OSError, match="went away"):
         training_windows(train, SEQ_LEN, 0, 0, 4)
-
-
-def test_a_hub_that_is_not_there_is_told_for_every_source(data, monkeypatch):
-    monkeypatch.setattr("est_cli.data.hub.answers", lambda: False)
-    sources = (SourceConfig("some/a", 1), SourceConfig("some/b", 1))
-    said = refusal(opened, replace(data, path=None, sources=sources)).splitlines()
-    assert [line.split("=")[0] for line in said[:2]] == ["data.sources[0].path", "data.sources[1].path"]
 
 
 def test_streams_that_cannot_be_are_refused(data, tmp_path, monkeypatch):
