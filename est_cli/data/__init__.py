@@ -8,10 +8,10 @@ hf_corpus      the documents of data=hf, as a whole or as a stream
 splits         sources, their training and validation documents, and their text in pieces
 tokenizers     text → ids: bytes, SentencePiece, Hugging Face
 preparation    splits → token files, in shards, by several processes
+batches        windows of the token files, and their shuffle
 streams        the token shards of data.streaming=true, written while training goes on
 run_data       what a run keeps of its data
 tokens         the token store: finds it in the cache or makes it
-batches        windows of the token files, and their shuffle
 
 A file imports only those above it.
 """

@@ -135,7 +135,7 @@ def open_store(
     text = Text.of(sources, _fingerprint(sources, data, {}))
     check(text)
     fingerprint = _fingerprint(sources, data, chosen.definition)
-    # The folder that a run began with can have the name of the training of its tokenizer.
+    # The folder that the run began with may be named after the training of its tokenizer.
     folder = (run and run.text == text and _folder_of(run, data)) or _folder(data, fingerprint)
 
     def write(partial: Path) -> dict:

@@ -24,11 +24,8 @@ ZSTD = b"".join(pa.compress(jsonl(rows), "zstd", asbytes=True) for rows in (ROWS
 
 
 @pytest.fixture(autouse=True)
-def quiet(monkeypatch):
-    datasets.disable_progress_bars()
+def online(monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
-    yield
-    datasets.enable_progress_bars()
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 from tiny_corpora import BYTE, PIECES, prepared, prose
@@ -36,30 +37,25 @@ def go_on(folder, data, say=lambda line: None, tokenizer=PIECES):
     return open_store(data, tokenizer, 512, say, False, run, lambda text: run.check(text, data, say))
 
 
-def add(corpus):
-    (corpus / "more.txt").write_text("qxz " * 2000)
+MORE = "qxz " * 2000
+CHANGES = [
+    ("more.txt", MORE, "12 documents, now 13; "),
+    ("3.txt", None, "12 documents, now 11; "),
+    ("3.txt", prose(30, seed=3).swapcase(), "with other content"),
+]
 
 
-def remove(corpus):
-    (corpus / "3.txt").unlink()
-
-
-def edit(corpus):
-    (corpus / "3.txt").write_text((corpus / "3.txt").read_text().swapcase())
-
-
-CHANGES = [(add, "12 documents, now 13; "), (remove, "12 documents, now 11; "), (edit, "with other content")]
-
-
-@pytest.mark.parametrize("change, said", CHANGES, ids=["added", "removed", "edited"])
-def test_a_changed_text_is_refused_and_taken_with_the_runs_tokenizer_when_told_so(begun, corpus, change, said):
+@pytest.mark.parametrize("name, text, said", CHANGES, ids=["added", "removed", "edited"])
+def test_a_changed_text_is_refused_and_taken_with_the_runs_tokenizer_when_told_so(begun, corpus, name, text, said):
     folder, data, store = begun
-    change(corpus)
+    if text is None:
+        (corpus / name).unlink()
+    else:
+        (corpus / name).write_text(text)
     with pytest.raises(UserError, match=f"^data.path={corpus}: the text has changed .*{said}.* data.on_change=accept"):
         go_on(folder, data)
-    accepted = data.__class__(**{**vars(data), "on_change": "accept"})
     lines = []
-    new = go_on(folder, accepted, lines.append)
+    new = go_on(folder, replace(data, on_change="accept"), lines.append)
     assert any(said in line for line in lines)
     assert new.tokenizer.definition == store.tokenizer.definition
     assert prepared(data, PIECES).fingerprint != new.fingerprint
@@ -93,7 +89,7 @@ def test_the_runs_files_are_read_from_the_cache_when_its_text_is_gone(begun, cor
 
 def test_the_tokenizer_is_written_once(begun, text_data, corpus):
     folder, data, store = begun
-    add(corpus)
+    (corpus / "more.txt").write_text(MORE)
     other = prepared(data, PIECES)
     assert other.tokenizer.definition != store.tokenizer.definition
     keep_data(folder, other, begins=False)

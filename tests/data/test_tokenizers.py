@@ -69,13 +69,6 @@ def test_a_text_encoded_in_chunks_has_the_tokens_of_the_whole(text, trained, lla
         assert np.concatenate(tokenizer.encode_batch([text[:cut], text[cut:]], [False, True])).tolist() == whole
 
 
-def test_training_is_repeatable(corpus_folder):
-    texts = [file.read_text() for file in sorted(corpus_folder.rglob("*.txt"))]
-    first, second = (train(*texts, vocab_size=300) for _ in range(2))
-    assert first.definition == second.definition
-    assert first.vocab_size == 300
-
-
 @pytest.mark.parametrize("text", ["hello world, hello", "\u2585" * 100, "\t\n" * 100, "\0" * 100, " " * 100])
 def test_a_small_text_lowers_the_vocabulary_and_says_so(text, said):
     tokenizer = train(text, vocab_size="auto", model_vocab_size=32000, say=said.append)

@@ -72,7 +72,10 @@ def test_a_cache_cut_short_is_told_and_made_again(name, left, corpus_folder, tex
     store = prepared(data, PIECES)
     before = store.train.tobytes()
     assert TokenStore(store.folder).tokenizer.definition == store.tokenizer.definition
-    os.truncate(store.folder / name, left) if left else (store.folder / name).unlink()
+    if left is None:
+        (store.folder / name).unlink()
+    else:
+        os.truncate(store.folder / name, left)
     with pytest.raises(UserError, match="cut short"):
         TokenStore(store.folder)
     assert prepared(data, PIECES, say=said.append).train.tobytes() == before
