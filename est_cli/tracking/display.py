@@ -6,7 +6,7 @@ import os
 import sys
 import time
 from collections import defaultdict, deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import pairwise
 from statistics import median
 from typing import Any, TextIO
@@ -46,19 +46,16 @@ class LastingFile:
         return getattr(self._file, name)
 
     def write(self, text: str) -> None:
-        with self._lasting():
-            self._file.write(text)
+        self._try(self._file.write, text)
 
     def flush(self) -> None:
-        with self._lasting():
-            self._file.flush()
+        self._try(self._file.flush)
 
-    @contextlib.contextmanager
-    def _lasting(self) -> Iterator[None]:
+    def _try(self, do: Callable[..., Any], *arguments: str) -> None:
         try:
-            yield
+            do(*arguments)
         except OSError:
-            # What is buffered, and what others write there, must go somewhere too.
+            # What is buffered, and what others write to the descriptor, goes to /dev/null.
             with contextlib.suppress(OSError):
                 os.dup2(os.open(os.devnull, os.O_WRONLY), self._file.fileno())
 
@@ -273,26 +270,23 @@ class Curve:
         self._counts[point] += 1
 
     def draw(self, width: int, levels: str) -> Text:
-        """`levels` are characters of growing height; the first is the empty one."""
-        means = self._means(width)
-        known = means[np.isfinite(means)]
-        if not len(known):
+        """`levels` are characters of growing height; the first is the empty one.
+
+        A column without a logged step shows the mean loss of the column before it.
+        """
+        logged = np.flatnonzero(self._counts)
+        if not len(logged):
             return Text("\n")
-        low, high = known.min(), known.max()
-        top = len(levels) - 1
+        starts = np.arange(width) * len(self._sums) // width
+        starts = starts[starts <= logged[-1]]
+        sums, counts = (np.add.reduceat(values, starts) for values in (self._sums, self._counts))
+        shown = np.maximum.accumulate(np.where(counts > 0, np.arange(len(starts)), -1))
+        means = sums[shown] / counts[shown]
+        low, high, top = means.min(), means.max(), len(levels) - 1
         scale = (2 * top - 1) / (high - low) if high > low else 0.0
-        heights = np.where(np.isnan(means), 0, 1 + np.nan_to_num((means - low) * scale).round()).astype(int)
+        heights = np.where(shown < 0, 0, 1 + ((means - low) * scale).round()).astype(int)
         rows = ("".join(levels[height] for height in np.clip(heights - base, 0, top)) for base in (top, 0))
         return Text("\n".join(rows), no_wrap=True)
-
-    def _means(self, width: int) -> np.ndarray:
-        """[width] mean loss in each column; NaN if unknown. A point without a logged step shows the one before it."""
-        starts = np.arange(width) * len(self._sums) // width
-        sums, counts = (np.add.reduceat(values, starts) for values in (self._sums, self._counts))
-        logged = np.maximum.accumulate(np.where(counts > 0, np.arange(width), 0))
-        ended = starts > max(np.flatnonzero(self._counts), default=-1)
-        with np.errstate(invalid="ignore"):
-            return np.where(ended, np.nan, sums[logged] / counts[logged])
 
 
 def _stage_rows(run: RunInfo, done: int, width: int, glyphs: str) -> Text:
