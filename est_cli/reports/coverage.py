@@ -97,10 +97,9 @@ def _count(run: RunRecord, model: ModelConfig, sampling: SamplingConfig, seed: i
 def _chosen_plans(stage: Stage, steps_done: int, every: int, max_plans: int) -> tuple[np.ndarray, np.ndarray, int]:
     """First steps of the plans that are drawn, how many steps each stands for, and how many plans the stage had."""
     end = min(stage.end, steps_done)
-    first_steps = np.arange(stage.first_step, end, every)
-    if stage.rates == Rates():
-        return first_steps[:1], np.array([float(end - stage.first_step)]), 1
+    all_plans_are_equal = stage.rates == Rates()
+    first_steps = np.arange(stage.first_step, end, end - stage.first_step if all_plans_are_equal else every)
     if len(first_steps) <= max_plans:
-        return first_steps, np.diff(np.append(first_steps, end)).astype(float), len(first_steps)
+        return first_steps, np.diff(np.append(first_steps, end)), len(first_steps)
     weights = np.full(max_plans, (end - stage.first_step) / max_plans)
     return first_steps[evenly(len(first_steps), max_plans)], weights, len(first_steps)
