@@ -68,9 +68,9 @@ class Move:
         low, high, rows = start, stop, self.rows
         if rows is not None:
             low, high = np.searchsorted(rows, (start, stop)).tolist()
-            rows = rows[low:high] - start
+            rows = None if high - low == stop - start else rows[low:high] - start
         tensors = (tensor[start:stop] for tensor in self.tensors)
-        ends = [end - start for end in self.ends if start < end <= stop]
+        ends = [*(end - start for end in self.ends if start < end < stop), stop - start]
         return Move(*tensors, rows_between(self.gradients, low, high), rows, self.counts, self.hyper, ends)
 
 
@@ -165,7 +165,7 @@ def _clipped_gradients(chunk: Sequence[Move], clip: Tensor | None, scratch: Tens
     """The clipped gradient of every part, 0 in rows that were not sampled; in `scratch` unless one is used as it is."""
     if len(chunk) == 1 and chunk[0].gradients and chunk[0].rows is None:
         found = chunk[0].gradient
-        return [found if clip is None else torch.mul(found, clip, out=scratch[: len(found)][:, None])]
+        return [found if clip is None else torch.mul(found, clip, out=scratch[: found.numel()].view_as(found))]
     sizes = [part.parameter.numel() for part in chunk]
     scratch = scratch[: sum(sizes)]
     outs = [out.view_as(part.parameter) for out, part in zip(scratch.split(sizes), chunk, strict=True)]
