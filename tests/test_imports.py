@@ -27,20 +27,12 @@ COMPOSING = {"composition", "runs", "experiments", "commands", "__main__"}
 """Only these know Hydra; everything below has plain dataclasses."""
 BY_THEMSELVES = {"tracking", "reports", "benchmark"}
 """Parts that import nothing from their tier: each can be read, and installed, without the others."""
-CORE = {
-    "subnet": {"numpy"},
-    "model": {"numpy", "torch"},
-    "kernels": {"numpy", "torch", "triton"},
-    "training": {"numpy", "torch", "safetensors"},
-}
-"""The libraries of a GPU machine that trains: below the commands it needs no others."""
-USERS = {
-    "hydra": COMPOSING,
-    "omegaconf": COMPOSING,
-    "wandb": {"tracking"},
-    "torch": TIER.keys() - TIERS[0] - {"data", "reports"},
-}
+USERS = {"hydra": COMPOSING, "omegaconf": COMPOSING, "wandb": {"tracking"},
+         "torch": TIER.keys() - TIERS[0] - {"data", "reports"}}  # fmt: skip
 """The parts that may import a library."""
+CORE = {"subnet": {"numpy"}, "model": {"numpy", "torch"}, "kernels": {"numpy", "torch", "triton"},
+        "training": {"numpy", "torch", "safetensors"}}  # fmt: skip
+"""All libraries of the parts that train: a GPU machine needs no others."""
 ON_TOP = {"composition", "runs", "experiments", "commands", "evaluation", "reports", "tracking"}
 LATE = {"transformers", "lm_eval", "tensorboard", "datasets", "pyarrow", "huggingface_hub", "tokenizers", "zstandard"}
 """Libraries that a function may import: optional ones, and those that only some kinds of data need."""

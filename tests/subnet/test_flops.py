@@ -50,10 +50,9 @@ def test_the_formula_is_what_the_step_executes(attention, rates):
     assert executed_flops(model, sampling, rates) == expected.total
 
 
-@pytest.mark.parametrize("model", [GPT2, LLAMA], ids=["gpt2", "llama"])
-def test_a_chunked_head_costs_what_a_whole_one_costs(model, monkeypatch):
-    monkeypatch.setitem(CHUNK_LOGITS, "cpu", 5 * model.vocab_size)
-    assert executed_flops(model, SamplingConfig(), Rates()) == training_flops(model, 7, 2 * 21).total
+def test_a_chunked_head_costs_what_a_whole_one_costs(monkeypatch):
+    monkeypatch.setitem(CHUNK_LOGITS, "cpu", 5 * GPT2.vocab_size)
+    assert executed_flops(GPT2, SamplingConfig(), Rates()) == training_flops(GPT2, 7, 2 * 21).total
 
 
 @pytest.mark.parametrize(
@@ -70,18 +69,17 @@ def test_the_papers_recipes_save_what_the_paper_reports(name, first, second, sav
 
 def test_the_ledger_adds_up_what_every_step_spends():
     config = train_config(LLAMA, stages=THREE_STAGES, max_steps=15, batch_size=3, grad_accum=2, devices=2)
-    ledger, stages, tokens = config_ledger(config), config.stages, 3 * 2 * 2 * 8
-    total = blocks = 0
+    ledger, tokens, total, blocks = config_ledger(config), 3 * 2 * 2 * 8, 0, 0
     full = training_flops(LLAMA, 8, tokens)
     for step in range(15):
-        rates = stage_at(stages, step).rates
-        cost = training_flops(subnetwork(LLAMA, config.sampling, rates).model, 8, tokens)
+        small = subnetwork(LLAMA, config.sampling, stage_at(config.stages, step).rates).model
+        cost = training_flops(small, 8, tokens)
         total, blocks = total + cost.total, blocks + cost.blocks
-        record = ledger.record(step)
-        assert record["flops/step"] == cost.total
-        assert record["flops/total"] == total == ledger.spent(step + 1).total
-        assert record["flops/full_total"] == (step + 1) * full.total
-        assert record["flops/saved"] == pytest.approx(1 - total / ((step + 1) * full.total), abs=1e-12)
-        assert record["flops/saved_blocks"] == pytest.approx(1 - blocks / ((step + 1) * full.blocks), abs=1e-12)
-    assert ledger.stage_saved(3) == 0.0
-    assert ledger.stage_saved(1) > ledger.stage_saved(2) > 0.0
+        assert ledger.record(step) == {
+            "flops/step": cost.total,
+            "flops/total": total,
+            "flops/full_total": (step + 1) * full.total,
+            "flops/saved": pytest.approx(1 - total / ((step + 1) * full.total), abs=1e-12),
+            "flops/saved_blocks": pytest.approx(1 - blocks / ((step + 1) * full.blocks), abs=1e-12),
+        }
+    assert ledger.stage_saved(1) > ledger.stage_saved(2) > ledger.stage_saved(3) == 0.0
