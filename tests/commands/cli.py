@@ -9,7 +9,6 @@ import json
 import multiprocessing
 import os
 import shutil
-import signal
 import sys
 import tempfile
 import threading
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from est_cli import reports
+from est_cli.runs.stopping import handlers_restored
 
 MODULES = {
     "est-train": "train",
@@ -131,24 +131,26 @@ def train(place: Path, *overrides: str, code: int = 0, **options: Any) -> Finish
 
 def call(command: str, *arguments: str, cwd: Path, **environment: str) -> Finished:
     """`run` in this process, which takes a tenth of the time; for what does not train."""
-    before = sys.argv, list(sys.path), dict(os.environ), {n: signal.getsignal(n) for n in signal.valid_signals()}
+    before = sys.argv, list(sys.path), dict(os.environ)
     out, err = io.StringIO(), io.StringIO()
     os.environ.clear()
     os.environ.update(clean_environment(cwd, **environment))
     sys.argv = [command, *arguments]
     code = None
     try:
-        with contextlib.chdir(cwd), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        with (
+            handlers_restored(),
+            contextlib.chdir(cwd),
+            contextlib.redirect_stdout(out),
+            contextlib.redirect_stderr(err),
+        ):
             _main(command)()
     except SystemExit as end:
         code = end.code
     finally:
-        sys.argv, sys.path[:], kept, handlers = before
+        sys.argv, sys.path[:], kept = before
         os.environ.clear()
         os.environ.update(kept)
-        for number, handler in handlers.items():
-            if handler is not None and handler != signal.getsignal(number):
-                signal.signal(number, handler)
     return Finished(code, out.getvalue(), err.getvalue())
 
 

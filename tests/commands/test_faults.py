@@ -11,17 +11,15 @@ import pytest
 
 from est_cli.errors import RunFailed
 from est_cli.runs.directory import RunDirectory
-from est_cli.runs.stopping import STOP_SIGNALS, StopRequest, quit_until_training_begins
+from est_cli.runs.stopping import StopRequest, handlers_restored, quit_until_training_begins
 from tests.commands.cli import ON_CORPUS, Process, clean_environment, metrics, run, train, wait_for_steps
 
 
 @pytest.fixture
 def handlers():
     """Puts the handlers of signals back."""
-    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
+    with handlers_restored():
+        yield
 
 
 def test_ctrl_c_asks_once_and_quits_the_second_time(handlers):
