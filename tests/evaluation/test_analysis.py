@@ -1,19 +1,15 @@
 """est-analyze from a run directory to tables, JSON and figures."""
 
 import json
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-import yaml
 from tiny import FULL, THREE_STAGES, Recorder, train_config
 
 from est_cli.commands.analyze import run as analyze
-from est_cli.config import SchedulerConfig, as_plain, read_train_config
 from est_cli.data.batches import validation_windows
-from est_cli.data.tokens import open_store
-from est_cli.errors import UserError
+from est_cli.errors import UserError, say
 from est_cli.evaluation.analysis import transitions
 from est_cli.evaluation.run import open_run, run_store
 from est_cli.subnet.schedule import stage_at
@@ -30,14 +26,9 @@ SMALL = {"seed": 0, "tokens": 64, "plans": 4, "window": 3, "checkpoints": "all",
 
 def trained(folder: Path, stages, **checkpoint) -> Path:
     """A run of 15 steps on bytes, with what est-analyze reads of one."""
-    write_run(folder, model_of(byte_model("llama")))
-    plain = yaml.safe_load((folder / "config.yaml").read_text())
-    config = replace(read_train_config(plain), scheduler=SchedulerConfig(stages))
-    config = replace(config, trainer=replace(config.trainer, eval_every=4, save_final="full"))
-    (folder / "config.yaml").write_text(yaml.safe_dump(as_plain(config)))
-    store = open_store(config.data, config.tokenizer, config.model.vocab_size, lambda message: None, False)
-    recorder = Recorder()
-    training = Training(config, store, World(torch.device("cpu")), [recorder])
+    write_run(folder, model_of(byte_model("llama")), stages=stages, eval_every=4, save_final="full")
+    run, recorder = open_run(folder, say), Recorder()
+    training = Training(run.config, run_store(run, say), World(torch.device("cpu")), [recorder])
     training.run(Checkpoints(folder / "checkpoints", **checkpoint), stopping=lambda: False)
     (folder / "metrics.jsonl").write_bytes(b"".join(map(to_line, recorder.records)))
     return folder
@@ -70,7 +61,7 @@ def test_every_checkpoint_has_the_loss_of_the_full_model_and_of_each_stages_subn
     half = {"heads": 0.5, "mlp": 0.5}
     assert rates == [[{**half, "layers": 0.5}, {**half, "layers": 1.0}]] * 2
     opened = open_run(est, print)
-    windows = validation_windows(run_store(opened, lambda message: None).val, 8, 64)
+    windows = validation_windows(run_store(opened, say).val, 8, 64)
     assert found["checkpoints"][1]["full_loss"] == mean_loss(opened.model, windows, 2)
     assert found["tokens"] == windows[:, 1:].size
     assert all(len(set(s["losses"])) == 4 for entry in found["checkpoints"] for s in entry["subnetworks"])
@@ -158,21 +149,11 @@ def test_a_transitions_sides_are_steps_of_its_stages(records, window, transition
 
 @pytest.mark.parametrize(
     ("records", "expected"),
-    [
-        pytest.param(RECORDS, [None, [(4, 47.0), (8, 43.0)]], id="the last before and the first within"),
-        pytest.param(
-            [*RECORDS[:6], record(6, 1.0, val=9.0), *RECORDS[7:]],
-            [None, [(7, 9.0), (8, 43.0)]],
-            id="one at the boundary is before it",
-        ),
-        pytest.param(RECORDS[:4], [None, None], id="not that far"),
-        pytest.param([], [None, None], id="nothing logged"),
-    ],
-)
+    [(RECORDS, [(4, 47.0), (8, 43.0)]), ([*RECORDS[:6], record(6, 1.0, val=9.0), *RECORDS[7:]], [(7, 9.0), (8, 43.0)]),
+     (RECORDS[:4], None), ([], None)],
+    ids=["the last before and the first within", "one at the boundary is before it", "not that far", "nothing logged"],
+)  # fmt: skip
 def test_the_full_models_loss_is_the_last_before_and_the_first_within(records, expected):
-    found = [transition["val_loss"] for transition in transitions(STAGES, records, [], 3)]
-    assert [own and [(entry["updates"], entry["loss"]) for entry in own] for own in found] == expected
-
-
-def test_one_stage_has_no_transition():
-    assert transitions(STAGES[:1], RECORDS, [], 3) == []
+    first, second = (transition["val_loss"] for transition in transitions(STAGES, records, [], 3))
+    assert first is None
+    assert (second and [(entry["updates"], entry["loss"]) for entry in second]) == expected

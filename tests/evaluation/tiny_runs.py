@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
@@ -28,14 +29,14 @@ def model_of(model: ModelConfig, seed: int = 0) -> Transformer:
     return master
 
 
-def write_run(folder: Path, model: Transformer, text: str = "some words to read\n" * 40) -> Path:
-    """A finished run of 15 steps on bytes; returns its folder."""
+def write_run(folder: Path, model: Transformer, **settings: Any) -> Path:
+    """A finished run of 15 steps on bytes; returns its folder. `settings` are those of train_config."""
     corpus = folder / "corpus"
     corpus.mkdir(parents=True)
     for number in range(4):
-        (corpus / f"{number}.txt").write_text(text + str(number))
+        (corpus / f"{number}.txt").write_text("some words to read\n" * 40 + str(number))
     config = replace(
-        train_config(model.config, eval_tokens=32),
+        train_config(model.config, **{"eval_tokens": 32, **settings}),
         data=DataConfig(kind="text", seq_len=8, path=str(corpus), val_fraction=0.25, cache_dir=str(folder / "cache")),
         tokenizer=TokenizerConfig(kind="byte"),
     )
