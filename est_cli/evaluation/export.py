@@ -39,11 +39,10 @@ def check_free(out: Path) -> None:
 def export(model: Transformer, reference: Transformer, tokenizer: Tokenizer, out: Path) -> float | None:
     """Writes `model` to `out` and returns the largest difference of its logits from those of `reference`.
 
-    The folder appears only after the check. Returns None if transformers is not installed: then nothing was checked.
-    Raises UserError if no Hugging Face class can hold the model or its tokenizer, RuntimeError if transformers loads
-    something else.
+    `out` must be free (`check_free`); it appears only after the check. Returns None if transformers is not installed:
+    then nothing was checked. Raises UserError if no Hugging Face class can hold the model or its tokenizer,
+    RuntimeError if transformers loads something else.
     """
-    check_free(out)
     partial = out.with_name(f".{out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:

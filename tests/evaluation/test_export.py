@@ -8,14 +8,13 @@ import torch
 from data.tiny_corpora import llama_model, prose, sentencepiece_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file
 from tiny import train_config
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from est_cli.config import SamplingConfig, TokenizerConfig
 from est_cli.data.tokenizers import ByteTokenizer, HFTokenizer, SentencePieceTokenizer, SentencePieceTraining
 from est_cli.errors import UserError
-from est_cli.evaluation.export import SAMPLES, convert, export
+from est_cli.evaluation.export import SAMPLES, check_free, convert, export
 from est_cli.evaluation.run import packed, sampled_at, sampled_with, standalone
 from est_cli.subnet.schedule import Rates
 from evaluation.tiny_runs import byte_model, model_of
@@ -81,29 +80,24 @@ def test_an_exported_tokenizer_gives_the_ids_of_training_as_people_call_it(
     assert ((out / "tokenizer.json").read_text() == file.read_text()) is not begins, "copied if it adds nothing"
 
 
-@pytest.mark.parametrize("gqa", ["group", "query"])
-@pytest.mark.parametrize("rescale_layers", [False, True])
-def test_a_subnetwork_becomes_a_smaller_model_with_the_packed_ones_logits(out, gqa, rescale_layers):
-    model = model_of(byte_model("llama", bias=True))
-    config = train_config(model.config, SamplingConfig(gqa=gqa, rescale_layers=rescale_layers))
-    subnet = sampled_at(config, 1)
-    small = standalone(packed(model, subnet), subnet)
-    assert (small.config.n_heads, small.config.d_ff, small.config.n_layers) == ({"group": 4, "query": 3}[gqa], 8, 2)
-    assert export(small, packed(model, subnet), TOKENIZER, out) in (None, pytest.approx(0, abs=1e-5))
-    written = json.loads((out / "config.json").read_text())
-    assert (written["head_dim"], written["intermediate_size"]) == (2, 8)
-    layers = {name.split(".")[2] for name in load_file(out / "model.safetensors") if "layers" in name}
-    assert layers == {"0", "1"}
-    torch.testing.assert_close(small.logits(INPUTS), packed(model, subnet).logits(INPUTS), atol=1e-5, rtol=1e-5)
-
-
-def test_gpt2_exports_fewer_neurons_and_layers(transformers, out):
-    model = model_of(byte_model("gpt2"))
-    subnet = sampled_with(train_config(model.config), Rates(mlp=0.5, layers=0.5))
+@pytest.mark.parametrize(
+    ("family", "sampling", "rates", "sizes"),
+    [("llama", SamplingConfig(gqa="group"), None, (4, 8, 2)),
+     ("llama", SamplingConfig(gqa="query", rescale_layers=True), None, (3, 8, 2)),
+     ("gpt2", SamplingConfig(), Rates(mlp=0.5, layers=0.5), (4, 8, 2))],
+)  # fmt: skip
+def test_a_subnetwork_becomes_a_smaller_model_with_the_packed_ones_logits(
+    transformers, out, family, sampling, rates, sizes
+):
+    model = model_of(byte_model(family, bias=True))
+    config = train_config(model.config, sampling)
+    subnet = sampled_with(config, rates) if rates else sampled_at(config, 1)
     reference = packed(model, subnet)
-    assert export(standalone(reference, subnet), reference, TOKENIZER, out) < 1e-5
-    loaded = transformers.AutoModelForCausalLM.from_pretrained(out)
-    assert (loaded.config.n_inner, loaded.config.n_layer, loaded.config.n_head) == (8, 2, 4)
+    small = standalone(reference, subnet)
+    assert (small.config.n_heads, small.config.d_ff, small.config.n_layers) == sizes
+    assert export(small, reference, TOKENIZER, out) < 1e-5
+    assert transformers.AutoConfig.from_pretrained(out).num_hidden_layers == 2
+    torch.testing.assert_close(small.logits(INPUTS), reference.logits(INPUTS), atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -125,11 +119,11 @@ def test_what_no_class_can_hold_is_refused_and_what_works_is_said(out, family, c
 
 def test_nothing_is_overwritten(out):
     out.mkdir()
+    check_free(out)
     (out / "precious.txt").write_text("mine")
-    model = model_of(byte_model("llama"))
-    with pytest.raises(UserError, match="exists already; must be a new or an empty folder"):
-        export(model, model, TOKENIZER, out)
-    assert [path.name for path in out.iterdir()] == ["precious.txt"]
+    for place in (out, out / "precious.txt"):
+        with pytest.raises(UserError, match="exists already; must be a new or an empty folder"):
+            check_free(place)
 
 
 def test_an_export_that_differs_is_an_error_and_leaves_nothing(transformers, out):
@@ -185,13 +179,12 @@ def test_the_end_of_text_keeps_its_id(pairs):
         assert converted.get_vocab_size() == tokenizer.vocab_size
 
 
-def test_a_model_that_changes_its_text_is_refused():
-    model = sentencepiece_model(100, model_type="bpe", vocab_size=100, byte_fallback=False)
-    with pytest.raises(UserError, match=r"cannot be written as a tokenizer.json: the ids of "):
-        convert(SentencePieceTokenizer(model))
-
-
-def test_a_unigram_model_is_refused():
-    model = sentencepiece_model(100, model_type="unigram", vocab_size=45)
-    with pytest.raises(UserError, match="not a BPE model"):
-        convert(SentencePieceTokenizer(model))
+@pytest.mark.parametrize(
+    ("options", "problem"),
+    [({"model_type": "bpe", "vocab_size": 100, "byte_fallback": False}, "a tokenizer.json: the ids of "),
+     ({"model_type": "unigram", "vocab_size": 45}, "not a BPE model")],
+    ids=["a model that changes its text", "a unigram model"],
+)  # fmt: skip
+def test_what_a_tokenizer_json_cannot_hold_is_refused(options, problem):
+    with pytest.raises(UserError, match=problem):
+        convert(SentencePieceTokenizer(sentencepiece_model(100, **options)))
