@@ -77,7 +77,7 @@ class Stepper:
             lap("backward")
         updates = subnet.updates()
         norm = self.optimizer.norm(updates)
-        refused = self.watch.see(Launched(self.steps, stage, plan, case.optimizer.lr), loss.detach(), norm)
+        refused = self.watch.add(Launched(self.steps, stage, plan, case.optimizer.lr), loss.detach(), norm)
         self.optimizer.step(updates, case.optimizer.lr, norm, refused)
         lap("update")
         self.steps += 1

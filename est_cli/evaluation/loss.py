@@ -43,7 +43,7 @@ def evaluate(
             "text, a larger data.val_fraction, or a smaller data.seq_len"
         )
     windows = validation_windows(tokens, seq_len, n_tokens)
-    world = World(next(run.model.parameters()).device)
+    world = World(device=next(run.model.parameters()).device)
     whole = PackedSubnetwork(run.model, Subnetwork(run.model.config), DTYPES[config.trainer.precision])
     loss, targets = validation_loss(whole, windows, config.trainer.batch_size, world), windows[:, 1:]
     bits_per_byte = loss * targets.size / round(token_bytes[targets].sum()) / math.log(2)

@@ -11,6 +11,7 @@ mlp.down.weight       [F, D]            neuron f contributes activation_f · row
 """
 
 import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -231,6 +232,11 @@ def row_kind(name: str) -> RowKind | None:
 def layer_of(name: str) -> int | None:
     """The layer that a parameter belongs to by its full name, or None."""
     return int(name.split(".")[1]) if name.startswith("blocks.") else None
+
+
+def with_layer(name: str, layer: int) -> str:
+    """The name that a parameter or a module of a block has in another layer."""
+    return re.sub(r"(?<=^blocks\.)\d+", str(layer), name)
 
 
 def set_parameter(module: nn.Module, name: str, data: Tensor) -> None:

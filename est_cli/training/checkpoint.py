@@ -227,7 +227,7 @@ class Saving:
 
         If the disk does not take it, training goes on, but cannot end: raises RunFailed.
         """
-        self.hear(waits=True)
+        self.poll(waits=True)
         if self.step == step:
             return
         if self.world.shards > 1:
@@ -237,9 +237,9 @@ class Saving:
         else:
             written = self._write_by_main(step, weights, moments, facts)
         self._writing = step, written
-        self.hear(waits=is_last, is_last=is_last)
+        self.poll(waits=is_last, is_last=is_last)
 
-    def hear(self, waits: bool = False, is_last: bool = False) -> None:
+    def poll(self, waits: bool = False, is_last: bool = False) -> None:
         """Say how the checkpoint that is being written ended, if it has; `waits` for that."""
         if self._writing is None or not (waits or self._writing[1].done()):
             return
@@ -263,7 +263,7 @@ class Saving:
         written: Future[Path | None] = Future()
         path, raised = None, None
         # Rank 0 may write for longer than a collective may take.
-        with self.world.peers.wait_for_main(f"checkpoint {step}"):
+        with self.world.wait_for_main(f"checkpoint {step}"):
             try:
                 path = self.checkpoints.save(step, weights, moments, facts) if self.world.is_main else None
             except OSError as error:
@@ -288,10 +288,10 @@ class Saving:
     def __exit__(self, kind: type | None, error: BaseException | None, trace: Any) -> None:
         """Wait for the last write if all ranks end in the same way; if one is lost, what it writes is lost too."""
         if error is None:
-            self.hear(waits=True)
+            self.poll(waits=True)
         elif isinstance(error, RunFailed | UserError) and not isinstance(error, PeerLost):
             with contextlib.suppress(RuntimeError):
-                self.hear(waits=True)
+                self.poll(waits=True)
 
 
 def _best(folders: list[Path]) -> Path | None:

@@ -1,4 +1,4 @@
-"""What the device and its compiler can do, and what a process does with its memory."""
+"""What the device and its compiler can do, and the memory and threads of this process."""
 
 import contextlib
 import ctypes
@@ -6,9 +6,12 @@ import os
 import platform
 import shutil
 import sys
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -33,10 +36,9 @@ PEAK_BF16_FLOPS = {
 }
 MOST_SIZES = 64
 """Sizes of block that one process compiles. torch's own limit is 8; beyond it blocks run eagerly with a warning."""
+Result = TypeVar("Result")
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_MMAP_MAX = -1, -3, -4
 """Options of glibc's mallopt, see malloc.h."""
-_STATUS = Path("/proc/self/status")
-_RESET = Path("/proc/self/clear_refs")
 
 
 def available_device(trainer: TrainerConfig, kernels: str) -> Device:
@@ -150,15 +152,15 @@ def reset_peak_memory(device: torch.device) -> None:
     else:
         # A sandbox may forbid it, and only Linux has it: the peak then includes what came before.
         with contextlib.suppress(OSError):
-            _RESET.write_text("5")
+            Path("/proc/self/clear_refs").write_text("5")
 
 
 def peak_memory_bytes(device: torch.device) -> int:
     """Most bytes held since the reset: allocated on a GPU, resident in the process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    if _STATUS.exists():
-        line = next(line for line in _STATUS.read_text().splitlines() if line.startswith("VmHWM"))
+    if (status := Path("/proc/self/status")).exists():
+        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
         return int(line.split()[1]) * 1024
     import resource
 
@@ -170,6 +172,20 @@ def set_threads(threads: int | None) -> None:
     """CPU threads of this process; None leaves torch's own choice."""
     if threads is not None:
         torch.set_num_threads(threads)
+
+
+def in_thread(call: Callable[[], Result]) -> Future[Result]:
+    """Call in a daemon thread. An executor's threads would keep a process that ends waiting for them."""
+    made: Future[Result] = Future()
+
+    def make() -> None:
+        try:
+            made.set_result(call())
+        except BaseException as error:
+            made.set_exception(error)
+
+    threading.Thread(target=make, daemon=True).start()
+    return made
 
 
 def cpu_name() -> str:

@@ -16,7 +16,7 @@ import contextlib
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import timedelta
 from functools import cached_property
 from typing import Any, TypeVar
@@ -134,29 +134,15 @@ def meet() -> Peers:
     return Peers(rank, size, store)
 
 
-@dataclass(frozen=True)
-class World:
-    """This process among the ranks of its run. A single process has no mesh.
+@dataclass(frozen=True, kw_only=True)
+class World(Peers):
+    """The peers with a device each, and the mesh in which they share the model; a single process has no mesh.
 
     `sum_`, `any`, `combine` and `gathered` are collectives: all ranks must call them with tensors of the same shapes.
     """
 
     device: torch.device
-    peers: Peers = field(default_factory=Peers)
     mesh: DeviceMesh | None = None
-
-    @property
-    def rank(self) -> int:
-        return self.peers.rank
-
-    @property
-    def size(self) -> int:
-        return self.peers.size
-
-    @property
-    def is_main(self) -> bool:
-        """Rank 0 writes; the others compute."""
-        return self.peers.is_main
 
     @cached_property
     def shards(self) -> int:
@@ -258,7 +244,7 @@ def join(kind: str, peers: Peers, timeout_s: float = 600.0, shards: int = 1) -> 
     A collective that takes longer than `timeout_s` fails, and so does one with a rank that has died: see peer_errors.
     """
     if peers.store is None:
-        return World(torch.device(kind))
+        return World(device=torch.device(kind))
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if kind == "cuda" else torch.device("cpu")
     if kind == "cuda":
         torch.cuda.set_device(device)
@@ -272,7 +258,7 @@ def join(kind: str, peers: Peers, timeout_s: float = 600.0, shards: int = 1) -> 
             timeout=timeout,
             device_id=device if kind == "cuda" else None,
         )
-        return World(device, peers, _mesh(kind, peers.size, shards, timeout))
+        return World(**vars(peers), device=device, mesh=_mesh(kind, peers.size, shards, timeout))
 
 
 def _mesh(kind: str, size: int, shards: int, timeout: timedelta) -> DeviceMesh:

@@ -1,12 +1,9 @@
-"""What a step needs, its plan and its tokens; on a GPU those of the next step are made while it works on this one.
+"""The plan and the tokens of a step; while a GPU works on one step, those of the next are made.
 
 Both are pure functions of the step's number, so a run that ends loses nothing with what was made ahead.
 """
 
-import threading
-from collections.abc import Callable
 from concurrent.futures import Future, wait
-from typing import TypeVar
 
 import numpy as np
 from torch import Tensor
@@ -18,19 +15,19 @@ from est_cli.kernels.pack import pinned
 from est_cli.subnet.plan import Plan
 from est_cli.subnet.sampler import sample
 from est_cli.subnet.schedule import stage_at
+from est_cli.training.device import in_thread
 from est_cli.training.distributed import World
-
-Result = TypeVar("Result")
 
 
 class Inputs:
-    """Plans and tokens of a run's steps on this rank; `end`: no step from this one on is made ahead."""
+    """Plans and tokens of a run's steps on this rank."""
 
     def __init__(self, config: TrainConfig, tokens: Tokens, world: World):
         self.config, self.tokens, self.world, self.stages = config, tokens.train, world, config.stages
         self.end = config.trainer.max_steps if world.device.type == "cuda" else 0
+        """Steps before this one are made ahead."""
         self._ahead: dict[int, Future[tuple[Plan, list[Tensor]]]] = {}
-        """At most one step: a second thread must not read the text."""
+        """At most one step: two threads must not read the text together."""
 
     def of(self, step: int) -> tuple[Plan, list[Tensor]]:
         """The plan, and this rank's token windows [B, T + 1] of every micro-batch, on the host."""
@@ -47,7 +44,7 @@ class Inputs:
 
     @property
     def are_streamed(self) -> bool:
-        """The text is read while the run trains, so reading may fail."""
+        """The text is read while the run trains."""
         return not isinstance(self.tokens, np.ndarray)
 
     def error(self, step: int) -> UserError | RunFailed | None:
@@ -67,17 +64,3 @@ class Inputs:
 
     def _windows(self, first: int, n: int) -> np.ndarray:
         return training_windows(self.tokens, self.config.data.seq_len, self.config.seed, first, n)
-
-
-def in_thread(call: Callable[[], Result]) -> Future[Result]:
-    """Calls in a thread. Unlike an executor's, it is a daemon: a process that ends does not wait for it."""
-    made: Future[Result] = Future()
-
-    def make() -> None:
-        try:
-            made.set_result(call())
-        except BaseException as error:
-            made.set_exception(error)
-
-    threading.Thread(target=make, daemon=True).start()
-    return made

@@ -29,6 +29,8 @@ from est_cli.training.steps import Launched, Observer, Steps, is_due
 from est_cli.training.subnetwork import DTYPES, MaskedSubnetwork, PackedSubnetwork, Update, pack_on
 from est_cli.training.validation import validation_loss
 
+_backward = phase("backward")(Tensor.backward)
+
 
 @dataclass(frozen=True)
 class Outcome:
@@ -114,7 +116,7 @@ class Training:
         with profile.stage(stage, self.step) if profile else contextlib.nullcontext(lambda: None) as advance:
             while self.step < stage.end:
                 self._train_step(stage, subnet)
-                self.saving.hear()
+                self.saving.poll()
                 advance()
                 if self.step == trainer.max_steps:
                     return False
@@ -160,7 +162,7 @@ class Training:
         updates = subnet.updates()
         grad_norm = self._combine(loss, updates)
         lr = learning_rate(self.config.optimizer, self.step, self.config.trainer.max_steps)
-        refused = self.steps.watch.see(Launched(self.step, stage, plan, lr), loss, grad_norm)
+        refused = self.steps.watch.add(Launched(self.step, stage, plan, lr), loss, grad_norm)
         self.optimizer.step(updates, lr, grad_norm, refused)
         self.progress.step += 1
 
@@ -214,8 +216,3 @@ class Training:
         facts = {"config": as_plain(self.config), **asdict(self.progress)}
         moments = self.moments() if contents == "full" else None
         self.saving.save(self.step, self.weights(), moments, facts, is_last)
-
-
-@phase("backward")
-def _backward(loss: Tensor) -> None:
-    loss.backward()

@@ -9,7 +9,7 @@ nonfinite/step-00000743/
 import json
 import math
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,17 +26,13 @@ from est_cli.subnet.plan import Plan, stage_subnetwork
 from est_cli.training.checkpoint import MODEL
 from est_cli.training.files import write_tensors
 from est_cli.training.steps import NonFinite
-from est_cli.training.subnetwork import DTYPES, MaskedSubnetwork, PackedSubnetwork
+from est_cli.training.subnetwork import DTYPES, MaskedSubnetwork, PackedSubnetwork, name_in_master
 
 BATCH, STEP = "batch.safetensors", "step.json"
 
 
 def keep_step(
-    parent: Path,
-    failed: NonFinite,
-    weights: Mapping[str, Tensor],
-    windows: np.ndarray,
-    config: TrainConfig,
+    parent: Path, failed: NonFinite, weights: Mapping[str, Tensor], windows: np.ndarray, config: TrainConfig
 ) -> Path:
     """Write the folder of a step; windows [n, T + 1]. Raises OSError if the disk does not take it."""
     step = failed.step
@@ -98,17 +94,16 @@ def replay(kept: Kept, config: TrainConfig, device: torch.device) -> Replay:
     """Run the step again on `device`, micro-batch by micro-batch, in the precision of `config`; no update."""
     model = Transformer(config.model, device, kernels=kernels_for(config.kernels, device))
     model.load_state_dict(kept.weights)
-    kind = MaskedSubnetwork if config.kernels == "masked" else PackedSubnetwork
-    subnet = kind(
-        model,
-        stage_subnetwork(config.model, config.sampling, config.stages[kept.stage - 1]),
-        DTYPES[config.trainer.precision],
-    )
+    shape = stage_subnetwork(config.model, config.sampling, config.stages[kept.stage - 1])
+    is_masked = config.kernels == "masked"
+    subnet = (MaskedSubnetwork if is_masked else PackedSubnetwork)(model, shape, DTYPES[config.trainer.precision])
     subnet.load(kept.plan)
     micro_batches = kept.windows.to(device).split(config.trainer.batch_size)
     losses, first = [], []
-    for name, module in _modules(subnet.module, kept.plan):
-        module.register_forward_hook(_watch(name, first))
+    for name, module in subnet.module.named_modules():
+        if name and not isinstance(module, nn.ModuleList):
+            name_in_full = name if is_masked else name_in_master(name, kept.plan)
+            module.register_forward_hook(_watch(name_in_full, first))
     for batch in micro_batches:
         loss = subnet.loss(batch[:, :-1], batch[:, 1:]) / len(micro_batches)
         loss.backward()
@@ -116,16 +111,6 @@ def replay(kept: Kept, config: TrainConfig, device: torch.device) -> Replay:
     gradients = {update.name: update.gradient for update in subnet.updates()}
     norm = torch.nn.utils.get_total_norm(list(gradients.values())).item()
     return Replay(losses, _finite(norm), next(iter(first), None), _broken(kept.weights), _broken(gradients))
-
-
-def _modules(module: nn.Module, plan: Plan) -> Iterator[tuple[str, nn.Module]]:
-    """A packed model's modules by the names that they have in the full one."""
-    for name, part in module.named_modules():
-        words = name.split(".")
-        if words[0] == "blocks" and len(words) > 1 and len(module.blocks) == len(plan.layers):
-            words[1] = str(plan.layers[int(words[1])])
-        if not isinstance(part, nn.ModuleList) and name:
-            yield ".".join(words), part
 
 
 def _watch(name: str, found: list[str]):

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from est_cli.config import ModelConfig, OptimizerConfig
 from est_cli.kernels.adamw import Hyperparameters, Move, rows_between
-from est_cli.model.transformer import Transformer, layer_of, row_kind
+from est_cli.model.transformer import Transformer, layer_of, row_kind, with_layer
 from est_cli.subnet.plan import Growth, n_rows, sampled_rows, whole_plan
 from est_cli.subnet.schedule import boundary_step
 from est_cli.training.profile import phase
@@ -122,7 +122,7 @@ class SampledAdamW:
             for name in self._of_layer(layer) if source != layer else ():
                 if source is not None:
                     resets = layer in joined and moments == "reset"
-                    self._copy(name.replace(f"blocks.{layer}.", f"blocks.{source}.", 1), name, resets)
+                    self._copy(with_layer(name, source), name, resets)
                 elif growth.method == "zero" and name.endswith(_OUTPUTS):
                     self.parameters[name].zero_()
         self._silence_new_units(growth)
@@ -213,22 +213,15 @@ class SampledAdamW:
         gradients = adjacent([update.gradient.reshape(-1, columns) for update in own.values()])
         if freeze and (rows is not None or not (alike or layer_of(next(iter(own))) is None)):
             return [self._move(state, slice(0, len(state.counts)), gradients, rows, state.counts[host], lr)]
-        runs = _runs(state.counts, state.joined)
-        return [self._move(state, run, *_within(run, gradients, host), count, lr) for run, count in runs]
+        parts = _equal_counts(state.counts, state.joined)
+        return [self._move(state, part, *_within(part, gradients, host), count, lr) for part, count in parts]
 
-    def _move(
-        self,
-        state: _State,
-        run: slice,
-        gradients: Sequence[Tensor],
-        rows: np.ndarray | None,
-        count: int | np.ndarray,
-        lr: float,
-    ) -> Move:
-        matrices = (stack.matrix[run] for stack in (state.stack, state.moments, state.squares))
+    def _move(self, state: _State, part: slice, gradients: Sequence[Tensor], rows, count, lr: float) -> Move:
+        """Of the rows in `part`; the others are as in Move."""
+        matrices = (stack.matrix[part] for stack in (state.stack, state.moments, state.squares))
         decay = self.config.weight_decay if state.decays else 0.0
         hyper = Hyperparameters(lr, *self.config.betas, self.config.eps, decay)
-        ends = [min(place.stop, run.stop) - run.start for place in state.moments.places.values()]
+        ends = [min(place.stop, part.stop) - part.start for place in state.moments.places.values()]
         return Move(*matrices, gradients, rows, count, hyper, [end for end in ends if end > 0])
 
     def state(self) -> dict[str, Tensor]:
@@ -240,8 +233,8 @@ class SampledAdamW:
         }
 
 
-def _runs(counts: np.ndarray, joined: np.ndarray | None) -> Iterator[tuple[slice, int]]:
-    """Rows that follow one another, have joined, and took as many steps; and how many."""
+def _equal_counts(counts: np.ndarray, joined: np.ndarray | None) -> Iterator[tuple[slice, int]]:
+    """Stretches of rows that have joined and took equally many steps, and how many."""
     marks = counts
     if joined is not None:
         marks = np.full_like(counts, -1)
@@ -252,8 +245,8 @@ def _runs(counts: np.ndarray, joined: np.ndarray | None) -> Iterator[tuple[slice
             yield slice(start, stop), int(marks[start])
 
 
-def _within(run: slice, gradients: Sequence[Tensor], host: np.ndarray) -> tuple[list[Tensor], np.ndarray | None]:
-    """The gradients of the rows of a run, and these rows counted from its start; None for all of them."""
-    low, high = np.searchsorted(host, (run.start, run.stop)).tolist()
-    rows = None if high - low == run.stop - run.start else host[low:high] - run.start
+def _within(part: slice, gradients: Sequence[Tensor], host: np.ndarray) -> tuple[list[Tensor], np.ndarray | None]:
+    """The gradients of the rows of a part, and these rows counted from its start; None for all of them."""
+    low, high = np.searchsorted(host, (part.start, part.stop)).tolist()
+    rows = None if high - low == part.stop - part.start else host[low:high] - part.start
     return rows_between(gradients, low, high), rows

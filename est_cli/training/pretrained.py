@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file
 from torch import Tensor
 
 from est_cli.config import ModelConfig
@@ -31,12 +30,8 @@ _SIZES = (
 
 def check_pretrained(model: ModelConfig) -> None:
     """Raises UserError if model.init_from is no folder that fits `model`."""
-    with _naming(model):
-        folder = _folder(model)
-        config = _read_config(folder)
-        found = from_config(config)
-        # Names, shapes and types only: what cannot be read is told before there is a run directory.
-        from_huggingface(config, _read_shapes(folder))
+    # Names, shapes and types only: what cannot be read is told before there is a run directory.
+    found, _ = _read(model, values=False)
     problems = [
         f"model.{key}={_show(getattr(model, key))}: the weights of model.init_from={model.init_from} have "
         f"{_show(getattr(found, key))}; give model.{key}={_show(getattr(found, key))}"
@@ -53,7 +48,7 @@ def load_pretrained(model: Transformer, own: Callable[[Tensor], Tensor] = lambda
     Raises UserError if they do not fit.
     """
     check_pretrained(model.config)
-    state = _read_state(model.config)
+    _, state = _read(model.config, values=True)
     for name, parameter in model.named_parameters():
         found = state[name]
         if name in ("embedding", "head") and len(found) < len(parameter):
@@ -81,77 +76,53 @@ def _differing(model: ModelConfig, found: ModelConfig) -> list[str]:
 
 def _has_biases(model: ModelConfig) -> bool:
     """Whether a GPT-2 folder, whose class always has biases, has one that is not zero."""
-    state = _read_state(model)
+    _, state = _read(model, values=True)
     return any(bool(t.any()) for name, t in state.items() if name.endswith(".bias") and "norm" not in name)
 
 
-def _folder(model: ModelConfig) -> Path:
-    folder = Path(model.init_from).expanduser()
-    if not (folder / "config.json").is_file():
-        siblings = [str(path.parent) for path in folder.parent.glob("*/config.json")]
-        raise UserError(f"must be a folder with config.json and {_WEIGHTS}{nearest(str(folder), siblings)}")
-    if not any((folder / name).is_file() for name in (_WEIGHTS, _INDEX)):
-        raise UserError(f"has no {_WEIGHTS}; other formats of weights are not read")
-    return folder
-
-
-def _read_state(model: ModelConfig) -> dict[str, Tensor]:
-    """The folder's weights under our names."""
+def _read(model: ModelConfig, values: bool) -> tuple[ModelConfig, dict[str, Tensor]]:
+    """The model that the folder's config.json describes, and its weights under our names; on meta without `values`."""
     with _naming(model):
-        folder = _folder(model)
-        return from_huggingface(_read_config(folder), _read_tensors(folder))[1]
-
-
-def _read_config(folder: Path) -> dict[str, Any]:
-    try:
-        return json.loads((folder / "config.json").read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"config.json: cannot be read ({error})") from None
-
-
-def _read_shapes(folder: Path) -> dict[str, Tensor]:
-    """Every tensor without its values. Raises UserError naming those whose values are codes, not weights."""
-    shapes: dict[str, Tensor] = {}
-    strange: dict[str, list[str]] = {}
-
-    def read(file: Path) -> None:
-        with safe_open(file, "pt") as stored:
-            for name in stored.keys():  # noqa: SIM118
-                part = stored.get_slice(name)
-                shapes[name] = torch.empty(part.get_shape(), device="meta")
-                if part.get_dtype() not in _DTYPES and not is_constant(name):
-                    strange.setdefault(part.get_dtype(), []).append(name)
-
-    _each_file(folder, read)
-    if strange:
-        raise UserError(
-            *(
-                f"{some(names)}: stored as {dtype}, must be one of {', '.join(_DTYPES)}; quantized weights are not read"
-                for dtype, names in strange.items()
-            )
-        )
-    return shapes
-
-
-def _read_tensors(folder: Path) -> dict[str, Tensor]:
-    """Every tensor. Raises UserError naming those that are not finite."""
-    tensors: dict[str, Tensor] = {}
-    _each_file(folder, lambda file: tensors.update(load_file(file)))
-    broken = [name for name, t in tensors.items() if not is_constant(name) and not bool(torch.isfinite(t).all())]
-    if broken:
-        raise UserError(f"{some(broken)}: holds values that are not finite (NaN or infinity)")
-    return tensors
-
-
-def _each_file(folder: Path, read: Callable[[Path], None]) -> None:
-    names = [_WEIGHTS]
-    if not (folder / _WEIGHTS).is_file():
-        names = sorted(set(json.loads((folder / _INDEX).read_text("utf-8"))["weight_map"].values()))
-    for name in names:
+        folder = Path(model.init_from).expanduser()
+        if not (folder / "config.json").is_file():
+            siblings = [str(path.parent) for path in folder.parent.glob("*/config.json")]
+            raise UserError(f"must be a folder with config.json and {_WEIGHTS}{nearest(str(folder), siblings)}")
+        if not any((folder / name).is_file() for name in (_WEIGHTS, _INDEX)):
+            raise UserError(f"has no {_WEIGHTS}; other formats of weights are not read")
         try:
-            read(folder / name)
-        except Exception as error:  # safetensors raises its own kind for damaged files.
-            raise UserError(f"{name}: cannot be read ({error})") from None
+            config = json.loads((folder / "config.json").read_text("utf-8"))
+        except (OSError, ValueError) as error:
+            raise UserError(f"config.json: cannot be read ({error})") from None
+        from_config(config)  # what it cannot hold is told before what the tensors cannot
+        return from_huggingface(config, _read_tensors(folder, values))
+
+
+def _read_tensors(folder: Path, values: bool) -> dict[str, Tensor]:
+    """Every tensor, on meta without `values`. Raises UserError naming those that hold codes or are not finite."""
+    files = [_WEIGHTS]
+    if not (folder / _WEIGHTS).is_file():
+        files = sorted(set(json.loads((folder / _INDEX).read_text("utf-8"))["weight_map"].values()))
+    tensors: dict[str, Tensor] = {}
+    broken: dict[str, list[str]] = {}
+    for file in files:
+        try:
+            with safe_open(folder / file, "pt") as stored:
+                for name in stored.keys():  # noqa: SIM118
+                    part = stored.get_slice(name)
+                    dtype, size = part.get_dtype(), part.get_shape()
+                    tensors[name] = stored.get_tensor(name) if values else torch.empty(size, device="meta")
+                    if is_constant(name):
+                        continue
+                    if dtype not in _DTYPES:
+                        why = f"stored as {dtype}, must be one of {', '.join(_DTYPES)}; quantized weights are not read"
+                        broken.setdefault(why, []).append(name)
+                    elif values and not tensors[name].isfinite().all():
+                        broken.setdefault("holds values that are not finite (NaN or infinity)", []).append(name)
+        except Exception as error:  # safetensors raises its own kind for damaged files
+            raise UserError(f"{file}: cannot be read ({error})") from None
+    if broken:
+        raise UserError(*(f"{some(names)}: {why}" for why, names in broken.items()))
+    return tensors
 
 
 @contextlib.contextmanager

@@ -24,8 +24,8 @@ from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceSt
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.futures import Future as TorchFuture
 
+from est_cli.training.device import in_thread
 from est_cli.training.files import check_names, checksum
-from est_cli.training.inputs import in_thread
 
 if TYPE_CHECKING:
     from est_cli.training.checkpoint import Checkpoints

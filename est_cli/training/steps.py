@@ -8,7 +8,7 @@ import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -47,10 +47,6 @@ class Launched:
     loss: float = math.nan
     grad_norm: float = math.nan
 
-    @property
-    def is_finite(self) -> bool:
-        return math.isfinite(self.loss) and math.isfinite(self.grad_norm)
-
 
 class NonFinite(RunFailed):
     """An optimizer step that was not taken."""
@@ -81,7 +77,7 @@ class Watch:
         """Whether it is time to read, however seldom a run logs."""
         return len(self._unread) >= _MOST_UNREAD
 
-    def see(self, step: Launched, loss: Tensor, grad_norm: Tensor) -> Tensor:
+    def add(self, step: Launched, loss: Tensor, grad_norm: Tensor) -> Tensor:
         """Decide on the device whether the step is refused: a scalar tensor, 1 or 0."""
         broken = ((loss + grad_norm) * 0 != 0).to(self.refused.dtype)
         self.refused = torch.maximum(self.refused, broken) if self.stays else broken
@@ -121,10 +117,6 @@ class Progress:
     skipped_steps: int = 0
     """Steps that were not taken because their loss or gradient was not finite."""
 
-    def restore(self, state: Mapping[str, Any]) -> None:
-        """Go on from what a checkpoint's state.json holds; an old one may lack some of it."""
-        vars(self).update({field.name: state[field.name] for field in fields(self) if field.name in state})
-
     @contextmanager
     def timed(self) -> Iterator[None]:
         """Add the time of the block to train_s."""
@@ -150,15 +142,15 @@ class Steps:
         """Steps, and their seconds in all, when something was logged last."""
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Go on from a checkpoint's state.json."""
-        self.progress.restore(state)
+        """Go on from a checkpoint's state.json; an old one may lack some of it."""
+        vars(self.progress).update({key: state[key] for key in vars(self.progress) if key in state})
         self._logged = (self.progress.step, self.progress.train_s)
 
     def evaluates(self, done: int) -> bool:
         """Whether the model is evaluated after `done` steps."""
         return done == self.config.trainer.max_steps or is_due(done, self.config.trainer.eval_every)
 
-    def _logs(self, done: int) -> bool:
+    def _is_logged(self, done: int) -> bool:
         return self.evaluates(done) or done == 1 or is_due(done, self.config.trainer.log_every)
 
     def read(self) -> None:
@@ -166,27 +158,27 @@ class Steps:
         done = self.progress.step
         if self.evaluates(done) or not self.watch.stays:
             self._read(done)
-        elif self._logs(done - self.behind) or self.watch.is_full:
+        elif self._is_logged(done - self.behind) or self.watch.is_full:
             self._read(done - self.behind)
 
     def _read(self, end: int) -> None:
         """Read the steps before `end`; waits for the device. The optimizer hears whether each was taken."""
         for step in self.watch.read(end):
-            if step.is_finite:
+            if math.isfinite(step.loss) and math.isfinite(step.grad_norm):
                 self.optimizer.confirm()
             else:
                 self.optimizer.forget()
-                self._miss(step)
+                self._skip(NonFinite(step))
             self._unlogged.append(step)
 
-    def _miss(self, step: Launched) -> None:
-        missed = NonFinite(step)
+    def _skip(self, refused: NonFinite) -> None:
+        """Count a step that was not taken; raises `refused` if the run stops for it."""
         if self.watch.stays:
-            self.progress.step = step.number
-            raise missed
+            self.progress.step = refused.step.number
+            raise refused
         self.progress.skipped_steps += 1
         if self.progress.skipped_steps == 1:
-            self.say(f"{missed}: skipped (trainer.on_nonfinite=skip); the summary counts all that will be")
+            self.say(f"{refused}: skipped (trainer.on_nonfinite=skip); the summary counts all that will be")
 
     def log(self) -> None:
         """Tell the observers what was read."""
@@ -195,7 +187,7 @@ class Steps:
             done, train_s = steps[-1].number + 1, self.progress.train_s
             step_s = (train_s - self._logged[1]) / (done - self._logged[0])
             self._logged = done, train_s
-            for record in (self._record(step, step_s) for step in steps if self._logs(step.number + 1)):
+            for record in (self._record(step, step_s) for step in steps if self._is_logged(step.number + 1)):
                 for observer in self.observers:
                     observer.log(record)
 

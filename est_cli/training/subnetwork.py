@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from est_cli.kernels.pack import upload
-from est_cli.model.transformer import BlockMask, Transformer, layer_of, row_kind, set_parameter
+from est_cli.model.transformer import BlockMask, Transformer, layer_of, row_kind, set_parameter, with_layer
 from est_cli.subnet.plan import Plan, Subnetwork, n_rows, sampled_rows, whole_plan
 from est_cli.training.distributed import World
 from est_cli.training.profile import phase
@@ -106,7 +106,7 @@ class PackedSubnetwork:
         if self.is_master:
             return
         if self.small.n_layers != self.full.n_layers:
-            self.names = {name: _in_master(name, plan) for name in self.parameters}
+            self.names = {name: name_in_master(name, plan) for name in self.parameters}
         rows = {unit: sampled_rows(unit[0], self.full, plan, unit[1]) for unit in set(self._sampled.values())}
         self.rows = {name: rows[unit] for name, unit in self._sampled.items()}
         for name in self._shared:
@@ -268,22 +268,22 @@ class MaskedSubnetwork:
     """The full model with literal 0/1 masks: shows what masking costs by itself. Same plans, same updates."""
 
     def __init__(self, master: Transformer, shape: Subnetwork, dtype: torch.dtype, pack: Pack = PackedSubnetwork):
-        self.full = pack(master, Subnetwork(master.config), dtype)
+        self.whole = pack(master, Subnetwork(master.config), dtype)
         self.shape, self.config = shape, master.config
         self.masks: list[BlockMask] = []
 
     @property
     def module(self) -> Transformer:
-        return self.full.module
+        return self.whole.module
 
     @phase("pack")
     def load(self, plan: Plan) -> None:
-        self.full.load_whole()
+        self.whole.load_whole()
         self.plan = plan
         self.masks = [self._mask(layer) for layer in range(self.config.n_layers)]
 
     def reduce_next(self, reduces: bool) -> None:
-        self.full.reduce_next(reduces)
+        self.whole.reduce_next(reduces)
 
     @phase("forward")
     def loss(self, inputs: Tensor, targets: Tensor) -> Tensor:
@@ -292,7 +292,7 @@ class MaskedSubnetwork:
     def updates(self) -> list[Update]:
         positions = {layer: position for position, layer in enumerate(self.plan.layers.tolist())}
         updates = []
-        for update in self.full.updates():
+        for update in self.whole.updates():
             layer, kind = layer_of(update.name), row_kind(update.name)
             if layer is not None and layer not in positions:
                 continue
@@ -305,10 +305,10 @@ class MaskedSubnetwork:
         return updates
 
     def _mask(self, layer: int) -> BlockMask:
-        config, device = self.config, self.full.device
-        heads = torch.zeros(config.n_heads, device=device, dtype=self.full.dtype)
-        neurons = torch.zeros(config.d_ff, device=device, dtype=self.full.dtype)
-        scales = torch.zeros(2, device=device, dtype=self.full.scale_dtype)
+        config, device, dtype = self.config, self.whole.device, self.whole.dtype
+        heads = torch.zeros(config.n_heads, device=device, dtype=dtype)
+        neurons = torch.zeros(config.d_ff, device=device, dtype=dtype)
+        scales = torch.zeros(2, device=device, dtype=self.whole.scale_dtype)
         kept = np.flatnonzero(self.plan.layers == layer)
         if len(kept):
             units = np.array([self.shape.head_scale, self.shape.mlp_scale])
@@ -318,9 +318,7 @@ class MaskedSubnetwork:
         return BlockMask(heads, neurons, scales)
 
 
-def _in_master(name: str, plan: Plan) -> str:
-    """The master's name of a packed parameter: layers are renumbered by the plan."""
+def name_in_master(name: str, plan: Plan) -> str:
+    """The master's name of a parameter or a module of a packed model, whose layers the plan chooses."""
     position = layer_of(name)
-    if position is None:
-        return name
-    return f"blocks.{plan.layers[position]}.{name.split('.', 2)[2]}"
+    return name if position is None else with_layer(name, plan.layers[position])

@@ -25,7 +25,7 @@ def mean_loss(module: Transformer, windows: np.ndarray, batch_size: int, world: 
 
     The ranks of `world` share the windows. A rank without one computes too: the others need its part of the model.
     """
-    world = world or World(next(module.parameters()).device)
+    world = world or World(device=next(module.parameters()).device)
     total = torch.zeros((), dtype=torch.float64, device=world.device)
     for start in range(0, len(windows), batch_size * world.size):
         first = start + world.rank * batch_size

@@ -28,7 +28,7 @@ def trained(folder: Path, stages, **checkpoint) -> Path:
     """A run of 15 steps on bytes, with what est-analyze reads of one."""
     write_run(folder, model_of(byte_model("llama")), stages=stages, eval_every=4, save_final="full")
     run, recorder = open_run(folder, say), Recorder()
-    training = Training(run.config, run_store(run, say), World(torch.device("cpu")), [recorder])
+    training = Training(run.config, run_store(run, say), World(device=torch.device("cpu")), [recorder])
     training.run(Checkpoints(folder / "checkpoints", **checkpoint), stopping=lambda: False)
     (folder / "metrics.jsonl").write_bytes(b"".join(map(to_line, recorder.records)))
     return folder

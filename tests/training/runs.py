@@ -13,7 +13,7 @@ from est_cli.training.checkpoint import Checkpoints
 from est_cli.training.distributed import World
 from est_cli.training.loop import Outcome, Training
 
-CPU = World(torch.device("cpu"))
+CPU = World(device=torch.device("cpu"))
 STEPS = 15
 SIX = replace(GPT2, n_layers=6)
 SIX_LLAMA = replace(LLAMA, n_layers=6)

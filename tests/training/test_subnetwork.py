@@ -156,7 +156,7 @@ def test_validation_is_the_full_model_without_a_rescale(dtype):
     inputs, targets = random_batch(GPT2, batch=5)
     windows = torch.cat([inputs, targets[:, -1:]], dim=1)
     whole = PackedSubnetwork(master, Subnetwork(GPT2), dtype)
-    found = validation_loss(whole, windows.numpy(), 2, World(torch.device("cpu")))
+    found = validation_loss(whole, windows.numpy(), 2, World(device=torch.device("cpu")))
     with torch.no_grad():
         logits = master.logits(windows[:, :-1])
         expected = torch.nn.functional.cross_entropy(logits.mT, windows[:, 1:])
