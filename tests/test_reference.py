@@ -22,6 +22,7 @@ from reference import (
     sampled_rows,
     shapes,
 )
+from tiny import random_batch
 from torch import Tensor
 
 GPT2 = Sizes(
@@ -46,12 +47,6 @@ def random_parameters(sizes: Sizes, seed: int = 0) -> dict[str, Tensor]:
         name: 0.4 * torch.randn(shape, generator=generator, dtype=torch.float64) + ("norm" in name and "weight" in name)
         for name, shape in shapes(sizes).items()
     }
-
-
-def random_batch(sizes: Sizes, seed: int = 0) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    tokens = torch.randint(sizes.vocab_size, (2, 6), generator=generator)
-    return tokens[:, :-1], tokens[:, 1:]
 
 
 def gradient_is_truly_zero(sizes: Sizes, name: str) -> bool:
@@ -262,7 +257,7 @@ def train(sizes: Sizes, plans: list[ReferencePlan], unsampled: str) -> dict[str,
     optimizer = ReferenceAdamW(parameters, **ADAMW, decayed=matrices(shapes(sizes)), unsampled=unsampled)
     for step, plan in enumerate(plans):
         optimizer.lr = ADAMW["lr"] / (1 + step)
-        _, gradients = loss_and_gradients(sizes, parameters, plan, *random_batch(sizes, step), False)
+        _, gradients = loss_and_gradients(sizes, parameters, plan, *random_batch(sizes, seed=step), False)
         clip(gradients, MAX_NORM)
         optimizer.step(gradients, plan, sizes)
     return parameters
@@ -294,7 +289,7 @@ def train_with_torch(sizes: Sizes, plans: list[ReferencePlan], unsampled: str) -
         for group in optimizer.param_groups:
             group["lr"] = ADAMW["lr"] / (1 + step)
         optimizer.zero_grad(set_to_none=True)
-        loss(sizes, assemble(), plan, *random_batch(sizes, step), False).backward()
+        loss(sizes, assemble(), plan, *random_batch(sizes, seed=step), False).backward()
         for (name, row), tensor in rows.items():
             if row not in sampled_rows(name, plan):
                 assert tensor.grad is None or not tensor.grad.any()
@@ -313,26 +308,6 @@ def test_optimizer_is_torch_adamw_with_one_tensor_per_row(family, unsampled, sam
     if sampled:
         plans[:4] = [random_plan(sizes, step, gqa) for step, gqa in enumerate(["group", "query"] * 2)]
     assert_equal(train(sizes, plans, unsampled), train_with_torch(sizes, plans, unsampled), 1e-12)
-
-
-def test_freeze_leaves_unsampled_rows_exactly_where_they_were():
-    plan = random_plan(LLAMA, 7)
-    before, after = random_parameters(LLAMA), train(LLAMA, [plan, plan], "freeze")
-    for name in before:
-        for row in sampled_rows(name, full_plan(LLAMA)):
-            moved = not torch.equal(before[name][row], after[name][row])
-            assert moved == (row in sampled_rows(name, plan)), (name, row)
-
-
-@pytest.mark.parametrize("max_norm", [0.1, 1e3])
-def test_clip_is_torchs(max_norm):
-    tensors = random_parameters(LLAMA)
-    leaves = [torch.zeros_like(tensor).requires_grad_() for tensor in tensors.values()]
-    for leaf, tensor in zip(leaves, tensors.values(), strict=True):
-        leaf.grad = tensor.clone()
-    theirs = torch.nn.utils.clip_grad_norm_(leaves, max_norm)
-    torch.testing.assert_close(clip(tensors, max_norm), theirs, rtol=0, atol=1e-12)
-    assert_equal(tensors, {name: leaf.grad for name, leaf in zip(tensors, leaves, strict=True)}, 1e-12)
 
 
 @pytest.mark.parametrize(

@@ -131,7 +131,7 @@ class PackedSubnetwork:
         return self.module(inputs, targets)
 
     def updates(self) -> list[Update]:
-        """The accumulated gradients, in the master's parameter order."""
+        """The accumulated gradients."""
         return [self._update(name, parameter) for name, parameter in self.parameters.items()]
 
     def _update(self, name: str, parameter: nn.Parameter) -> Update:

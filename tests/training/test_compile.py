@@ -11,7 +11,6 @@ from est_cli.model.transformer import Transformer, initialise
 from est_cli.subnet.plan import stage_subnetwork, subnetwork
 from est_cli.subnet.sampler import sample
 from est_cli.subnet.schedule import Rates, Stage, StageSpec
-from est_cli.training.device import Compiler
 from est_cli.training.subnetwork import PackedSubnetwork
 from tests.training.runs import ARMS, finished
 
@@ -25,13 +24,18 @@ def packed(rates: Rates, dtype: torch.dtype = torch.float32) -> PackedSubnetwork
     return PackedSubnetwork(master, subnetwork(LLAMA, train_config().sampling, rates), dtype)
 
 
-def counted(subnet: PackedSubnetwork) -> tuple[CompileCounter, PackedSubnetwork]:
-    """Its blocks are compiled by a counter of graphs."""
+@pytest.fixture
+def counter(monkeypatch) -> CompileCounter:
+    """Counts graphs in the place of compiling them."""
     torch._dynamo.reset()
     counter = CompileCounter()
-    for block in subnet.module.blocks:
-        block.compile(dynamic=False, backend=counter)
-    return counter, subnet
+
+    def compile_blocks(model: Transformer) -> None:
+        for block in model.blocks:
+            block.compile(dynamic=False, backend=counter)
+
+    monkeypatch.setattr(Transformer, "compile_blocks", compile_blocks)
+    return counter
 
 
 def step(subnet: PackedSubnetwork, rates: Rates, number: int) -> dict[str, torch.Tensor]:
@@ -42,18 +46,20 @@ def step(subnet: PackedSubnetwork, rates: Rates, number: int) -> dict[str, torch
 
 
 @pytest.mark.parametrize("rates", STAGES)
-def test_twenty_plans_share_one_graph(rates):
-    counter, subnet = counted(packed(rates))
+def test_twenty_plans_share_one_graph(counter, rates):
+    subnet = packed(rates)
+    subnet.module.compile_blocks()
     for number in range(20):
         step(subnet, rates, number)
     assert counter.frame_count == 1
 
 
-def test_plans_with_other_scales_of_their_layers_share_it_too():
+def test_plans_with_other_scales_of_their_layers_share_it_too(counter):
     """The scales are data of the graph."""
     stage = SCALED.config().stages[0]
     shape = stage_subnetwork(SCALED.model, SCALED.sampling, stage)
-    counter, subnet = counted(PackedSubnetwork(random_master(SCALED.model, torch.float32), shape, torch.float32))
+    subnet = PackedSubnetwork(random_master(SCALED.model, torch.float32), shape, torch.float32)
+    subnet.module.compile_blocks()
     plans = [sample(0, step, stage, SCALED.model, SCALED.sampling) for step in range(5)]
     for plan in plans:
         subnet.load(plan)
@@ -92,20 +98,6 @@ def test_compiled_bf16_is_as_close_to_fp32_as_eager_bf16_is():
     assert sum(distances["compiled"]) < 1.05 * sum(distances["eager"])
 
 
-@pytest.fixture
-def counter(monkeypatch) -> CompileCounter:
-    """Counts graphs in the place of compiling them."""
-    torch._dynamo.reset()
-    counter = CompileCounter()
-
-    def compile_blocks(model: Transformer) -> None:
-        for block in model.blocks:
-            block.compile(dynamic=False, backend=counter)
-
-    monkeypatch.setattr(Transformer, "compile_blocks", compile_blocks)
-    return counter
-
-
 def test_a_run_compiles_each_size_of_block_once_and_says_so_after_the_first_step_that_uses_it(counter, tmp_path):
     """Stages 1 and 2 have blocks of one size, and evaluations run eagerly."""
     _, recorder = finished(train_config(LLAMA, compile=True, eval_every=4, eval_tokens=40), tmp_path)
@@ -121,7 +113,3 @@ def test_sizes_of_block_beyond_torchs_limit_are_compiled_too(counter, tmp_path):
     config = train_config(model, stages=stages, compile=True, max_steps=24)
     finished(config, tmp_path)
     assert counter.frame_count == 12
-
-
-def test_a_run_that_is_not_compiled_says_nothing_of_it():
-    assert Compiler(False).news() is None

@@ -1,6 +1,7 @@
-"""What joins: where it starts from, what it leaves as it was, and a growth that is interrupted.
+"""What joins: where it starts from, and what it leaves as it was.
 
-test_equivalence.py compares grown runs with the reference, test_loop.py stops them around their growth.
+test_equivalence.py compares grown runs with the reference, test_loop.py stops them around their growth, and
+tests/commands/test_kills.py kills one right after it.
 """
 
 from dataclasses import replace
@@ -8,7 +9,6 @@ from dataclasses import replace
 import pytest
 import torch
 from tiny import random_batch, random_master, snapshot
-from torch import Tensor
 
 from est_cli.config import ModelConfig, SchedulerConfig
 from est_cli.model.transformer import Transformer, layer_of
@@ -16,7 +16,7 @@ from est_cli.subnet.plan import Growth, Subnetwork, grown_model
 from est_cli.subnet.schedule import StageSpec
 from est_cli.training.optimizer import SampledAdamW
 from est_cli.training.subnetwork import PackedSubnetwork
-from tests.training.runs import ARMS, OPTIMIZER, SIX, SIX_LLAMA, assert_same_bits, finished, resumed, start, train
+from tests.training.runs import ARMS, OPTIMIZER, SIX, SIX_LLAMA, start, train
 
 
 def whole_loss(master: Transformer, model: ModelConfig) -> float:
@@ -51,19 +51,6 @@ def test_what_joins_with_outputs_of_zero_changes_no_function(model, before, meth
     first, second = grown(random_master(model), before, method)
     assert second == pytest.approx(first, abs=1e-12)
     assert abs(whole_loss(random_master(model), model) - first) > 1e-3, "without the zeros it would have changed"
-
-
-def test_a_stacked_model_is_the_model_made_by_hand():
-    master = random_master(SIX)
-    before, by_hand = snapshot(master), Transformer(SIX, dtype=torch.float64)
-    for name, parameter in by_hand.named_parameters():
-        layer = layer_of(name)
-        source = name if layer is None else name.replace(f"blocks.{layer}.", f"blocks.{layer % 2}.", 1)
-        parameter.data = before[source].clone()
-    _, stacked_loss = grown(master, StageSpec(n_layers=2), "stack")
-    assert stacked_loss == pytest.approx(by_hand(*random_batch(SIX)).item(), abs=1e-12)
-    expected = snapshot(by_hand)
-    assert all(torch.equal(tensor, expected[name]) for name, tensor in snapshot(master).items())
 
 
 @pytest.mark.parametrize(
@@ -101,29 +88,3 @@ def test_until_it_joins_a_layer_stands_still_has_no_moments_and_is_not_evaluated
     small.model.load_state_dict({k: v for k, v in after.items() if k not in late})
     assert small.validate(small._build(small.stages[0])) == training.validate(training._build(training.stages[0]))
     assert {record["grown/layers"] for record in recorder.records} == {2 / 6}
-
-
-def test_a_run_that_dies_in_the_middle_of_a_growth_goes_on_to_the_same_bits(tmp_path, monkeypatch):
-    """A growth writes nothing: what counts is the checkpoint before it."""
-    config = ARMS["interleave"].config(checkpoint_every=3)
-    copy, grow, calls = Tensor.copy_, SampledAdamW.grow, []
-
-    def dies(self, source):
-        calls.append(source)
-        if len(calls) == 20:
-            raise KeyboardInterrupt
-        return copy(self, source)
-
-    def grow_and_die(*arguments):
-        with monkeypatch.context() as patched:
-            patched.setattr(Tensor, "copy_", dies)
-            grow(*arguments)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(SampledAdamW, "grow", grow_and_die)
-        with pytest.raises(KeyboardInterrupt):
-            finished(config, tmp_path / "parts")
-    second, _ = resumed(config, tmp_path / "parts")
-    assert second.step == 6
-    train(second, tmp_path / "parts")
-    assert_same_bits(second, finished(config, tmp_path / "whole")[0])

@@ -85,24 +85,18 @@ def test_a_stopped_run_that_goes_on_is_the_uninterrupted_one_bit_for_bit(
     assert_same_bits(second, whole)
 
 
-@pytest.mark.parametrize(
-    "name", ["three stages", "three stages of gpt2", "stack", "heads and neurons", "raptr", "layer_drop"]
-)
-@pytest.mark.parametrize(("precision", "unsampled"), [("fp32", "zero_grad"), ("fp32", "freeze"), ("bf16", "zero_grad")])
-def test_masked_and_packed_runs_train_the_same_weights_and_log_the_same_flops(tmp_path, name, precision, unsampled):
-    config = ARMS[name].config(unsampled, precision=precision, eval_every=5)
-    config = replace(config, optimizer=replace(config.optimizer, eps=1e-5))
-    packed, expected = finished(config, tmp_path / "packed")
-    masked, found = finished(replace(config, kernels="masked"), tmp_path / "masked")
-    tolerance = 1e-5 if precision == "fp32" else 0.03
-    for a, b in zip(found.records, expected.records, strict=True):
-        assert {k: v for k, v in a.items() if "flops" in k} == {k: v for k, v in b.items() if "flops" in k}
-        assert [a[key] for key in ("train/loss", "val/loss")] == pytest.approx(
-            [b[key] for key in ("train/loss", "val/loss")], abs=tolerance
-        )
-    if precision == "fp32":
-        for name, tensor in masked.weights().items():
-            torch.testing.assert_close(tensor, packed.weights()[name], rtol=0, atol=tolerance)
+@pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 1e-5), ("bf16", 0.03)])
+@pytest.mark.parametrize("name", ["three stages", "heads and neurons", "layer_drop"])
+def test_a_masked_run_has_the_losses_and_the_flops_of_the_packed_one(tmp_path, name, precision, tolerance):
+    """test_equivalence.py compares the weights of both with the reference."""
+    config = ARMS[name].config(precision=precision, eval_every=5)
+    packed, masked = (
+        finished(replace(config, kernels=kernels), tmp_path / kernels)[1].records for kernels in ("torch", "masked")
+    )
+    for found, expected in zip(masked, packed, strict=True):
+        assert {k: v for k, v in found.items() if "flops" in k} == {k: v for k, v in expected.items() if "flops" in k}
+        for key in ("train/loss", "val/loss"):
+            assert found[key] == pytest.approx(expected[key], abs=tolerance)
 
 
 @pytest.mark.parametrize(
@@ -128,19 +122,21 @@ def test_the_logged_flops_are_what_the_loops_step_executes(monkeypatch, name, gr
     assert sum(record["flops/step"] for record in recorder.records) == recorder.records[-1]["flops/total"]
 
 
-def test_checkpoints_come_at_their_steps_and_at_the_end(tmp_path):
-    _, recorder = finished(train_config(GPT2, checkpoint_every=6, save_final="weights"), tmp_path)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000012", "step-00000015"]
-    assert [message.split("step-")[1] for message in recorder.messages] == ["00000006", "00000012", "00000015"]
-    assert not Checkpoints(tmp_path).newest(pytest.fail).can_resume
-
-
-def test_checkpoints_at_boundaries_come_at_the_end_of_every_stage_but_the_last_and_stay(tmp_path):
+@pytest.mark.parametrize(
+    ("at_boundaries", "written", "stay"),
+    [(False, [6, 12, 15], [15]), (True, [2, 6, 7, 12, 15], [2, 7, 15])],
+    ids=["every six steps", "and at boundaries"],
+)
+def test_checkpoints_come_at_their_steps_and_at_the_end_and_those_of_boundaries_stay(
+    tmp_path, at_boundaries, written, stay
+):
     config = train_config(GPT2, checkpoint_every=6, save_final="weights")
-    config = replace(config, checkpoint=CheckpointConfig(keep=1, at_boundaries=True))
-    training, _ = start(config)
+    config = replace(config, checkpoint=CheckpointConfig(keep=1, at_boundaries=at_boundaries))
+    training, recorder = start(config)
     training.run(Checkpoints(tmp_path, keep=1, lasting=config.lasting_checkpoints), stopping=lambda: False)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000002", "step-00000007", "step-00000015"]
+    assert sorted(int(path.name.split("-")[1]) for path in tmp_path.iterdir()) == stay
+    assert [int(message.split("step-")[1]) for message in recorder.messages] == written
+    assert not Checkpoints(tmp_path).newest(pytest.fail).can_resume
 
 
 @pytest.mark.parametrize("kernels", ["torch", "masked"])
@@ -149,7 +145,6 @@ def test_bf16_trains_fp32_weights(tmp_path, kernels):
     in_bf16 = replace(config, kernels=kernels, trainer=replace(config.trainer, precision="bf16"))
     training, recorder = finished(in_bf16, tmp_path)
     assert {parameter.dtype for parameter in training.model.parameters()} == {torch.float32}
-    assert recorder.records[-1]["val/loss"] == pytest.approx(training.progress.val_loss)
     fp32 = finished(config, tmp_path / "fp32")[1].records
     assert fp32[-1]["train/loss"] < fp32[0]["train/loss"] - 0.1, "far enough from the start to tell runs apart"
     for a, b in zip(recorder.records, fp32, strict=True):

@@ -40,18 +40,16 @@ def test_every_stage_has_one_trace_of_its_steps_and_looking_changes_nothing(tmp_
 
 
 def test_a_run_that_stops_within_the_steps_keeps_what_it_has_and_continues_with_the_rest(tmp_path):
+    """And a stage whose steps have passed has no trace."""
     _, names = profiled(tmp_path, (1, 2), stop_after=4)
     assert names["stage-2.trace.json"].count("pack") == 1, "of steps 3 and 4, step 3 was taken"
     assert "stage-3.trace.json" not in names
+    (tmp_path / "profile" / "stage-1.trace.json").unlink()
     _, names = profiled(tmp_path, (1, 2), resume=True)
-    assert names["stage-2.trace.json"].count("pack") == 1
-    assert names["stage-3.trace.json"].count("pack") == 2
-
-
-def test_a_stage_whose_steps_have_passed_is_not_traced(tmp_path):
-    profiled(tmp_path, None, stop_after=6)
-    _, names = profiled(tmp_path, (0, 2), resume=True)
-    assert list(names) == ["stage-3.trace.json"]
+    assert {name: found.count("pack") for name, found in names.items()} == {
+        "stage-2.trace.json": 1,
+        "stage-3.trace.json": 2,
+    }
 
 
 def test_a_disk_that_takes_no_trace_does_not_end_the_run(tmp_path):
@@ -66,7 +64,6 @@ def test_a_disk_that_takes_no_trace_does_not_end_the_run(tmp_path):
         ("10", "must be STEP:COUNT"),
         (603, "in YAML with quotes"),
         ("-1:2", "must be STEP:COUNT"),
-        ("a:b", "must be STEP:COUNT"),
         ("1:2:3", "must be STEP:COUNT"),
         ("1:0", "COUNT must be at least 1"),
         ("0:101", "COUNT must be at least 1 and at most 100"),
@@ -81,9 +78,3 @@ def test_what_no_stage_can_follow_is_refused(value, words):
         read_train_config(plain)
     [problem] = refused.value.problems
     assert problem.startswith(f"trainer.profile={str(value).lower()}: ") and words in problem
-
-
-def test_what_every_stage_can_follow_is_read():
-    config = train_config(LLAMA)
-    plain = as_plain(replace(config, trainer=replace(config.trainer, profile="1:1")))
-    assert read_train_config(plain).trainer.profiled == (1, 1)
