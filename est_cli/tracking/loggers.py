@@ -132,7 +132,6 @@ class WandbTracker(Tracker):
         self._say = say
         self._finish_timeout_s = finish_timeout_s
         self._listener: threading.Thread | None = None
-        self._finishing = False
 
     def start(self, run: RunInfo) -> None:
         # The training's import path, but no wandb service of another process.
@@ -160,7 +159,6 @@ class WandbTracker(Tracker):
         """Waits a bounded time until wandb has taken what is left."""
         if self._listener is None:
             return
-        self._finishing = True
         try:
             self._send({"status": status, "summary": summary})
             self._process.stdin.close()
@@ -203,7 +201,7 @@ class WandbTracker(Tracker):
         process = self._process
         for line in process.stdout:
             self._say(line.rstrip("\n"))
-        if process.wait() != 0 and not self._finishing:
+        if process.wait() != 0 and not process.stdin.closed:  # closed: `finish` tells what happens
             self._say(
                 f"W&B's process ended (exit code {process.returncode}); training goes on, {METRICS_NAME} has every step"
             )

@@ -30,11 +30,14 @@ def test_all_paths_without_runs_are_refused_at_once(one, tmp_path):
         load_runs([])
 
 
-def test_without_a_summary_the_last_line_tells_the_outcome(new_run):
-    finished, unfinished = (new_run(name, steps=60, finished=name == "done") for name in ("done", "going"))
-    assert (finished.status, unfinished.status) == ("done", "unfinished")
-    for name, value in finished.outcome.items():
-        assert unfinished.outcome[name] == pytest.approx(value), name
+def test_the_metrics_tell_the_outcome_without_a_summary_and_the_stages_without_a_config(new_run):
+    told = new_run(steps=60)
+    (told.folder / "summary.json").unlink()
+    (told.folder / "config.yaml").write_text("name: x\n")
+    [logged] = load_runs([told.folder])
+    assert (told.status, logged.status) == ("done", "unfinished")
+    assert logged.outcome == pytest.approx(told.outcome)
+    assert [astuple(stage) for stage in logged.stages] == [astuple(stage) for stage in told.stages]
 
 
 def test_an_old_summary_gives_way_once_a_stopped_run_goes_on(new_run):
@@ -45,13 +48,6 @@ def test_an_old_summary_gives_way_once_a_stopped_run_goes_on(new_run):
     assert run.outcome["val_loss"] < 99
     (folder / "error.txt").write_text("RuntimeError")
     assert load_runs([folder])[0].status == "failed"
-
-
-def test_stages_come_from_the_metrics_where_the_config_does_not_tell(new_run):
-    told = new_run(steps=60)
-    (told.folder / "config.yaml").write_text("name: x\n")
-    [logged] = load_runs([told.folder])
-    assert [astuple(stage) for stage in told.stages] == [astuple(stage) for stage in logged.stages]
 
 
 def test_a_config_that_cannot_be_read_is_a_problem_and_not_the_end(new_run):
