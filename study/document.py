@@ -13,7 +13,7 @@ _FIGURE = "figure "
 
 
 def rebuilt(text: str, records: Records) -> str:
-    """`text` with what stands between its markers made again; KeyError for a marker that names nothing."""
+    """`text`, with what stands between its markers rebuilt. Raises KeyError for a marker that names nothing."""
     figures = drawn(records)
 
     def section(match: re.Match) -> str:

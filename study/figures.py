@@ -15,11 +15,11 @@ from study.results import frontier_of, headline, result_of, screened
 from study.tables import losses_by_rate
 
 Panels = Iterator[Callable[[Axes], None]]
-"""What draws each panel of a figure; nothing where there is nothing to show."""
+"""The functions that draw a figure's panels; none if there is nothing to show."""
 
 _WIDE, _NARROW, _HEIGHT = 8.4, 6.3, 3.5
 _NAMED = 5
-"""Schedules that the screens' figure names, from the best on, where their names do not run into each other."""
+"""How many schedules the screens' figure names, best first. Those whose names would overlap have none."""
 
 
 def _learning_rates(records: Records) -> Panels:
@@ -120,7 +120,7 @@ def drawn(records: Records) -> dict[str, Figure]:
 
 
 def _against_flops(ax: Axes, full: Frontier) -> None:
-    """The full model's line, on axes on which it is straight: losses between its runs are interpolated so."""
+    """The full model's line, on axes on which it is straight, as losses between its runs are interpolated."""
     if len(full.loss):
         ax.plot(full.cost / full.cost[-1], full.loss, **_look(0), label="full model, fewer steps")
     ax.set_xscale("log")

@@ -1,8 +1,8 @@
 """Records: what the study keeps of a finished run, a few kilobytes of JSON that are committed.
 
-{name, overrides, corpus, environment, config, summary, curve}: `corpus` is the fingerprint of the token files (the text
-is that of the installed packages), `curve` has some forty points of the run: what was logged at each, and the mean
-training loss since the point before, which is of text that the model had not seen.
+Its keys are name, overrides, corpus, environment, config, summary and curve. `corpus` is the fingerprint of the token
+files, whose text is that of the installed packages. `curve` has some forty points: what was logged there, and the mean
+training loss since the point before, on text that the model had not seen.
 """
 
 import json
@@ -51,9 +51,9 @@ class Records:
 
     @property
     def corpus(self) -> str | None:
-        """The fingerprint of the text that all runs were trained on; None where there is no run.
+        """The fingerprint of the text that all runs were trained on; None if there is no run.
 
-        Raises UserError where the records are of several texts: their losses say nothing about each other.
+        Raises UserError if they were trained on several texts, because their losses cannot be compared then.
         """
         names: dict[str, str] = {}
         for name, content in self.contents.items():
@@ -63,7 +63,7 @@ class Records:
         return next(iter(names), None)
 
     def check(self, run: Run, config: TrainConfig) -> None:
-        """Raises UserError where the record of `run` is of another config than the grid's."""
+        """Raises UserError if the record of `run` has another config than the grid."""
         recorded = read_train_config({"logger": {}, "checkpoint": {}, **self.contents[run.name]["config"]})
         changed = [str(change) for change in changes(_decisive(recorded), _decisive(config))]
         if changed:
@@ -94,7 +94,7 @@ def _as_run(folder: Path, content: dict[str, Any]) -> RunRecord:
 
 
 def _decisive(config: TrainConfig) -> dict[str, Any]:
-    """What reaches a run's weights or its evaluations, and the arm's name."""
+    """The keys that a run's weights or evaluations depend on, and the arm's name."""
     plain = as_plain(config)
     for key in set(HARMLESS) - {"name", "trainer.eval_every", "trainer.eval_tokens"}:
         section, _, leaf = key.partition(".")
@@ -115,7 +115,7 @@ def _short(value: float) -> float | int:
 
 
 def _environment(run_folder: Path) -> dict[str, Any]:
-    """Where the numbers come from, without what is nobody's business: host names, folders."""
+    """Where the numbers come from, without host names and folders."""
     known = json.loads((run_folder / ENVIRONMENT).read_text())
     return {
         "git": known["git"],

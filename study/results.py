@@ -54,7 +54,7 @@ class Result(MeasuredArm):
 
 
 def result_of(records: Records, runs: list[Run]) -> Result:
-    """Of `runs`, which are the seeds of one arm at one size and number of steps."""
+    """The result of `runs`: the seeds of one arm at one size and number of steps."""
     done = [run for run in runs if run in records]
     full = records.of([run.held_against[0] for run in done if run.held_against])
     frontiers = {run.seed: frontier for run in done if len((frontier := frontier_of(records, run)).loss)}
@@ -91,7 +91,7 @@ def screened(records: Records, size: str, warmup: int = SHORT) -> list[tuple[Run
 
 
 def frontier_of(records: Records, run: Run) -> Frontier:
-    """What `run` is held against; empty if a run of it is missing."""
+    """The full model that `run` is held against; empty if one of its two runs is missing."""
     done = records.of(run.held_against)
     return Frontier.of(done if len(done) == 2 else [])
 
@@ -143,7 +143,7 @@ def _size_json(first: Run, result: Result) -> dict[str, Any]:
 
 
 def _seconds(runs: Sequence[RunRecord], step_s: Sequence[float]) -> float:
-    """Of one run's steps; NaN where there is no run or a stage was not measured."""
+    """Seconds of one run's steps; NaN if there is no run or a stage was not measured."""
     stages = runs[0].summary["stages"] if runs else []
     if not stages or len(stages) > len(step_s):
         return math.nan

@@ -1,4 +1,4 @@
-"""Step times of the headline's schedules: runs that share their cores with others cannot tell them."""
+"""Step times of the headline's schedules, measured apart, because the runs of the study share their cores."""
 
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ def step_times(config: TrainConfig, rounds: int = _ROUNDS) -> list[float]:
 
 
 def write_times(path: Path, rounds: int = _ROUNDS) -> dict[str, Any]:
-    """Measure every schedule of the headline at every size, on one thread; about so long as a run takes."""
+    """Measure every schedule of the headline at every size, on one thread. Takes about as long as a run."""
     torch.set_num_threads(1)
     times: dict[str, Any] = {"cpu": machine()["cpu"], "torch": torch.__version__, "threads": 1}
     for size in SIZES:

@@ -1,4 +1,4 @@
-"""Trains what the grid lacks: est-train in processes of their own, each stopped and continued as any run."""
+"""Trains the runs that have no record, each in an est-train process that can be stopped and continued."""
 
 import fcntl
 import functools
@@ -27,7 +27,7 @@ from study.records import ROOT, Records
 RUNS = ROOT / "outputs" / "study"
 BASE = "experiment=study/base"
 GFLOPS = 35.0
-"""What one core reaches on these models while the others are busy, to tell how long the study takes."""
+"""What one core reaches on these models while the others are busy, for estimates of how long the study takes."""
 _POLL_S = 1.0
 
 
@@ -40,21 +40,18 @@ def config_of(run: Run) -> TrainConfig:
 
 @functools.cache
 def _flops_of_step(arm: Arm, size: str) -> float:
-    """Of the whole model, the mean over a run."""
+    """FLOPs of the whole model, the mean over a run."""
     config = config_of(run_of("headline", arm.name, size))
     return config_ledger(config).spent(config.trainer.max_steps).total / config.trainer.max_steps
 
 
 def minutes(run: Run) -> float:
-    """About so many minutes of one core, without the evaluation."""
+    """An estimate in minutes of one core, without evaluations."""
     return run.steps * _flops_of_step(run.arm, run.size) / (GFLOPS * 1e9 * 60)
 
 
 def corpus_of(config: TrainConfig, records: Records) -> str:
-    """The fingerprint of the text that runs would be trained on here.
-
-    Raises UserError where it is another one than the records'.
-    """
+    """The fingerprint of the text to train on. Raises UserError if the records are of another text."""
     store = open_store(config.data, config.tokenizer, config.model.vocab_size, say, sys.stderr.isatty())
     if records.corpus not in (None, store.fingerprint):
         raise UserError(
@@ -96,7 +93,7 @@ def train(runs: list[Run], records: Records, corpus: str, workers: int) -> list[
 
 
 def _start(run: Run, lock: IO[str]) -> subprocess.Popen:
-    """Begin or go on with a run. It holds the study's lock too: an orphan must not meet a second study."""
+    """Start or continue a run. The process keeps the study's lock, so no second study starts while it lives."""
     folder = RUNS / run.name
     if RunDirectory(folder).is_finished:
         return subprocess.Popen([sys.executable, "-c", ""])
@@ -115,7 +112,7 @@ def _log(run: Run) -> Path:
 
 @contextmanager
 def only_study() -> Iterator[IO[str]]:
-    """Raises UserError where a study is training."""
+    """Raises UserError if a study is training."""
     RUNS.mkdir(parents=True, exist_ok=True)
     with (RUNS / ".lock").open("w") as lock:
         try:
