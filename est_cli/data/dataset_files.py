@@ -4,7 +4,7 @@ A file or glob that is named holds training text. In a folder, each file belongs
 (`test/a.jsonl`, `a.test.jsonl`, `validation-00000-of-00002.parquet`), or to `train`; a README.md with `configs`, as
 folders from the hub have, takes precedence. A folder written by `save_to_disk` is read as it was saved.
 
-Rows are the bytes of the file itself, so that whoever decodes them can replace and count invalid UTF-8.
+Rows are bytes as they stand in the file, so that invalid UTF-8 can be replaced and counted when they are decoded.
 """
 
 import bz2

@@ -245,8 +245,8 @@ def _tokenize_in_processes(
                 advance(done.result())
         except BrokenProcessPool:
             raise UserError(
-                f"data.num_workers={workers}: a process that tokenized was killed, most likely for "
-                "want of memory; start again with fewer, and what is done is used"
+                f"data.num_workers={workers}: a process that tokenized was killed, most likely because the memory "
+                "was full; start again with fewer processes: what is done is kept"
             ) from None
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)

@@ -25,7 +25,7 @@ PIECE_BYTES = 1 << 20
 SAMPLE_BLOCK_BYTES = 1 << 16
 _CUT_WINDOW_BYTES = 1 << 16
 _GROUP_SHARE = 4
-"""A group is at most 1/4 of validation: one package's habits are not those of all."""
+"""A group is at most 1/4 of validation, so that no single package decides the loss."""
 _SOURCE_KEYS = ("path", "name", "split", "revision", "column")
 
 

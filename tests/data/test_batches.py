@@ -64,8 +64,8 @@ def test_an_epoch_goes_on_into_the_next_without_replacement():
 @pytest.mark.parametrize("first", [0, 7, 12, 10**9])
 def test_samples_do_not_depend_on_how_they_are_asked_for(first):
     together = training_windows(TOKENS, 64, seed=5, first=first, count=12)
-    alone = [training_windows(TOKENS, 64, seed=5, first=first + i, count=1)[0] for i in range(12)]
-    assert np.array_equal(together, alone)
+    one_by_one = [training_windows(TOKENS, 64, seed=5, first=first + i, count=1)[0] for i in range(12)]
+    assert np.array_equal(together, one_by_one)
 
 
 @pytest.mark.parametrize(("n_tokens", "expected"), [(1, 1), (100, 1), (199, 1), (200, 2), (10**9, 10)])

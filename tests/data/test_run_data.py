@@ -1,4 +1,4 @@
-"""A run keeps its tokenizer and knows its text: whatever lies at the path by now, its ids mean what they meant."""
+"""A run keeps its tokenizer and notices when its text has changed: its ids keep their meaning."""
 
 import json
 import shutil
@@ -64,9 +64,12 @@ def test_a_changed_text_is_refused_and_taken_with_the_runs_tokenizer_when_told_s
     assert go_on(folder, data).fingerprint == new.fingerprint
 
 
-def test_an_unchanged_text_continues_with_the_files_it_began_with(begun):
+def test_an_unchanged_text_continues_with_the_files_it_began_with_also_from_another_place(begun, corpus, said):
     folder, data, store = begun
     assert go_on(folder, data).folder == store.folder
+    moved = replace(data, path=str(corpus.rename(corpus.with_name("moved"))))
+    assert go_on(folder, moved, said.append).folder == store.folder
+    assert not any("the text has changed" in line for line in said)
 
 
 def test_files_of_another_training_of_the_tokenizer_are_not_taken_for_the_runs(begun, llama_model):

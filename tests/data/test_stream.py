@@ -1,4 +1,4 @@
-"""data.streaming=true: training windows of a stream are a pure function, whoever reads it and wherever one began."""
+"""data.streaming=true: the training windows of a stream do not depend on who reads it or where reading began."""
 
 import subprocess
 from dataclasses import replace
