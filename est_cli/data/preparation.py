@@ -262,8 +262,9 @@ def _start_worker(kind: str, folder: Path, corpora: Sequence[Corpus]) -> None:
     # Ctrl-C reaches every process; the parent decides.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    _worker = load_tokenizer(kind, folder), corpora
-    _worker[0].threads = 1
+    tokenizer = load_tokenizer(kind, folder)
+    tokenizer.threads = 1
+    _worker = tokenizer, corpora
 
 
 def _end_with_parent() -> None:

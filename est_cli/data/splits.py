@@ -154,8 +154,11 @@ class Split:
             data = rest + self.corpus.read(document, position, position + step)
             position += step
             cut = len(data) if position == end else _cut(data)
-            rest = data[cut:]
-            yield _decode(data[:cut], continued, last and position == end)
+            data, rest = data[:cut], data[cut:]
+            text = data.decode("utf-8", "replace")
+            replaced = text.count("\ufffd") - data.count(b"\xef\xbf\xbd")  # U+FFFD can be in the text itself
+            n_bytes = len(text.encode("utf-8")) if replaced else len(data)
+            yield Piece(text, n_bytes, continued, last and position == end, replaced)
             continued = True
 
     def sample(self, n_bytes: int) -> list[str]:
@@ -302,12 +305,3 @@ def _last_character(data: bytes) -> int:
         if data[-back] & 0xC0 != 0x80:
             return len(data) - back
     return len(data) - 1
-
-
-def _decode(data: bytes, continued: bool, last: bool) -> Piece:
-    try:
-        return Piece(data.decode("utf-8"), len(data), continued, last, 0)
-    except UnicodeDecodeError:
-        text = data.decode("utf-8", "replace")
-        replaced = text.count("\ufffd") - data.count(b"\xef\xbf\xbd")
-        return Piece(text, len(text.encode("utf-8")), continued, last, replaced)
