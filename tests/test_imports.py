@@ -34,7 +34,7 @@ CORE = {"subnet": {"numpy"}, "model": {"numpy", "torch"}, "kernels": {"numpy", "
         "training": {"numpy", "torch", "safetensors"}}  # fmt: skip
 """All libraries of the parts that train: a GPU machine needs no others."""
 ON_TOP = {"composition", "runs", "experiments", "commands", "evaluation", "reports", "tracking"}
-LATE = {"transformers", "lm_eval", "tensorboard", "datasets", "pyarrow", "huggingface_hub", "tokenizers", "zstandard"}
+LATE = {"transformers", "lm_eval", "tensorboard", "datasets", "pyarrow", "huggingface_hub", "tokenizers"}
 """Libraries that a function may import: optional ones, and those that only some kinds of data need."""
 
 
