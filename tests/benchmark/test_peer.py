@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tiny import FAMILIES, GPT2, LLAMA, random_batch
+from tiny import FAMILIES, GPT2, LLAMA
 from torch import nn
 
 from est_cli.benchmark import peer as module
@@ -80,16 +80,12 @@ def test_a_peer_takes_the_steps_that_torchs_adamw_takes_compiled_where_ours_is(m
         ("nanogpt", {}, SQUARE, "holds no model.py"),
         ("nanogpt", {"model.py": "GPT = 1"}, SQUARE, "has no attribute 'GPTConfig'"),
         ("nanogpt", {"model.py": "import nothing_here"}, SQUARE, "cannot be imported: ModuleNotFoundError"),
-        ("nanogpt", {"model.py": "def ("}, SQUARE, "cannot be imported: SyntaxError"),
-        ("nanogpt", {"model.py": NANOGPT}, LLAMA, "parameters where ours has"),
-        ("nanogpt", {"model.py": NANOGPT}, GPT2, "nanogpt trains models as model=gpt2"),
-        ("nanogpt", {"model.py": NANOGPT.replace("n_layers=c", "n_layers=1 + c")}, SQUARE, "parameters where"),
+        ("nanogpt", {"model.py": NANOGPT}, GPT2, "parameters where ours has"),
         ("nanogpt", {"model.py": NANOGPT.replace("dropout == 0", "dropout")}, SQUARE, "cannot build this model"),
         ("litgpt", None, LLAMA, "there is no such file or folder"),
         ("litgpt", {"model.py": ""}, LLAMA, "holds no litgpt/model.py"),
         ("litgpt", {"litgpt/model.py": "import nothing_here"}, LLAMA, "litgpt cannot be imported: ModuleNotFoundError"),
         ("litgpt", {"litgpt/model.py": "GPT = 1"}, LLAMA, "has no attribute 'Config'"),
-        ("litgpt", {"litgpt/model.py": "GPT = Config = 1"}, LLAMA, "cannot build this model"),
         ("transformers", {}, LLAMA, "only for against=nanogpt and litgpt"),
     ],
 )
@@ -125,12 +121,7 @@ def test_what_is_missing_is_told(monkeypatch, nanogpt, against, path, options, w
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_transformers_has_the_same_architecture(family):
-    """Of as many parameters, which find_peer checks."""
+def test_transformers_has_as_many_parameters_sdpa_and_no_cache(family):
     pytest.importorskip("transformers")
-    model = FAMILIES[family]
-    theirs = find_peer("transformers", None, case(model)).build()
-    inputs, _ = random_batch(model)
-    with torch.no_grad():
-        assert theirs(input_ids=inputs).logits.shape == (*inputs.shape, model.vocab_size)
+    theirs = find_peer("transformers", None, case(FAMILIES[family])).build()
     assert (theirs.config._attn_implementation, theirs.config.use_cache) == ("sdpa", False)

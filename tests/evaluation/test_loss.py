@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 import torch
 from adapter import reference_plan, reference_tensors, sizes
-from reference import full_plan
 from reference import loss as reference_loss
 from tiny import FAMILIES, FULL, LLAMA, THREE_STAGES, random_master, snapshot, train_config
 
@@ -12,7 +11,6 @@ from est_cli.config import SamplingConfig
 from est_cli.evaluation.loss import mean_and_std, partial_rates, spread
 from est_cli.subnet.sampler import sample
 from est_cli.subnet.schedule import Rates, Stage
-from est_cli.training.validation import mean_loss
 
 WINDOWS = np.random.default_rng(0).integers(29, size=(5, 9))
 STAGE_1, STAGE_2 = Rates(0.5, 0.5, 0.5), Rates(0.5, 0.5)
@@ -40,12 +38,6 @@ def test_each_loss_is_the_references_for_a_plan_of_its_own_and_the_weights_stay(
     assert (found["mean"], found["std"]) == (np.mean(losses), np.std(losses, ddof=1))
     assert list(found["quantiles"].values()) == np.quantile(losses, [0.05, 0.25, 0.5, 0.75, 0.95]).tolist()
     assert mean_and_std(losses[:1]) == {"mean": losses[0], "std": 0.0}
-
-
-def test_the_full_models_loss_is_the_mean_over_all_windows():
-    model = random_master(LLAMA)
-    expected = expected_loss(model, snapshot(model), full_plan(sizes(LLAMA)))
-    assert mean_loss(model, WINDOWS, batch_size=2) == pytest.approx(expected)
 
 
 def test_plans_of_two_rates_share_what_both_keep():
