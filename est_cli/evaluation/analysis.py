@@ -1,7 +1,7 @@
 """What the paper argues from, measured on a run: its stage transitions, the spread over subnetworks, the sharpness."""
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from itertools import pairwise
 from typing import Any
@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from est_cli.data import Say
 from est_cli.data.batches import validation_windows
 from est_cli.evaluation import Measures
 from est_cli.evaluation.loss import mean_and_std, spread
@@ -19,8 +20,6 @@ from est_cli.subnet.schedule import Rates, Stage, stage_at
 from est_cli.tracking.metrics import METRICS_NAME, iterate_metrics
 from est_cli.training.checkpoint import Checkpoints
 from est_cli.training.validation import mean_loss
-
-Say = Callable[[str], None]
 
 
 def analyze(run: OpenRun, val: np.ndarray, rates: Sequence[Rates], measures: Measures, say: Say) -> dict[str, Any]:

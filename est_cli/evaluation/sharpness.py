@@ -3,7 +3,7 @@
 P parameters, as one vector
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.utils import parameters_to_vector
 
 from est_cli.evaluation.loss import mean_and_std
 from est_cli.model.transformer import Transformer
@@ -41,8 +42,7 @@ def hessian_product(model: Transformer, windows: np.ndarray) -> Product:
                 logits = model.logits(batch[:, :-1]).flatten(0, 1)
                 loss = F.cross_entropy(logits, batch[:, 1:].flatten()) * (len(batch) / len(windows))
                 gradients = torch.autograd.grad(loss, parameters, create_graph=True)
-                second = torch.autograd.grad(gradients, parameters, parts)
-                total += torch.cat([part.flatten() for part in second])
+                total += parameters_to_vector(torch.autograd.grad(gradients, parameters, parts))
         return total
 
     return product
@@ -88,25 +88,21 @@ def loss_rises(
     weights = [(p, p.detach().clone()) for p in model.parameters()]
     total = torch.stack([saved.norm() for _, saved in weights]).norm().item()
     calm = loss()
-    rises: list[list[float]] = [[] for _ in relative_norms]
+
+    def rise(relative: float, draw: int) -> float:
+        generator = torch.Generator().manual_seed((seed << 20) + draw)
+        for parameter, saved in weights:
+            noise = torch.randn(saved.shape, generator=generator)
+            noise = (noise / noise.norm()).to(saved)
+            parameter.data.copy_(saved + relative * saved.norm() * noise)
+        return loss() - calm
+
     try:
-        for draw in range(draws):
-            for relative, found in zip(relative_norms, rises, strict=True):
-                for (parameter, saved), noise in zip(weights, _directions(weights, seed, draw), strict=True):
-                    parameter.data.copy_(saved + relative * saved.norm() * noise)
-                found.append(loss() - calm)
+        found = [(relative, [rise(relative, draw) for draw in range(draws)]) for relative in relative_norms]
     finally:
         for parameter, saved in weights:
             parameter.data.copy_(saved)
     return [
-        {"relative_norm": relative, "norm": relative * total, **mean_and_std(found), "rises": found}
-        for relative, found in zip(relative_norms, rises, strict=True)
+        {"relative_norm": relative, "norm": relative * total, **mean_and_std(rises), "rises": rises}
+        for relative, rises in found
     ]
-
-
-def _directions(weights: list[tuple[Tensor, Tensor]], seed: int, draw: int) -> Iterator[Tensor]:
-    """Noise of norm 1 for each tensor; the same for equal arguments."""
-    generator = torch.Generator().manual_seed((seed << 20) + draw)
-    for _, saved in weights:
-        noise = torch.randn(saved.shape, generator=generator)
-        yield (noise / noise.norm()).to(saved.device, saved.dtype)
