@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -37,6 +38,8 @@ _SLEEP_CYCLES = 20_000_000
 
 Calls = dict[str, Callable[[], object]]
 """Version → one call of it."""
+Work = tuple[str, str, Calls, int]
+"""The setting, the roof, the versions, and what each of them costs: bytes, or FLOPs under a matrix product's roof."""
 
 
 @dataclass(frozen=True)
@@ -241,24 +244,11 @@ def time_operation(
     operation: str, model: str, case: Case, roofs: dict[str, float], rounds: int
 ) -> Iterator[dict[str, Any]]:
     """Medians of one of OPERATIONS at the sizes of a case: every stage, precision, setting and version."""
-    if operation == "loss":
-        works = [
-            (f"{case.tokens} tokens {precision}", precision, partial(_loss, case, precision)) for precision in DTYPES
-        ]
-    else:
-        make, settings = (_pack, DTYPES) if operation == "pack" else (_adamw, ("zero_grad", "freeze"))
-        works = [
-            (f"stage {number} {setting}", "copy", partial(make, model_matrices(case.model, stage.rates), setting))
-            for number, stage in enumerate(THREE_STAGES, 1)
-            for setting in settings
-        ]
     device = torch.device(case.device)
     kernels = {"torch": TORCH} | ({"triton": triton_kernels()} if has_triton(device) else {})
+    works = {"pack": _pack_works, "adamw": _adamw_works, "loss": _loss_works}[operation]
     unit, scale = ("TFLOP/s", 1e12) if operation == "loss" else ("GB/s", 1e9)
-    for setting, roof, make in works:
-        versions, cost = make(kernels, device)
-        if not cost:
-            continue
+    for setting, roof, versions, cost in works(case, kernels, device):
         times = interleaved({name: partial(timed, call, device) for name, call in versions.items()}, rounds, 2)
         for name, pairs in times.items():
             seconds, host = (statistics.median(column) for column in zip(*pairs, strict=True))
@@ -273,37 +263,39 @@ def time_operation(
             }
 
 
-def _loss(case: Case, precision: str, kernels: dict[str, Kernels], device: torch.device) -> tuple[Calls, float]:
-    inputs = head_case(case.tokens, case.model.d_model, case.model.vocab_size, DTYPES[precision], device)
-    functions = {"plain": plain_loss} | {name: version.linear_cross_entropy for name, version in kernels.items()}
-    calls = {name: partial(loss_and_gradients, function, *inputs) for name, function in functions.items()}
-    return calls, 6 * case.tokens * case.model.d_model * case.model.vocab_size
+def _pack_works(case: Case, kernels: dict[str, Kernels], device: torch.device) -> Iterator[Work]:
+    for (number, stage), (precision, dtype) in product(enumerate(THREE_STAGES, 1), DTYPES.items()):
+        packing = pack_case(model_matrices(case.model, stage.rates), dtype, device)
+        functions = {"plain": plain_pack} | {name: version.gather_rows for name, version in kernels.items()}
+        calls = {name: partial(function, *packing) for name, function in functions.items()}
+        if cost := sum(slot.numel() * (4 + slot.element_size()) for slot in packing[-1]):
+            yield f"stage {number} {precision}", "copy", calls, cost
 
 
-def _pack(
-    matrices: list[Matrix], precision: str, kernels: dict[str, Kernels], device: torch.device
-) -> tuple[Calls, float]:
-    packing = pack_case(matrices, DTYPES[precision], device)
-    functions = {"plain": plain_pack} | {name: version.gather_rows for name, version in kernels.items()}
-    cost = sum(slot.numel() * (4 + slot.element_size()) for slot in packing[-1])
-    return {name: partial(function, *packing) for name, function in functions.items()}, cost
-
-
-def _adamw(
-    matrices: list[Matrix], unsampled: str, kernels: dict[str, Kernels], device: torch.device
-) -> tuple[Calls, float]:
+def _adamw_works(case: Case, kernels: dict[str, Kernels], device: torch.device) -> Iterator[Work]:
     """Bytes: parameter and moments in and out, and the gradient in."""
-    freeze, clip = unsampled == "freeze", torch.tensor(0.5, device=device)
-    moves = adamw_case(matrices, freeze, device)
-    calls: Calls = {name: partial(version.adamw_step, moves, clip) for name, version in kernels.items()}
-    if not freeze and all(m.sampled is None for m in matrices):
-        # torch.optim.AdamW in its fastest form, on every element: no clipping, no sampled rows.
-        parameters = [torch.zeros(m.rows, m.columns, device=device, requires_grad=True) for m in matrices]
-        for parameter in parameters:
-            parameter.grad = torch.randn_like(parameter)
-        calls = {"fused": torch.optim.AdamW(parameters, fused=True).step} | calls
-    moved = sum(m.trained if freeze else m.rows * m.columns for m in matrices)
-    return calls, 24 * moved + 4 * sum(m.trained for m in matrices)
+    clip = torch.tensor(0.5, device=device)
+    for (number, stage), unsampled in product(enumerate(THREE_STAGES, 1), ("zero_grad", "freeze")):
+        matrices, freeze = model_matrices(case.model, stage.rates), unsampled == "freeze"
+        moves = adamw_case(matrices, freeze, device)
+        calls: Calls = {name: partial(version.adamw_step, moves, clip) for name, version in kernels.items()}
+        if not freeze and all(m.sampled is None for m in matrices):
+            # torch.optim.AdamW in its fastest form, on every element: no clipping, no sampled rows.
+            parameters = [torch.zeros(m.rows, m.columns, device=device, requires_grad=True) for m in matrices]
+            for parameter in parameters:
+                parameter.grad = torch.randn_like(parameter)
+            calls = {"fused": torch.optim.AdamW(parameters, fused=True).step} | calls
+        moved = sum(m.trained if freeze else m.rows * m.columns for m in matrices)
+        yield f"stage {number} {unsampled}", "copy", calls, 24 * moved + 4 * sum(m.trained for m in matrices)
+
+
+def _loss_works(case: Case, kernels: dict[str, Kernels], device: torch.device) -> Iterator[Work]:
+    n, d, vocabulary = case.tokens, case.model.d_model, case.model.vocab_size
+    for precision, dtype in DTYPES.items():
+        inputs = head_case(n, d, vocabulary, dtype, device)
+        functions = {"plain": plain_loss} | {name: version.linear_cross_entropy for name, version in kernels.items()}
+        calls = {name: partial(loss_and_gradients, function, *inputs) for name, function in functions.items()}
+        yield f"{n} tokens {precision}", precision, calls, 6 * n * d * vocabulary
 
 
 def timed(call: Callable[[], object], device: torch.device) -> tuple[float, float]:
