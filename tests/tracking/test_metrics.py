@@ -1,6 +1,7 @@
-import errno
 import json
 import math
+import resource
+from contextlib import contextmanager
 
 import pytest
 
@@ -55,39 +56,31 @@ def test_the_reader_leaves_out_a_last_line_that_was_cut_and_names_any_other_dama
         list(iterate_metrics(path))
 
 
-class FullDisk:
-    """A file that takes a few bytes of each write and then none, until there is room again."""
-
-    def __init__(self, file):
-        self._file, self.full = file, True
-
-    def write(self, data):
-        if not self.full:
-            return self._file.write(data)
-        if len(data) > 20:
-            return self._file.write(data[: len(data) - 20])
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    def __getattr__(self, name):
-        return getattr(self._file, name)
+@contextmanager
+def full_disk(room: int):
+    """The system takes the first `room` bytes of a file and refuses the rest."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def test_a_full_disk_is_told_once_and_loses_no_line_when_there_is_room_again(tmp_path):
     messages = []
-    metrics = write(tmp_path, [0], say=messages.append)
-    disk = metrics._file = FullDisk(metrics._file)
-    for step in (1, 2, 3):
-        metrics.log(record(step))
-    assert (tmp_path / "metrics.jsonl").read_bytes() == to_line(record(0))
-    assert len(messages) == 1 and "No space left on device" in messages[0]
-    disk.full = False
+    metrics, path = write(tmp_path, [0], say=messages.append), tmp_path / "metrics.jsonl"
+    with full_disk(room=path.stat().st_size + 50):
+        for step in (1, 2, 3):
+            metrics.log(record(step))
+        assert path.read_bytes() == to_line(record(0))
+    assert len(messages) == 1 and "File too large" in messages[0]
     metrics.log(record(4))
     assert steps_in(tmp_path) == list(range(5))
 
 
 def test_a_run_is_not_done_while_lines_are_missing_on_disk(tmp_path):
     metrics = write(tmp_path, [0], say=lambda message: None)
-    metrics._file = FullDisk(metrics._file)
-    metrics.log(record(1))
-    with pytest.raises(OSError, match="No space left"):
+    with full_disk(room=50), pytest.raises(OSError, match="File too large"):
+        metrics.log(record(1))
         metrics.finish("done", None)
