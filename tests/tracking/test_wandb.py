@@ -48,10 +48,12 @@ def test_an_offline_run_that_was_resumed_is_one_run_of_the_real_wandb_with_every
     records = list(read_wandb_file(folder / f"run-{run_id}.wandb"))
     of_kind = {
         kind: [getattr(r, kind) for r in records if r.WhichOneof("record_type") == kind]
-        for kind in ("run", "history", "summary", "exit")
+        for kind in ("run", "metric", "history", "summary", "exit")
     }
     [header] = of_kind["run"]
     assert (header.project, header.run_group, list(header.tags)) == ("mine", "sweep", ["a", "b"])
+    assert header.notes == "est-train model=micro"
+    assert [(m.name or m.glob_name, m.step_metric) for m in of_kind["metric"]] == [("step", ""), ("*", "step")]
     config = values(header.config.update)
     assert config["model"]["n_layers"] == run.config.model.n_layers
     assert config["scheduler"]["stages"]["1"] == vars(run.config.scheduler.stages[0])
@@ -63,15 +65,6 @@ def test_an_offline_run_that_was_resumed_is_one_run_of_the_real_wandb_with_every
     final = {key: value for entry in of_kind["summary"] for key, value in values(entry.update).items()}
     assert (final["status"], final["stages"]["1"]["flops"]) == ("done", 12e12)
     assert [entry.exit_code for entry in of_kind["exit"]] == [0]
-
-
-def test_runs_are_offline_unless_told_otherwise_with_the_step_as_axis(tmp_path, calls):
-    assert track(run_info(tmp_path), []) == []
-    [init] = calls("init")
-    assert "resume" not in init
-    assert (init["mode"], init["dir"], init["notes"]) == ("offline", str(tmp_path), "est-train model=micro")
-    metrics = [(call["values"], call.get("step_metric")) for call in calls("define_metric")]
-    assert metrics == [(["step"], None), (["*"], "step")]
 
 
 @pytest.mark.parametrize(("mode", "logged", "wandb_has"), [("offline", 8, 0), ("online", 8, 7), ("online", 6, 2)])

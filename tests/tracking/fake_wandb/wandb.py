@@ -8,9 +8,9 @@ from types import SimpleNamespace
 FAULT = os.environ.get("FAKE_WANDB", "")
 
 
-def _call(called, *values, **options):
+def _call(called, **options):
     with open(os.environ["FAKE_WANDB_CALLS"], "a") as file:
-        file.write(json.dumps({"called": called, "values": values, **options}) + "\n")
+        file.write(json.dumps({"called": called, **options}) + "\n")
 
 
 class Settings:
@@ -27,8 +27,8 @@ class Run:
     def __init__(self, id, dir):
         self.id, self.dir = id, dir + "/wandb/run-now/files"
 
-    def define_metric(self, name, **options):
-        _call("define_metric", name, **options)
+    def define_metric(self, name, step_metric=None):
+        pass
 
     def log(self, record, step):
         if FAULT == "killed service" and step == 2:
