@@ -14,7 +14,7 @@ from rich.table import Table
 from est_cli.commands.entry import read_request_and_config, run_composed
 from est_cli.config import TrainConfig, auto
 from est_cli.errors import UserError
-from est_cli.subnet.flops import config_ledger, scale_boundaries, with_boundaries
+from est_cli.subnet.flops import config_ledger, scale_boundaries
 from est_cli.subnet.memory import count_parameters, sent_bytes, training_bytes
 from est_cli.subnet.plan import effective_rates, stage_models
 from est_cli.subnet.sampler import check_strategy, sample
@@ -207,11 +207,11 @@ def _ranges(indices: np.ndarray) -> str:
 
 
 def _solve(config: TrainConfig, target: float, console: Console) -> None:
-    boundaries = scale_boundaries(config, target)
-    moved = with_boundaries(config, boundaries)
+    moved = scale_boundaries(config, target)
     facts = describe(moved)
-    overrides = [f"{key}={value}" for key, value in boundaries.items()]
-    if any(key.startswith("scheduler.stages") for key in boundaries):
+    names, stages = config.scheduler.boundary_keys, moved.scheduler.stages[:-1]
+    overrides = [f"{name}={stage.end}" for name, stage in zip(names, stages, strict=False)]
+    if any(override.startswith("scheduler.stages") for override in overrides):
         overrides = [f"scheduler.stages=[{','.join(map(_stage_override, moved.scheduler.stages))}]"]
     if config.format == "json":
         print(json.dumps({"overrides": overrides, **facts}))

@@ -87,10 +87,10 @@ def config_ledger(config: TrainConfig) -> Ledger:
     return Ledger(config.stages, tuple(costs), full)
 
 
-def scale_boundaries(config: TrainConfig, target: float) -> dict[str, float]:
-    """Fractions of the run, by config key, at which `saved_blocks` is `target`.
+def scale_boundaries(config: TrainConfig, target: float) -> TrainConfig:
+    """The config with all boundaries moved by one factor, to fractions of the run at which `saved_blocks` is `target`.
 
-    All boundaries move by one factor. Raises UserError if no factor reaches the target.
+    Raises UserError if no factor reaches the target, or if `max_steps` is too small for the stages.
     """
     if not 0 < target < 1:
         raise UserError(f"target_saved_blocks={target:g}: must be a number in (0, 1)")
@@ -110,13 +110,8 @@ def scale_boundaries(config: TrainConfig, target: float) -> dict[str, float]:
             f"{min(none, most):.1%} and {max(none, most):.1%}; lower sampling.heads, sampling.mlp or "
             "sampling.layers, or give the stages other proportions"
         )
-    names = config.scheduler.boundary_keys[: len(fractions)]
-    return {name: round(factor * fraction, 6) for name, fraction in zip(names, fractions, strict=True)}
-
-
-def with_boundaries(config: TrainConfig, boundaries: dict[str, float]) -> TrainConfig:
-    """The config with these boundaries; raises UserError if `max_steps` is too small for them."""
     *sampled, last = config.scheduler.stages
-    stages = (*(replace(spec, end=end) for spec, end in zip(sampled, boundaries.values(), strict=True)), last)
-    build_stages(stages, config.trainer.max_steps, config.scheduler.boundary_keys)
+    ends = [round(factor * fraction, 6) for fraction in fractions]
+    stages = (*(replace(spec, end=end) for spec, end in zip(sampled, ends, strict=True)), last)
+    build_stages(stages, max_steps, config.scheduler.boundary_keys)
     return replace(config, scheduler=replace(config.scheduler, stages=stages))
