@@ -71,10 +71,10 @@ class Move:
             rows = None if high - low == stop - start else rows[low:high] - start
         tensors = (tensor[start:stop] for tensor in self.tensors)
         ends = [*(end - start for end in self.ends if start < end < stop), stop - start]
-        return Move(*tensors, rows_between(self.gradients, low, high), rows, self.counts, self.hyper, ends)
+        return Move(*tensors, _rows_between(self.gradients, low, high), rows, self.counts, self.hyper, ends)
 
 
-def rows_between(matrices: Sequence[Tensor], low: int, high: int) -> list[Tensor]:
+def _rows_between(matrices: Sequence[Tensor], low: int, high: int) -> list[Tensor]:
     """Views of rows low … high − 1 of matrices that lie one below the other."""
     found, end = [], 0
     for matrix in matrices:
@@ -195,7 +195,7 @@ def _step_sampled_rows(move: Move, clip: Tensor | None, refused: Tensor | None) 
     for start, (rows, first, second) in zip(range(0, len(index), height), parts, strict=True):
         old = [tensor[rows] for tensor in move.tensors]
         p, m, v = old if refused is None else (tensor.clone() for tensor in old)
-        g = _joined(rows_between(move.gradients, start, start + len(rows)))
+        g = _joined(_rows_between(move.gradients, start, start + len(rows)))
         g = g if clip is None else g * clip
         p.mul_(1 - hyper.lr * hyper.weight_decay)
         m.lerp_(g, 1 - hyper.beta1)

@@ -1,7 +1,7 @@
 """The optimizer of the master weights: AdamW that knows which rows a step has trained, and which have joined."""
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from est_cli.config import ModelConfig, OptimizerConfig
-from est_cli.kernels.adamw import Hyperparameters, Move, rows_between
+from est_cli.kernels.adamw import Hyperparameters, Move
 from est_cli.model.transformer import Transformer, layer_of, row_kind, with_layer
 from est_cli.subnet.plan import Growth, n_rows, sampled_rows, whole_plan
 from est_cli.subnet.schedule import boundary_step
@@ -211,18 +211,15 @@ class SampledAdamW:
             return []
         columns = state.stack.matrix.shape[1]
         gradients = adjacent([update.gradient.reshape(-1, columns) for update in own.values()])
-        if freeze and (rows is not None or not (alike or layer_of(next(iter(own))) is None)):
-            return [self._move(state, slice(0, len(state.counts)), gradients, rows, state.counts[host], lr)]
-        parts = _equal_counts(state.counts, state.joined)
-        return [self._move(state, part, *_within(part, gradients, host), count, lr) for part, count in parts]
-
-    def _move(self, state: _State, part: slice, gradients: Sequence[Tensor], rows, count, lr: float) -> Move:
-        """Of the rows in `part`; the others are as in Move."""
-        matrices = (stack.matrix[part] for stack in (state.stack, state.moments, state.squares))
         decay = self.config.weight_decay if state.decays else 0.0
         hyper = Hyperparameters(lr, *self.config.betas, self.config.eps, decay)
-        ends = [min(place.stop, part.stop) - part.start for place in state.moments.places.values()]
-        return Move(*matrices, gradients, rows, count, hyper, [end for end in ends if end > 0])
+        matrices = (stack.matrix[: len(state.counts)] for stack in (state.stack, state.moments, state.squares))
+        ends = [place.stop for place in state.moments.places.values()]
+        move = Move(*matrices, gradients, rows, 0, hyper, ends)
+        if freeze and (rows is not None or not (alike or layer_of(next(iter(own))) is None)):
+            return [replace(move, counts=state.counts[host])]
+        parts = _equal_counts(state.counts, state.joined)
+        return [replace(move.part(part.start, part.stop), counts=count) for part, count in parts]
 
     def state(self) -> dict[str, Tensor]:
         """Every tensor that the optimizer carries between steps, by name; only of what has joined."""
@@ -243,10 +240,3 @@ def _equal_counts(counts: np.ndarray, joined: np.ndarray | None) -> Iterator[tup
     for start, stop in zip(starts, [*starts[1:], len(marks)], strict=True):
         if marks[start] >= 0:
             yield slice(start, stop), int(marks[start])
-
-
-def _within(part: slice, gradients: Sequence[Tensor], host: np.ndarray) -> tuple[list[Tensor], np.ndarray | None]:
-    """The gradients of the rows of a part, and these rows counted from its start; None for all of them."""
-    low, high = np.searchsorted(host, (part.start, part.stop)).tolist()
-    rows = None if high - low == part.stop - part.start else host[low:high] - part.start
-    return rows_between(gradients, low, high), rows
