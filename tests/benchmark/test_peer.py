@@ -74,50 +74,40 @@ def test_a_peer_takes_the_steps_that_torchs_adamw_takes_compiled_where_ours_is(m
 
 
 @pytest.mark.parametrize(
-    ("against", "contents", "model", "words"),
+    ("against", "contents", "words"),
     [
-        ("nanogpt", None, SQUARE, "there is no such file or folder"),
-        ("nanogpt", {}, SQUARE, "holds no model.py"),
-        ("nanogpt", {"model.py": "GPT = 1"}, SQUARE, "has no attribute 'GPTConfig'"),
-        ("nanogpt", {"model.py": "import nothing_here"}, SQUARE, "cannot be imported: ModuleNotFoundError"),
-        ("nanogpt", {"model.py": NANOGPT}, GPT2, "parameters where ours has"),
-        ("nanogpt", {"model.py": NANOGPT.replace("dropout == 0", "dropout")}, SQUARE, "cannot build this model"),
-        ("litgpt", None, LLAMA, "there is no such file or folder"),
-        ("litgpt", {"model.py": ""}, LLAMA, "holds no litgpt/model.py"),
-        ("litgpt", {"litgpt/model.py": "import nothing_here"}, LLAMA, "litgpt cannot be imported: ModuleNotFoundError"),
-        ("litgpt", {"litgpt/model.py": "GPT = 1"}, LLAMA, "has no attribute 'Config'"),
-        ("transformers", {}, LLAMA, "only for against=nanogpt and litgpt"),
+        ("nanogpt", None, "against_path: is missing; against=nanogpt needs the folder"),
+        ("nanogpt", "no folder", "there is no such file or folder"),
+        ("nanogpt", {}, "holds no model.py"),
+        ("nanogpt", {"model.py": "GPT = 1"}, "has no attribute 'GPTConfig'"),
+        ("nanogpt", {"model.py": "import nothing_here"}, "cannot be imported: ModuleNotFoundError"),
+        ("nanogpt", {"model.py": NANOGPT.replace("n_layers=c", "n_layers=1 + c")}, "parameters where ours has"),
+        ("nanogpt", {"model.py": NANOGPT.replace("dropout == 0", "dropout")}, "cannot build this model"),
+        ("nanogpt with recompute", {"model.py": NANOGPT}, "against=nanogpt: has no recomputation"),
+        ("litgpt", "no folder", "there is no such file or folder"),
+        ("litgpt", {"model.py": ""}, "holds no litgpt/model.py"),
+        ("litgpt", {"litgpt/model.py": "import nothing_here"}, "litgpt cannot be imported: ModuleNotFoundError"),
+        ("litgpt", {"litgpt/model.py": "GPT = 1"}, "has no attribute 'Config'"),
+        ("transformers", {}, "only for against=nanogpt and litgpt"),
+        ("transformers", None, "against=transformers: cannot be imported"),
     ],
 )
-def test_what_cannot_be_used_is_told(tmp_path, monkeypatch, against, contents, model, words):
-    folder = tmp_path / "given"
-    if contents is not None:
+def test_what_is_missing_or_cannot_be_used_is_told(tmp_path, monkeypatch, against, contents, words):
+    folder = None if contents is None else tmp_path / "given"
+    if isinstance(contents, dict):
         folder.mkdir()
-    for name, text in (contents or {}).items():
-        (folder / name).parent.mkdir(exist_ok=True)
-        (folder / name).write_text(text)
+        for name, text in contents.items():
+            (folder / name).parent.mkdir(exist_ok=True)
+            (folder / name).write_text(text)
+    monkeypatch.setitem(module.sys.modules, "transformers", None)
     for name in ("litgpt", "litgpt.model"):
         monkeypatch.delitem(module.sys.modules, name, raising=False)
-    path = list(module.sys.path)
+    path, (name, *recompute) = list(module.sys.path), against.split(" with ")
     with pytest.raises(UserError) as refused:
-        find_peer(against, str(folder), case(model))
+        find_peer(name, folder and str(folder), case(SQUARE if name == "nanogpt" else LLAMA, recompute=bool(recompute)))
     [problem] = refused.value.problems
     assert words in problem and problem.startswith("against")
     assert module.sys.path == path
-
-
-@pytest.mark.parametrize(
-    ("against", "path", "options", "words"),
-    [
-        ("nanogpt", None, {}, "against_path: is missing; against=nanogpt needs the folder"),
-        ("nanogpt", "here", {"recompute": True}, "against=nanogpt: has no recomputation"),
-        ("transformers", None, {}, "against=transformers: cannot be imported"),
-    ],
-)
-def test_what_is_missing_is_told(monkeypatch, nanogpt, against, path, options, words):
-    monkeypatch.setitem(module.sys.modules, "transformers", None)
-    with pytest.raises(UserError, match=words):
-        find_peer(against, path and str(nanogpt), case(SQUARE, **options))
 
 
 @pytest.mark.parametrize("family", FAMILIES)

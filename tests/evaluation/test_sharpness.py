@@ -104,11 +104,3 @@ def test_a_rise_is_the_loss_with_the_noise_minus_the_loss_without():
         [0.5, 1.0],
         [-1.0, 4.0],
     ]
-
-
-def test_the_seed_decides_the_noise(model):
-    def rises(seed: int) -> list[float]:
-        return loss_rises(model, lambda: mean_loss(model, WINDOWS, 2), (0.1,), 3, seed)[0]["rises"]
-
-    assert rises(0) == rises(0) != rises(1)
-    assert len(set(rises(0))) == 3
