@@ -5,6 +5,7 @@ import json
 import shutil
 from pathlib import Path
 
+import study  # its modules on first use: --headline needs neither torch nor matplotlib
 from est_cli.commands.entry import exit_with
 from est_cli.errors import DONE, FAILED, STOPPED, UserError, say
 from study import training
@@ -26,14 +27,16 @@ def main() -> int:
     failed: list[Run] = []
     try:
         if arguments.times:
-            _measure(folder)
+            with training.only_study():
+                study.times.write_times(folder / "times.json")
         elif not arguments.tables:
             failed = _train(matching(arguments.runs), records, arguments.workers)
     except KeyboardInterrupt:
         say("stopped; the same command goes on")
         return STOPPED
     finally:
-        _rebuild(document, records)
+        for path in study.document.rebuild(document, records):
+            print(path)
     return FAILED if failed else DONE
 
 
@@ -50,22 +53,6 @@ def _train(runs: list[Run], records: Records, workers: int) -> list[Run]:
         return []
     corpus = training.corpus_of(training.config_of(missing[0]), records)
     return training.train(missing, records, corpus, workers)
-
-
-def _measure(folder: Path) -> None:
-    # Not at the top: torch is not needed for what is made of the records.
-    from study.times import write_times
-
-    with training.only_study():
-        write_times(folder / "times.json")
-
-
-def _rebuild(document: Path, records: Records) -> None:
-    # Not at the top: matplotlib takes a second, and --headline draws nothing.
-    from study.document import rebuild
-
-    for path in rebuild(document, records):
-        print(path)
 
 
 def _arguments() -> argparse.Namespace:

@@ -64,7 +64,7 @@ class Records:
 
     def check(self, run: Run, config: TrainConfig) -> None:
         """Raises UserError if the record of `run` has another config than the grid."""
-        recorded = read_train_config({"logger": {}, "checkpoint": {}, **self.contents[run.name]["config"]})
+        recorded = read_record_config(self.contents[run.name]["config"])
         changed = [str(change) for change in changes(_decisive(recorded), _decisive(config))]
         if changed:
             path = self.folder / f"{run.name}.json"
@@ -91,6 +91,11 @@ class Records:
 def _as_run(folder: Path, content: dict[str, Any]) -> RunRecord:
     columns = {key: np.array(values, float) for key, values in content["curve"].items()}
     return RunRecord(content["name"], folder, content["config"], content["summary"], columns)
+
+
+def read_record_config(plain: dict[str, Any]) -> TrainConfig:
+    """The typed config of a record, which has no section of what decides nothing."""
+    return read_train_config({"logger": {}, "checkpoint": {}, **plain})
 
 
 def _decisive(config: TrainConfig) -> dict[str, Any]:

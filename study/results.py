@@ -7,13 +7,12 @@ from typing import Any
 
 import numpy as np
 
-from est_cli.config import read_train_config
 from est_cli.experiments.saving import AT_LEAST, AT_MOST, Frontier, FullModel, MeasuredArm, seed_of
 from est_cli.files import read_json
 from est_cli.reports.records import RunRecord
 from est_cli.subnet.memory import count_parameters
 from study.grid import ARMS, SEEDS, SHORT, SIZES, WARMUP, WINNER, Arm, Run, runs_with
-from study.records import Records
+from study.records import Records, read_record_config
 
 
 @dataclass(frozen=True)
@@ -102,7 +101,7 @@ def times_of(records: Records) -> dict[str, Any]:
 
 
 def parameters(run: RunRecord) -> int:
-    return count_parameters(read_train_config({"logger": {}, "checkpoint": {}, **run.config}).model).total
+    return count_parameters(read_record_config(run.config).model).total
 
 
 def headline_json(records: Records) -> dict[str, Any]:

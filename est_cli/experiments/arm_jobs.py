@@ -114,12 +114,11 @@ class ComparisonJobs:
             steps, share = format_count(arm.config.trainer.max_steps), format_percent(flops / self.full_flops)
             table.add_row(arm.name, str(self.runs_per_arm), steps, format_flops(flops), share)
         console.print(table)
-        said = f"{self.runs_per_arm * len(self.arms)} runs, {format_flops(self.runs_per_arm * sum(costs))} in all. "
-        said += "Runs that are done already are not run again."
+        n_runs, flops = self.runs_per_arm * len(self.arms), format_flops(self.runs_per_arm * sum(costs))
+        said = f"{n_runs} runs, {flops} in all. Runs that are done already are not run again."
         if self.tunes_first:
-            said += (
-                f" The first seed tries {len(self.settings)} settings; later seeds run each arm at its best one there."
-            )
+            n = len(self.settings)
+            said += f" The first seed tries {n} settings; later seeds run each arm at its best one there."
         console.print(said, highlight=False)
 
     def run(self, launch: Launch) -> None:

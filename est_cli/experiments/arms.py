@@ -22,10 +22,7 @@ DENSE = (FULL, FULL_SAME_FLOPS, SMALL)
 
 
 def read_config(composed: dict[str, Any], hydra_node: DictConfig) -> tuple[TrainConfig, list[str], Trunk | None]:
-    """A composed config as it is trained on this machine, what was chosen for it, and a cooldown's trunk.
-
-    Raises UserError.
-    """
+    """The config to train on this machine, notes on what was chosen, and a cooldown's trunk. Raises UserError."""
     arm, flops = composed.pop("arm", None), composed.pop("arm_flops", None)
     trunk = take_trunk(composed)
     config = read_train_config(composed)

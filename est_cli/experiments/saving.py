@@ -30,7 +30,7 @@ class Saving:
         if math.isnan(self.share):
             return f"unknown {what}"
         more = self.share < 0
-        # At least a negative saving is at most that much more.
+        # To save at least -10% is to spend at most 10% more.
         bound = {AT_LEAST: AT_MOST, AT_MOST: AT_LEAST}[self.bound] if more and self.bound else self.bound
         return " ".join(filter(None, (bound, format_percent(abs(self.share)), "more" if more else less, what)))
 

@@ -46,7 +46,7 @@ def run(composer: Composer) -> int:
     _check_installed(master)
     comparison = None if asked.arms is None else ComparisonJobs.of(composer, master)
     directory = Path(master.hydra.sweep.dir).absolute()
-    # The jobs have other overrides, from which another folder's name would follow.
+    # The name follows from the overrides, and those of the jobs are others.
     overrides = [*composer.arguments.overrides, "hydra.mode=MULTIRUN", f"hydra.sweep.dir={quoted(str(directory))}"]
     fixed = [key for key, override in asked.overrides.items() if not override.is_sweep_override()]
     if comparison is not None:

@@ -15,7 +15,7 @@ from est_cli.subnet.schedule import Stage
 from est_cli.units import format_setting
 
 N_COLOURS = 7
-"""So many of the best arms have a colour; the others are drawn in one grey."""
+"""How many arms, best first, have a colour of their own; the others are grey."""
 SEED = "seed"
 _STAGES = "scheduler.stages"
 _NOT_SETTINGS = {"run_id", "name", "format", "data.cache_dir", "logger"}

@@ -93,7 +93,7 @@ def _fractions(config: dict[str, Any]) -> Iterator[tuple[str, Any]]:
     if isinstance(optimizer["warmup"], float):
         yield "optimizer.warmup", optimizer["warmup"]
     if optimizer["decay"] == "wsd":
-        # Its decay begins so many steps before the end, in steps or not.
+        # Its decay counts back from the end, also when it is given in steps.
         yield "optimizer.decay", "wsd"
     elif optimizer["decay"] != "none" and not isinstance(optimizer["decay_steps"], int):
         yield "optimizer.decay_steps", "null" if optimizer["decay_steps"] is None else optimizer["decay_steps"]

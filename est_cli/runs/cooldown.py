@@ -100,7 +100,7 @@ class Trunk:
         warmup = boundary_step(config.optimizer.warmup, steps)
         return replace(
             config,
-            # The other options made the stages of the trunk, and would not reach these.
+            # The options made the trunk's stages, and have no effect on these.
             scheduler=replace(config.scheduler, stages=tuple(begun), options={}),
             optimizer=replace(config.optimizer, warmup=warmup, decay="wsd", decay_steps=decay_steps),
             trainer=replace(config.trainer, max_steps=self.decay_start + decay_steps),

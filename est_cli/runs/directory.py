@@ -23,9 +23,9 @@ from est_cli.runs.changes import changes
 SUMMARY, ERROR, ENVIRONMENT = "summary.json", "error.txt", "environment.json"
 LOCK, HOLDER = ".lock", ".holder"
 _BEFORE_A_RUN = {".hydra", ERROR, ENVIRONMENT, LOCK, HOLDER}
-"""What a folder may hold in which no run has begun."""
+"""What a folder may hold before a run begins in it."""
 _UNFINISHED = (f".{CONFIG_FILE}", f".{ENVIRONMENT}")
-"""How the names of files begin that a process had not finished when it was killed."""
+"""Beginnings of the names of temporary files, which a killed process leaves behind."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class RunDirectory:
         return math.inf if loss is None or math.isnan(loss) else loss
 
     def _named(self, config: TrainConfig) -> tuple[str, str]:
-        """What the person typed that names this folder, and what to type instead for another one; for messages."""
+        """For messages: what was typed to name this folder, and what to type to name another one."""
         if config.run_id == self.path.name:
             return f"run_id={config.run_id}", "another run_id"
         return f"hydra.run.dir={self.path}", "another folder"
@@ -91,7 +91,7 @@ class RunDirectory:
 
     @contextlib.contextmanager
     def locked(self, config: TrainConfig) -> Iterator[None]:
-        """Keep the folder from a second process that would train the same run.
+        """Keep a second process from training the run of this folder.
 
         The system releases the lock when this process ends, however it ends. Raises UserError, naming the holder, if
         another process has it, or has finished the run since it was checked.
@@ -170,7 +170,7 @@ class RunDirectory:
         return file.read_text() if file.exists() else None
 
     def write_error(self, text: str) -> None:
-        """What ended a failed run, if the disk has room for it."""
+        """Write down what ended the run, if the disk has room for it."""
         with contextlib.suppress(OSError):
             (self.path / ERROR).write_text(text)
 

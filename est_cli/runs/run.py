@@ -196,7 +196,7 @@ class Run:
 
     def _end_failed(self, training: Training, error: BaseException) -> None:
         """Close the trackers and tell how to go on. Raises RunFailed in place of an error whose cause is known."""
-        # Where a loss is not finite, the same command would only come to the same step again.
+        # After a loss that is not finite, the same command would fail at the same step again.
         again = "" if isinstance(error, NonFinite) else f"; continue with: {self.command}"
         if isinstance(error, NonFinite):
             error = RunFailed(f"{error}; {self._keep_step(training, error)}")
