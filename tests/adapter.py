@@ -4,21 +4,14 @@ H query heads, K key/value heads, E head_dim, F neurons, as in reference.py.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
 
 import torch
-from reference import ReferencePlan, Sizes, sampled_rows
+from reference import ReferencePlan, sampled_rows
 from torch import Tensor
 
 from est_cli.config import ModelConfig
 from est_cli.subnet.plan import Plan
 from est_cli.training.subnetwork import Update
-
-
-def sizes(model: ModelConfig) -> Sizes:
-    """The names are the same but for `tied`."""
-    values = {**vars(model), "tied": model.tie_embeddings}
-    return Sizes(**{field.name: values[field.name] for field in fields(Sizes)})
 
 
 def reference_plan(plan: Plan) -> ReferencePlan:

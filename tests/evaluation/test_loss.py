@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from adapter import reference_plan, reference_tensors, sizes
+from adapter import reference_plan, reference_tensors
 from reference import loss as reference_loss
 from tiny import FAMILIES, FULL, LLAMA, THREE_STAGES, random_master, snapshot, train_config
 
@@ -20,7 +20,7 @@ def expected_loss(model, weights, plan, rescale_layers: bool = False) -> float:
     """The reference's, over all windows at once."""
     tokens = torch.from_numpy(WINDOWS)
     named = reference_tensors(model.config, weights)
-    return reference_loss(sizes(model.config), named, plan, tokens[:, :-1], tokens[:, 1:], rescale_layers).item()
+    return reference_loss(model.config, named, plan, tokens[:, :-1], tokens[:, 1:], rescale_layers).item()
 
 
 @pytest.mark.parametrize("sampling", [SamplingConfig(resample_every=5), SamplingConfig(rescale_layers=True)])

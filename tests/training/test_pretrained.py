@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tiny import FAMILIES, random_batch, random_master, snapshot, train_config
-from torch import Tensor
+from torch.testing import assert_close
 
 from est_cli.errors import UserError
 from est_cli.model.huggingface import to_huggingface
@@ -49,11 +49,6 @@ def set_weights(folder: Path, change) -> None:
     save_file(change(load_file(folder / "model.safetensors")), folder / "model.safetensors")
 
 
-def assert_equal(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    assert list(found) == list(expected)
-    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
-
-
 @pytest.fixture
 def folder(tmp_path) -> Path:
     return tmp_path / "out"
@@ -65,7 +60,7 @@ def folder(tmp_path) -> Path:
 def test_out_and_in_again_is_the_identity(folder, family, bias, tied):
     model = write(folder, replace(FAMILIES[family], bias=bias, tie_embeddings=tied))
     training, _ = start(train_config(replace(model.config, init_from=str(folder))))
-    assert_equal(snapshot(training.model), snapshot(model))
+    assert_close(snapshot(training.model), snapshot(model), rtol=0, atol=0)
     assert training.config.model == model.config, "where weights come from is no part of the shape"
 
 
@@ -87,15 +82,15 @@ def test_padded_vocabulary_rows_have_the_mean_logit(folder, family):
     padded = started(replace(model.config, vocab_size=32), folder)
     inputs, _ = random_batch(model.config)
     logits = padded.logits(inputs)
-    torch.testing.assert_close(logits[..., :29], model.logits(inputs))
-    torch.testing.assert_close(logits[..., 29:], logits[..., :29].mean(-1, keepdim=True).expand(-1, -1, 3))
+    assert_close(logits[..., :29], model.logits(inputs))
+    assert_close(logits[..., 29:], logits[..., :29].mean(-1, keepdim=True).expand(-1, -1, 3))
 
 
 def test_names_of_the_first_gpt2_files_are_read(folder):
     model = write(folder, GPT2)
     mask = {"h.0.attn.bias": torch.ones(1, 1, 16, 16)}
     set_weights(folder, lambda tensors: mask | {n.removeprefix("transformer."): t for n, t in tensors.items()})
-    assert_equal(snapshot(started(GPT2, folder)), snapshot(model))
+    assert_close(snapshot(started(GPT2, folder)), snapshot(model), rtol=0, atol=0)
 
 
 def test_weights_in_several_files_and_half_precision_are_read(folder):
@@ -107,7 +102,7 @@ def test_weights_in_several_files_and_half_precision_are_read(folder):
         save_file({name: tensors[name] for name, own in files.items() if own == file}, folder / file)
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": files}))
     expected = {name: tensor.bfloat16().float() for name, tensor in snapshot(model).items()}
-    assert_equal(snapshot(started(LLAMA, folder)), expected)
+    assert_close(snapshot(started(LLAMA, folder)), expected, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize(
