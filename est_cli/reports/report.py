@@ -16,8 +16,8 @@ from est_cli.reports.comparison import Arm, Comparison
 from est_cli.reports.coverage import coverage
 from est_cli.reports.records import RunRecord, evenly, load_runs
 
-FORMATS = ("html", "png", "csv")
 _MAIN_FILES = {"html": "report.html", "png": "report.png", "csv": "runs.csv"}
+FORMATS = tuple(_MAIN_FILES)
 _MAX_CURVE_ROWS = 2000
 _CURVE_KEYS = ("step", "stage", "tokens", "seconds", "flops/total", "train/loss", "val/loss")
 _CURVE_KEYS += ("flops/saved", "flops/saved_blocks", "train/loss_smoothed")
