@@ -1,5 +1,6 @@
 """Datasets and single files from the Hugging Face hub, if it can be reached, or from its local cache."""
 
+import contextlib
 import functools
 import logging
 import threading
@@ -17,22 +18,20 @@ _TIMEOUT_S = 4
 @functools.cache
 def answers() -> bool:
     """Whether the hub can be reached. Asked once: the libraries would each retry for half a minute."""
-    found: list[bool] = []
-    # Name resolution has no timeout of its own, so a thread does it and is abandoned if it takes too long.
-    asking = threading.Thread(target=lambda: found.append(_ask()), daemon=True)
-    asking.start()
-    asking.join(2 * _TIMEOUT_S)
-    return found == [True]
-
-
-def _ask() -> bool:
     if huggingface_hub.constants.HF_HUB_OFFLINE:
         return False
-    try:
-        huggingface_hub.get_session().head(huggingface_hub.constants.ENDPOINT, timeout=_TIMEOUT_S)
-    except Exception:  # What a session raises depends on the library that it wraps.
-        return False
-    return True
+    answered = threading.Event()
+
+    def ask() -> None:
+        with contextlib.suppress(Exception):  # What a session raises depends on the library that it wraps.
+            huggingface_hub.get_session().head(huggingface_hub.constants.ENDPOINT, timeout=_TIMEOUT_S)
+            answered.set()
+
+    # Name resolution has no timeout of its own, so a thread does it and is abandoned if it takes too long.
+    asking = threading.Thread(target=ask, daemon=True)
+    asking.start()
+    asking.join(2 * _TIMEOUT_S)
+    return answered.is_set()
 
 
 def fetch(name: str, filename: str) -> Path | None:
