@@ -3,7 +3,6 @@
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -58,8 +57,8 @@ class Case:
 
     def batch(self) -> tuple[Tensor, Tensor]:
         """Random inputs and targets [B, T] of one micro-batch."""
-        random, shape = np.random.Generator(np.random.Philox(self.seed)), (self.batch_size, self.seq_len + 1)
-        tokens = torch.from_numpy(random.integers(self.model.vocab_size, size=shape)).to(self.device)
+        shape, generator = (self.batch_size, self.seq_len + 1), torch.Generator().manual_seed(self.seed)
+        tokens = torch.randint(self.model.vocab_size, shape, generator=generator).to(self.device)
         return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
 
 

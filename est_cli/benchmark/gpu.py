@@ -86,10 +86,10 @@ def steps(model: str, setup: str, here: Machine) -> dict[str, Any]:
     return measure(here.case(model, setup), here.rounds, against=against, memory=setup == "eager")
 
 
-def trace(model: str, here: Machine) -> list[str]:
-    """One step of each stage after two that warm up."""
-    stepper, told = Stepper(here.case(model)), []
-    profile = Profile(here.folder / f"trace-{model}", torch.device(here.device), (2, 1), told.append)
+def trace(here: Machine) -> list[str]:
+    """One step of GPT-2 in each stage, after two that warm up."""
+    stepper, told = Stepper(here.case("gpt2")), []
+    profile = Profile(here.folder / "trace-gpt2", torch.device(here.device), (2, 1), told.append)
     for index, spec in enumerate(THREE_STAGES):
         with profile.stage(Stage(index + 1, 0, 3, spec.rates, spec.grown), 0) as advance:
             for _ in range(3):
@@ -104,7 +104,7 @@ ROWS: dict[str, Callable[[Machine], Any]] = {
     **{f"steps {model} {setup}": partial(steps, model, setup) for model in BATCHES for setup in SETUPS},
     **{f"operation {operation} {model}": partial(operations, operation, model)
        for model in BATCHES for operation in OPERATIONS},
-    "trace gpt2": partial(trace, "gpt2"),
+    "trace gpt2": trace,
 }  # fmt: skip
 """Name → what measures it, in a process of its own; the most important first. Results are JSON."""
 

@@ -33,10 +33,6 @@ def evaluate(
     """
     config = run.config
     seq_len = seq_len or config.data.seq_len
-    if seq_len > config.model.max_seq_len:
-        raise UserError(
-            f"data.seq_len={seq_len}: must be at most the model's, model.max_seq_len={config.model.max_seq_len}"
-        )
     if len(tokens) <= seq_len:
         raise UserError(
             f"data.seq_len={seq_len}: the validation split has {len(tokens)} tokens, and needs {seq_len + 1}; use more "
