@@ -21,13 +21,12 @@ def step_times(config: TrainConfig, rounds: int = _ROUNDS) -> list[float]:
     return [stage["step_s"] for stage in measure(case_of(config), rounds, memory=False)["stages"]]
 
 
-def write_times(path: Path, rounds: int = _ROUNDS) -> dict[str, Any]:
+def write_times(path: Path) -> None:
     """Measure every schedule of the headline at every size, on one thread. Takes about as long as a run."""
     torch.set_num_threads(1)
     times: dict[str, Any] = {"cpu": machine()["cpu"], "torch": torch.__version__, "threads": 1}
     for size in SIZES:
         runs = {run.arm: run for run in runs_with(group="headline", size=size)}
         shown = {arm.name: run for arm, run in runs.items() if arm.name == FULL or not arm.is_full}
-        times[size] = {name: step_times(training.config_of(run), rounds) for name, run in shown.items()}
+        times[size] = {name: step_times(training.config_of(run)) for name, run in shown.items()}
     write_json(path, times)
-    return times

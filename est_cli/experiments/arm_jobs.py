@@ -8,12 +8,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, ListConfig
 from rich.console import Console
 
 from est_cli.composition.composer import Composer, plain
+from est_cli.composition.typed_text import parse
 from est_cli.config import TrainConfig
 from est_cli.config.auto import n_cores
 from est_cli.errors import UserError, nearest, say
@@ -64,9 +64,8 @@ class ComparisonJobs:
                 f"hydra/sweeper={sweeper}: must be basic beside arms, which have a grid: optimizer.lr=A,B,C"
             )
         asked, names = SweepRequest(master), _names(master, composer)
-        params = [f"{key}={value}" for key, value in asked.params.items()]
-        parsed = OverridesParser.create(composer.loader).parse_overrides(params)
-        fixed, swept = _split([*parsed, *asked.overrides.values()])
+        params = [parse(f"{key}={value}", composer.loader) for key, value in asked.params.items()]
+        fixed, swept = _split([*params, *asked.overrides.values()])
         seeds = tuple((value,) for value in swept.pop("seed", [])) or ((),)
         settings = tuple(itertools.product(*swept.values()))
         problems: list[str] = []

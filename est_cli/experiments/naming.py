@@ -5,9 +5,10 @@ import json
 import re
 from typing import Any
 
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, OmegaConf
+
+from est_cli.composition.typed_text import parse
 
 _LONGEST_NAME = 100
 _PLAIN_VALUE = re.compile(r"[A-Za-z0-9.]+|[A-Za-z0-9._]+|[A-Za-z0-9.-]+")
@@ -18,8 +19,8 @@ class SweepRequest:
     """What a sweep was asked for: overrides of the command line, and the keys that the config sweeps by itself."""
 
     def __init__(self, config: DictConfig):
-        parsed = OverridesParser.create().parse_overrides(list(config.hydra.overrides.task))
-        self.overrides: dict[str, Override] = {o.get_key_element().lstrip("+~"): o for o in parsed}
+        typed = map(parse, config.hydra.overrides.task)
+        self.overrides: dict[str, Override] = {o.get_key_element().lstrip("+~"): o for o in typed}
         """By key; the last one if a key is given twice, as Hydra takes it."""
         params = OmegaConf.select(config, "hydra.sweeper.params") or {}
         self.params: dict[str, Any] = {k: v for k, v in params.items() if k.lstrip("+~") not in self.overrides}
