@@ -65,16 +65,20 @@ class _Trap:
             os.kill(os.getpid(), self._kill.signal)
 
 
-def _before(owner: object, name: str, trap: _Trap, when: Callable[..., bool] = lambda *_: True) -> None:
-    """Spring the trap when `owner.name` is called with arguments for which `when` holds."""
-    original = getattr(owner, name)
+def _before(owner: object, name: str, when: Callable[..., bool] = lambda *_: True) -> Callable[[_Trap], None]:
+    """The place where `owner.name` is called with arguments for which `when` holds."""
 
-    def trapped(*arguments: Any, **options: Any) -> Any:
-        if when(*arguments):
-            trap()
-        return original(*arguments, **options)
+    def set_trap(trap: _Trap) -> None:
+        original = getattr(owner, name)
 
-    setattr(owner, name, trapped)
+        def trapped(*arguments: Any, **options: Any) -> Any:
+            if when(*arguments):
+                trap()
+            return original(*arguments, **options)
+
+        setattr(owner, name, trapped)
+
+    return set_trap
 
 
 def _in_accumulation(trap: _Trap) -> None:
@@ -92,11 +96,6 @@ def _in_accumulation(trap: _Trap) -> None:
         return plan, until_the_second()
 
     Inputs.of = trapped
-
-
-def _in_the_optimizer(trap: _Trap) -> None:
-    calls = itertools.count()
-    _before(SampledAdamW, "_moves", trap, lambda *_: next(calls) % 7 == 4)
 
 
 def _in_evaluation(trap: _Trap) -> None:
@@ -135,21 +134,13 @@ def _in_a_checkpoint_file(trap: _Trap) -> None:
     checkpoint.write_tensors = trapped
 
 
-def _before_the_checkpoints_rename(trap: _Trap) -> None:
-    _before(Path, "rename", trap, lambda path, _: path.name.startswith(".writing-step"))
-
-
-def _after_the_checkpoints_rename(trap: _Trap) -> None:
-    _before(Checkpoints, "_prune", trap)
-
-
 def _while_an_old_checkpoint_is_removed(trap: _Trap) -> None:
     def removes_a_file(path: Path, **_: object) -> bool:
         if dropped := path.name.startswith(".dropped-") and trap.is_set:
             next(path.iterdir()).unlink()
         return dropped
 
-    _before(shutil, "rmtree", trap, removes_a_file)
+    _before(shutil, "rmtree", removes_a_file)(trap)
 
 
 def _in_a_line_of_metrics(trap: _Trap) -> None:
@@ -158,22 +149,19 @@ def _in_a_line_of_metrics(trap: _Trap) -> None:
             metrics._file.write(metrics._waiting[:25])
         return True
 
-    _before(MetricsFile, "_write_waiting", trap, writes_a_part)
+    _before(MetricsFile, "_write_waiting", writes_a_part)(trap)
 
 
-def _before_the_summary(trap: _Trap) -> None:
-    _before(RunDirectory, "write_summary", trap)
-
-
+_CALLS = itertools.count()
 PLACES: dict[str, Callable[[_Trap], None]] = {
     "in a gradient accumulation": _in_accumulation,
-    "in the optimizer": _in_the_optimizer,
+    "in the optimizer": _before(SampledAdamW, "_moves", lambda *_: next(_CALLS) % 7 == 4),
     "in an evaluation": _in_evaluation,
     "on a stage boundary": _on_a_boundary,
     "in a checkpoint's file": _in_a_checkpoint_file,
-    "before a checkpoint's rename": _before_the_checkpoints_rename,
-    "after a checkpoint's rename": _after_the_checkpoints_rename,
+    "before a checkpoint's rename": _before(Path, "rename", lambda path, _: path.name.startswith(".writing-step")),
+    "after a checkpoint's rename": _before(Checkpoints, "_prune"),
     "while an old checkpoint is removed": _while_an_old_checkpoint_is_removed,
     "in a line of metrics.jsonl": _in_a_line_of_metrics,
-    "before the summary": _before_the_summary,
+    "before the summary": _before(RunDirectory, "write_summary"),
 }

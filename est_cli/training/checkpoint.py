@@ -50,7 +50,6 @@ class Checkpoint:
 
     @cached_property
     def state(self) -> dict[str, Any]:
-        """What state.json holds."""
         return read_json(self.folder / STATE)
 
     @property
@@ -123,10 +122,13 @@ class Checkpoints:
             if _step_of(folder) >= step:
                 # Replaces a later checkpoint left behind when the run resumed from an earlier one.
                 self._drop(folder)
-        final = self.folder / f"step-{step:08d}"
-        temporary.rename(final)
-        sync(self.folder)
+        final = self._publish(temporary)
         self._prune()
+        return final
+
+    def _publish(self, temporary: Path) -> Path:
+        final = temporary.rename(self.folder / temporary.name.removeprefix(".writing-"))
+        sync(self.folder)
         return final
 
     def adopt(self, checkpoint: Path) -> None:
@@ -135,7 +137,7 @@ class Checkpoints:
         No file of a checkpoint is ever changed, so that the two runs can share them.
         """
         self.remove_leftovers()
-        temporary = self.folder / f".writing-{checkpoint.name}"
+        temporary = self.temporary(_step_of(checkpoint))
         temporary.mkdir(parents=True)
         for path in checkpoint.iterdir():
             try:
@@ -144,33 +146,32 @@ class Checkpoints:
                 shutil.copyfile(path, temporary / path.name)
                 sync(temporary / path.name)
         sync(temporary)
-        temporary.rename(self.folder / checkpoint.name)
-        sync(self.folder)
+        self._publish(temporary)
 
     def newest(self, warn: Callable[[str], None]) -> Checkpoint | None:
-        """The sound checkpoint of the highest step; damaged ones are named and passed over.
-
-        Raises UserError if there are checkpoints and none is sound.
-        """
+        """The first of `sound`, if there is any checkpoint."""
         return next(self.sound(warn), None)
 
     def to_resume(self, max_steps: int, warn: Callable[[str], None]) -> Checkpoint | None:
-        """The newest that a run of `max_steps` can go on from; one without moments only if it is of the last step.
+        """The newest from which a run of `max_steps` can go on; one without moments only if it is of the last step.
 
         Raises UserError if there are checkpoints and none will do.
         """
-        weights_alone = []
+        only_weights = []
         for checkpoint in self.sound(warn):
             if checkpoint.can_resume or checkpoint.step == max_steps:
                 return checkpoint
-            weights_alone.append(f"{checkpoint.folder}: holds only weights, which cannot be trained further")
-            warn(weights_alone[-1])
-        if weights_alone:
-            raise UserError("no checkpoint of this run can be continued:", *weights_alone)
+            only_weights.append(f"{checkpoint.folder}: holds only weights, which cannot be trained further")
+            warn(only_weights[-1])
+        if only_weights:
+            raise UserError("no checkpoint of this run can be continued:", *only_weights)
         return None
 
     def sound(self, warn: Callable[[str], None]) -> Iterator[Checkpoint]:
-        """Every sound checkpoint, the newest first; see `newest`."""
+        """Every sound checkpoint, the highest step first; damaged ones are named and passed over.
+
+        Raises UserError if there are checkpoints and none is sound.
+        """
         damaged, folders = [], self._folders()
         for folder in reversed(folders):
             problem = damage(folder)
@@ -202,14 +203,14 @@ class Checkpoints:
         shutil.rmtree(dropped, ignore_errors=True)
 
     def remove_leftovers(self) -> None:
-        """What a process that died while it wrote or removed a checkpoint left behind."""
+        """Remove what a process that died while it wrote or removed a checkpoint left behind."""
         for kind in (".writing-*", ".dropped-*"):
             for leftover in self.folder.glob(kind):
                 shutil.rmtree(leftover, ignore_errors=True)
 
 
 class Saving:
-    """When the checkpoints of a run are written, and what is said of them.
+    """Writes the checkpoints of a run, and says how that went.
 
     If the ranks share the state, a thread writes it while training goes on; training waits for it before the next
     checkpoint, and at the end of this context. Otherwise rank 0 writes, and all ranks wait for it.
@@ -234,18 +235,20 @@ class Saving:
             from est_cli.training import sharded_checkpoint  # more than a second, which one process never needs
 
             written = sharded_checkpoint.begin(self.checkpoints, step, weights, moments, facts, self._group)
+            self._writing = step, written
+            self.poll(waits=is_last, is_last=is_last)
         else:
-            written = self._write_by_main(step, weights, moments, facts)
-        self._writing = step, written
-        self.poll(waits=is_last, is_last=is_last)
+            self._end(step, lambda: self._write_by_main(step, weights, moments, facts), is_last)
 
     def poll(self, waits: bool = False, is_last: bool = False) -> None:
         """Say how the checkpoint that is being written ended, if it has; `waits` for that."""
-        if self._writing is None or not (waits or self._writing[1].done()):
-            return
-        (step, written), self._writing = self._writing, None
+        if self._writing is not None and (waits or self._writing[1].done()):
+            (step, written), self._writing = self._writing, None
+            self._end(step, written.result, is_last)
+
+    def _end(self, step: int, write: Callable[[], Path | None], is_last: bool) -> None:
         try:
-            path = written.result()
+            path = write()
         except OSError as error:
             before = "there is none before it" if self.step is None else f"step {self.step}'s stays"
             message = f"the checkpoint of step {step} could not be written ({error.strerror or error}); {before}"
@@ -258,9 +261,10 @@ class Saving:
             self.step = step
             self.say(f"checkpoint written: {path}")
 
-    def _write_by_main(self, step: int, weights: Tensors, moments: Tensors | None, facts: dict[str, Any]) -> "Future":
+    def _write_by_main(
+        self, step: int, weights: Tensors, moments: Tensors | None, facts: dict[str, Any]
+    ) -> Path | None:
         weights, moments = self.world.gathered(weights), moments and self.world.gathered(moments)
-        written: Future[Path | None] = Future()
         path, raised = None, None
         # Rank 0 may write for longer than a collective may take.
         with self.world.wait_for_main(f"checkpoint {step}"):
@@ -269,24 +273,19 @@ class Saving:
             except OSError as error:
                 raised = error
         if self.world.any(raised is not None):
-            written.set_exception(raised or OSError("rank 0 could not write it"))
-        else:
-            written.set_result(path)
-        return written
+            raise raised or OSError("rank 0 could not write it")
+        return path
 
     @cached_property
     def _group(self) -> dist.ProcessGroup:
-        """The thread that writes has its own group: collectives of two threads in one group could get mixed up.
-
-        A slow disk must not end a run; a rank that dies is noticed at once.
-        """
+        """The writing thread's own: collectives of two threads in one group could get mixed up."""
         return dist.new_group(backend="gloo", timeout=AS_LONG_AS_IT_TAKES)
 
     def __enter__(self) -> "Saving":
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: Any) -> None:
-        """Wait for the last write if all ranks end in the same way; if one is lost, what it writes is lost too."""
+        """Wait for the last write unless a rank is lost, and its part of the write with it."""
         if error is None:
             self.poll(waits=True)
         elif isinstance(error, RunFailed | UserError) and not isinstance(error, PeerLost):
@@ -295,7 +294,7 @@ class Saving:
 
 
 def _best(folders: list[Path]) -> Path | None:
-    """The checkpoint of the lowest validation loss, among those of steps that were evaluated."""
+    """The checkpoint of the lowest validation loss among those of evaluated steps."""
     losses = []
     for folder in folders:
         state = read_json(folder / STATE)

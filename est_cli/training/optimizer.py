@@ -83,7 +83,7 @@ class SampledAdamW:
         self.join(grown or model.config)
 
     def join(self, grown: ModelConfig) -> None:
-        """From now on move what belongs to `grown`; what is new begins with moments of 0."""
+        """Move what belongs to `grown` from now on; what is new begins with moments of 0."""
         for number, stack in enumerate(self._stacks):
             names = [name for name in stack.places if layer_of(name) is None or layer_of(name) < grown.n_layers]
             if names:
@@ -111,10 +111,10 @@ class SampledAdamW:
 
     @torch.no_grad()
     def grow(self, growth: Growth, moments: Literal["copy", "reset"]) -> None:
-        """Make the larger model of `growth` of the smaller one, in place: what joins starts from what was trained.
+        """Grow the model in place: what joins starts from what was trained.
 
-        A copied layer brings its moments and step counts. With `moments="reset"` only the copy that keeps a trained
-        layer's place in the order does, and the others begin with none.
+        A copied layer brings its moments and step counts. With `moments="reset"` only the copies that count as trained
+        layers do, and those that join begin with none.
         """
         self.join(growth.after)
         joined = set(growth.joined)
@@ -143,10 +143,9 @@ class SampledAdamW:
             for name in self._of_layer(layer):
                 kind = row_kind(name)
                 if kind in ("heads", "neurons") and n_rows(kind, growth.before) != n_rows(kind, growth.after):
-                    new = torch.ones(n_rows(kind, self.full), dtype=torch.bool)
-                    new[sampled_rows(kind, self.full, plan, layer)] = False
-                    rows = as_rows(name, self.parameters[name], self.full)
-                    rows[new.to(rows.device)] = 0.0
+                    old = sampled_rows(kind, self.full, plan, layer)
+                    new = torch.from_numpy(np.setdiff1d(np.arange(n_rows(kind, self.full)), old))
+                    as_rows(name, self.parameters[name], self.full)[new] = 0.0
 
     def _of_layer(self, layer: int) -> list[str]:
         return [name for name in self.parameters if layer_of(name) == layer]
@@ -188,7 +187,7 @@ class SampledAdamW:
         self._unsure.clear()
 
     def _counts_are_one(self) -> bool:
-        """Whether all rows of all layers took as many steps."""
+        """Whether all rows of all layers took equally many steps."""
         found = {int(state.counts[0]) for state in self._states.values()}
         return len(found) == 1 and all((state.counts == state.counts[0]).all() for state in self._states.values())
 

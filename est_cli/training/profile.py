@@ -44,14 +44,14 @@ class Profile:
 
     @contextmanager
     def stage(self, stage: Stage, step: int) -> Iterator[Callable[[], None]]:
-        """Watch a stage from the run's step `step` on; what it yields is called after every step.
+        """Watch a stage from the run's step `step` on; call what it yields after every step.
 
-        Steps first … first + count − 1 of the stage are recorded, or what is left of them when a run continues among
-        them. What has been recorded when the stage ends, or the run stops, is written.
+        Records steps first … first + count − 1 of the stage, or what is left of them when a run continues among them,
+        and writes them when the stage ends or the run stops.
         """
-        begin, done = max(step, stage.first_step + self.first), step
+        begin = max(step, stage.first_step + self.first)
         end = stage.first_step + self.first + self.count
-        if done >= end:
+        if step >= end:
             yield lambda: None
             return
         warmup = min(1, begin - step)
@@ -67,19 +67,17 @@ class Profile:
             on_trace_ready=lambda found: self._write(found, f"stage-{stage.number}"),
             acc_events=True,
         ) as recorder:
-            self._record_memory(done == begin)
+
+            def record_memory() -> None:
+                if step + recorder.step_num == begin and self.device.type == "cuda":
+                    torch.cuda.memory._record_memory_history(max_entries=MEMORY_EVENTS)
 
             def advance() -> None:
-                nonlocal done
-                done += 1
                 recorder.step()
-                self._record_memory(done == begin)
+                record_memory()
 
+            record_memory()
             yield advance
-
-    def _record_memory(self, begins: bool) -> None:
-        if begins and self.device.type == "cuda":
-            torch.cuda.memory._record_memory_history(max_entries=MEMORY_EVENTS)
 
     def _write(self, recorder: torch.profiler.profile, name: str) -> None:
         path = self.folder / f"{name}.trace.json"

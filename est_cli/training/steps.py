@@ -1,7 +1,7 @@
 """Optimizer steps, from their launch to their line of metrics.jsonl.
 
-The device decides whether a step is finite, refuses it if not, and needs no answer to go on. The host reads what a
-step found only when it logs that step: at once on a CPU, and one step behind on a GPU, which then always has work.
+The device refuses a step that is not finite, and goes on without the host. The host reads a step's loss and norm only
+when it logs the step: at once on a CPU, and one step behind on a GPU, which then always has work.
 """
 
 import math
@@ -26,10 +26,11 @@ from est_cli.training.optimizer import SampledAdamW
 Record = dict[str, float | int | None]
 """A line of metrics.jsonl."""
 _MOST_UNREAD = 256
+"""Steps that are read late at most, even if a run logs seldom."""
 
 
 class Observer(Protocol):
-    """What the loop tells of itself, on rank 0."""
+    """Hears from the loop on rank 0."""
 
     def log(self, record: Record) -> None: ...
 
@@ -38,7 +39,7 @@ class Observer(Protocol):
 
 @dataclass
 class Launched:
-    """A step that the device was asked for; its loss and gradient norm, once they are read."""
+    """A step that the device works on; its loss and gradient norm once they are read."""
 
     number: int
     stage: Stage
@@ -60,21 +61,20 @@ class NonFinite(RunFailed):
 
 
 class Watch:
-    """What steps found, on its way from the device to the host.
+    """Losses and gradient norms on their way from the device to the host.
 
-    `stays`: after a step that is not finite the device refuses all others too, so that the weights are those before
-    it when the host hears of it.
+    `stays`: after a step that is not finite the device refuses all later ones too, so the weights are still those
+    before it when the host reads it.
     """
 
     def __init__(self, device: torch.device, stays: bool):
         self.stays = stays
         self.refused = torch.zeros((), device=device)
-        """1 if the device must not take the step."""
+        """1 if the device must refuse the step."""
         self._unread: list[tuple[Launched, Tensor, torch.cuda.Event | None]] = []
 
     @property
     def is_full(self) -> bool:
-        """Whether it is time to read, however seldom a run logs."""
         return len(self._unread) >= _MOST_UNREAD
 
     def add(self, step: Launched, loss: Tensor, grad_norm: Tensor) -> Tensor:
@@ -90,56 +90,55 @@ class Watch:
         return self.refused
 
     def read(self, end: int) -> list[Launched]:
-        """The steps before number `end` that were not read yet. Waits for the last of them, not for later ones."""
+        """The unread steps before number `end`. Waits for the last of them, not for later ones."""
         n = sum(step.number < end for step, _, _ in self._unread)
-        read, self._unread = self._unread[:n], self._unread[n:]
-        if not read:
+        if n == 0:
             return []
-        if (event := read[-1][2]) is not None:
-            event.synchronize()
-        numbers = torch.stack([found for _, found, _ in read]).tolist()
-        for (step, _, _), (loss, norm) in zip(read, numbers, strict=True):
-            step.loss, step.grad_norm = loss, norm
-        return [step for step, _, _ in read]
+        (steps, found, events), self._unread = zip(*self._unread[:n], strict=True), self._unread[n:]
+        if events[-1] is not None:
+            events[-1].synchronize()
+        for step, numbers in zip(steps, torch.stack(found).tolist(), strict=True):
+            step.loss, step.grad_norm = numbers
+        return list(steps)
 
 
 @dataclass
 class Progress:
-    """How far a run has come: what its checkpoints hold beside weights and moments."""
+    """How far a run has come; its checkpoints hold this beside weights and moments."""
 
     step: int = 0
-    """Steps that were launched; all of them are done when a checkpoint is written."""
+    """Steps launched; all of them are done when a checkpoint is written."""
     train_s: float = 0.0
     """Seconds of all steps, without evaluations and checkpoints."""
     val_loss: float | None = None
     val_step: int | None = None
-    """Steps that were done when the validation loss was computed."""
+    """Steps done when the validation loss was computed."""
     skipped_steps: int = 0
-    """Steps that were not taken because their loss or gradient was not finite."""
+    """Steps not taken because their loss or gradient was not finite."""
 
     @contextmanager
     def timed(self) -> Iterator[None]:
-        """Add the time of the block to train_s."""
+        """Add the block's time to train_s."""
         started = time.perf_counter()
         yield
         self.train_s += time.perf_counter() - started
 
 
 class Steps:
-    """The steps of a run: those that were launched are read, counted and logged here."""
+    """Reads, counts and logs the launched steps of a run."""
 
     def __init__(self, config: TrainConfig, world: World, optimizer: SampledAdamW, observers: Sequence[Observer]):
         self.config, self.optimizer, self.observers = config, optimizer, observers
         self.progress = Progress()
         self.watch = Watch(world.device, stays=config.trainer.on_nonfinite == "stop")
         self.behind = int(world.device.type == "cuda")
-        """Steps that the device goes on with while the host reads and logs the one before."""
+        """Steps that the device has ahead of the one that the host reads."""
         self.ledger, self.joined = config_ledger(config), stage_models(config)
         peak = peak_flops(world.device, config.trainer.precision, config.trainer.peak_flops)
         self.peak = peak and peak * world.size
         self._unlogged: list[Launched] = []
         self._logged = (0, 0.0)
-        """Steps, and their seconds in all, when something was logged last."""
+        """Steps, and their seconds in all, at the last log."""
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Go on from a checkpoint's state.json; an old one may lack some of it."""
@@ -162,7 +161,7 @@ class Steps:
             self._read(done - self.behind)
 
     def _read(self, end: int) -> None:
-        """Read the steps before `end`; waits for the device. The optimizer hears whether each was taken."""
+        """Read the steps before `end`, waiting for the device, and tell the optimizer whether each was taken."""
         for step in self.watch.read(end):
             if math.isfinite(step.loss) and math.isfinite(step.grad_norm):
                 self.optimizer.confirm()
@@ -183,11 +182,14 @@ class Steps:
     def log(self) -> None:
         """Tell the observers what was read."""
         steps, self._unlogged = self._unlogged, []
-        if steps:
-            done, train_s = steps[-1].number + 1, self.progress.train_s
-            step_s = (train_s - self._logged[1]) / (done - self._logged[0])
-            self._logged = done, train_s
-            for record in (self._record(step, step_s) for step in steps if self._is_logged(step.number + 1)):
+        if not steps:
+            return
+        done, train_s = steps[-1].number + 1, self.progress.train_s
+        step_s = (train_s - self._logged[1]) / (done - self._logged[0])
+        self._logged = done, train_s
+        for step in steps:
+            if self._is_logged(step.number + 1):
+                record = self._record(step, step_s)
                 for observer in self.observers:
                     observer.log(record)
 
@@ -202,7 +204,7 @@ class Steps:
             observer.say(message)
 
     def _record(self, step: Launched, step_s: float) -> Record:
-        """The keys of metrics.jsonl; `step_s` is the mean seconds of a step since something was logged last."""
+        """The keys of metrics.jsonl; `step_s` is the mean seconds of a step since the last log."""
         config, full, plan, stage = self.config, self.config.model, step.plan, step.stage.number - 1
         done, joined = step.number + 1, self.joined[stage]
         record = {

@@ -1,4 +1,4 @@
-"""Mean losses over windows. The validation loss is the full model's, or of what has joined it, with no rescale."""
+"""Mean losses over windows of tokens."""
 
 import numpy as np
 import torch
@@ -10,10 +10,7 @@ from est_cli.training.subnetwork import PackedSubnetwork
 
 @torch.no_grad()
 def validation_loss(whole: PackedSubnetwork, windows: np.ndarray, batch_size: int, world: World) -> float:
-    """Mean cross-entropy in nats of `whole`, the packed full model or what of it has joined; drops its gradients.
-
-    windows [n, T + 1] of token ids. A collective.
-    """
+    """The mean loss of `whole`, the packed full model or what of it has joined: no rescale. Drops its gradients."""
     if not whole.is_master:
         whole.load_whole()
     return mean_loss(whole.module, windows, batch_size, world)
@@ -21,7 +18,7 @@ def validation_loss(whole: PackedSubnetwork, windows: np.ndarray, batch_size: in
 
 @torch.no_grad()
 def mean_loss(module: Transformer, windows: np.ndarray, batch_size: int, world: World | None = None) -> float:
-    """Mean cross-entropy in nats of a model on `windows` [n, T + 1].
+    """Mean cross-entropy in nats of a model on `windows` [n, T + 1] of token ids. A collective.
 
     The ranks of `world` share the windows. A rank without one computes too: the others need its part of the model.
     """
