@@ -179,7 +179,8 @@ def in_own_process(function: Callable[..., Result], *arguments: Any, timeout: fl
         result = receiver.recv() if receiver.poll(timeout) else TimeoutError()
     except EOFError:
         result = RuntimeError("the process was killed")
-    process.kill()
+    if isinstance(result, TimeoutError):
+        process.kill()
     process.join()
     if isinstance(result, Exception):
         raise result
