@@ -46,9 +46,9 @@ class Grown:
     d_ff: Part | None = None
 
     def fractions(self, model: Mapping[str, int]) -> "Grown":
-        """The same with fractions of `model`'s counts, and None where all have joined."""
+        """The same with fractions of `model`'s counts, and None where all have joined. Raises for what is no number."""
         parts = {key: part / model[key] if type(part) is int else part for key, part in vars(self).items()}
-        return Grown(**{key: None if part == 1.0 else part for key, part in parts.items()})
+        return Grown(**{key: None if part in (None, 1.0) else float(part) for key, part in parts.items()})
 
     def sizes(self, model: "ModelConfig", mlp_block: int = 1) -> dict[str, int]:
         """Layers, heads, key/value heads and neurons that have joined: whole groups of heads and blocks of neurons.
@@ -120,13 +120,10 @@ class Stage:
 
     @property
     def kept(self) -> Rates:
-        """Fractions of the full model that it trains; NaN if the joined part is given as a count."""
-        joined = (
-            1.0 if part is None else part if isinstance(part, float) else math.nan
-            for part in (self.grown.n_heads, self.grown.d_ff, self.grown.n_layers)
-        )
-        rates = (self.rates.heads, self.rates.mlp, self.rates.layers)
-        return Rates(*(rate * part for rate, part in zip(rates, joined, strict=True)))
+        """Fractions of the full model that it trains; `grown` must hold fractions, as `Grown.fractions` gives them."""
+        joined = (self.grown.n_heads, self.grown.d_ff, self.grown.n_layers)
+        rates = vars(self.rates).values()
+        return Rates(*(rate if part is None else rate * part for rate, part in zip(rates, joined, strict=True)))
 
     @property
     def last_step(self) -> int:
