@@ -3,6 +3,7 @@
 import argparse
 import io
 import json
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -106,20 +107,17 @@ def test_without_an_evolving_arm_the_composed_scheduler_says_how_many_flops():
 class Launched:
     """Runs no job: writes the summary of one, whose loss `loss(overrides)` is; None leaves it stopped."""
 
-    def __init__(self, folder: Path, loss):
-        self.folder, self.loss = folder, loss
-        self.goes: list[list[tuple[str, ...]]] = []
+    def __init__(self, folder: Path, loss: Callable[[set[str]], float | None] = lambda job: 1.0):
+        self.folder, self.loss, self.goes = folder, loss, []
 
-    def __call__(self, jobs):
-        self.goes.append([tuple(job) for job in jobs])
-        return [self._job(tuple(job), f"{len(self.goes)}-{number}") for number, job in enumerate(jobs)]
-
-    def _job(self, overrides: tuple[str, ...], name: str) -> Path:
-        (self.folder / name).mkdir()
-        loss = self.loss(overrides)
-        summary = {"status": "stopped"} if loss is None else {"status": "done", "val_loss": loss}
-        (self.folder / name / "summary.json").write_text(json.dumps(summary))
-        return self.folder / name
+    def __call__(self, jobs: Sequence[Sequence[str]]) -> list[Path]:
+        self.goes.append(jobs := list(map(set, jobs)))
+        folders = [self.folder / f"{len(self.goes)}-{number}" for number in range(len(jobs))]
+        for folder, loss in zip(folders, map(self.loss, jobs), strict=True):
+            folder.mkdir()
+            summary = {"status": "stopped"} if loss is None else {"status": "done", "val_loss": loss}
+            (folder / "summary.json").write_text(json.dumps(summary))
+        return folders
 
 
 GRID = ("arms=[full,est]", "seed=0,1,2", "optimizer.lr=0.001,0.002", "optimizer.weight_decay=0,0.1")
@@ -129,21 +127,21 @@ def test_later_seeds_run_each_arm_at_the_setting_that_was_best_on_the_first(tmp_
     best = {"+arm=full": {"optimizer.lr=0.002", "optimizer.weight_decay=0"},
             "+arm=est": {"optimizer.lr=0.001", "optimizer.weight_decay=0.1"}}  # fmt: skip
 
-    def best_of(job):
+    def best_of(job: set[str]) -> set[str]:
         return next(best[override] for override in job if override in best)
 
-    launched, jobs = Launched(tmp_path, lambda job: 3.0 - len(best_of(job) & set(job))), jobs_of(*GRID)
+    launched, jobs = Launched(tmp_path, lambda job: 3.0 - len(best_of(job) & job)), jobs_of(*GRID)
     jobs.run(launched)
     grid, later = launched.goes
     assert (len(grid), len(later)) == (2 * 4, 2 * 2)
     assert len(grid) + len(later) == jobs.runs_per_arm * len(jobs.arms)
     assert all("seed=0" in job for job in grid)
-    assert sorted(next(o for o in job if o.startswith("seed=")) for job in later) == ["seed=1"] * 2 + ["seed=2"] * 2
-    assert all(best_of(job) <= set(job) for job in later)
+    assert [sum(seed in job for job in later) for seed in ("seed=1", "seed=2")] == [2, 2]
+    assert all(best_of(job) <= job for job in later)
 
 
 def test_later_seeds_of_an_arm_wait_for_its_first(tmp_path, capsys):
-    launched = Launched(tmp_path, lambda job: None if {"+arm=est", "optimizer.lr=0.001"} <= set(job) else 1.0)
+    launched = Launched(tmp_path, lambda job: None if {"+arm=est", "optimizer.lr=0.001"} <= job else 1.0)
     jobs_of(*GRID).run(launched)
     assert all("+arm=full" in job for job in launched.goes[1])
     assert "est: later seeds wait" in capsys.readouterr().err
@@ -156,7 +154,7 @@ def test_a_signal_ends_the_comparison():
 
 
 def test_without_a_grid_all_seeds_run_at_once(tmp_path):
-    launched = Launched(tmp_path, lambda job: 1.0)
+    launched = Launched(tmp_path)
     jobs_of("arms=[full,est]", "seed=0,1,2").run(launched)
     assert [len(go) for go in launched.goes] == [6]
 

@@ -123,12 +123,6 @@ def test_a_cooldown_that_died_before_it_had_the_checkpoint_begins_again(place, c
     assert_equal_runs(folder, cooled)
 
 
-def test_another_decay_is_another_run(place, cooled):
-    folder = killed(cooled, place / "other")
-    arguments = ("--cooldown", AT, "optimizer.decay_steps=6", f"hydra.run.dir={folder}")
-    assert "optimizer.decay_steps: was 5, is 6 (decides the weights)" in train(place, *arguments, code=2).err
-
-
 def test_one_trunk_serves_many_budgets_in_a_sweep(place, cooled):
     jobs = train(place, "--cooldown", AT, *COOLDOWN, "-m", "optimizer.decay_steps=2,5").json["jobs"]
     assert sorted(job["steps"] for job in jobs) == [10, 13]
@@ -216,14 +210,6 @@ def test_a_share_of_the_run_is_the_share_that_a_straight_run_would_take(constant
             length = replace(trunk, step=step).length(share, 0.2)
             straight = OptimizerConfig(decay="wsd", decay_steps=share)
             assert straight.decay_start(step + length) == step
-
-
-def test_fractions_of_the_trunk_become_steps(tmp_path):
-    """Three stages that end at 2/15 and 7/15 of 15 steps, and a fifth of them warmup."""
-    config = settled(trunk_in(tmp_path, train_config(optimizer=CONSTANT), 8), "optimizer.decay_steps=4")
-    assert [spec.end for spec in config.scheduler.stages] == [2, 7, None]
-    assert [(stage.first_step, stage.end) for stage in config.stages] == [(0, 2), (2, 7), (7, 12)]
-    assert (config.optimizer.warmup, type(config.optimizer.warmup)) == (3, int)
 
 
 @pytest.mark.parametrize(("step", "stages"), [(2, 1), (3, 2), (7, 2), (8, 3)])
