@@ -23,12 +23,6 @@ class Result(MeasuredArm):
     """Measured seconds of a step in each stage, the full model's last; empty where they were not measured."""
 
     @property
-    def share(self) -> float:
-        """FLOPs as a share of the full model's for the same tokens."""
-        full = [run.outcome["flops_total"] for run in self.full.runs.values()]
-        return _mean(self.outcomes("flops_total")) / _mean(full)
-
-    @property
     def differences(self) -> np.ndarray:
         """Its losses less the full model's for the same tokens, of the seeds that have both."""
         return self.to_full[np.isfinite(self.to_full)]
@@ -84,7 +78,7 @@ def screened(records: Records, size: str, warmup: int = SHORT) -> list[tuple[Run
 
     def rank(entry: tuple[Run, Result]) -> list[float]:
         result = entry[1]
-        return [math.inf if math.isnan(key) else key for key in (-result.saved, _mean(result.to_same_flops))]
+        return [math.inf if math.isnan(key) else key for key in (-result.saved, result.to_same_flops.mean())]
 
     return sorted(((run, result_of(records, [run])) for run in best), key=rank)
 
@@ -127,7 +121,7 @@ def _size_json(first: Run, result: Result) -> dict[str, Any]:
     n_parameters, tokens = parameters(run), int(run.outcome["tokens"])
     numbers = {
         "tokens_per_parameter": tokens / n_parameters,
-        "difference": _mean(differences),
+        "difference": differences.mean(),
         "spread": np.std(differences, ddof=1) if len(differences) > 1 else math.nan,
         "saved": 1 - result.share,
         "saved_at_equal_loss": result.saved,
@@ -147,7 +141,3 @@ def _seconds(runs: Sequence[RunRecord], step_s: Sequence[float]) -> float:
     if not stages or len(stages) > len(step_s):
         return math.nan
     return sum((s["last_step"] - s["first_step"] + 1) * t for s, t in zip(stages, step_s, strict=False))
-
-
-def _mean(values: Sequence[float] | np.ndarray) -> float:
-    return float(np.mean(values)) if len(values) else math.nan

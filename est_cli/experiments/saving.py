@@ -125,6 +125,12 @@ class MeasuredArm:
         return self.outcomes("val_loss")
 
     @property
+    def share(self) -> float:
+        """Its FLOPs as a share of the full model's for the same tokens; NaN if unknown."""
+        full = [run.outcome["flops_total"] for run in self.full.runs.values()]
+        return float(self.outcomes("flops_total").mean() / np.mean(full)) if self.runs and full else math.nan
+
+    @property
     def full_losses(self) -> np.ndarray:
         """[seeds] The full model's final losses; NaN if unknown."""
         known = self.full.runs

@@ -75,9 +75,8 @@ class TunedArm(MeasuredArm):
     def sentence(self, same_flops: bool) -> str | None:
         """`same_flops`: whether the full model was also trained for the same FLOPs."""
         said = []
-        if full := list(self.full.runs.values()):
-            share = 1 - self.outcomes("flops_total").mean() / np.mean([run.outcome["flops_total"] for run in full])
-            fewer = Saving(share).words("fewer", "FLOPs")
+        if self.full.runs:
+            fewer = Saving(1 - self.share).words("fewer", "FLOPs")
             said.append(f"for the same tokens {fewer}, and its loss {_to_full_model(self.to_full)}")
         if same_flops:
             said.append(f"for the same FLOPs its loss {_to_full_model(self.to_same_flops)}")
