@@ -40,7 +40,7 @@ def stacked(grow: str, *sources: int | None, depth: int = 2, **options) -> Arm:
     return Arm(tuple(stacking(Rates(), 6, depth)), grow, sources=sources, **options)
 
 
-SQRT = SamplingConfig(layer_strategy="ends", rescale=RescaleConfig(layers="sqrt"))
+ENDS = SamplingConfig(layer_strategy="ends", rescale=RescaleConfig(layers="sqrt"))
 BY_DEPTH = SamplingConfig(layer_strategy="increasing", rescale=RescaleConfig(layers="inverse"))
 UNSCALED = SamplingConfig(rescale=RescaleConfig(heads="none", mlp="sqrt"))
 ARMS = {
@@ -60,7 +60,7 @@ ARMS = {
         (StageSpec(6, 0.5, 0.5, 0.5, n_layers=4, n_heads=2, d_ff=8), StageSpec(10, 0.5, 0.5, 0.75), StageSpec()),
         sources=(0, 1, 2, 3, 0, 1),
     ),
-    "raptr": Arm(tuple(raptr(Rates(layers=0.5), 3)), sampling=SQRT),
+    "raptr": Arm(tuple(raptr(Rates(layers=0.5), 3)), sampling=ENDS),
     "layer_drop": Arm(tuple(layer_drop(Rates(), 0.7, 3)), sampling=BY_DEPTH),
     "neither scaled as in the paper": Arm((StageSpec(6, 0.5, 0.5), StageSpec()), sampling=UNSCALED),
 }

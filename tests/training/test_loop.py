@@ -49,13 +49,6 @@ def test_log_every_thins_the_records_but_keeps_the_first_the_last_and_evaluation
     assert {record["perf/mfu"] for record in recorder.records} == {None}
 
 
-def test_two_runs_of_one_config_agree_in_everything_but_time(tmp_path):
-    config = train_config(LLAMA, eval_every=5)
-    first, second = (told(finished(config, tmp_path / name)[1]) for name in "ab")
-    assert first == second
-    assert told(finished(replace(config, seed=1), tmp_path / "c")[1]) != first
-
-
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory):
     @cache

@@ -1,4 +1,4 @@
-"""The host waits for the device where a step is logged, once, and nowhere else; reading later changes nothing."""
+"""The host waits for the device once in a step that is logged, and never in another; working ahead changes nothing."""
 
 from collections import Counter
 
@@ -48,15 +48,20 @@ def test_a_step_waits_once_where_it_is_logged_and_never_where_it_is_not(
     assert dict(per_step) == expected, waits
 
 
-def test_reading_a_step_after_the_next_was_launched_changes_no_record(tmp_path):
-    config = train_config(LLAMA, log_every=2, eval_every=5, checkpoint_every=4, save_final="full")
+@pytest.mark.parametrize(("behind", "ahead"), [(1, 0), (0, 15), (1, 15)], ids=["read late", "made ahead", "both"])
+def test_a_gpus_order_of_work_changes_no_record_and_no_bit_also_after_a_stop(tmp_path, behind, ahead):
+    """Steps are read after the next one was launched; plans and batches are made ahead."""
+    config = train_config(LLAMA, grad_accum=2, log_every=2, eval_every=5, checkpoint_every=4, save_final="full")
     usual, expected = finished(config, tmp_path / "usual")
-    behind, late = start(config)
-    behind.steps.behind = 1
-    train(behind, tmp_path / "behind")
-    assert told(late) == told(expected)
-    assert all(record["perf/step_s"] > 0 for record in late.records)
-    assert_same_bits(behind, usual)
+    first, before = start(config)
+    first.steps.behind, first.inputs.end = behind, ahead
+    train(first, tmp_path / "gpu", stop_after=6)
+    second, after = resumed(config, tmp_path / "gpu")
+    second.steps.behind, second.inputs.end = behind, ahead
+    train(second, tmp_path / "gpu")
+    assert told(before, after) == told(expected)
+    assert all(record["perf/step_s"] > 0 for record in before.records + after.records)
+    assert_same_bits(second, usual)
 
 
 def test_the_device_has_the_next_step_when_the_host_reads_a_loss(tmp_path):
