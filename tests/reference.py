@@ -114,16 +114,15 @@ def mlp(
 def _check(model: ModelConfig, plan: ReferencePlan) -> None:
     """A wrong adapter must fail here, not show up as a small difference or, worse, as none."""
     everything = full_plan(model)
-
-    def subset(kept: list[int], of: list[int]) -> bool:
-        return len(kept) > 0 and list(kept) == [unit for unit in of if unit in set(kept)]
-
-    assert plan.layers == [] or subset(plan.layers, everything.layers), plan.layers
     for layer in plan.layers:
-        assert subset(plan.heads[layer], everything.heads[layer]), (layer, plan.heads[layer])
-        assert subset(plan.neurons[layer], everything.neurons[layer]), (layer, plan.neurons[layer])
+        for kept, all_of_them in (
+            (plan.layers, everything.layers),
+            (plan.heads[layer], everything.heads[layer]),
+            (plan.neurons[layer], everything.neurons[layer]),
+        ):
+            assert kept and kept == [unit for unit in all_of_them if unit in set(kept)], (layer, kept)
         served = sorted({head // (model.n_heads // model.n_kv_heads) for head in plan.heads[layer]})
-        assert list(plan.kv_heads[layer]) == served, (layer, plan.kv_heads[layer], served)
+        assert plan.kv_heads[layer] == served, (layer, plan.kv_heads[layer], served)
 
 
 def logits(

@@ -65,7 +65,7 @@ def test_a_disk_that_takes_no_trace_does_not_end_the_run(tmp_path):
         (603, "in YAML with quotes"),
         ("-1:2", "must be STEP:COUNT"),
         ("1:2:3", "must be STEP:COUNT"),
-        ("1:0", "COUNT must be at least 1"),
+        ("1:0", "COUNT must be at least 1 and at most 100"),
         ("0:101", "COUNT must be at least 1 and at most 100"),
         ("1:2", "STEP + COUNT must be at most 2, the steps of stage 1"),
         (True, "must be"),

@@ -18,8 +18,10 @@ from tests.training import many_ranks
 from tests.training.many_ranks import CASES, CHAIN, RUNS, STREAMED, SmallTokens, alone, mesh_name, on, stream_store
 from tests.training.ranks import run_ranks
 
-MESHES = [(name, ranks, shards) for ranks, runs in RUNS.items() for name, shards in runs]
-PACKED = [mesh for mesh in MESHES if "masked" not in mesh[0]]
+MESHES = {
+    f"{name}-{mesh_name(ranks, shards)}": (name, ranks, shards) for ranks, runs in RUNS.items() for name, shards in runs
+}
+PACKED = [run for run in MESHES if "masked" not in run]
 
 
 @pytest.fixture(scope="module")
@@ -45,10 +47,6 @@ def seen(folder: Path, run: str, rank: int = 0) -> dict:
     return json.loads((folder / f"{run}-{rank}.json").read_text())
 
 
-def run_name(name: str, ranks: int, shards: int) -> str:
-    return f"{name}-{mesh_name(ranks, shards)}"
-
-
 def weights(folder: Path, run: str, model) -> dict[str, Tensor]:
     found = Transformer(model)
     Checkpoints(folder / run).newest(pytest.fail).load_model(found)
@@ -63,21 +61,21 @@ def assert_same_curve(ours: list[dict], theirs: list[dict], tolerance: float = 1
             assert a[key] == pytest.approx(b[key], abs=tolerance), f"{key} of step {a['step']}"
 
 
-@pytest.mark.parametrize("mesh", MESHES, ids=lambda mesh: run_name(*mesh))
-def test_ranks_train_as_one_process_with_the_same_global_batch(folder, expected, mesh):
+@pytest.mark.parametrize("run", MESHES)
+def test_ranks_train_as_one_process_with_the_same_global_batch(folder, expected, run):
     """ddp, fsdp and hsdp; sampled and growing; fp32 and bf16; every loss, every norm, and the weights of the end."""
-    config, run = CASES[mesh[0]], run_name(*mesh)
-    trained, records = expected(mesh[0])
+    name, _, _ = MESHES[run]
+    config, (trained, records) = CASES[name], expected(name)
     assert len(records) == config.trainer.max_steps
     tolerance = 1e-5 if config.trainer.precision == "fp32" else 1e-3  # a rounding can flip the last bit of a bf16
     assert_same_curve(seen(folder, run)["records"], records, tolerance)
     assert_close(weights(folder, run, config.model), trained, rtol=0, atol=tolerance)
 
 
-@pytest.mark.parametrize("mesh", MESHES, ids=lambda mesh: run_name(*mesh))
-def test_all_ranks_follow_the_same_plans_and_rank_0_tells(folder, mesh):
-    _, ranks, shards = mesh
-    found = [seen(folder, run_name(*mesh), rank) for rank in range(ranks)]
+@pytest.mark.parametrize("run", MESHES)
+def test_all_ranks_follow_the_same_plans_and_rank_0_tells(folder, run):
+    _, ranks, shards = MESHES[run]
+    found = [seen(folder, run, rank) for rank in range(ranks)]
     assert all(rank["plans"] == found[0]["plans"] for rank in found)
     assert len(set(found[0]["plans"])) > 4, "they differ from step to step"
     assert [bool(rank["records"]) for rank in found] == [True] + [False] * (ranks - 1)
@@ -86,22 +84,22 @@ def test_all_ranks_follow_the_same_plans_and_rank_0_tells(folder, mesh):
     assert len(set(replicas)) == shards
 
 
-@pytest.mark.parametrize("mesh", MESHES, ids=lambda mesh: run_name(*mesh))
-def test_a_rank_holds_its_share_of_masters_and_moments(folder, mesh):
-    name, ranks, shards = mesh
+@pytest.mark.parametrize("run", MESHES)
+def test_a_rank_holds_its_share_of_masters_and_moments(folder, run):
+    name, ranks, shards = MESHES[run]
     whole = 12 * count_parameters(CASES[name].model).total
     vectors = 12 * sum(p.numel() for p in Transformer(CASES[name].model, "meta").parameters() if p.dim() == 1)
     for rank in range(ranks):
-        assert seen(folder, run_name(*mesh), rank)["held_bytes"] == (whole - vectors) // shards + vectors
+        assert seen(folder, run, rank)["held_bytes"] == (whole - vectors) // shards + vectors
     if CASES[name].model == LLAMA and shards == 2:
-        assert seen(folder, run_name(*mesh))["held_bytes"] <= 0.55 * whole
+        assert seen(folder, run)["held_bytes"] <= 0.55 * whole
 
 
-@pytest.mark.parametrize("mesh", PACKED, ids=lambda mesh: run_name(*mesh))
-def test_what_travels_is_the_small_model_and_one_message(folder, mesh):
+@pytest.mark.parametrize("run", PACKED)
+def test_what_travels_is_the_small_model_and_one_message(folder, run):
     """est-plan's sent_bytes, from what was handed to PyTorch's collectives in every step without an evaluation."""
-    name, ranks, shards = mesh
-    config, run, replicas = on(CASES[name], ranks), run_name(*mesh), ranks // shards
+    name, ranks, shards = MESHES[run]
+    config, replicas = on(CASES[name], ranks), ranks // shards
     config = replace(config, trainer=replace(config.trainer, shard_size=shards))
     for stage in config.stages:
         step = stage.first_step  # none of them evaluates
@@ -124,9 +122,9 @@ def test_a_run_goes_on_with_other_ranks_as_if_never_stopped(folder, expected):
     assert_close(weights(folder, "chain", LLAMA), trained, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("mesh", MESHES, ids=lambda mesh: run_name(*mesh))
-def test_the_memory_of_a_stage_ends_with_it(folder, mesh):
-    assert seen(folder, run_name(*mesh))["alive"] == 0
+@pytest.mark.parametrize("run", MESHES)
+def test_the_memory_of_a_stage_ends_with_it(folder, run):
+    assert seen(folder, run)["alive"] == 0
 
 
 def test_a_stream_gives_two_ranks_the_samples_of_one(folder, tmp_path):

@@ -1,13 +1,11 @@
-"""Where the packed subnetwork's tensors live, and what is copied when."""
+"""Where the packed subnetwork's tensors live, and what is copied when. test_equivalence.py: which rows it holds."""
 
 import gc
 import weakref
 
 import pytest
 import torch
-from adapter import reference_plan, reference_tensors
-from reference import sampled_rows
-from tiny import FAMILIES, GPT2, LLAMA, random_batch, random_master, snapshot
+from tiny import FAMILIES, GPT2, LLAMA, random_batch, random_master
 
 from est_cli.config import SamplingConfig
 from est_cli.model.transformer import Transformer
@@ -75,26 +73,15 @@ def test_in_fp32_with_every_count_full_the_module_is_the_master():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("family", FAMILIES)
-def test_the_packed_model_holds_the_plans_rows_and_no_others_in_the_same_slots(family, dtype):
-    """Each packed tensor, cut into units as the reference does, equals those units of the master."""
-    config, slots = FAMILIES[family], []
-    master = random_master(config, torch.float32)
+def test_the_slots_of_a_stage_stay_where_they_are(dtype):
+    master, found = random_master(LLAMA, torch.float32), []
     subnet = packed(master, HALF, dtype)
     for step in range(3):
-        plan = plan_of(master, HALF, step)
-        subnet.load(plan)
-        whole, kept = reference_tensors(config, snapshot(master)), reference_plan(plan)
-        for name, tensor in reference_tensors(subnet.small, dict(subnet.module.named_parameters())).items():
-            position, _, part = name.partition(".")
-            full_name = f"{kept.layers[int(position)]}.{part}" if position.isdigit() else name
-            rows = sampled_rows(full_name, kept)
-            expected = whole[full_name] if rows == [...] else whole[full_name][rows]
-            assert torch.equal(tensor.data, expected.to(dtype)), name
-        subnet.loss(*random_batch(config)).backward()
+        subnet.load(plan_of(master, HALF, step))
+        subnet.loss(*random_batch(LLAMA)).backward()
         subnet.updates()
-        slots.append({name: address for name, address in addresses(subnet).items() if name in subnet.rows})
-    assert slots[0] and slots == [slots[0]] * 3, "the slots of one stage stay where they are"
+        found.append({name: address for name, address in addresses(subnet).items() if name in subnet.rows})
+    assert found[0] and found == [found[0]] * 3
 
 
 @pytest.mark.parametrize("rates", [HALF, Rates()], ids=["half", "full"])
