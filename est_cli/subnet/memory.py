@@ -75,7 +75,7 @@ def training_bytes(config: TrainConfig) -> int:
     trainer, total = config.trainer, count_parameters(config.model)
     single, cpu = trainer.strategy == "single", trainer.device == "cpu"
     process = 0 if not cpu else CPU_PROCESS_BYTES if single else CPU_RANK_BYTES
-    peak = max((_packed_bytes if single else _shared_bytes)(config, s.model) for s in stage_subnetworks(config))
+    peak = max((_process_bytes if single else _rank_bytes)(config, s.model) for s in stage_subnetworks(config))
     return int(12 * (total.matrices / (1 if single else trainer.shard_size) + total.vectors) + peak + process)
 
 
@@ -94,8 +94,8 @@ def sent_bytes(config: TrainConfig, stage: Stage) -> int:
     return int(in_group + between + 2 * 8 * count.vectors * (ranks - 1) / ranks)
 
 
-def _packed_bytes(config: TrainConfig, small: ModelConfig) -> float:
-    """All but the masters in one process: what the forward pass keeps, slots, and gradients, the head's first."""
+def _process_bytes(config: TrainConfig, small: ModelConfig) -> float:
+    """All but the masters in a single process: what the forward pass keeps, slots, and gradients, the head's first."""
     count, table, forward = count_parameters(small), _table(config), _forward_bytes(config, small)
     if config.trainer.precision == "bf16":
         # The head's gradient: summed in fp32, then as bf16 beside the embedding's, and on its way to the sum.
@@ -104,8 +104,8 @@ def _packed_bytes(config: TrainConfig, small: ModelConfig) -> float:
     return forward + 4 * (count.total + (0 if small == config.model else count.blocks)) + 4 * table
 
 
-def _shared_bytes(config: TrainConfig, small: ModelConfig) -> float:
-    """All but the masters in one of the ranks that share them: also the matrices that it gathers from the others.
+def _rank_bytes(config: TrainConfig, small: ModelConfig) -> float:
+    """All but the masters in one of several ranks, with the matrices that it gathers from those that share the masters.
 
     The peak is one of three moments: the head's gradient is made, the first block's is, or the tables' gradients are
     sent; by then the backward pass has freed activations and logits.

@@ -18,9 +18,3 @@ def test_slots_hold_the_rows_in_the_slots_type_and_no_graph(dtype):
         assert torch.equal(slot, wanted.to(dtype))
         assert not slot.requires_grad
     assert [slot.data_ptr() for slot in slots] == addresses, "slots are filled, not replaced"
-
-
-def test_a_slot_that_is_seen_through_a_view_is_filled():
-    weight, slot = torch.arange(24.0), torch.zeros(8)
-    gather_rows([weight.view(6, 4)], [torch.tensor([0, 5])], [slot.view(2, 4)])
-    assert slot.tolist() == [0, 1, 2, 3, 20, 21, 22, 23]
