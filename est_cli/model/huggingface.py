@@ -11,7 +11,7 @@ mlp.down       [in, out]     mlp.c_proj, as it is            down_proj, transpos
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,40 +22,62 @@ from est_cli.model.transformer import Transformer
 
 State = dict[str, Tensor]
 
-CLASSES = {"gpt2": "GPT2LMHeadModel", "llama": "LlamaForCausalLM"}
-"""By config.json's model_type, which names a family here. Where a table has a pair, it is GPT-2's and Llama's."""
-_STYLE = {
-    "gpt2": {"norm": "layernorm", "position": "learned", "mlp": "gelu"},
-    "llama": {"norm": "rmsnorm", "position": "rope", "mlp": "swiglu"},
-}
-_KEYS = {
-    "d_model": ("n_embd", "hidden_size"),
-    "n_heads": ("n_head", "num_attention_heads"),
-    "vocab_size": ("vocab_size", "vocab_size"),
-    "max_seq_len": ("n_positions", "max_position_embeddings"),
-    "n_layers": ("n_layer", "num_hidden_layers"),
-    "n_kv_heads": (None, "num_key_value_heads"),
-    "head_dim": (None, "head_dim"),
-    "d_ff": ("n_inner", "intermediate_size"),
-    "norm_eps": ("layer_norm_epsilon", "rms_norm_eps"),
-    "rope_theta": (None, "rope_theta"),
-    "bias": (None, "attention_bias"),
-    "tie_embeddings": ("tie_word_embeddings", "tie_word_embeddings"),
-}
-"""Our settings → config.json's."""
-_DEFAULTS = {
-    "gpt2": {"n_inner": None, "layer_norm_epsilon": 1e-5, "tie_word_embeddings": True},
-    "llama": {"num_key_value_heads": None, "head_dim": None, "rms_norm_eps": 1e-6, "rope_theta": 10000.0,
+
+class Family(NamedTuple):
+    """How a class of Hugging Face names what our model has."""
+
+    class_name: str
+    style: dict[str, str]
+    """Our settings that every model of the class has."""
+    keys: dict[str, str]
+    """Our settings → config.json's."""
+    defaults: dict[str, Any]
+    """What an absent key of config.json means."""
+    required: dict[str, tuple]
+    """Values that our model has. An absent key has them too: they are the defaults of the class."""
+    outside: dict[str, str]
+    """Our tensors outside of the blocks → theirs, except for the head."""
+    layers: str
+    """What comes before the number of a layer."""
+    block: dict[str, str]
+    """Our modules of a block → the modules that hold their rows, in order."""
+
+
+GPT2 = Family(
+    "GPT2LMHeadModel",
+    style={"norm": "layernorm", "position": "learned", "mlp": "gelu"},
+    keys={"d_model": "n_embd", "n_heads": "n_head", "vocab_size": "vocab_size", "max_seq_len": "n_positions",
+          "n_layers": "n_layer", "d_ff": "n_inner", "norm_eps": "layer_norm_epsilon",
+          "tie_embeddings": "tie_word_embeddings"},
+    defaults={"n_inner": None, "layer_norm_epsilon": 1e-5, "tie_word_embeddings": True},
+    required={"activation_function": ("gelu_new", "gelu_pytorch_tanh"), "scale_attn_weights": (True,),
+              "scale_attn_by_inverse_layer_idx": (False,), "add_cross_attention": (False,)},
+    outside={"embedding": "transformer.wte.weight", "positions": "transformer.wpe.weight",
+             "norm.weight": "transformer.ln_f.weight", "norm.bias": "transformer.ln_f.bias"},
+    layers="transformer.h",
+    block={"norm1": "ln_1", "attention.qkv": "attn.c_attn", "attention.out": "attn.c_proj",
+           "norm2": "ln_2", "mlp.up": "mlp.c_fc", "mlp.down": "mlp.c_proj"},
+)  # fmt: skip
+LLAMA = Family(
+    "LlamaForCausalLM",
+    style={"norm": "rmsnorm", "position": "rope", "mlp": "swiglu"},
+    keys={"d_model": "hidden_size", "n_heads": "num_attention_heads", "vocab_size": "vocab_size",
+          "max_seq_len": "max_position_embeddings", "n_layers": "num_hidden_layers",
+          "n_kv_heads": "num_key_value_heads", "head_dim": "head_dim", "d_ff": "intermediate_size",
+          "norm_eps": "rms_norm_eps", "rope_theta": "rope_theta", "bias": "attention_bias",
+          "tie_embeddings": "tie_word_embeddings"},
+    defaults={"num_key_value_heads": None, "head_dim": None, "rms_norm_eps": 1e-6, "rope_theta": 10000.0,
               "attention_bias": False, "tie_word_embeddings": False},
-}  # fmt: skip
-"""What an absent key means to the class."""
-_REQUIRED = {
-    "gpt2": {"activation_function": ("gelu_new", "gelu_pytorch_tanh"), "scale_attn_weights": (True,),
-             "scale_attn_by_inverse_layer_idx": (False,), "add_cross_attention": (False,)},
-    "llama": {"hidden_act": ("silu",)},
-}  # fmt: skip
-"""Values that our model has. An absent key has them too: they are the defaults of both classes."""
-_ROPE = ("rope_parameters", "rope_scaling")
+    required={"hidden_act": ("silu",)},
+    outside={"embedding": "model.embed_tokens.weight", "norm.weight": "model.norm.weight"},
+    layers="model.layers",
+    block={"norm1": "input_layernorm", "attention.qkv": "self_attn.q_proj self_attn.k_proj self_attn.v_proj",
+           "attention.out": "self_attn.o_proj", "norm2": "post_attention_layernorm",
+           "mlp.up": "mlp.gate_proj mlp.up_proj", "mlp.down": "mlp.down_proj"},
+)  # fmt: skip
+FAMILIES = {"gpt2": GPT2, "llama": LLAMA}
+"""By config.json's model_type."""
+
 _WITHOUT_EFFECT = re.compile(
     r"architectures|auto_map|dtype|torch_dtype|transformers_version|use_cache|initializer_range|gradient_checkpointing"
     r"|\w+_token_ids?|\w+_pdrop|\w+_dropout|summary_\w+|task_specific_params|finetuning_task|problem_type|prefix"
@@ -67,44 +89,21 @@ _WITHOUT_EFFECT = re.compile(
     r"|unsloth_\w+|max_window_layers|attn_implementation|label_names|n_ctx|reorder_and_upcast_attn|pretraining_tp"
 )
 """Settings that change no logit: of training, tokens and generation, and records of where a file comes from."""
-
-_OUTSIDE = {
-    "embedding": ("transformer.wte.weight", "model.embed_tokens.weight"),
-    "positions": ("transformer.wpe.weight", None),
-    "norm.weight": ("transformer.ln_f.weight", "model.norm.weight"),
-    "norm.bias": ("transformer.ln_f.bias", None),
-}
-"""Our tensors outside of the blocks → theirs, except for the head."""
+_ROPE = ("rope_parameters", "rope_scaling")
 _HEAD = "lm_head.weight"
-_LAYERS = {"gpt2": "transformer.h", "llama": "model.layers"}
-_BLOCK = {
-    "norm1": ("ln_1", "input_layernorm"),
-    "attention.qkv": ("attn.c_attn", "self_attn.q_proj self_attn.k_proj self_attn.v_proj"),
-    "attention.out": ("attn.c_proj", "self_attn.o_proj"),
-    "norm2": ("ln_2", "post_attention_layernorm"),
-    "mlp.up": ("mlp.c_fc", "mlp.gate_proj mlp.up_proj"),
-    "mlp.down": ("mlp.c_proj", "mlp.down_proj"),
-}
-"""Our modules of a block → the modules that hold their rows, in order."""
 _OUTPUTS = ("attention.out", "mlp.down")
 """Modules whose weights we hold as [in, out]."""
 _BUFFERS = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")
 _NAMES_SHOWN = 3
 
 
-def _names(table: Mapping[str, tuple[str | None, str | None]], family: str) -> dict[str, str]:
-    """The rows of a table that the family has: ours → theirs."""
-    column = list(CLASSES).index(family)
-    return {ours: theirs[column] for ours, theirs in table.items() if theirs[column]}
-
-
 def family_of(model: ModelConfig) -> str:
     """The family that can hold `model`. Raises UserError naming each setting that none can."""
     family = "gpt2" if model.position == "learned" else "llama"
-    class_name = CLASSES[family]
+    class_name = FAMILIES[family].class_name
     problems = [
         f"model.{key}={getattr(model, key)}: {class_name} (model.position={model.position}) has {key}={value} only"
-        for key, value in _STYLE[family].items()
+        for key, value in FAMILIES[family].style.items()
         if getattr(model, key) != value
     ]
     if family == "gpt2" and model.n_kv_heads != model.n_heads:
@@ -130,31 +129,31 @@ def family_of(model: ModelConfig) -> str:
 def to_config(model: ModelConfig) -> dict[str, Any]:
     """The config.json of the class that holds `model`. Raises UserError if no class can."""
     family = family_of(model)
-    config = {theirs: getattr(model, ours) for ours, theirs in _names(_KEYS, family).items()}
+    config = {theirs: getattr(model, ours) for ours, theirs in FAMILIES[family].keys.items()}
     if family == "gpt2":
         config |= {"activation_function": "gelu_new", "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
     else:
         config |= {"hidden_act": "silu", "mlp_bias": model.bias}
         # transformers before version 5 reads rope_theta, and since then rope_parameters.
         config["rope_parameters"] = {"rope_type": "default", "rope_theta": model.rope_theta}
-    return {"architectures": [CLASSES[family]], "model_type": family, **config, "dtype": "float32"}
+    return {"architectures": [FAMILIES[family].class_name], "model_type": family, **config, "dtype": "float32"}
 
 
 def from_config(config: Mapping[str, Any]) -> ModelConfig:
     """Our config of a config.json. Raises UserError for what our model cannot hold, KeyError for a missing size."""
     family = config.get("model_type")
-    if family not in CLASSES:
-        raise UserError(f"config.json: model_type={family}: must be one of {', '.join(CLASSES)}")
+    if family not in FAMILIES:
+        raise UserError(f"config.json: model_type={family}: must be one of {', '.join(FAMILIES)}")
     _check(config, family)
-    given = {**_DEFAULTS[family], **config}
-    sizes = {ours: given[theirs] for ours, theirs in _names(_KEYS, family).items()}
+    given = {**FAMILIES[family].defaults, **config}
+    sizes = {ours: given[theirs] for ours, theirs in FAMILIES[family].keys.items()}
     sizes["head_dim"] = sizes.get("head_dim") or sizes["d_model"] // sizes["n_heads"]
     sizes["n_kv_heads"] = sizes.get("n_kv_heads") or sizes["n_heads"]
     if family == "gpt2":
         sizes |= {"d_ff": sizes["d_ff"] or 4 * sizes["d_model"], "bias": True, "init": "gpt2"}
     else:
         sizes |= {"rope_theta": _rope_theta(config), "init": "tinyllama"}
-    return ModelConfig(**sizes, **_STYLE[family])
+    return ModelConfig(**sizes, **FAMILIES[family].style)
 
 
 def _check(config: Mapping[str, Any], family: str) -> None:
@@ -167,10 +166,10 @@ def _check(config: Mapping[str, Any], family: str) -> None:
             "config.json: quantization_config: quantized weights are not read; must be a folder of "
             "float32, float16 or bfloat16 weights"
         )
-    required = dict(_REQUIRED[family])
+    required = dict(FAMILIES[family].required)
     if family == "llama":
         required["mlp_bias"] = (config.get("attention_bias", False),)
-    known = {"model_type", *_names(_KEYS, family).values(), *required, *_ROPE}
+    known = {"model_type", *FAMILIES[family].keys.values(), *required, *_ROPE}
     problems = [
         f"config.json: {key}={value}: is not read, and may change what the model computes; if it does not, remove it"
         for key, value in config.items()
@@ -221,7 +220,7 @@ def from_huggingface(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -
         state[name] = whole.t() if transposed else whole
         read.update(names)
     if left_over := [name for short, name in given.items() if short not in read]:
-        raise UserError(f"{some(left_over)}: a {CLASSES[family]} of this config.json has no such tensor")
+        raise UserError(f"{some(left_over)}: a {FAMILIES[family].class_name} of this config.json has no such tensor")
     return model, state
 
 
@@ -232,13 +231,13 @@ def _short(name: str) -> str:
 
 def _tensors(model: ModelConfig, family: str) -> Iterator[tuple[str, tuple[str, ...], bool]]:
     """For each parameter our name, their names, and whether one is the other transposed."""
-    is_gpt2 = family == "gpt2"
-    yield from ((ours, (theirs,), False) for ours, theirs in _names(_OUTSIDE, family).items())
+    names, is_gpt2 = FAMILIES[family], family == "gpt2"
+    yield from ((ours, (theirs,), False) for ours, theirs in names.outside.items())
     for layer in range(model.n_layers):
-        for module, their_modules in _names(_BLOCK, family).items():
+        for module, their_modules in names.block.items():
             is_norm = "norm" in module
             for leaf in ("weight", "bias") if is_gpt2 or (model.bias and not is_norm) else ("weight",):
-                theirs = tuple(f"{_LAYERS[family]}.{layer}.{their}.{leaf}" for their in their_modules.split())
+                theirs = tuple(f"{names.layers}.{layer}.{their}.{leaf}" for their in their_modules.split())
                 # GPT-2's class holds all matrices as [in, out], Llama's none.
                 transposed = leaf == "weight" and not is_norm and (module in _OUTPUTS) != is_gpt2
                 yield f"blocks.{layer}.{module}.{leaf}", theirs, transposed
