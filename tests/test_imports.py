@@ -38,12 +38,9 @@ LATE = {"transformers", "lm_eval", "tensorboard", "datasets", "pyarrow", "huggin
 """Libraries that a function may import: optional ones, and those that only some kinds of data need."""
 
 
-def module_name(path: Path) -> str:
-    parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
-    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
-
-
-MODULES = {module_name(path): path for path in sorted(PACKAGE.rglob("*.py"))}
+PATHS = sorted(PACKAGE.rglob("*.py"))
+DOTTED = (".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts) for path in PATHS)
+MODULES = {dotted.removesuffix(".__init__"): path for dotted, path in zip(DOTTED, PATHS, strict=True)}
 
 
 def statements(node: ast.AST) -> Iterator[ast.AST]:

@@ -64,7 +64,7 @@ class Move:
         return _joined(self.gradients)
 
     def part(self, start: int, stop: int) -> "Move":
-        """The same for rows start … stop − 1 of the matrix."""
+        """The move of rows start … stop − 1 only, with the same counts: an int."""
         low, high, rows = start, stop, self.rows
         if rows is not None:
             low, high = np.searchsorted(rows, (start, stop)).tolist()
@@ -116,7 +116,8 @@ def _in_pieces(move: Move) -> Move:
     """The same move with `ends` where a chunk may end; the fused kernel gets the rows between them as one tensor.
 
     If all rows have a gradient, or none has, elements become rows, so that a chunk may end in the middle of a long row.
-    If a parameter ends within a vector register, it ends a piece: its bits are then those that it has by itself.
+    If some parameter ends within a vector register, every parameter ends a piece, so its bits are those that it has by
+    itself.
     """
     if move.rows is None:
         width = move.parameter.shape[1]
