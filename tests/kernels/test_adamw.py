@@ -37,9 +37,9 @@ def move(state: Move, gradient: Tensor | None, rows: np.ndarray | None, counts, 
     adamw_step([replace(state, gradients=gradients, rows=rows, counts=counts)], clip)
 
 
-def torch_adamw(parameter: Tensor, hyper: Hyperparameters = HYPER) -> torch.optim.AdamW:
+def torch_adamw(*parameters: Tensor, hyper: Hyperparameters = HYPER) -> torch.optim.AdamW:
     betas, rest = (hyper.beta1, hyper.beta2), {"eps": hyper.eps, "weight_decay": hyper.weight_decay}
-    return torch.optim.AdamW([parameter], lr=hyper.lr, betas=betas, **rest, fused=True)
+    return torch.optim.AdamW(parameters, lr=hyper.lr, betas=betas, **rest, fused=True)
 
 
 @pytest.fixture(params=[1, 3 * C + 2, 10 * C, 1 << 18], ids="chunk-{}".format)
@@ -52,21 +52,26 @@ def chunk(request, monkeypatch):
 @pytest.mark.parametrize("weight_decay", [0.1, 0.0])
 @pytest.mark.parametrize("clip", [None, CLIP], ids=["unclipped", "clipped"])
 def test_zero_grad_is_torch_adamw_with_explicit_zero_gradients_bit_for_bit(chunk, clip, weight_decay, which):
-    state, expected = replace(fresh(), hyper=replace(HYPER, weight_decay=weight_decay)), fresh().parameter.clone()
-    optimizer = torch_adamw(expected, state.hyper)
+    """Of each of the two parameters that lie in the matrix: the first ends within a vector register."""
+    state = replace(fresh(), hyper=replace(HYPER, weight_decay=weight_decay), ends=[9, R])
+    expected = [part.clone() for part in state.parameter.split([9, R - 9])]
+    optimizer = torch_adamw(*expected, hyper=state.hyper)
     for step in range(1, 9):
         rows, gradient = sampled(step)
         if which == "all or none":
             whole = torch.randn(R, C, generator=torch.Generator().manual_seed(step))
             rows, gradient = None, whole if step % 3 else None
-        expected.grad = torch.zeros_like(expected)
+        full = torch.zeros(R, C)
         if gradient is not None:
-            expected.grad[slice(None) if rows is None else rows] = gradient * (1 if clip is None else clip)
+            full[slice(None) if rows is None else rows] = gradient * (1 if clip is None else clip)
+        for parameter, own in zip(expected, full.split([9, R - 9]), strict=True):
+            parameter.grad = own.clone()
         optimizer.step()
         move(state, gradient, rows, step, clip)
-    moments = optimizer.state[expected]
-    for ours, theirs in zip(state.tensors, (expected, moments["exp_avg"], moments["exp_avg_sq"]), strict=True):
-        assert torch.equal(ours, theirs)
+    moments = [optimizer.state[parameter] for parameter in expected]
+    assert torch.equal(state.parameter, torch.cat(expected))
+    assert torch.equal(state.moment, torch.cat([moment["exp_avg"] for moment in moments]))
+    assert torch.equal(state.square, torch.cat([moment["exp_avg_sq"] for moment in moments]))
 
 
 def test_freeze_moves_sampled_rows_by_their_own_counts_and_leaves_every_bit_of_the_others(chunk):
@@ -78,7 +83,7 @@ def test_freeze_moves_sampled_rows_by_their_own_counts_and_leaves_every_bit_of_t
     rows = [row.clone().requires_grad_() for row in state.parameter]
     optimizers = [torch_adamw(row) for row in rows]
     for step in range(1, 13):
-        picked, gradient = sampled(step) if step < 12 else (np.arange(R), torch.randn(R, C))
+        picked, gradient = sampled(step) if step < 12 else (np.arange(R), fresh().parameter)
         for row, row_gradient in zip(picked, gradient.double(), strict=True):
             rows[row].grad = row_gradient * CLIP
             optimizers[row].step()
