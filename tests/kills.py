@@ -65,103 +65,83 @@ class _Trap:
             os.kill(os.getpid(), self._kill.signal)
 
 
-def _before(owner: object, name: str, when: Callable[..., bool] = lambda *_: True) -> Callable[[_Trap], None]:
-    """The place where `owner.name` is called with arguments for which `when` holds."""
+def _at(owner: object, name: str, act: Callable[..., Any]) -> Callable[[_Trap], None]:
+    """The place in `owner.name`: `act(trap, original, *arguments)` is called instead."""
 
     def set_trap(trap: _Trap) -> None:
         original = getattr(owner, name)
-
-        def trapped(*arguments: Any, **options: Any) -> Any:
-            if when(*arguments):
-                trap()
-            return original(*arguments, **options)
-
-        setattr(owner, name, trapped)
+        setattr(owner, name, lambda *arguments, **options: act(trap, original, *arguments, **options))
 
     return set_trap
 
 
-def _in_accumulation(trap: _Trap) -> None:
-    original = Inputs.of
+def _before(owner: object, name: str, when: Callable[..., bool] = lambda *_: True) -> Callable[[_Trap], None]:
+    """The place where `owner.name` is called with arguments for which `when` holds."""
 
-    def trapped(inputs, step):
-        plan, windows = original(inputs, step)
+    def act(trap: _Trap, original: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+        if when(*arguments):
+            trap()
+        return original(*arguments, **options)
 
-        def until_the_second():
-            for number, tokens in enumerate(windows):
-                if number == 1:
-                    trap()
-                yield tokens
-
-        return plan, until_the_second()
-
-    Inputs.of = trapped
+    return _at(owner, name, act)
 
 
-def _in_evaluation(trap: _Trap) -> None:
-    original = loop.validation_loss
+def _accumulate(trap, original, inputs, step):
+    plan, windows = original(inputs, step)
 
-    def trapped(model, windows, *rest):
-        original(model, windows[: len(windows) // 2], *rest)
+    def until_the_second():
+        for number, tokens in enumerate(windows):
+            if number == 1:
+                trap()
+            yield tokens
+
+    return plan, until_the_second()
+
+
+def _evaluate(trap, original, model, windows, *rest):
+    original(model, windows[: len(windows) // 2], *rest)
+    trap()
+    return original(model, windows, *rest)
+
+
+def _build(trap, original, training, stage):
+    subnet = original(training, stage)
+    if training.step == stage.first_step > 0:
         trap()
-        return original(model, windows, *rest)
-
-    loop.validation_loss = trapped
+    return subnet
 
 
-def _on_a_boundary(trap: _Trap) -> None:
-    original = Training._build
-
-    def trapped(training, stage):
-        subnet = original(training, stage)
-        if training.step == stage.first_step > 0:
-            trap()
-        return subnet
-
-    Training._build = trapped
+def _write_half_of_the_moments(trap, original, tensors, path):
+    original(tensors, path)
+    if path.name == checkpoint.OPTIMIZER and trap.is_set:
+        os.truncate(path, path.stat().st_size // 2)
+        trap()
 
 
-def _in_a_checkpoint_file(trap: _Trap) -> None:
-    """Half of the moments are written."""
-    original = checkpoint.write_tensors
-
-    def trapped(tensors, path):
-        original(tensors, path)
-        if path.name == checkpoint.OPTIMIZER and trap.is_set:
-            os.truncate(path, path.stat().st_size // 2)
-            trap()
-
-    checkpoint.write_tensors = trapped
+def _remove_a_file_of_a_checkpoint(trap, original, path, **options):
+    if path.name.startswith(".dropped-") and trap.is_set:
+        next(path.iterdir()).unlink()
+        trap()
+    original(path, **options)
 
 
-def _while_an_old_checkpoint_is_removed(trap: _Trap) -> None:
-    def removes_a_file(path: Path, **_: object) -> bool:
-        if dropped := path.name.startswith(".dropped-") and trap.is_set:
-            next(path.iterdir()).unlink()
-        return dropped
-
-    _before(shutil, "rmtree", removes_a_file)(trap)
-
-
-def _in_a_line_of_metrics(trap: _Trap) -> None:
-    def writes_a_part(metrics: MetricsFile) -> bool:
-        if trap.is_set:
-            metrics._file.write(metrics._waiting[:25])
-        return True
-
-    _before(MetricsFile, "_write_waiting", writes_a_part)(trap)
+def _write_a_part_of_a_line(trap, original, metrics):
+    if trap.is_set:
+        metrics._file.write(metrics._waiting[:25])
+        trap()
+    original(metrics)
 
 
 _CALLS = itertools.count()
 PLACES: dict[str, Callable[[_Trap], None]] = {
-    "in a gradient accumulation": _in_accumulation,
+    "in a gradient accumulation": _at(Inputs, "of", _accumulate),
     "in the optimizer": _before(SampledAdamW, "_moves", lambda *_: next(_CALLS) % 7 == 4),
-    "in an evaluation": _in_evaluation,
-    "on a stage boundary": _on_a_boundary,
-    "in a checkpoint's file": _in_a_checkpoint_file,
+    "in an evaluation": _at(loop, "validation_loss", _evaluate),
+    "on a stage boundary": _at(Training, "_build", _build),
+    "in a checkpoint's file": _at(checkpoint, "write_tensors", _write_half_of_the_moments),
     "before a checkpoint's rename": _before(Path, "rename", lambda path, _: path.name.startswith(".writing-step")),
     "after a checkpoint's rename": _before(Checkpoints, "_prune"),
-    "while an old checkpoint is removed": _while_an_old_checkpoint_is_removed,
-    "in a line of metrics.jsonl": _in_a_line_of_metrics,
+    "while an old checkpoint is removed": _at(shutil, "rmtree", _remove_a_file_of_a_checkpoint),
+    "in a line of metrics.jsonl": _at(MetricsFile, "_write_waiting", _write_a_part_of_a_line),
     "before the summary": _before(RunDirectory, "write_summary"),
 }

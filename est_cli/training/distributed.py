@@ -1,8 +1,8 @@
 """The processes of a run: how they meet, what each of them holds, and what they compute together.
 
-They meet (`meet`) before they know the config, through the store of the launcher that started them. There they exchange
-JSON; others may wait for rank 0 as long as it takes to tokenize a corpus. When the config says which devices to use,
-they join in a mesh (`join`; gloo on CPUs, NCCL on GPUs) of `replicas` rows of `shards` ranks. A trainer is its shape:
+They meet (`meet`) before they know the config, in the store of the launcher that started them. They exchange JSON
+there, and may wait for rank 0 for as long as it tokenizes a corpus. When the config says which devices to use, they
+join in a mesh (`join`; gloo on CPUs, NCCL on GPUs) of `replicas` rows of `shards` ranks. The trainer sets its shape:
 
 ddp   (R, 1)                  every rank holds all master weights and moments
 fsdp  (1, R)                  every rank holds its share of them
@@ -32,12 +32,12 @@ NORM_ELEMENTS = 1 << 22
 _Result = TypeVar("_Result")
 _TO_START = timedelta(minutes=10)
 AS_LONG_AS_IT_TAKES = timedelta(days=30)
-"""No shorter limit is needed: if a process dies, the launcher ends the others."""
+"""If a process dies, the launcher ends the others."""
 
 
 @dataclass(frozen=True)
 class Peers:
-    """This process among those of its run; the only one if there is no store. A topic names one exchange, used once."""
+    """This process among those of its run; the only one if there is no store. A topic names one exchange."""
 
     rank: int = 0
     size: int = 1
@@ -49,10 +49,10 @@ class Peers:
         return self.rank == 0
 
     def agree(self, topic: str, call: Callable[[], _Result], main_first: bool = False) -> _Result:
-        """`call()` of every rank, if it went well on all; `main_first` lets rank 0 finish before the others begin.
+        """This rank's `call()`; `main_first` lets rank 0 finish before the others begin.
 
-        Raises UserError on all ranks if any raised it: on rank 0 with the problems of all, so that they are told
-        once; on the others with none.
+        Raises UserError on all ranks if it is raised on any: on rank 0 with the problems of all, on the others with
+        none, so they are told once.
         """
         if self.store is None:
             return call()
@@ -78,7 +78,7 @@ class Peers:
 
     @contextlib.contextmanager
     def wait_for_main(self, topic: str) -> Iterator[None]:
-        """The other ranks leave the block only when rank 0 has left its own, in any way, however long it takes."""
+        """The other ranks leave the block after rank 0, however long it takes and however it ends."""
         try:
             yield
         finally:
@@ -88,7 +88,7 @@ class Peers:
             self._hear(topic)
 
     def first_to_fail(self) -> bool:
-        """Whether no other rank has failed before: the first failure is the cause, and is told."""
+        """Whether no other rank failed before this one: only the first failure, the cause, is told."""
         if self.store is None:
             return True
         try:
@@ -226,7 +226,7 @@ def _square(tensors: Sequence[Tensor]) -> Tensor:
 
 @contextlib.contextmanager
 def peer_errors() -> Iterator[None]:
-    """Raise PeerLost in the place of what a collective raises when a rank has ended, or does not answer in time."""
+    """Raise PeerLost instead of a collective's error when a rank has ended, or does not answer in time."""
     try:
         yield
     except RuntimeError as error:

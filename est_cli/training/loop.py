@@ -52,7 +52,7 @@ class Training:
         recompute, kernels = config.trainer.recompute == "block", kernels_for(config.kernels, world.device)
         model = Transformer(config.model, "meta", recompute=recompute, kernels=kernels)
         self.model = initialise(model, config.seed, world.device, world.own)
-        """The masters: on several ranks this one's columns of every matrix."""
+        """The masters; on several ranks, this rank's columns of each matrix."""
         if config.model.init_from is not None:
             load_pretrained(self.model, world.own)
         self.pack = pack_on(world)
@@ -63,7 +63,7 @@ class Training:
         self.progress = self.steps.progress
         self.stopping: Callable[[], bool] = lambda: False
         self.asked: Tensor | None = None
-        """How many ranks were asked to stop: a result of the step's all-reduce."""
+        """How many ranks were asked to stop, from the step's all-reduce."""
         self.saving: Saving | None = None
 
     @property
@@ -72,7 +72,7 @@ class Training:
         return self.progress.step
 
     def restore(self, checkpoint: Checkpoint) -> None:
-        """Go on after the last step of `checkpoint`."""
+        """Continue after the last step of `checkpoint`."""
         checkpoint.load_weights(self.weights())
         self.optimizer.join(model_after(self.config, checkpoint.step))
         if checkpoint.can_resume:
@@ -89,7 +89,7 @@ class Training:
 
     @peer_errors()
     def run(self, checkpoints: Checkpoints, stopping: Callable[[], bool], profile: Profile | None = None) -> Outcome:
-        """Train to the end, or until `stopping` asks; either way the last step has a checkpoint.
+        """Train to the end, or until `stopping` returns True; either way the last step has a checkpoint.
 
         Raises PeerLost if another rank has ended, or does not answer in time.
         """
@@ -108,7 +108,7 @@ class Training:
         return Outcome(status, self.step, self.progress.train_s, memory, self.progress.skipped_steps)
 
     def _train_stage(self, stage: Stage, profile: Profile | None) -> bool:
-        """Train to the end of the stage, or until somebody asks to stop; returns whether somebody did."""
+        """Train to the end of the stage, or until the run is asked to stop; returns whether it was."""
         trainer, lasting = self.config.trainer, self.saving.checkpoints.lasting
         if self.step == stage.first_step:
             self._grow_into(stage)
@@ -128,7 +128,7 @@ class Training:
         return False
 
     def _grow_into(self, stage: Stage) -> None:
-        """Let layers, heads and neurons join. A checkpoint at a boundary is from before: a restart does this again."""
+        """Let layers, heads and neurons join. A checkpoint at the boundary is from before: a restart does it again."""
         growth = growth_into(self.config, stage)
         if growth is not None:
             self.steps.settle()
@@ -180,18 +180,18 @@ class Training:
     @phase("norm")
     @torch.no_grad()
     def _combine(self, loss: Tensor, updates: Sequence[Update]) -> Tensor:
-        """Average over the ranks what the backward pass did not, and return the norm of all gradients."""
+        """Average what the backward pass did not over the ranks; returns the norm of all gradients."""
         sharded = [update.gradient for update in updates if update.is_sharded]
         whole = [update.gradient for update in updates if not update.is_sharded]
         norm, self.asked = self.world.combine(loss, sharded, whole, self.world.size > 1 and self.stopping())
         return norm
 
     def _is_asked_to_stop(self) -> bool:
-        """Several ranks stop together: after the step whose all-reduce says that any of them was asked to."""
+        """Ranks stop together, after the step whose all-reduce says that any of them was asked to."""
         return self.stopping() if self.world.size == 1 else bool(self.asked.item())
 
     def _await_text(self) -> None:
-        """A stream that cannot be read ends the run between two steps, with a checkpoint. All ranks agree on it."""
+        """End the run with a checkpoint if the text of the next step cannot be read on any rank."""
         if self.inputs.are_streamed:
             error = self.inputs.error(self.step)
             if self.world.any(error is not None):
@@ -201,7 +201,7 @@ class Training:
     def validate(self, subnet: PackedSubnetwork | MaskedSubnetwork) -> float:
         """Loss of the layers that have joined, without a rescale, on the first eval_tokens of the validation split.
 
-        `subnet` is the stage's; its slots are used again if it holds all of them.
+        `subnet` is the stage's; its slots are used again if it holds all these layers.
         """
         trainer, joined = self.config.trainer, model_after(self.config, self.step)
         windows = validation_windows(self.tokens.val, self.config.data.seq_len, trainer.eval_tokens)

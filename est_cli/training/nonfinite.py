@@ -68,7 +68,7 @@ class Kept:
 def read(folder: Path) -> Kept:
     """What `keep_step` wrote. Raises OSError, ValueError or KeyError for anything else."""
     content = json.loads((folder / STEP).read_text())
-    # An empty list, of a skipped layer's units, has no type of its own.
+    # An empty list has no type of its own.
     units = {name: np.array(content["plan"][name], np.int64) for name in ("layers", "heads", "kv_heads", "neurons")}
     plan = Plan(**units, scales=np.array(content["plan"]["scales"], float).reshape(-1, 2))
     windows, weights = load_file(folder / BATCH)["windows"], load_file(folder / MODEL)

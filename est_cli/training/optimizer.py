@@ -192,7 +192,7 @@ class SampledAdamW:
         return len(found) == 1 and all((state.counts == state.counts[0]).all() for state in self._states.values())
 
     def _moves(self, state: _State, updates: Mapping[str, Update], lr: float, alike: bool) -> list[Move]:
-        """Count the step in a stack, and return its moves: rows that have taken equally many steps move together.
+        """Count the step in a stack and return its moves: rows that took equally many steps move together.
 
         Under `freeze` the rows of layers do so only if all are `alike`, so that the bits do not depend on which
         parameters share a stack.
@@ -218,7 +218,7 @@ class SampledAdamW:
         if freeze and (rows is not None or not (alike or layer_of(next(iter(own))) is None)):
             return [replace(move, counts=state.counts[host])]
         parts = _equal_counts(state.counts, state.joined)
-        return [replace(move.part(part.start, part.stop), counts=count) for part, count in parts]
+        return [replace(move.part(start, stop), counts=count) for start, stop, count in parts]
 
     def state(self) -> dict[str, Tensor]:
         """Every tensor that the optimizer carries between steps, by name; only of what has joined."""
@@ -229,8 +229,8 @@ class SampledAdamW:
         }
 
 
-def _equal_counts(counts: np.ndarray, joined: np.ndarray | None) -> Iterator[tuple[slice, int]]:
-    """Stretches of rows that have joined and took equally many steps, and how many."""
+def _equal_counts(counts: np.ndarray, joined: np.ndarray | None) -> Iterator[tuple[int, int, int]]:
+    """First row, end, and steps of each stretch of rows that have joined and took equally many steps."""
     marks = counts
     if joined is not None:
         marks = np.full_like(counts, -1)
@@ -238,4 +238,4 @@ def _equal_counts(counts: np.ndarray, joined: np.ndarray | None) -> Iterator[tup
     starts = [0, *(np.flatnonzero(np.diff(marks)) + 1).tolist()]
     for start, stop in zip(starts, [*starts[1:], len(marks)], strict=True):
         if marks[start] >= 0:
-            yield slice(start, stop), int(marks[start])
+            yield start, stop, int(marks[start])

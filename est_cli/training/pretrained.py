@@ -4,9 +4,8 @@ A model with more vocabulary rows than the folder (GPT-2's 50257 padded to 50304
 are then the mean of the others. Rows of zeros would have logits of 0, which for GPT-2 is far above all real ones.
 """
 
-import contextlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -81,20 +80,30 @@ def _has_biases(model: ModelConfig) -> bool:
 
 
 def _read(model: ModelConfig, values: bool) -> tuple[ModelConfig, dict[str, Tensor]]:
-    """The model that the folder's config.json describes, and its weights under our names; on meta without `values`."""
-    with _naming(model):
-        folder = Path(model.init_from).expanduser()
-        if not (folder / "config.json").is_file():
-            siblings = [str(path.parent) for path in folder.parent.glob("*/config.json")]
-            raise UserError(f"must be a folder with config.json and {_WEIGHTS}{nearest(str(folder), siblings)}")
-        if not any((folder / name).is_file() for name in (_WEIGHTS, _INDEX)):
-            raise UserError(f"has no {_WEIGHTS}; other formats of weights are not read")
-        try:
-            config = json.loads((folder / "config.json").read_text("utf-8"))
-        except (OSError, ValueError) as error:
-            raise UserError(f"config.json: cannot be read ({error})") from None
-        from_config(config)  # what it cannot hold is told before what the tensors cannot
-        return from_huggingface(config, _read_tensors(folder, values))
+    """The folder's model and its weights under our names, on meta without `values`; any problem names the folder."""
+    name = f"model.init_from={model.init_from}"
+    try:
+        return _read_folder(Path(model.init_from).expanduser(), values)
+    except UserError as error:
+        raise UserError(*(f"{name}: {problem}" for problem in error.problems)) from None
+    except KeyError as error:
+        raise UserError(f"{name}: its config.json or index lacks {error}") from error
+    except (ValueError, TypeError, AttributeError) as error:
+        raise UserError(f"{name}: cannot be read: {error}") from error
+
+
+def _read_folder(folder: Path, values: bool) -> tuple[ModelConfig, dict[str, Tensor]]:
+    if not (folder / "config.json").is_file():
+        siblings = [str(path.parent) for path in folder.parent.glob("*/config.json")]
+        raise UserError(f"must be a folder with config.json and {_WEIGHTS}{nearest(str(folder), siblings)}")
+    if not any((folder / name).is_file() for name in (_WEIGHTS, _INDEX)):
+        raise UserError(f"has no {_WEIGHTS}; other formats of weights are not read")
+    try:
+        config = json.loads((folder / "config.json").read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"config.json: cannot be read ({error})") from None
+    from_config(config)  # what it cannot hold is told before what the tensors cannot
+    return from_huggingface(config, _read_tensors(folder, values))
 
 
 def _read_tensors(folder: Path, values: bool) -> dict[str, Tensor]:
@@ -123,20 +132,6 @@ def _read_tensors(folder: Path, values: bool) -> dict[str, Tensor]:
     if broken:
         raise UserError(*(f"{some(names)}: {why}" for why, names in broken.items()))
     return tensors
-
-
-@contextlib.contextmanager
-def _naming(model: ModelConfig) -> Iterator[None]:
-    """Whatever is wrong in the block is a UserError that names the folder."""
-    folder = f"model.init_from={model.init_from}"
-    try:
-        yield
-    except UserError as error:
-        raise UserError(*(f"{folder}: {problem}" for problem in error.problems)) from None
-    except KeyError as error:
-        raise UserError(f"{folder}: its config.json or index lacks {error}") from error
-    except (ValueError, TypeError, AttributeError) as error:
-        raise UserError(f"{folder}: cannot be read: {error}") from error
 
 
 def _show(value: Any) -> str:

@@ -41,11 +41,10 @@ def begin(
     facts: dict[str, Any],
     group: dist.ProcessGroup,
 ) -> "Future[Path | None]":
-    """As Checkpoints.save, of state that the ranks share as DTensors, while training goes on: they may change at once.
+    """Checkpoints.save for DTensors, while training goes on; the tensors may change when this returns. A collective.
 
-    A collective: all ranks must call it. The result is the checkpoint's path on rank 0, and all ranks get an OSError
-    that any of them raises. `group` is a gloo process group that nothing else uses until then. Raises what a
-    collective raises if a rank is lost.
+    The result is the checkpoint's path on rank 0. If a rank raises OSError, all get it; if one is lost, the others get
+    a collective's error. Nothing else may use `group`, a gloo process group, until then.
     """
     folder = checkpoints.temporary(step)
     if dist.get_rank(group) == 0:
@@ -70,7 +69,7 @@ def begin(
 
 
 class _Writer(HuggingFaceStorageWriter):
-    """Writes this rank's files under names of ours; on rank 0 it has the checkpoint completed."""
+    """Writes this rank's files under our names, and completes the checkpoint on rank 0."""
 
     def __init__(self, folder: str, kinds: dict[str, int], n_ranks: int, complete: Callable[[dict[str, str]], Path]):
         super().__init__(folder, fqn_to_index_mapping=kinds, save_distributed=True)

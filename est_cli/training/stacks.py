@@ -1,8 +1,7 @@
-"""Parameters in stacks: all that have equally wide rows lie in one matrix, layer after layer.
+"""Parameters in stacks: those with equally wide rows lie in one matrix, layer after layer.
 
-One operation then serves the rows of every layer: pack gathers them at once, and AdamW moves them at once. A growth in
-depth copies along the first axis of [L, R, C], and the layers that have joined are its first ones. The parameters of
-the model stay where users look for them, as views.
+Pack then gathers the rows of all layers in one operation, and AdamW moves them in one. A growth in depth copies along
+the first axis of [L, R, C], and the layers that have joined are the first ones. The model's parameters are views.
 
 L layers, R rows of a layer, C columns: what one head, one neuron, or one vector owns
 """
@@ -37,7 +36,7 @@ class Stack:
 
 
 def stack_master(model: nn.Module) -> list[Stack]:
-    """The stacks of a model's parameters, which are moved into them unless they lie there already.
+    """Move a model's parameters into stacks, unless they lie there already.
 
     A rank that holds some columns of every matrix has the stacks of a narrower model.
     """

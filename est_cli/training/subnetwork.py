@@ -26,7 +26,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 @dataclass(frozen=True)
 class Update:
-    """What one optimizer step does to one master parameter: the gradient of its sampled `rows`, None for all."""
+    """The gradient of one master parameter in one optimizer step: of its sampled `rows`, or of all if None."""
 
     name: str
     rows: np.ndarray | None
@@ -38,13 +38,13 @@ class Update:
 class Accumulators:
     """Sums of the slots' gradients in fp32, by name, stacked as the slots are.
 
-    The slots' hooks hold this object, so it holds shapes and no slot: a cycle that leads through a hook is never
-    collected, and would keep every subnetwork of the run alive.
+    The slots' hooks hold this object, so it holds no slot: a cycle through a hook is never collected, and would keep
+    every subnetwork of the run alive.
     """
 
     def __init__(self, stacks: Sequence[Stack], slots: Mapping[str, nn.Parameter]):
         self.sums: dict[str, Tensor] = {}
-        """Made by the first backward pass, so that a subnetwork that only evaluates never pays for them."""
+        """Made by the first backward pass: a subnetwork that only evaluates needs none."""
         self._started: set[str] = set()
         self._stacks = [(stack.matrix.shape, stack.places) for stack in stacks]
         self._shapes = {name: slots[name].shape for stack in stacks for name in stack.places}
@@ -56,7 +56,7 @@ class Accumulators:
         self._started.clear()
 
     def _add(self, name: str, slot: nn.Parameter) -> None:
-        """Add a gradient as soon as the backward pass has made it, and drop it."""
+        """Add a gradient as soon as the backward pass has made it, and free it."""
         if not self.sums:
             for size, places in self._stacks:
                 sums = torch.empty(size, dtype=torch.float32, device=slot.device)
@@ -119,11 +119,11 @@ class PackedSubnetwork:
         self.kernels.gather_rows(sources, self._indices(sources), [slots.matrix for slots in self._slots])
 
     def load_whole(self) -> None:
-        """As `load`, for a subnetwork that leaves nothing out of what has joined."""
+        """`load` for a subnetwork that keeps all that has joined."""
         self.load(whole_plan(self.small))
 
     def reduce_next(self, reduces: bool) -> None:
-        """Whether the next backward pass averages gradients over the ranks: that of the last micro-batch does."""
+        """Whether the next backward pass, that of the last micro-batch, averages gradients over the ranks."""
 
     @phase("forward")
     def loss(self, inputs: Tensor, targets: Tensor) -> Tensor:
@@ -139,7 +139,7 @@ class PackedSubnetwork:
         return Update(self.names[name], self.rows.get(name), gradient)
 
     def _is_master(self) -> bool:
-        """Whether the subnetwork needs no memory: it is the full model, in its own type."""
+        """Whether the subnetwork needs no memory of its own: it is the full model, in its own type."""
         return self.small == self.full and not self.casts
 
     def _is_sampled(self, name: str) -> bool:
@@ -279,7 +279,7 @@ class MaskedSubnetwork:
     @phase("pack")
     def load(self, plan: Plan) -> None:
         self.whole.load_whole()
-        self.plan = plan
+        self.plan, self.positions = plan, {layer: position for position, layer in enumerate(plan.layers.tolist())}
         self.masks = [self._mask(layer) for layer in range(self.config.n_layers)]
 
     def reduce_next(self, reduces: bool) -> None:
@@ -290,14 +290,13 @@ class MaskedSubnetwork:
         return self.module(inputs, targets, self.masks)
 
     def updates(self) -> list[Update]:
-        positions = {layer: position for position, layer in enumerate(self.plan.layers.tolist())}
         updates = []
         for update in self.whole.updates():
             layer, kind = layer_of(update.name), row_kind(update.name)
-            if layer is not None and layer not in positions:
+            if layer is not None and layer not in self.positions:
                 continue
             if kind is not None and n_rows(kind, self.config) != n_rows(kind, self.shape.model):
-                host = sampled_rows(kind, self.config, self.plan, positions[layer])
+                host = sampled_rows(kind, self.config, self.plan, self.positions[layer])
                 index = torch.from_numpy(host).to(update.gradient.device)
                 gradient = as_rows(update.name, update.gradient, self.config)[index]
                 update = replace(update, rows=host, gradient=gradient)
@@ -309,12 +308,11 @@ class MaskedSubnetwork:
         heads = torch.zeros(config.n_heads, device=device, dtype=dtype)
         neurons = torch.zeros(config.d_ff, device=device, dtype=dtype)
         scales = torch.zeros(2, device=device, dtype=self.whole.scale_dtype)
-        kept = np.flatnonzero(self.plan.layers == layer)
-        if len(kept):
+        if (position := self.positions.get(layer)) is not None:
             units = np.array([self.shape.head_scale, self.shape.mlp_scale])
-            heads[torch.from_numpy(self.plan.heads[kept[0]])] = units[0]
-            neurons[torch.from_numpy(self.plan.neurons[kept[0]])] = units[1]
-            scales.copy_(torch.from_numpy(self.plan.scales[kept[0]] / units))
+            heads[torch.from_numpy(self.plan.heads[position])] = units[0]
+            neurons[torch.from_numpy(self.plan.neurons[position])] = units[1]
+            scales.copy_(torch.from_numpy(self.plan.scales[position] / units))
         return BlockMask(heads, neurons, scales)
 
 
