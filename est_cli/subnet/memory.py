@@ -96,7 +96,7 @@ def sent_bytes(config: TrainConfig, stage: Stage) -> int:
 
 def _process_bytes(config: TrainConfig, small: ModelConfig) -> float:
     """All but the masters in a single process: what the forward pass keeps, slots, and gradients, the head's first."""
-    count, table, forward = count_parameters(small), _table(config), _forward_bytes(config, small)
+    count, table, forward = count_parameters(small), small.vocab_size * small.d_model, _forward_bytes(config, small)
     if config.trainer.precision == "bf16":
         # The head's gradient: summed in fp32, then as bf16 beside the embedding's, and on its way to the sum.
         beside = CPU_BF16_BYTES_PER_PARAMETER * count.total if config.trainer.device == "cpu" else 0
@@ -110,7 +110,7 @@ def _rank_bytes(config: TrainConfig, small: ModelConfig) -> float:
     The peak is one of three moments: the head's gradient is made, the first block's is, or the tables' gradients are
     sent; by then the backward pass has freed activations and logits.
     """
-    trainer, element, table = config.trainer, _element(config), _table(config)
+    trainer, element, table = config.trainer, _element(config), small.vocab_size * small.d_model
     bf16, shards, gathers = trainer.precision == "bf16", trainer.shard_size, trainer.shard_size > 1
     count, forward = count_parameters(small), _forward_bytes(config, small)
     tables, blocks = count.embeddings, count.block_matrices
@@ -145,8 +145,3 @@ def _forward_bytes(config: TrainConfig, small: ModelConfig) -> float:
 def _element(config: TrainConfig) -> int:
     """Bytes of a number in the precision of the run."""
     return 2 if config.trainer.precision == "bf16" else 4
-
-
-def _table(config: TrainConfig) -> int:
-    """Elements of the token embedding, and of the head."""
-    return config.model.vocab_size * config.model.d_model
