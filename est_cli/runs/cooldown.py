@@ -59,7 +59,7 @@ class Trunk:
         plain, step = checkpoint.state.get("config"), checkpoint.state.get("step")
         known = isinstance(plain, dict) and isinstance(step, int)
         if not known or not checkpoint.can_resume:
-            if problem := training.checkpoint.damage(folder) or ("" if known else "it names no config"):
+            if problem := checkpoint.damage() or ("" if known else "it names no config"):
                 raise UserError(f"{KEY}={path}: this checkpoint is damaged: {problem}")
             raise UserError(
                 f"{KEY}={path}: holds weights and no optimizer moments, and cannot be trained further; must be a "
@@ -129,7 +129,7 @@ class Trunk:
 
     def verify(self) -> None:
         """Raises UserError if the checkpoint is damaged, or the trunk's metrics are not beside it."""
-        if problem := training.checkpoint.damage(self.folder):
+        if problem := training.checkpoint.Checkpoint(self.folder).damage():
             raise UserError(f"{KEY}={self.folder}: this checkpoint is damaged: {problem}")
         if not (self.run_dir / METRICS_NAME).is_file():
             raise UserError(
@@ -146,7 +146,8 @@ class Trunk:
         with replacing(directory.path / METRICS_NAME) as partial:
             shutil.copyfile(self.run_dir / METRICS_NAME, partial)
             truncate(partial, self.step)
-        training.checkpoint.Checkpoints(directory.checkpoints).adopt(self.folder)
+        checkpoint = training.checkpoint.Checkpoint(self.folder)
+        training.checkpoint.Checkpoints(directory.checkpoints).adopt(checkpoint)
 
     def note(self, config: TrainConfig) -> str:
         """One line for people: what the run consists of."""

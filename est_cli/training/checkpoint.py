@@ -48,14 +48,29 @@ class Checkpoint:
 
     folder: Path
 
+    @property
+    def step(self) -> int:
+        """Optimizer steps that are done."""
+        return int(_NAME.fullmatch(self.folder.name)[1])
+
     @cached_property
     def state(self) -> dict[str, Any]:
         return read_json(self.folder / STATE)
 
-    @property
-    def step(self) -> int:
-        """Optimizer steps that are done."""
-        return self.state["step"]
+    def damage(self) -> str | None:
+        """What is wrong with the files, or None."""
+        checksums = read_json(self.folder / CHECKSUMS)
+        if STATE not in checksums or not any(name.startswith("model") for name in checksums):
+            return f"{CHECKSUMS} is missing or unreadable"
+        with ThreadPoolExecutor() as pool:
+            found = {name: pool.submit(checksum, self.folder / name) for name in checksums}
+        for name, expected in checksums.items():
+            try:
+                if found[name].result() != expected:
+                    return f"{name} does not match its checksum"
+            except OSError as error:
+                return f"{name}: {error.strerror}"
+        return None if self.state.get("step") == self.step else f"{STATE} is of another step"
 
     @property
     def can_resume(self) -> bool:
@@ -67,11 +82,23 @@ class Checkpoint:
 
     def load_weights(self, weights: Tensors) -> None:
         """Fill the tensors, or the parts of DTensors held here; raises ValueError if names or shapes differ."""
-        _fill(weights, self.folder, MODEL)
+        self._fill(weights, MODEL)
 
     def load_moments(self, moments: Tensors) -> None:
         """As `load_weights`, with the moments and step counts."""
-        _fill(moments, self.folder, OPTIMIZER)
+        self._fill(moments, OPTIMIZER)
+
+    def _fill(self, targets: Tensors, name: str) -> None:
+        """Read from the file `name`, or from the parts of it."""
+        if not (self.folder / name).exists() or any(hasattr(target, "to_local") for target in targets.values()):
+            from est_cli.training import sharded_checkpoint
+
+            sharded_checkpoint.fill(targets, self.folder, Path(name).stem)
+            return
+        with safe_open(self.folder / name, "pt") as file, torch.no_grad():
+            check_names({key: file.get_slice(key).get_shape() for key in file.keys()}, targets)  # noqa: SIM118
+            for key, target in targets.items():
+                target.copy_(file.get_tensor(key))
 
 
 @dataclass(frozen=True)
@@ -118,10 +145,10 @@ class Checkpoints:
         for name in (*checksums, CHECKSUMS):
             sync(temporary / name)
         sync(temporary)
-        for folder in self._folders():
-            if _step_of(folder) >= step:
+        for other in self._all():
+            if other.step >= step:
                 # Replaces a later checkpoint left behind when the run resumed from an earlier one.
-                self._drop(folder)
+                self._drop(other)
         final = self._publish(temporary)
         self._prune()
         return final
@@ -131,15 +158,15 @@ class Checkpoints:
         sync(self.folder)
         return final
 
-    def adopt(self, checkpoint: Path) -> None:
+    def adopt(self, checkpoint: Checkpoint) -> None:
         """Take in another run's checkpoint whole, or not at all: as hard links, or copies if the disk has none.
 
         No file of a checkpoint is ever changed, so that the two runs can share them.
         """
         self.remove_leftovers()
-        temporary = self.temporary(_step_of(checkpoint))
+        temporary = self.temporary(checkpoint.step)
         temporary.mkdir(parents=True)
-        for path in checkpoint.iterdir():
+        for path in checkpoint.folder.iterdir():
             try:
                 os.link(path, temporary / path.name)
             except OSError:
@@ -172,34 +199,32 @@ class Checkpoints:
 
         Raises UserError if there are checkpoints and none is sound.
         """
-        damaged, folders = [], self._folders()
-        for folder in reversed(folders):
-            problem = damage(folder)
+        damaged, checkpoints = [], self._all()
+        for checkpoint in reversed(checkpoints):
+            problem = checkpoint.damage()
             if problem is None:
-                yield Checkpoint(folder)
+                yield checkpoint
                 continue
-            damaged.append(f"{folder}: {problem}")
+            damaged.append(f"{checkpoint.folder}: {problem}")
             warn(f"damaged checkpoint passed over: {damaged[-1]}")
-        if damaged and len(damaged) == len(folders):
+        if damaged and len(damaged) == len(checkpoints):
             raise UserError("no checkpoint of this run is sound:", *damaged)
 
-    def _folders(self) -> list[Path]:
-        """Checkpoint folders in the order of their steps."""
-        if not self.folder.is_dir():
-            return []
-        return sorted((path for path in self.folder.iterdir() if _NAME.fullmatch(path.name)), key=_step_of)
+    def _all(self) -> list[Checkpoint]:
+        """In the order of their steps."""
+        found = [Checkpoint(path) for path in self.folder.glob("step-*") if _NAME.fullmatch(path.name)]
+        return sorted(found, key=lambda checkpoint: checkpoint.step)
 
     def _prune(self) -> None:
-        folders = self._folders()
-        best = _best(folders) if self.keep_best else None
-        for folder in folders[: -self.keep]:
-            if folder != best and _step_of(folder) not in self.lasting:
-                self._drop(folder)
+        checkpoints = self._all()
+        best = _best(checkpoints) if self.keep_best else None
+        for checkpoint in checkpoints[: -self.keep]:
+            if checkpoint != best and checkpoint.step not in self.lasting:
+                self._drop(checkpoint)
 
-    def _drop(self, folder: Path) -> None:
+    def _drop(self, checkpoint: Checkpoint) -> None:
         """Remove a checkpoint. It loses its name first: a process that dies here leaves no half of one."""
-        dropped = self.folder / f".dropped-{folder.name}"
-        folder.rename(dropped)
+        dropped = checkpoint.folder.rename(self.folder / f".dropped-{checkpoint.folder.name}")
         shutil.rmtree(dropped, ignore_errors=True)
 
     def remove_leftovers(self) -> None:
@@ -238,15 +263,15 @@ class Saving:
             self._writing = step, written
             self.poll(waits=is_last, is_last=is_last)
         else:
-            self._end(step, lambda: self._write_by_main(step, weights, moments, facts), is_last)
+            self._finish(step, lambda: self._write_by_main(step, weights, moments, facts), is_last)
 
     def poll(self, waits: bool = False, is_last: bool = False) -> None:
         """Say how the checkpoint that is being written ended, if it has; `waits` for that."""
         if self._writing is not None and (waits or self._writing[1].done()):
             (step, written), self._writing = self._writing, None
-            self._end(step, written.result, is_last)
+            self._finish(step, written.result, is_last)
 
-    def _end(self, step: int, write: Callable[[], Path | None], is_last: bool) -> None:
+    def _finish(self, step: int, write: Callable[[], Path | None], is_last: bool) -> None:
         try:
             path = write()
         except OSError as error:
@@ -278,7 +303,7 @@ class Saving:
 
     @cached_property
     def _group(self) -> dist.ProcessGroup:
-        """The writing thread's own: collectives of two threads in one group could get mixed up."""
+        """The writing thread's own, which no slow disk ends: collectives of two threads in one could get mixed up."""
         return dist.new_group(backend="gloo", timeout=AS_LONG_AS_IT_TAKES)
 
     def __enter__(self) -> "Saving":
@@ -293,47 +318,11 @@ class Saving:
                 self.poll(waits=True)
 
 
-def _best(folders: list[Path]) -> Path | None:
+def _best(checkpoints: list[Checkpoint]) -> Checkpoint | None:
     """The checkpoint of the lowest validation loss among those of evaluated steps."""
-    losses = []
-    for folder in folders:
-        state = read_json(folder / STATE)
-        loss = state.get("val_loss")
-        if loss is not None and math.isfinite(loss) and state.get("val_step") == state["step"]:
-            losses.append((loss, folder))
-    return min(losses, default=(None, None))[1]
 
+    def is_evaluated(checkpoint: Checkpoint) -> bool:
+        loss = checkpoint.state.get("val_loss")
+        return loss is not None and math.isfinite(loss) and checkpoint.state.get("val_step") == checkpoint.step
 
-def _step_of(folder: Path) -> int:
-    return int(_NAME.fullmatch(folder.name)[1])
-
-
-def damage(folder: Path) -> str | None:
-    """What is wrong with a checkpoint, or None."""
-    checksums = read_json(folder / CHECKSUMS)
-    if STATE not in checksums or not any(name.startswith("model") for name in checksums):
-        return f"{CHECKSUMS} is missing or unreadable"
-    with ThreadPoolExecutor() as pool:
-        found = {name: pool.submit(checksum, folder / name) for name in checksums}
-    for name, expected in checksums.items():
-        try:
-            if found[name].result() != expected:
-                return f"{name} does not match its checksum"
-        except OSError as error:
-            return f"{name}: {error.strerror}"
-    if read_json(folder / STATE).get("step") != _step_of(folder):
-        return f"{STATE} is of another step"
-    return None
-
-
-def _fill(targets: Tensors, folder: Path, name: str) -> None:
-    """Read the targets from a checkpoint's model.safetensors or optimizer.safetensors, or from the parts of it."""
-    if not (folder / name).exists() or any(hasattr(target, "to_local") for target in targets.values()):
-        from est_cli.training import sharded_checkpoint
-
-        sharded_checkpoint.fill(targets, folder, Path(name).stem)
-        return
-    with safe_open(folder / name, "pt") as file, torch.no_grad():
-        check_names({key: file.get_slice(key).get_shape() for key in file.keys()}, targets)  # noqa: SIM118
-        for key, target in targets.items():
-            target.copy_(file.get_tensor(key))
+    return min(filter(is_evaluated, checkpoints), key=lambda checkpoint: checkpoint.state["val_loss"], default=None)

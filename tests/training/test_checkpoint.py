@@ -19,7 +19,7 @@ import pytest
 import torch
 
 from est_cli.errors import UserError
-from est_cli.training.checkpoint import Checkpoints, damage
+from est_cli.training.checkpoint import Checkpoint, Checkpoints
 from tests.training import sharded_ranks
 from tests.training.sharded_ranks import FACTS, run, state
 
@@ -260,9 +260,9 @@ def test_every_bit_comes_back_in_one_process_also_in_a_run_that_adopts_the_files
     assert (newest.step, newest.can_resume, newest.state["val_loss"]) == (7, True, 2.5)
     for step in (3, 7):
         folder = forms[form] / f"step-{step:08d}"
-        Checkpoints(tmp_path / str(step)).adopt(folder)
+        Checkpoints(tmp_path / str(step)).adopt(Checkpoint(folder))
         adopted = tmp_path / str(step) / folder.name
-        assert damage(adopted) is None
+        assert Checkpoint(adopted).damage() is None
         assert all((adopted / name).samefile(folder / name) for name in files)
         assert_loads(tmp_path / str(step), seed=step)
 

@@ -72,20 +72,6 @@ def test_the_two_shapes_of_wsd_end_one_step_above_the_smallest_rate(shape, small
     assert WSD.decay_shape == "sqrt"
 
 
-@pytest.mark.parametrize(
-    ("config", "changes", "start", "end"),
-    [
-        (COSINE, {"decay_steps": 40}, 10, 40),
-        (WSD, {"decay_steps": 40}, 70, 110),
-        (WSD, {"decay_steps": 1}, 109, 110),
-        (WSD, {"decay_steps": 1.0, "warmup": 0}, 0, 110),
-    ],
-)
-def test_decay_steps_is_where_cosine_ends_and_how_long_wsd_takes(config, changes, start, end):
-    config = replace(config, **changes)
-    assert (config.decay_start(110), config.decay_end(110)) == (start, end)
-
-
 @pytest.mark.parametrize("decay", ["cosine", "linear", "none"])
 def test_what_wsd_adds_does_not_reach_the_other_decays(decay):
     config = replace(COSINE, decay=decay)
