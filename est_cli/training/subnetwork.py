@@ -176,18 +176,16 @@ class PackedSubnetwork:
 
     def _indices(self, sources: Sequence[Tensor]) -> list[Tensor | None]:
         """The master's row of every row of the slots; None for all. They travel to the device in one copy."""
-        hosts: dict[int, np.ndarray] = {}
-        for number, (slots, source) in enumerate(zip(self._slots, sources, strict=True)):
+        hosts = []
+        for slots, source in zip(self._slots, sources, strict=True):
             masters = [(name, self._masters[self.names[name]].places[self.names[name]]) for name in slots.places]
             host = np.concatenate([rows_in(place, self.rows.get(name)) for name, place in masters])
             assert (np.diff(host) > 0).all(), "a row is sampled once, and in order"
-            if len(host) < len(source):
-                hosts[number] = host
-        if not hosts:
+            hosts.append(host if len(host) < len(source) else host[:0])
+        if not any(map(len, hosts)):
             return [None] * len(sources)
-        parts = upload(np.concatenate(list(hosts.values())), self.device).split(list(map(len, hosts.values())))
-        found = dict(zip(hosts, parts, strict=True))
-        return [found.get(number) for number in range(len(sources))]
+        parts = upload(np.concatenate(hosts), self.device).split(list(map(len, hosts)))
+        return [part if len(part) else None for part in parts]
 
 
 class ShardedSubnetwork(PackedSubnetwork):

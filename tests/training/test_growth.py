@@ -1,7 +1,6 @@
-"""What joins: where it starts from, and what it leaves as it was.
+"""What joins: where it starts from, what it leaves as it was, and a growth that is interrupted.
 
-test_equivalence.py compares grown runs with the reference, test_loop.py stops them around their growth, and
-tests/commands/test_kills.py kills one right after it.
+test_equivalence.py compares grown runs with the reference, test_loop.py stops them around their growth.
 """
 
 from dataclasses import replace
@@ -16,7 +15,7 @@ from est_cli.subnet.plan import Growth, Subnetwork, grown_model
 from est_cli.subnet.schedule import StageSpec
 from est_cli.training.optimizer import SampledAdamW
 from est_cli.training.subnetwork import PackedSubnetwork
-from tests.training.runs import ARMS, OPTIMIZER, SIX, SIX_LLAMA, start, train
+from tests.training.runs import ARMS, OPTIMIZER, SIX, SIX_LLAMA, assert_same_bits, finished, resumed, start, train
 
 
 def whole_loss(master: Transformer, model: ModelConfig) -> float:
@@ -85,3 +84,21 @@ def test_until_it_joins_a_layer_stands_still_has_no_moments_and_is_not_evaluated
     small.model.load_state_dict({k: v for k, v in after.items() if k not in late})
     assert small.validate(small._build(small.stages[0])) == training.validate(training._build(training.stages[0]))
     assert {record["grown/layers"] for record in recorder.records} == {2 / 6}
+
+
+def test_a_run_that_dies_in_the_middle_of_a_growth_goes_on_to_the_same_bits(tmp_path, monkeypatch):
+    """A growth writes nothing: the run goes on from the checkpoint before it."""
+    config, copy, copied = ARMS["interleave"].config(checkpoint_every=3), SampledAdamW._copy, []
+
+    def dies(*arguments):
+        copied.append(copy(*arguments))
+        if len(copied) == 20:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(SampledAdamW, "_copy", dies)
+        finished(config, tmp_path / "parts")
+    second, _ = resumed(config, tmp_path / "parts")
+    assert second.step == 6
+    train(second, tmp_path / "parts")
+    assert_same_bits(second, finished(config, tmp_path / "whole")[0])
