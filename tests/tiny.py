@@ -89,7 +89,7 @@ def snapshot(model: Transformer) -> dict[str, Tensor]:
 
 
 class RandomTokens:
-    """A corpus of noise: what the loop needs of one."""
+    """A corpus of noise, with the two splits that the loop reads."""
 
     def __init__(self, vocab_size: int, n_tokens: int = 2000, seed: int = 0):
         tokens = np.random.default_rng(seed).integers(vocab_size, size=n_tokens, dtype=np.uint16)
@@ -97,7 +97,7 @@ class RandomTokens:
 
 
 class Recorder:
-    """An observer that keeps what the loop tells."""
+    """An observer that keeps records and messages."""
 
     def __init__(self) -> None:
         self.records: list[dict[str, float | int | None]] = []

@@ -73,7 +73,7 @@ def mesh_name(ranks: int, shards: int) -> str:
 
 
 def on(config: TrainConfig, ranks: int, batch_size: int = 1) -> TrainConfig:
-    """The same run on so many ranks: the sequences of a step stay."""
+    """The same run on `ranks` ranks, with the same sequences in a step."""
     numbers = {"devices": ranks, "batch_size": batch_size, "grad_accum": SEQUENCES // ranks // batch_size}
     return replace(config, trainer=replace(config.trainer, strategy="ddp", **numbers))
 
@@ -95,7 +95,7 @@ COLLECTIVES = {
 
 
 class Seen:
-    """Plans and traffic of a run, a step each."""
+    """The plan and the traffic of each step of a run."""
 
     def __init__(self):
         self.plans: list[str] = []
@@ -124,7 +124,7 @@ class Seen:
 
 
 def run(name: str, config: TrainConfig, tokens, world: World, seen: Seen, folder: Path, stop_after: int = 99) -> None:
-    """A run from the start, or from where FOLDER/NAME stopped; it stops in the step after which it is asked to."""
+    """Run from the start, or from the newest checkpoint in FOLDER/NAME, to the end or to step `stop_after`."""
     seen.plans, seen.bytes, subnets = [], [], []
     training, recorder = begin(config, tokens, world, folder / name)
     build = training._build
@@ -152,7 +152,7 @@ def run(name: str, config: TrainConfig, tokens, world: World, seen: Seen, folder
 
 
 def begin(config: TrainConfig, tokens, world: World, folder: Path) -> tuple[Training, Recorder]:
-    """A run at its start, or where its newest checkpoint in `folder` is."""
+    """A run at its start, or at its newest checkpoint in `folder`."""
     recorder = Recorder()
     training = Training(config, tokens, world, [recorder])
     if (found := Checkpoints(folder).newest(pytest.fail)) is not None:
@@ -170,7 +170,7 @@ def alone(config: TrainConfig, folder: Path, tokens=None, stop_after: int = 99) 
 
 
 def together(size: int, rank: int, store: dist.Store, seen: Seen, folder: Path) -> None:
-    """All runs of so many ranks."""
+    """All runs with `size` ranks."""
     peers = Peers(rank, size, dist.PrefixStore(str(size), store))
     world = join("cpu", peers)
     worlds = {n: replace(world, mesh=_mesh("cpu", size, n, timedelta(minutes=2))) for n in {1, 2, size}}
@@ -189,7 +189,7 @@ def together(size: int, rank: int, store: dist.Store, seen: Seen, folder: Path) 
 
 
 def main(rank: int, store: dist.Store, folder: Path) -> None:
-    """Of four ranks the first two begin, and the first goes on with their run before all do."""
+    """Two of the four ranks begin, rank 0 continues their run by itself, and then all four do."""
     seen = Seen()
     if rank < 2:
         together(2, rank, store, seen, folder)
@@ -199,7 +199,7 @@ def main(rank: int, store: dist.Store, folder: Path) -> None:
 
 
 class SmallTokens:
-    """A store whose tokens, bytes, are folded into the tiny vocabulary."""
+    """A store of bytes that folds them into the tiny vocabulary."""
 
     def __init__(self, store):
         self.store, self.val = store, np.asarray(store.val) % LLAMA.vocab_size

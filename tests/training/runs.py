@@ -28,7 +28,7 @@ class Arm:
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     model: ModelConfig = SIX
     sources: tuple[int | None, ...] = ()
-    """Where every layer starts from at the growth, which is at step 6; written by hand."""
+    """The layer that each layer starts from in the growth at step 6, written by hand."""
 
     def config(self, unsampled: str = "zero_grad", **trainer) -> TrainConfig:
         optimizer = replace(OPTIMIZER, unsampled=unsampled)
@@ -73,7 +73,7 @@ def start(config: TrainConfig, kind: type[Training] = Training, tokens=None) -> 
 
 
 def resumed(config: TrainConfig, folder: Path, kind: type[Training] = Training) -> tuple[Training, Recorder]:
-    """A fresh object knows nothing but the checkpoint."""
+    """A new object that knows only the checkpoint."""
     training, recorder = start(config, kind)
     training.restore(Checkpoints(folder).newest(pytest.fail))
     return training, recorder
@@ -90,7 +90,7 @@ def finished(config: TrainConfig, folder: Path) -> tuple[Training, Recorder]:
 
 
 def told(*recorders: Recorder) -> list[dict]:
-    """What two runs must agree in: everything but the time it took."""
+    """The records without the times: two runs must agree in them."""
     records = [record for recorder in recorders for record in recorder.records]
     return [{key: value for key, value in record.items() if not key.startswith("perf/")} for record in records]
 

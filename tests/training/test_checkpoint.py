@@ -60,7 +60,7 @@ def test_the_newest_is_the_highest_step_not_the_last_name_or_the_last_written(tm
     ids=["the newest", "lasting steps", "the best"],
 )
 def test_some_of_all_checkpoints_stay(tmp_path, options, stay):
-    """The loss of another step says nothing of step 50."""
+    """Step 50 was not evaluated: its loss is step 45's."""
     for step, loss, val_step in ((10, 3.0, 10), (20, 1.0, 20), (30, 2.0, 30), (40, math.nan, 40), (50, 0.5, 45)):
         checkpoints = saved(tmp_path, step, facts={"val_loss": loss, "val_step": val_step}, **options)
     assert names(tmp_path) == [f"step-{step:08d}" for step in stay]
@@ -89,7 +89,7 @@ def test_a_process_that_dies_while_it_removes_a_checkpoint_leaves_no_half_of_one
     assert names(tmp_path) == ["step-00000020", "step-00000030"]
 
 
-def test_what_the_disk_refuses_leaves_the_checkpoints_of_before_and_no_half_of_one(tmp_path):
+def test_a_full_disk_leaves_the_earlier_checkpoints_and_no_half_of_one(tmp_path):
     saved(tmp_path, 10)
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (300, limit[1]))
@@ -103,7 +103,7 @@ def test_what_the_disk_refuses_leaves_the_checkpoints_of_before_and_no_half_of_o
     assert Checkpoints(tmp_path).newest(pytest.fail).step == 10
 
 
-def test_weights_alone_are_passed_over_by_a_run_that_has_steps_to_go(tmp_path):
+def test_a_run_with_steps_to_go_passes_over_checkpoints_that_hold_only_weights(tmp_path):
     """A run with trainer.save_final=weights was killed before its summary, and is started again with more steps."""
     checkpoints, said = saved(tmp_path, 10), []
     folder = checkpoints.save(15, state(15)[0], None, FACTS)
@@ -191,7 +191,7 @@ def test_half_a_folder_is_no_checkpoint(tmp_path):
     assert checkpoints.newest(pytest.fail).step == 20
 
 
-def test_where_all_are_damaged_the_run_refuses_to_start_over(tmp_path):
+def test_a_run_whose_checkpoints_are_all_damaged_refuses_to_start_over(tmp_path):
     checkpoints, said = saved(tmp_path, 10, 20), []
     truncate(tmp_path / "step-00000010" / "model.safetensors")
     (tmp_path / "step-00000020" / "state.json").unlink()
@@ -201,7 +201,7 @@ def test_where_all_are_damaged_the_run_refuses_to_start_over(tmp_path):
 
 
 def header(path: Path) -> dict:
-    """Of a .safetensors file."""
+    """The JSON at the start of a .safetensors file."""
     content = path.read_bytes()
     return json.loads(content[8 : 8 + struct.unpack("<Q", content[:8])[0]])
 

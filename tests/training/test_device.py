@@ -1,4 +1,4 @@
-"""What a training process does with a CPU's memory."""
+"""A training process keeps the memory that it frees on a CPU."""
 
 import platform
 import subprocess

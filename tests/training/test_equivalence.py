@@ -32,7 +32,7 @@ ARCHITECTURES = list(product(HEADS, ("gelu", "swiglu"), (True, False)))
 
 
 def sampled_arm(attention: str, mlp: str, tied: bool, combination: str, resample_every: int = 1) -> Arm:
-    """Nine steps of sampling, three of heads and MLP alone, three of the full model.
+    """Nine steps of sampling, three that sample only heads and MLP, three of the full model.
 
     The other settings follow from these, each in both its values: GPT-2, Llama, and mixtures of them.
     """
@@ -116,7 +116,7 @@ TRAINED = ARMS | {
 
 
 def reference_scales(arm: Arm, joined: ModelConfig, plan: ReferencePlan) -> dict[int, tuple[float, float, float]]:
-    """Of heads, neurons and layers, from the definitions."""
+    """The scales of heads, neurons and layers, from their definitions."""
     powers = {"none": 0.0, "sqrt": 0.5, "inverse": 1.0}
     sampling, kept, scales = arm.sampling, len(plan.layers), {}
     for layer in plan.layers:

@@ -103,5 +103,5 @@ def test_full_training_equals_a_plain_pytorch_loop_bit_for_bit(tmp_path, monkeyp
     ],
     ids=["one-micro-batch-recomputed", "three-micro-batches", "rates-that-round-to-full", "stages-of-the-full-model"],
 )
-def test_however_the_full_model_comes_about(tmp_path, options):
+def test_every_setting_that_trains_the_full_model_equals_the_plain_loop(tmp_path, options):
     assert_same_bits(config_of(replace(LLAMA, vocab_size=31), **options), tmp_path)

@@ -19,7 +19,7 @@ from tests.training.runs import ARMS, OPTIMIZER, SIX, SIX_LLAMA, assert_same_bit
 
 
 def whole_loss(master: Transformer, model: ModelConfig) -> float:
-    """Of the part of the model that has joined."""
+    """The loss of the part of the model that has joined."""
     subnet = PackedSubnetwork(master, Subnetwork(model), torch.float64)
     subnet.load_whole()
     return subnet.loss(*random_batch(model)).item()
@@ -71,7 +71,7 @@ def test_every_layer_knows_where_it_starts_from(method, old, new, sources, joine
     assert all(source is None or source <= layer for layer, source in enumerate(sources)), "safe from the last down"
 
 
-def test_until_it_joins_a_layer_stands_still_has_no_moments_and_is_not_evaluated(tmp_path):
+def test_a_layer_that_has_not_joined_stands_still_has_no_moments_and_is_not_evaluated(tmp_path):
     config = ARMS["stack"].config(eval_every=3)
     training, recorder = start(config)
     before = snapshot(training.model)

@@ -68,7 +68,7 @@ def test_the_run_stops_with_everything_as_it_was_before_the_step(tmp_path, log_e
 
 
 @pytest.mark.parametrize("what", ["checkpoint", "growth"])
-def test_no_checkpoint_and_no_growth_hides_a_step_that_nobody_has_heard_of(tmp_path, what):
+def test_a_checkpoint_or_a_growth_first_reads_the_steps_before_it(tmp_path, what):
     settings = {"log_every": 100, "checkpoint_every": 7 if what == "checkpoint" else 0, "save_final": "full"}
     if what == "growth":
         settings["stages"] = (StageSpec(7, n_layers=2), StageSpec())

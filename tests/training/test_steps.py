@@ -29,7 +29,7 @@ def waits(monkeypatch) -> list[str]:
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("unsampled", ["zero_grad", "freeze"])
 @pytest.mark.parametrize(("log_every", "on_nonfinite"), [(1, "stop"), (4, "stop"), (100, "stop"), (4, "skip")])
-def test_a_step_waits_once_where_it_is_logged_and_never_where_it_is_not(
+def test_the_host_waits_once_in_a_step_that_is_logged_and_never_in_another(
     tmp_path, waits, log_every, on_nonfinite, unsampled, precision
 ):
     """trainer.on_nonfinite=skip waits in every step: the next one needs to know which step it is."""
