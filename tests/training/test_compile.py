@@ -16,7 +16,6 @@ from tests.training.runs import ARMS, finished
 
 STAGES = [Rates(0.5, 0.5, 0.5), Rates(0.5, 0.5, 1.0), Rates()]
 SCALED = ARMS["layer_drop"]
-"""The scales of its layers differ from step to step."""
 
 
 def packed(rates: Rates, dtype: torch.dtype = torch.float32) -> PackedSubnetwork:
@@ -44,25 +43,21 @@ def step(subnet: PackedSubnetwork, rates: Rates, number: int) -> dict[str, torch
     return {update.name: update.gradient.clone() for update in subnet.updates()}
 
 
-@pytest.mark.parametrize("rates", STAGES)
-def test_twenty_plans_share_one_graph(counter, rates):
-    subnet = packed(rates)
+@pytest.mark.parametrize(
+    ("model", "sampling", "stage"),
+    [
+        *((LLAMA, train_config().sampling, Stage(1, 0, 20, rates)) for rates in STAGES),
+        (SCALED.model, SCALED.sampling, SCALED.config().stages[0]),
+    ],
+    ids=["heads, MLP and layers", "heads and MLP", "everything", "other scales of its layers in every step"],
+)
+def test_the_plans_of_a_stage_share_one_graph(counter, model, sampling, stage):
+    shape = stage_subnetwork(model, sampling, stage)
+    subnet = PackedSubnetwork(random_master(model, torch.float32), shape, torch.float32)
     subnet.module.compile_blocks()
-    for number in range(20):
-        step(subnet, rates, number)
-    assert counter.frame_count == 1
-
-
-def test_plans_with_other_scales_of_their_layers_share_it_too(counter):
-    stage = SCALED.config().stages[0]
-    shape = stage_subnetwork(SCALED.model, SCALED.sampling, stage)
-    subnet = PackedSubnetwork(random_master(SCALED.model, torch.float32), shape, torch.float32)
-    subnet.module.compile_blocks()
-    plans = [sample(0, step, stage, SCALED.model, SCALED.sampling) for step in range(5)]
-    for plan in plans:
-        subnet.load(plan)
-        subnet.loss(*random_batch(SCALED.model)).backward()
-    assert len({str(plan.scales) for plan in plans}) > 1
+    for number in range(stage.end):
+        subnet.load(sample(0, number, stage, model, sampling))
+        subnet.loss(*random_batch(model)).backward()
     assert counter.frame_count == 1
 
 

@@ -11,8 +11,6 @@ from tiny import GPT2, LLAMA, snapshot, train_config
 from est_cli.config import OptimizerConfig
 from est_cli.data.batches import training_windows
 from est_cli.errors import RunFailed
-from est_cli.subnet.plan import Plan
-from est_cli.subnet.sampler import sample
 from est_cli.subnet.schedule import StageSpec, stage_at
 from est_cli.training.checkpoint import Checkpoints
 from est_cli.training.loop import Training
@@ -62,7 +60,7 @@ def test_the_run_stops_with_everything_as_it_was_before_the_step(tmp_path, log_e
     step = caught.value.step
     assert (step.number, step.stage.number, broken.step) == (BAD_STEP, 2, BAD_STEP)
     assert math.isfinite(step.loss) and not math.isfinite(step.grad_norm)
-    assert step.plan.as_dict() == plan_of(broken, BAD_STEP).as_dict()
+    assert step.plan.as_dict() == broken.inputs.of(BAD_STEP)[0].as_dict()
     assert_same_bits(broken, sound)
     assert [record["step"] for record in recorder.records] == ([0] if log_every == 100 else list(range(BAD_STEP)))
 
@@ -142,7 +140,7 @@ def test_a_replay_computes_the_steps_own_losses(tmp_path, kernels, precision):
     """The replayed mean loss and gradient norm are those of the run's own step, here one that is finite."""
     training, recorder = start(model=GPT2, kernels=kernels, precision=precision)
     train(training, tmp_path, stop_after=BAD_STEP)
-    step = Launched(BAD_STEP, stage_at(training.stages, BAD_STEP), plan_of(training, BAD_STEP), 0.0)
+    step = Launched(BAD_STEP, stage_at(training.stages, BAD_STEP), training.inputs.of(BAD_STEP)[0], 0.0)
     folder = keep_failed_step(tmp_path, training, NonFinite(step))
     train(training, tmp_path, stop_after=BAD_STEP + 1)
     seen, record = replay(read(folder), training.config, CPU.device), recorder.records[BAD_STEP]
@@ -153,16 +151,11 @@ def test_a_replay_computes_the_steps_own_losses(tmp_path, kernels, precision):
 
 def test_a_replay_names_where_it_begins_in_the_full_models_numbering(tmp_path):
     """A NaN in a layer that the packed model calls by another number."""
-    training = next(run for run, _ in (start(seed=seed) for seed in range(9)) if 0 not in plan_of(run, 0).layers)
-    layer = plan_of(training, 0).layers[0]
+    training = next(run for run, _ in (start(seed=seed) for seed in range(9)) if 0 not in run.inputs.of(0)[0].layers)
+    layer = training.inputs.of(0)[0].layers[0]
     broken = f"blocks.{layer}.mlp.down"
     dict(training.model.named_parameters())[f"{broken}.weight"].data.fill_(math.nan)
     seen = replay(read(kept_step(tmp_path, training)), training.config, CPU.device)
     assert (seen.first, seen.weights) == (broken, [f"{broken}.weight"])
     assert seen.losses == [None, None] and seen.grad_norm is None
     assert "embedding" in seen.gradients
-
-
-def plan_of(training: Training, step: int) -> Plan:
-    config = training.config
-    return sample(config.seed, step, stage_at(training.stages, step), config.model, config.sampling)
