@@ -42,18 +42,19 @@ class Inputs:
         n = self.config.sequences_per_step
         return self._windows(step * n, n)
 
-    @property
-    def are_streamed(self) -> bool:
-        """The text is read while the run trains."""
-        return not isinstance(self.tokens, np.ndarray)
-
     def error(self, step: int) -> UserError | RunFailed | None:
-        """Why the text of a step cannot be read; None if it can. Waits for the text."""
+        """Why the text of a step cannot be read on this or another rank, if it is read while the run trains.
+
+        A collective; waits for the text.
+        """
+        if isinstance(self.tokens, np.ndarray):
+            return None
+        error = None
         try:
             self.of_all_ranks(step)
-        except (UserError, RunFailed) as error:
-            return error
-        return None
+        except (UserError, RunFailed) as raised:
+            error = raised
+        return error or UserError() if self.world.any(error is not None) else None
 
     def _make(self, step: int) -> tuple[Plan, list[Tensor]]:
         config, world, size = self.config, self.world, self.config.trainer.batch_size

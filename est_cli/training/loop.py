@@ -13,7 +13,7 @@ from torch import Tensor
 
 from est_cli.config import TrainConfig, as_plain
 from est_cli.data.batches import Tokens, validation_windows
-from est_cli.errors import RunFailed, UserError
+from est_cli.errors import RunFailed
 from est_cli.kernels.dispatch import kernels_for
 from est_cli.model.transformer import Transformer, initialise
 from est_cli.subnet.plan import Subnetwork, growth_into, model_after, stage_subnetwork
@@ -124,7 +124,9 @@ class Training:
                     return True
                 if is_due(self.step, trainer.checkpoint_every) or self.step in lasting:
                     self._save("full", is_last=False)
-                self._await_text()
+                if (error := self.inputs.error(self.step)) is not None:
+                    self._save("full", is_last=True)
+                    raise error
         return False
 
     def _grow_into(self, stage: Stage) -> None:
@@ -189,14 +191,6 @@ class Training:
     def _is_asked_to_stop(self) -> bool:
         """Ranks stop together, after the step whose all-reduce says that any of them was asked to."""
         return self.stopping() if self.world.size == 1 else bool(self.asked.item())
-
-    def _await_text(self) -> None:
-        """End the run with a checkpoint if the text of the next step cannot be read on any rank."""
-        if self.inputs.are_streamed:
-            error = self.inputs.error(self.step)
-            if self.world.any(error is not None):
-                self._save("full", is_last=True)
-                raise error or UserError()
 
     def validate(self, subnet: PackedSubnetwork | MaskedSubnetwork) -> float:
         """Loss of the layers that have joined, without a rescale, on the first eval_tokens of the validation split.

@@ -46,9 +46,9 @@ class Accumulators:
         self.sums: dict[str, Tensor] = {}
         """Made by the first backward pass: a subnetwork that only evaluates needs none."""
         self._started: set[str] = set()
-        self._stacks = [(stack.matrix.shape, stack.places) for stack in stacks]
-        self._shapes = {name: slots[name].shape for stack in stacks for name in stack.places}
-        for name in self._shapes:
+        self._stacks = [Stack(stack.matrix.to("meta"), stack.places) for stack in stacks]
+        self._like = {name: slots[name].data.to("meta") for stack in stacks for name in stack.places}
+        for name in self._like:
             slots[name].register_post_accumulate_grad_hook(partial(self._add, name))
 
     def restart(self) -> None:
@@ -58,9 +58,9 @@ class Accumulators:
     def _add(self, name: str, slot: nn.Parameter) -> None:
         """Add a gradient as soon as the backward pass has made it, and free it."""
         if not self.sums:
-            for size, places in self._stacks:
-                sums = torch.empty(size, dtype=torch.float32, device=slot.device)
-                self.sums |= {own: sums[place].view(self._shapes[own]) for own, place in places.items()}
+            for stack in self._stacks:
+                matrix = torch.empty_like(stack.matrix, dtype=torch.float32, device=slot.device)
+                self.sums |= Stack(matrix, stack.places).views(self._like)
         if name in self._started:
             self.sums[name].add_(slot.grad)
         else:
