@@ -1,6 +1,7 @@
 """Plain configuration becomes frozen dataclasses, or one error that holds every problem."""
 
 import copy
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -32,17 +33,10 @@ def problems_of(changes: Mapping[str, Any], model=LLAMA) -> list[str]:
 
 
 @pytest.mark.parametrize("model", [GPT2, LLAMA], ids=["gpt2", "llama"])
-def test_a_config_reads_back_from_its_plain_form(model):
-    config = train_config(model)
-    assert read_train_config(as_plain(config)) == config
-
-
-def test_a_config_survives_yaml():
+def test_a_config_survives_yaml(model):
     """config.yaml of a run directory is read again by est-eval, and by the run that continues."""
-    plain = plain_config(
-        {"optimizer.lr": 6e-4, "optimizer.eps": 1e-8, "optimizer.warmup": 1.0, "optimizer.decay_steps": 1}
-    )
-    config = read_train_config(plain)
+    changes = {"optimizer.lr": 6e-4, "optimizer.eps": 1e-8, "optimizer.warmup": 1.0, "optimizer.decay_steps": 1}
+    config = read_train_config(plain_config(changes, model))
     again = read_train_config(yaml.safe_load(yaml.safe_dump(as_plain(config))))
     assert again == config
     assert type(again.optimizer.warmup) is float
@@ -88,13 +82,14 @@ EVERYTHING_WRONG = {
     "optimizer.wight_decay": 0.1,
     "trainer.precision": "fp16",
     "logger.mode": "onlin",
+    "logger.tags": ["a", 1],
 }
 
 
 def test_every_problem_is_collected_at_once():
-    """Unknown keys, values out of range and sizes that clash, over all sections, in one error."""
+    """Unknown keys, values out of range, items of lists and sizes that clash, over all sections, in one error."""
     problems = problems_of(EVERYTHING_WRONG)
-    keys = [problem.partition(":")[0].partition("=")[0] for problem in problems]
+    keys = [re.match(r"[\w.]+", problem)[0] for problem in problems]
     assert sorted(set(keys)) == sorted(set(EVERYTHING_WRONG) - {"model.head_dim"})
     assert len(problems) == len(set(problems))
 

@@ -24,10 +24,7 @@ class Inner:
 class Outer:
     count: Count
     inner: Inner
-    many: tuple[Inner, ...] = ()
-    pair: tuple[float, float] = (0.0, 1.0)
     path: str | None = None
-    flag: bool = False
 
 
 def reading(kind, value) -> tuple[object, list[str]]:
@@ -102,27 +99,6 @@ def test_what_does_not_fit_names_the_key_the_value_and_what_is_allowed(kind, val
     _, problems = reading(kind, value)
     assert len(problems) == 1
     assert problems[0].endswith(problem), problems[0]
-
-
-def test_every_problem_of_a_nested_value_is_collected():
-    plain = {
-        "count": 0,
-        "inner": {"share": 2.0, "wrod": "linear"},
-        "many": [{"share": 0.5}, {"share": 0}, {}],
-        "pair": [0.0, "x"],
-        "flag": "yes",
-    }
-    result, problems = reading(Outer, plain)
-    assert result is None
-    assert sorted(problem.split(":")[0] for problem in problems) == [
-        "key.count=0",
-        "key.flag=yes",
-        "key.inner.share=2.0",
-        "key.inner.wrod",
-        "key.many[1].share=0",
-        "key.many[2].share",
-        "key.pair[1]=x",
-    ]
 
 
 @pytest.mark.parametrize(

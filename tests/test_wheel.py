@@ -20,18 +20,11 @@ def wheel(tmp_path_factory) -> Path:
 
 
 @pytest.mark.slow
-def test_every_file_of_conf_is_in_the_wheel(wheel):
-    names = set(zipfile.ZipFile(wheel).namelist())
+def test_every_source_file_and_all_of_conf_are_in_the_wheel(wheel):
     expected = {f"est_cli/{path.relative_to(ROOT)}" for path in (ROOT / "conf").rglob("*.yaml")}
-    assert expected
-    assert expected <= names
-
-
-@pytest.mark.slow
-def test_every_source_file_is_in_the_wheel(wheel):
-    names = set(zipfile.ZipFile(wheel).namelist())
-    sources = {p for p in (ROOT / "est_cli").rglob("*") if p.is_file() and "__pycache__" not in p.parts}
-    assert {str(path.relative_to(ROOT)) for path in sources} <= names
+    sources = [path for path in (ROOT / "est_cli").rglob("*") if path.is_file() and "__pycache__" not in path.parts]
+    assert expected and sources
+    assert expected | {str(path.relative_to(ROOT)) for path in sources} <= set(zipfile.ZipFile(wheel).namelist())
 
 
 @pytest.mark.slow
