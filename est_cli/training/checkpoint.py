@@ -303,8 +303,8 @@ class Saving:
 
     @cached_property
     def _group(self) -> dist.ProcessGroup:
-        """The writing thread's own, which no slow disk ends: collectives of two threads in one could get mixed up."""
-        return dist.new_group(backend="gloo", timeout=AS_LONG_AS_IT_TAKES)
+        """Used only by the writing thread: collectives of two threads in one group could get mixed up."""
+        return dist.new_group(backend="gloo", timeout=AS_LONG_AS_IT_TAKES)  # for a slow disk
 
     def __enter__(self) -> "Saving":
         return self

@@ -88,7 +88,7 @@ class Peers:
             self._hear(topic)
 
     def first_to_fail(self) -> bool:
-        """Whether no other rank failed before this one: only the first failure, the cause, is told."""
+        """Whether no other rank failed before this one. Only the first failure, the cause, is told."""
         if self.store is None:
             return True
         try:
