@@ -1,4 +1,4 @@
-"""python -m study: train what the grid lacks, record it, and rebuild docs/study.md."""
+"""python -m study: train the runs of the grid that have no record, record them, and rebuild docs/study.md."""
 
 import argparse
 import json

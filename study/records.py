@@ -24,7 +24,6 @@ from study.grid import Run
 ROOT = conf_dir().parent
 _CURVE = ("step", "stage", "tokens", "flops/total", "seconds")
 _POINTS = 40
-_SPEED = ("train_s", "peak_memory_bytes", "step_s_median", "tokens_per_s")
 
 
 class Records:

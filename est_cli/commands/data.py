@@ -31,7 +31,7 @@ def run(composed: dict[str, Any]) -> None:
     request, config = read_request_and_config(Request, composed)
     if config.data.streaming:
         raise UserError("data.streaming=true: leaves nothing to prepare; est-train reads the stream as it goes")
-    corpus = replace(config.data, train_tokens=None)  # how much of it a run trains on is no matter of the corpus
+    corpus = replace(config.data, train_tokens=None)  # data.train_tokens limits a run, not the corpus
     store = data.tokens.open_store(corpus, config.tokenizer, config.model.vocab_size, say, sys.stderr.isatty())
     facts = data.tokens.inspect(store, request.samples)
     if config.format == "json":
@@ -78,7 +78,7 @@ def _package_table(packages: dict[str, dict[str, int]]) -> Table:
 
 
 def _mixture_table(mixture: list[dict[str, Any]]) -> Table:
-    """What each source of a mixture was to get of the tokens, and got."""
+    """Each source's weight, its actual share of each split, and how often it was read."""
     numbers = _numbers("weight", "train", "used", "val", "used")
     table = Table("source", *numbers, title="mixture", title_justify="left")
     for source in mixture:

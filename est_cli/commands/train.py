@@ -70,7 +70,7 @@ def primary_config(arguments: argparse.Namespace) -> str:
 
 
 def _train(composer: Composer) -> int:
-    """A run or a sweep. Every mistake in the input is found before Hydra makes the run directory."""
+    """A run or a sweep. Every mistake in the input is found before there is a run directory."""
     peers = training.distributed.meet()
     found = peers.agree("config", lambda: _read(composer, peers.size))
     if found is None:

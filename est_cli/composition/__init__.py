@@ -1,4 +1,4 @@
-"""From conf/ and the command line to plain values. The only package, with the commands, that knows Hydra.
+"""From conf/ and the command line to plain values. Only it, runs, experiments and commands import Hydra.
 
 hydra_internals   what Hydra offers only in private modules, in one place
 typed_text        keeps the values of text keys as they were typed

@@ -160,9 +160,9 @@ class Composer:
         return self.hydra.compose_config(self.config_name, overrides, run_mode=mode)
 
     def run(self, task: Callable[[DictConfig], Any]) -> Any:
-        """Let Hydra make the run directory and call `task`, with -m once for every job; returns what it returned last.
+        """Let Hydra call `task`, with -m once for every job; returns its last result.
 
-        What `task` raises is raised at the end, without Hydra's own words.
+        After all jobs, raises the first error of `task`, without Hydra's own words.
         """
         returned, errors = [], []
 

@@ -16,7 +16,7 @@ from hydra.errors import HydraException
 
 from est_cli.config import TrainConfig
 
-_OF_COMMANDS = ("run", "runs", "out", "prompt", "tasks", "tasks_dir", "tokenizer_path")
+_OF_COMMANDS = ("run", "runs", "out", "prompt", "tasks", "tasks_dir")
 _OF_HYDRA = ("hydra.run.dir", "hydra.sweep.dir", "hydra.sweep.subdir", "hydra.job.name")
 _NEVER_NULL = ("name", "run_id")
 """Keys whose null has no meaning: there it is a name too."""

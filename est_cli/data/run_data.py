@@ -26,7 +26,7 @@ TOKENIZER, RECORD = "tokenizer", "data.json"
 
 @dataclass(frozen=True)
 class Text:
-    """The text that a data config names now. Texts of one fingerprint are equal."""
+    """The text that a data config names now, or that a run recorded. Equal texts have one fingerprint."""
 
     fingerprint: str
     documents: int | None = field(compare=False)

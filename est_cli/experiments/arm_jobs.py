@@ -29,7 +29,7 @@ Launch = Callable[[Sequence[Sequence[str]]], Sequence[Path] | None]
 """Runs jobs, each a list of overrides. Returns their folders in the same order, or None if a signal ended them."""
 
 UNNAMED_KEYS = ("arms", "arm_flops", "scheduler", "trainer.threads")
-"""Keys of the jobs' overrides that are not in their folders' names: the arm's name stands for them."""
+"""Keys of the jobs' overrides that their folders' names leave out: the arm's name stands for all but the threads."""
 _AT_A_TIME = 2
 _SIDE_BY_SIDE = ("hydra/launcher=joblib", f"hydra.launcher.n_jobs={_AT_A_TIME}")
 

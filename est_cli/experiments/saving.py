@@ -20,7 +20,7 @@ AT_LEAST, AT_MOST = "at least", "at most"
 
 @dataclass(frozen=True)
 class Saving:
-    """1 less an arm's cost over what the full model needs for the same loss; NaN if that is unknown."""
+    """1 − (an arm's cost ÷ the full model's cost for the same loss); NaN if unknown."""
 
     share: float = math.nan
     bound: str | None = None

@@ -46,7 +46,7 @@ def run(composer: Composer) -> int:
     _check_installed(master)
     comparison = None if asked.arms is None else ComparisonJobs.of(composer, master)
     directory = Path(master.hydra.sweep.dir).absolute()
-    # The name follows from the overrides, and those of the jobs are others.
+    # The folder's name is a digest of the overrides, which are extended below, so it is fixed here.
     overrides = [*composer.arguments.overrides, "hydra.mode=MULTIRUN", f"hydra.sweep.dir={quoted(str(directory))}"]
     fixed = [key for key, override in asked.overrides.items() if not override.is_sweep_override()]
     if comparison is not None:

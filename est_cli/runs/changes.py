@@ -28,9 +28,10 @@ HARMLESS = (
     "data.on_broken",
     "name",
 )
-"""Keys, and whole sections, that may change when a run continues, because its results do not depend on them.
+"""Keys, and whole sections, that may change when a run continues. Most do not reach the weights.
 
-Only `trainer.threads` can change the last bit of a sum.
+`trainer.threads`, `strategy` and `shard_size` can change the rounding of sums. `data.on_change`, `data.on_broken` and
+`trainer.on_nonfinite` say what to do about another text, a broken row, or a step that is not finite.
 """
 
 MAX_STEPS = "trainer.max_steps"

@@ -1,4 +1,4 @@
-"""trainer=ddp without torchrun: torch elastic starts one process per device, and their exit codes pass through.
+"""trainer=ddp, fsdp or hsdp without torchrun: torch elastic starts one process per device; one exit code comes back.
 
 Its `start_processes` starts, watches and ends the ranks, as it does for torchrun. The agent above it (`elastic_launch`)
 is left out: after a signal it does not tell how the ranks ended, and 75 must mean that a checkpoint was written.
@@ -40,7 +40,7 @@ def launch(count: int, command: Sequence[str], environment: Mapping[str, str] | 
         "MASTER_PORT": str(store.port),
         "TORCHELASTIC_USE_AGENT_STORE": "True",
         "TORCHELASTIC_RESTART_COUNT": "0",
-        # `python -m` lets files in the current folder shadow libraries, unless est_cli itself is only found there.
+        # Keeps the current folder, whose files could shadow libraries, off the ranks' path, unless est_cli lies there.
         "PYTHONSAFEPATH": "" if Path(est_cli.__file__).parents[1] == Path.cwd() else "1",
         "WORLD_SIZE": str(count),
         "LOCAL_WORLD_SIZE": str(count),
