@@ -135,15 +135,11 @@ def _losses_table(runs: Sequence[dict[str, Any]]) -> Table:
             full = ("full", f"{entry['full_loss']:.3f}", "", "", "")
             table.add_row(*name, str(entry["step"]), str(entry["stage"]), *full)
             for found in entry["subnetworks"]:
+                kept = reports.analysis_figures.rates_text(found["rates"])
                 values = (found["mean"], found["std"], found["quantiles"]["0.05"], found["quantiles"]["0.95"])
-                table.add_row(*name, "", "", rates_text(found["rates"]), *(f"{value:.3f}" for value in values))
+                table.add_row(*name, "", "", kept, *(f"{value:.3f}" for value in values))
             table.add_section()
     return table
-
-
-def rates_text(rates: dict[str, float]) -> str:
-    """What is not kept whole: `heads 0.5, mlp 0.5`."""
-    return ", ".join(f"{name} {rate:g}" for name, rate in rates.items() if rate != 1)
 
 
 def _sharpness_table(runs: Sequence[dict[str, Any]]) -> Table:

@@ -22,7 +22,7 @@ from est_cli.subnet.schedule import StageSpec, stage_at
 from est_cli.tracking.summary import narrow_table
 from est_cli.units import format_bytes, format_count, format_flops, format_percent, parse_bytes
 
-RATES = {"heads": "n_heads", "mlp": "d_ff", "layers": "n_layers"}
+COUNTS = {"heads": "n_heads", "mlp": "d_ff", "layers": "n_layers"}
 """What is sampled, and the key of the model that counts it."""
 _LONGEST = 40
 """Characters of a list of indices that people are shown."""
@@ -105,13 +105,13 @@ def _print_plan(config: TrainConfig, notes: list[str], console: Console, device_
     table.add_column("stage", no_wrap=True)
     for column in ("steps", "tokens", "heads", "mlp", "layers", "FLOPs/step", "saved", "saved,\nblocks"):
         # Where the window is narrow, only the rates may wrap: they are two numbers.
-        table.add_column(column, justify="right", no_wrap=column not in RATES, min_width=len(column.split("\n")[0]))
+        table.add_column(column, justify="right", no_wrap=column not in COUNTS, min_width=len(column.split("\n")[0]))
     for stage in facts["stages"]:
         table.add_row(
             str(stage["stage"]),
             f"{stage['first_step']}-{stage['last_step']}",
             format_count(stage["tokens"]),
-            *(_rate(stage, name, key, getattr(config.model, key)) for name, key in RATES.items()),
+            *(_rate(stage, name, key, getattr(config.model, key)) for name, key in COUNTS.items()),
             format_flops(stage["flops_per_step"]),
             format_percent(stage["saved"]),
             format_percent(stage["saved_blocks"]),
@@ -130,7 +130,7 @@ def _print_plan(config: TrainConfig, notes: list[str], console: Console, device_
     if device_memory is not None:
         left = device_memory - facts["memory_bytes"]
         words = f"fits, {format_bytes(left)} left" if left >= 0 else f"does not fit, {format_bytes(-left)} too much"
-        if left < 0 and (least := _that_save_memory(config)) != config:
+        if left < 0 and (least := _with_less_memory(config)) != config:
             before, after = vars(config.trainer), vars(least.trainer)
             given = [f"trainer.{key}={after[key]}" for key in ("batch_size", "recompute") if after[key] != before[key]]
             given += [f"trainer={after['strategy']}"] if after["strategy"] != before["strategy"] else []
@@ -157,7 +157,7 @@ def _print_trainers(config: TrainConfig, console: Console) -> None:
     console.print(table, highlight=False)
 
 
-def _that_save_memory(config: TrainConfig) -> TrainConfig:
+def _with_less_memory(config: TrainConfig) -> TrainConfig:
     """The run with settings of the trainer that need less memory, for the same model."""
     least = replace(config, trainer=replace(config.trainer, batch_size=1, recompute="block"))
     try:

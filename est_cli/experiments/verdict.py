@@ -165,17 +165,16 @@ def arm_table(*columns: str) -> Table:
 
 
 def _to_full_model(differences: np.ndarray) -> str:
-    """`is 0.0210 ± 0.0040 (2 seeds) below the full model's`: mean and spread of one difference a seed."""
+    """`is 0.0210 ± 0.0040 below the full model's (2 seeds)`: mean and spread of one difference a seed."""
     known = differences[np.isfinite(differences)]
     if not len(known):
         return "has no full model to compare with"
     mean, n = known.mean(), len(known)
+    side = f"{'below' if mean < 0 else 'above'} the full model's"
     if n == 1:
-        seeds = "(one seed: no spread is known)"
-    else:
-        unclear = "" if is_clear(known) else ", no clear difference"
-        seeds = f"± {format_loss(known.std(ddof=1))} ({n} seeds{unclear})"
-    return f"is {format_loss(abs(mean))} {seeds} {'below' if mean < 0 else 'above'} the full model's"
+        return f"is {format_loss(abs(mean))} {side} (one seed: no spread is known)"
+    unclear = "" if is_clear(known) else ", no clear difference"
+    return f"is {format_loss(abs(mean))} ± {format_loss(known.std(ddof=1))} {side} ({n} seeds{unclear})"
 
 
 def _first_reached(run: RunRecord, target: float) -> list[float]:

@@ -43,7 +43,7 @@ def _transitions(runs: Sequence[dict[str, Any]], records: Sequence[RunRecord]) -
             low, high = ([found["quantiles"][level] for found in spreads] for level in ("0.05", "0.95"))
             highest = highest + high
             around = np.clip([mean - low, high - mean], 0, None)
-            label = f"subnetworks, {_kept(spreads[0]['rates'])} (mean, 5–95%)"
+            label = f"subnetworks, {rates_text(spreads[0]['rates'])} (mean, 5–95%)"
             look = {"color": style.series(rank), "marker": _MARKERS[rank % len(_MARKERS)], "markersize": 4.5}
             ax.errorbar(at, mean, around, label=label, linewidth=0.9, linestyle=(0, (3, 2)), capsize=2, **look)
         low, high = final_loss_window([line]) or ax.get_ylim()
@@ -57,7 +57,8 @@ def _transitions(runs: Sequence[dict[str, Any]], records: Sequence[RunRecord]) -
     return figure
 
 
-def _kept(rates: dict[str, float]) -> str:
+def rates_text(rates: dict[str, float]) -> str:
+    """What is not kept whole: `heads 0.5, mlp 0.5`."""
     return ", ".join(f"{name} {rate:g}" for name, rate in rates.items() if rate != 1)
 
 
@@ -73,7 +74,7 @@ def _spread(runs: Sequence[dict[str, Any]]) -> Figure | None:
         style.draw_box(ax, above, y, style.series(rank))
         ax.plot(above, np.full(len(above), y), "|", color=style.INK, markersize=7, markeredgewidth=0.7, alpha=0.6)
     ax.axvline(0, color=style.SERIES[0], linewidth=1.2)
-    names = [f"{run['name']}: " * (len(runs) > 1) + _kept(found["rates"]) for run, found, _ in rows]
+    names = [f"{run['name']}: " * (len(runs) > 1) + rates_text(found["rates"]) for run, found, _ in rows]
     ax.set_yticks(range(len(rows)), names)
     ax.set_ylim(len(rows) - 0.4, -0.6)
     ax.set_xlabel("Loss of a subnetwork above the full model’s (nats per token)")

@@ -56,9 +56,9 @@ def test_when_a_run_was_as_good_as_its_seeds_full_model():
     ("losses", "said"),
     [
         # Seeds differ by 10, the arms by 1: unpaired, the spread would hide the difference.
-        (((1.0, 11.0), (2.0, 12.0)), "is 1.0000 ± 0.0000 (2 seeds) below the full model's."),
-        (((1.0, 3.0), (2.0, 2.1)), "is 0.0500 ± 1.3435 (2 seeds, no clear difference) below the full model's."),
-        (((1.0,), (2.0,)), "is 1.0000 (one seed: no spread is known) below the full model's."),
+        (((1.0, 11.0), (2.0, 12.0)), "is 1.0000 ± 0.0000 below the full model's (2 seeds)."),
+        (((1.0, 3.0), (2.0, 2.1)), "is 0.0500 ± 1.3435 below the full model's (2 seeds, no clear difference)."),
+        (((1.0,), (2.0,)), "is 1.0000 below the full model's (one seed: no spread is known)."),
     ],
 )
 def test_seeds_are_paired_and_noise_is_not_called_a_difference(losses, said):
@@ -73,7 +73,7 @@ def test_every_arm_stands_in_the_verdict_with_the_learning_rate_that_suits_it():
     runs = [record(arm, loss + seed, 3, seed=seed, lr=lr) for (arm, lr), loss in losses.items() for seed in (0, 1)]
     verdict = Verdict.of(runs, ["optimizer.lr"])
     assert [arm.settings for arm in verdict.arms] == [{"optimizer.lr": 1e-3}, {"optimizer.lr": 8e-3}]
-    assert "its loss is 1.0000 ± 0.0000 (2 seeds) above the full model's" in verdict.sentences()[0]
+    assert "its loss is 1.0000 ± 0.0000 above the full model's (2 seeds)" in verdict.sentences()[0]
     text = shown(verdict)
     rows = [line.split() for line in text.splitlines() if line.startswith(("est", "full"))]
     assert [row[:3] for row in rows[:2]] == [["est", "0.001", "2"], ["full", "0.008", "2"]]
