@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from difflib import get_close_matches
 
 DONE, FAILED, BAD_INPUT, STOPPED, INTERRUPTED = 0, 1, 2, 75, 130
-"""Exit codes. STOPPED: a checkpoint was written, and the same command continues."""
+"""Exit codes. STOPPED: a signal ended the run after a checkpoint; the command that it prints continues."""
 PROBLEM = "error: "
 """What a line of a message about bad input begins with."""
 

@@ -129,7 +129,7 @@ def command(name: str, *arguments: str) -> tuple[str, str]:
         ("import est_cli.config.auto, est_cli.subnet.sampler, est_cli.subnet.memory", "torch hydra omegaconf rich"),
         ("import est_cli.data.tokens, est_cli.data.hf_corpus", "torch datasets"),
         ("import est_cli.tracking.loggers, est_cli.tracking.summary", "torch wandb tensorboard"),
-        ("import est_cli.benchmark.gpu", "hydra omegaconf wandb rich safetensors transformers triton pytest"),
+        ("import est_cli.benchmark.gpu", "hydra omegaconf yaml wandb rich safetensors transformers triton pytest"),
         ("import est_cli.training.loop", "hydra omegaconf wandb rich datasets transformers triton"),
         command("train", "--help"),
         command("train", "--cfg", "job"),

@@ -8,8 +8,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from est_cli.config.checks import AUTO_MAX_STEPS, clashes
 from est_cli.config.sections import GROW_KEYS, Count, SchedulerConfig, TrainConfig, option_that_gave
 from est_cli.errors import UserError, nearest
@@ -50,6 +48,8 @@ def read_config_file(folder: Path, named: str) -> dict[str, Any]:
 
     Raises UserError if the file cannot be read or is something else.
     """
+    import yaml  # which a GPU machine without Hydra, that only measures, need not have
+
     try:
         plain = yaml.safe_load((folder / CONFIG_FILE).read_text("utf-8"))
     except (OSError, ValueError, yaml.YAMLError) as error:

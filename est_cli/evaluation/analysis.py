@@ -117,7 +117,7 @@ def _around(val: list[dict[str, Any]], end: int) -> list[dict[str, Any]] | None:
 
 
 def _larger(entry: dict[str, Any], old: Stage, new: Stage) -> dict[str, float]:
-    """What only the larger subnetworks do to the loss, with equal weights; compared plan by plan."""
+    """Losses at the old and the new stage's rates, with the same weights; compared plan by plan."""
     before, after = (_losses(entry, stage.rates) for stage in (old, new))
     drops = before - after
     return {

@@ -1,4 +1,4 @@
-"""The three memory-bound operations of a step.
+"""The three fused operations of a step.
 
 pack                  gathers sampled rows into slots; host arrays to the device
 adamw                 moves sampled rows of weights and moments in one pass

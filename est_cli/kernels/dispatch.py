@@ -12,7 +12,7 @@ from est_cli.kernels import adamw, linear_cross_entropy, pack
 
 
 class Kernels(NamedTuple):
-    """One version of the three memory-bound operations of a step. They keep no state."""
+    """One version of the three fused operations of a step. They keep no state."""
 
     gather_rows: Callable[..., None]
     adamw_step: Callable[..., None]

@@ -111,7 +111,7 @@ class Checkpoints:
     code: dict[str, Any] | None = None
     """Commit of the code that trains, if it is a git checkout."""
     lasting: frozenset[int] = frozenset()
-    """Steps whose checkpoints are written at any interval and never removed."""
+    """Steps that always get a checkpoint, which is never removed."""
 
     def save(self, step: int, weights: Tensors, moments: Tensors | None, facts: dict[str, Any]) -> Path:
         """Write the state after `step` optimizer steps; `facts` go into state.json.
@@ -251,7 +251,7 @@ class Saving:
     def save(self, step: int, weights: Tensors, moments: Tensors | None, facts: dict[str, Any], is_last: bool) -> None:
         """Write a checkpoint unless there is one of this step; the last one is written on return. A collective.
 
-        If the disk does not take it, training goes on, but cannot end: raises RunFailed.
+        A failed write is told and training goes on; if `is_last`, it raises RunFailed.
         """
         self.poll(waits=True)
         if self.step == step:

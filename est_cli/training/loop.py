@@ -89,14 +89,14 @@ class Training:
 
     @peer_errors()
     def run(self, checkpoints: Checkpoints, stopping: Callable[[], bool], profile: Profile | None = None) -> Outcome:
-        """Train to the end, or until `stopping` returns True; either way the last step has a checkpoint.
+        """Train to the end, or until `stopping` returns True; a stopped run always has a checkpoint of its last step.
 
         Raises PeerLost if another rank has ended, or does not answer in time.
         """
         self.stopping, stopped = stopping, False
         max_steps, save_final = self.config.trainer.max_steps, self.config.trainer.save_final
         reset_peak_memory(self.world.device)
-        # A run that does not begin with step 0 begins with a checkpoint.
+        # A run that resumes already has a checkpoint of its first step.
         with Saving(checkpoints, self.world, self.steps.say, self.step or None) as self.saving:
             while self.step < max_steps and not stopped:
                 stopped = self._train_stage(stage_at(self.stages, self.step), profile)

@@ -70,7 +70,7 @@ class Accumulators:
 
 
 class PackedSubnetwork:
-    """Pack, dense small model, unpack."""
+    """A small dense model for one stage: `load` packs a plan's rows, `updates` returns the gradients of those rows."""
 
     def __init__(self, master: Transformer, shape: Subnetwork, dtype: torch.dtype):
         self._masters = {name: stack for stack in stack_master(master) for name in stack.places}
