@@ -222,8 +222,7 @@ def _against(result: Result) -> list[str]:
 
 
 def _over_seeds(values: np.ndarray, form: str = "{:.4f}") -> str:
-    # A spread has no sign.
-    return over_seeds(values, lambda value: _number(value, form)).replace("± +", "± ")
+    return over_seeds(values, lambda value: _number(value, form))
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:

@@ -23,7 +23,17 @@ from est_cli.composition.composer import Composer, conf_dir, plain
 from est_cli.composition.hydra_internals import hydra_flags
 from est_cli.composition.typed_text import as_typed
 from est_cli.config import TrainConfig, read_train_config
-from est_cli.errors import BAD_INPUT, DONE, FAILED, INTERRUPTED, PROBLEM, RunFailed, UserError, problems_text
+from est_cli.errors import (
+    BAD_INPUT,
+    DONE,
+    FAILED,
+    INTERRUPTED,
+    PROBLEM,
+    RunFailed,
+    UserError,
+    collecting,
+    problems_text,
+)
 from est_cli.schema import read
 from est_cli.tracking.display import LastingFile
 
@@ -113,10 +123,8 @@ def read_request_and_config(
     found = list(problems)
     names = {field.name for field in dataclasses.fields(kind)}
     request = read(kind, {key: value for key, value in composed.items() if key in names}, "", found)
-    try:
+    with collecting(found):
         config = read_train_config({key: value for key, value in composed.items() if key not in names})
-    except UserError as error:
-        found += error.problems
     if found:
         raise UserError(*found)
     return request, config

@@ -87,7 +87,7 @@ def describe(config: TrainConfig, device_memory: int | None = None) -> dict[str,
                 "tokens": stage.steps * config.tokens_per_step,
                 "flops_per_step": cost.total,
                 "saved": ledger.stage_saved(stage.number),
-                "saved_blocks": 1.0 - cost.blocks / ledger.full.blocks,
+                "saved_blocks": ledger.stage_saved_blocks(stage.number),
                 "sent_bytes_per_step": sent_bytes(config, stage),
             }
             for stage, cost, grown in zip(ledger.stages, ledger.per_step, stage_models(config), strict=True)

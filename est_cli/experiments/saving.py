@@ -164,7 +164,7 @@ def over_seeds(values: np.ndarray, write: Callable[[float], str]) -> str:
     known = values[np.isfinite(values)]
     if not len(known):
         return UNKNOWN
-    spread = f" ± {write(float(known.std(ddof=1)))}" if len(known) > 1 and known.std() > 0 else ""
+    spread = f" ± {write(float(known.std(ddof=1))).removeprefix('+')}" if len(known) > 1 and known.std() > 0 else ""
     share = f" ({len(known)} of {len(values)})" if len(known) < len(values) else ""
     return f"{write(float(known.mean()))}{spread}{share}"
 

@@ -64,6 +64,10 @@ class Ledger:
         """Share of the whole model's FLOPs that one step of this stage does not spend."""
         return 1.0 - self.per_step[number - 1].total / self.full.total
 
+    def stage_saved_blocks(self, number: int) -> float:
+        """The same for the transformer blocks only."""
+        return 1.0 - self.per_step[number - 1].blocks / self.full.blocks
+
     def record(self, step: int) -> dict[str, float | int]:
         """The `flops/*` metrics of optimizer step `step`."""
         steps = step + 1
@@ -97,7 +101,7 @@ def scale_boundaries(config: TrainConfig, target: float) -> TrainConfig:
             f"target_saved_blocks={target:g}: this schedule has no boundaries to move; try scheduler=three_stage"
         )
     # Stage lengths, and so savings, are linear in the common factor, from the last stage only to no last stage.
-    none, present = 1.0 - ledger.per_step[-1].blocks / ledger.full.blocks, ledger.saved_blocks(max_steps)
+    none, present = ledger.stage_saved_blocks(len(ledger.stages)), ledger.saved_blocks(max_steps)
     most = ledger.saved_blocks(ledger.stages[-1].first_step)
     factor = (target - none) / (present - none) if present != none else 0.0
     if factor <= 0 or factor * fractions[-1] >= 1:
